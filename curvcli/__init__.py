@@ -1,0 +1,36 @@
+"""curv: how close a training run is to its edge of stability, and where.
+
+    report = curvcli.analyze(model, loss, batches, optimizer)
+    report.full.rho
+
+Names are imported on first use, so that `import curvcli` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from curvcli.analysis import Estimated, analyze
+    from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
+    from curvcli.results import Report
+
+__version__ = "0.1.0"
+__all__ = ["CurvError", "Estimated", "InputError", "Report", "UnsupportedError", "UsageError", "analyze"]
+
+_HOME = {
+    "analyze": "analysis",
+    "Estimated": "analysis",
+    "Report": "results",
+    "CurvError": "errors",
+    "InputError": "errors",
+    "UnsupportedError": "errors",
+    "UsageError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"curvcli.{_HOME[name]}"), name)

@@ -1,0 +1,215 @@
+"""From files to a report: the checkpoint, its data and its optimizer, put together and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvcli import results
+from curvcli.analysis import Estimated, Progress, Provenance, analyze
+from curvcli.curvature.hvp import Mode
+from curvcli.errors import InputError, UsageError
+from curvcli.inputs import open_checkpoint
+from curvcli.inputs.base import Checkpoint
+from curvcli.inputs.config import find_config
+from curvcli.inputs.shards import Shard, read_shard
+from curvcli.optimizers.base import Group, OptimizerView
+from curvcli.optimizers.preconditioner import override
+
+DEFAULT_TOKENS = 8192
+OPTIMIZERS = ("Adam", "AdamW", "NAdam", "SGD", "RMSprop", "Adagrad", "none")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may set; None means the configuration's value, the checkpoint's, or the default."""
+
+    data: Path | None = None
+    tokens: int | None = None
+    sequence_length: int | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    device: str = "auto"
+    optimizer: str | None = None
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    momentum: float | None = None
+    mode: Mode | Literal["auto"] = "auto"
+    tolerance: float = 1e-2
+    max_hvps: int = 100
+
+
+def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> results.Report:
+    """`curv analyze`: read a checkpoint and a shard, and measure. Raises CurvError."""
+    say = progress or (lambda stage, done: None)
+    say("reading", 0.0)
+    device = _device(options.device)
+    checkpoint = open_checkpoint(path)
+    options = _configured(options, checkpoint)
+    assert options.data is not None
+    shard = read_shard(
+        options.data,
+        checkpoint,
+        tokens=options.tokens or DEFAULT_TOKENS,
+        sequence_length=options.sequence_length,
+    )
+    model = checkpoint.model()
+    optimizer, lr_source, notes = _optimizer(checkpoint, model, options)
+    model.to(device)
+    batches = [b.to(device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+    return analyze(
+        model,
+        causal_loss,
+        batches,
+        optimizer,
+        weights=[b.shape[0] * shard.sequence_length for b in batches],
+        mode=options.mode,
+        tolerance=options.tolerance,
+        max_hvps=options.max_hvps,
+        seed=options.seed or 0,
+        progress=progress,
+        provenance=Provenance(
+            checkpoint=lambda parameters, layers: results.Checkpoint(
+                path=str(checkpoint.path),
+                format=checkpoint.format,
+                step=checkpoint.step,
+                parameters=parameters,
+                layers=layers,
+            ),
+            data=lambda loss: results.Data(
+                path=str(shard.path),
+                tokens=shard.tokens,
+                sequence_length=shard.sequence_length,
+                sha256=shard.sha256,
+                loss=loss,
+            ),
+            lr_source=lr_source,
+            notes={**checkpoint.notes, **notes},
+        ),
+    )
+
+
+def causal_loss(model: nn.Module, window: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token over windows of shape (batch, sequence + 1), in nats.
+
+    Not the models' own loss: some divide by another count of tokens, and they average batches.
+    """
+    logits = model(input_ids=window[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+
+
+def inspect_checkpoint(path: Path, data: Path | None = None) -> dict[str, Any]:
+    """`curv inspect`: what would be read, from headers alone. Raises CurvError."""
+    checkpoint = open_checkpoint(path)
+    config, file = find_config(checkpoint.path)
+    shard = data or config.data
+    sizes = {t.name: _numel(t.shape) for t in checkpoint.tensors}
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "architecture": checkpoint.architecture,
+        "step": checkpoint.step,
+        "tensors": len(sizes),
+        "values": sum(sizes.values()),
+        "dtypes": sorted({t.dtype for t in checkpoint.tensors}),
+        "vocabulary": checkpoint.vocabulary,
+        "context": checkpoint.context,
+        "optimizer": checkpoint.optimizer.summary() if checkpoint.optimizer else None,
+        "configuration": str(file) if file else None,
+        "data": {"path": str(shard), "bytes": shard.stat().st_size if shard.exists() else None} if shard else None,
+        "notes": checkpoint.notes,
+    }
+
+
+def _configured(options: Options, checkpoint: Checkpoint) -> Options:
+    config, file = find_config(checkpoint.path)
+    merged = replace(
+        options,
+        **{
+            key: value
+            for key, value in config.model_dump().items()
+            if value is not None and getattr(options, key) is None
+        },
+    )
+    if merged.data is None:
+        where = f"{file} names none" if file else "no curv.toml was found"
+        raise UsageError(f"no data shard: --data was not given and {where}", hint="pass --data FILE of training tokens")
+    return merged
+
+
+def _optimizer(
+    checkpoint: Checkpoint, model: nn.Module, options: Options
+) -> tuple[OptimizerView | Estimated | None, Literal["checkpoint", "log", "option", "none"], dict[str, str]]:
+    given: dict[str, Any] = {
+        "lr": options.lr,
+        "betas": options.betas,
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+        "momentum": options.momentum,
+    }
+    given = {k: v for k, v in given.items() if v is not None}
+    names = {n.lower(): n for n in OPTIMIZERS}
+    if options.optimizer is not None and options.optimizer.lower() not in names:
+        raise UsageError(f"unknown optimizer {options.optimizer!r}", hint=f"one of: {', '.join(OPTIMIZERS)}")
+    name = names[options.optimizer.lower()] if options.optimizer else None
+    if name == "none":
+        if given:
+            raise UsageError(f"--optimizer none takes no {', '.join(sorted(given))}", hint="drop them, or name an optimizer")
+        return None, "none", {}
+    if checkpoint.optimizer is None:
+        lr_source: Literal["option", "none"] = "option" if options.lr is not None else "none"
+        if name == "SGD":
+            parameters = tuple(n for n, p in model.named_parameters() if p.requires_grad)
+            return OptimizerView((Group(parameters, given),), {}, "SGD"), lr_source, {}
+        if name not in (None, "Adam", "AdamW"):
+            raise InputError(
+                f"{checkpoint.path} has no optimizer state, and {name}'s cannot be estimated",
+                hint="give a checkpoint with optimizer state, or --optimizer adamw",
+            )
+        return Estimated({"betas": (0.9, 0.999), "eps": 1e-8, **given}), lr_source, {}
+    view = checkpoint.optimizer.view(model)
+    view = override(replace(view, name=name) if name else view, **given)
+    if options.lr is not None:
+        return view, "option", {}
+    rates = [group.number("lr") for group in view.groups]
+    if max(rates) > 0:
+        return view, "checkpoint", {}
+    if checkpoint.last_lr is None:
+        raise InputError(
+            f"the learning rate in {checkpoint.optimizer.path} is 0 and the run's log has none",
+            hint="pass the one in force with --lr",
+        )
+    return override(view, lr=checkpoint.last_lr), "log", {}
+
+
+def _batch_size(shard: Shard, checkpoint: Checkpoint) -> int:
+    """Windows per batch: logits of at most 2^26 values, and at least 8 batches so that prefixes differ."""
+    rows = len(shard.windows)
+    by_memory = max(1, 2**26 // (shard.sequence_length * max(1, checkpoint.vocabulary)))
+    return max(1, min(by_memory, rows // 8))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device {name!r} is not usable here: {str(error).splitlines()[0][:120]}", hint="pass --device cpu"
+        ) from error
+    return device
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total

@@ -1,0 +1,1 @@
+"""Linear algebra of curvature: a problem, its Hessian, operators on it, and their extreme eigenvalues."""

@@ -1,0 +1,243 @@
+"""Hessian-vector products, exact, by three routes; the fastest that agrees on the real problem is used.
+
+Reverse over forward, `torch.func.linearize` and `functional_call` under gradient checkpointing are
+silently wrong on common models (pytorch#196700) and are not among them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvcli.curvature.problem import Problem
+from curvcli.errors import UnsupportedError
+
+Mode = Literal["kept", "fresh", "forward"]
+MODES: tuple[Mode, ...] = ("kept", "fresh", "forward")
+
+
+class HVP(Protocol):
+    """Products with the Hessian of a problem's mean loss, restricted to named parameters."""
+
+    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        """H v for v zero outside `names`, read off at `names`; tensors in the parameters' shapes."""
+        ...
+
+    def subset(self, indices: Sequence[int]) -> HVP:
+        """The same for the mean loss over some of the batches."""
+        ...
+
+
+def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None], weight: float) -> None:
+    for accumulated, part in zip(total, parts, strict=True):
+        if part is not None:
+            accumulated.add_(part, alpha=weight)
+
+
+class KeptGraph:
+    """Double backward through a gradient graph that is built once per batch and kept.
+
+    Cheapest per product, and holds the activations of every batch. One graph of all parameters
+    serves every restriction: autograd walks only what leads from the named gradients to the named
+    parameters, so the last block costs a fraction of the whole.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.weights = problem.weights
+        self.parameters = problem.parameters
+        inputs = list(self.parameters.values())
+        self.gradients: list[dict[str, Tensor]] = []
+        for i in range(len(problem.batches)):
+            parts = torch.autograd.grad(problem.batch_loss(i), inputs, create_graph=True, allow_unused=True)
+            self.gradients.append({n: g for n, g in zip(self.parameters, parts, strict=True) if g is not None})
+
+    def subset(self, indices: Sequence[int]) -> KeptGraph:
+        part = copy(self)
+        total = sum(self.weights[i] for i in indices)
+        part.weights = [self.weights[i] / total for i in indices]
+        part.gradients = [self.gradients[i] for i in indices]
+        return part
+
+    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        inputs = [self.parameters[n] for n in names]
+        total = [torch.zeros_like(p) for p in inputs]
+        for weight, gradients in zip(self.weights, self.gradients, strict=True):
+            pairs = [
+                (gradients[n], t)
+                for n, t in zip(names, tangents, strict=True)
+                if n in gradients and gradients[n].requires_grad
+            ]
+            if not pairs:
+                continue
+            outputs, vectors = zip(*pairs, strict=True)
+            parts = torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
+            _accumulate(total, parts, weight)
+        return total
+
+
+class FreshGraph:
+    """Double backward, forward and gradient recomputed for every product: one batch in memory at a time."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.parameters = problem.parameters
+
+    def subset(self, indices: Sequence[int]) -> FreshGraph:
+        return FreshGraph(self.problem.subset(indices))
+
+    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        inputs = [self.parameters[n] for n in names]
+        total = [torch.zeros_like(p) for p in inputs]
+        for i, weight in enumerate(self.problem.weights):
+            gradients = torch.autograd.grad(
+                self.problem.batch_loss(i), inputs, create_graph=True, allow_unused=True
+            )
+            pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
+            if not pairs:
+                continue
+            outputs, vectors = zip(*pairs, strict=True)
+            _accumulate(total, torch.autograd.grad(outputs, inputs, vectors, allow_unused=True), weight)
+        return total
+
+
+class ForwardOverReverse:
+    """jvp of the gradient. Fails on models with old custom autograd functions (Bloom, grouped_mm experts)."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.parameters = problem.parameters
+
+    def subset(self, indices: Sequence[int]) -> ForwardOverReverse:
+        return ForwardOverReverse(self.problem.subset(indices))
+
+    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        inputs = tuple(self.parameters[n].detach() for n in names)
+        total = [torch.zeros_like(p) for p in inputs]
+        for i, weight in enumerate(self.problem.weights):
+
+            def loss(*values: Tensor, batch: object = self.problem.batches[i]) -> Tensor:
+                stand_in = _StandIn(self.problem.model, dict(zip(names, values, strict=True)))
+                return self.problem.loss(stand_in, batch)
+
+            with self.problem.scope(), sdpa_kernel(SDPBackend.MATH):
+                _, parts = jvp(grad(loss, argnums=tuple(range(len(inputs)))), inputs, tuple(tangents))
+            _accumulate(total, parts, weight)
+        return total
+
+
+class _StandIn(nn.Module):
+    """The model with some parameters substituted, for a loss that calls it.
+
+    A loss that reaches inside the model instead (`model.head(x)`) would bypass the substitution and
+    be silently wrong, so any other attribute is an error here, and another mode is taken.
+    """
+
+    def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.__dict__["_call"] = lambda *a, **k: functional_call(model, values, a, k, tie_weights=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_call"](*args, **kwargs)
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def graph_bytes(problem: Problem) -> int:
+    """Bytes that the kept graph of the first batch holds, counted once per storage as it is saved."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = list(problem.parameters.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept = torch.autograd.grad(problem.batch_loss(0), inputs, create_graph=True, allow_unused=True)
+    del kept
+    return sum(seen.values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The mode taken and why: seconds per product on the first batch by mode, or why a mode fell out."""
+
+    mode: Mode
+    seconds: dict[Mode, float]
+    refused: dict[Mode, str]
+
+
+def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: float = float("inf")) -> Choice:
+    """Time the exact modes on the first batch and take the fastest that agrees with fresh double backward.
+
+    Args:
+        problem: what will be measured.
+        mode: a mode to insist on, or "auto".
+        memory: bytes that kept graphs of all batches may take.
+
+    Raises:
+        UnsupportedError: no mode works, or none agrees.
+    """
+    first = problem.subset([0])
+    names = list(problem.parameters)
+    generator = torch.Generator().manual_seed(0)
+    tangents = [
+        torch.randn(p.shape, generator=generator).to(p) / max(p.numel(), 1) ** 0.5
+        for p in problem.parameters.values()
+    ]
+    seconds: dict[Mode, float] = {}
+    refused: dict[Mode, str] = {}
+    try:
+        reference = FreshGraph(first).product(names, tangents)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(
+            f"this model has no second derivative here: {str(error).splitlines()[0][:200]}",
+            hint="use eager or math attention, and pass the model without torch.compile or checkpointing",
+        ) from error
+    scale = float(_norm(reference))
+    for candidate in MODES if mode == "auto" else (mode,):
+        if candidate == "kept" and (need := graph_bytes(first) * len(problem.batches)) > memory:
+            refused[candidate] = f"its graphs would hold {need / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
+            continue
+        try:
+            engine = build(first, candidate)
+            answer = engine.product(names, tangents)
+            _sync(tangents[0].device)
+            start = time.perf_counter()
+            engine.product(names, tangents)
+            _sync(tangents[0].device)
+            seconds[candidate] = time.perf_counter() - start
+        except Exception as error:  # whatever a model's own code raises under this mode rules the mode out
+            refused[candidate] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            continue
+        difference = float(_norm([a - b for a, b in zip(answer, reference, strict=True)]))
+        if not difference <= 1e-3 * max(scale, 1e-30):
+            refused[candidate] = f"differs from double backward by {difference / max(scale, 1e-30):.1e}"
+            del seconds[candidate]
+    if not seconds:
+        raise UnsupportedError(
+            "no exact mode of Hessian-vector products works on this model: "
+            + ", ".join(f"{m}: {why}" for m, why in refused.items()),
+            hint="try --mode fresh with smaller --batch-size",
+        )
+    return Choice(min(seconds, key=seconds.__getitem__), seconds, refused)
+
+
+def build(problem: Problem, mode: Mode) -> HVP:
+    """The product engine of a mode. Building "kept" costs about two gradients."""
+    return {"kept": KeptGraph, "fresh": FreshGraph, "forward": ForwardOverReverse}[mode](problem)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt()

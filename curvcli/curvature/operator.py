@@ -1,0 +1,87 @@
+"""Symmetric operators: all that an eigensolver may know of a curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from curvcli.curvature.hvp import HVP
+
+
+class Operator(Protocol):
+    """A real symmetric operator on vectors of one size."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Image of a vector of shape (size,)."""
+        ...
+
+
+class DenseOperator:
+    """A symmetric matrix as an operator."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.size, self.dtype, self.device = matrix.shape[0], matrix.dtype, matrix.device
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self.matrix @ vector
+
+
+class PreconditionedHessian:
+    """S^(1/2) (H + L) S^(1/2) restricted to named parameters, on flat vectors.
+
+    With S = P^(-1) this is the preconditioned Hessian G (arXiv 2606.16768). L is the diagonal that a
+    coupled (not decoupled) weight decay adds to the Hessian.
+
+    Args:
+        hvp: products with H.
+        names: the parameters that move; order of the flat vector.
+        scale: root of S for each name, in the parameter's shape.
+        decay: coupled weight decay for each name (absent means 0).
+    """
+
+    def __init__(
+        self, hvp: HVP, names: Sequence[str], scale: dict[str, Tensor], decay: dict[str, float] | None = None
+    ) -> None:
+        if not names:
+            raise ValueError("an operator needs at least one parameter")
+        self.hvp, self.names = hvp, tuple(names)
+        self.scale = [scale[n] for n in names]
+        self.decay = [(decay or {}).get(n, 0.0) for n in names]
+        self.sizes = [s.numel() for s in self.scale]
+        self.size = sum(self.sizes)
+        self.dtype, self.device = self.scale[0].dtype, self.scale[0].device
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A flat vector as tensors in the parameters' shapes (views)."""
+        return [v.view(s.shape) for v, s in zip(vector.split(self.sizes), self.scale, strict=True)]
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Inverse of `split`."""
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        tangents = [s * v for s, v in zip(self.scale, self.split(vector), strict=True)]
+        images = self.hvp.product(self.names, tangents)
+        return self.flatten(
+            [
+                s * (image.detach() + weight * t if weight else image.detach())
+                for s, image, t, weight in zip(self.scale, images, tangents, self.decay, strict=True)
+            ]
+        )
+
+    def carry(self, vector: Tensor, names: Sequence[str], sizes: dict[str, int]) -> Tensor:
+        """A flat vector over other `names` (of `sizes`): cut to this operator's, padded with zeros."""
+        pieces = dict(zip(names, vector.split([sizes[n] for n in names]), strict=True))
+        return torch.cat(
+            [pieces[n] if n in pieces else vector.new_zeros(size) for n, size in zip(self.names, self.sizes, strict=True)]
+        )

@@ -1,0 +1,143 @@
+"""The frozen function whose curvature is measured: a model, a loss and weighted batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, ContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvcli.errors import UnsupportedError, UsageError
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The stack of layers of a model: `parent.<attribute>` holds `modules` in order of depth.
+
+    `prefix` is the stack's dotted module path, without the wrappers' `_orig_mod.` and `module.`.
+    """
+
+    parent: nn.Module
+    attribute: str
+    modules: tuple[nn.Module, ...]
+    prefix: str
+
+    @contextmanager
+    def truncated(self, depth: int) -> Iterator[None]:
+        """Within the context the model has its first `depth` blocks only; the rest are identities.
+
+        The list is shortened rather than its members replaced: models read attributes of their
+        blocks while they loop, and blocks differ in what they return.
+        """
+        stack = getattr(self.parent, self.attribute)
+        short = type(stack)(*self.modules[:depth]) if isinstance(stack, nn.Sequential) else nn.ModuleList(
+            self.modules[:depth]
+        )
+        setattr(self.parent, self.attribute, short)
+        try:
+            yield
+        finally:
+            setattr(self.parent, self.attribute, stack)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Mean loss over a frozen shard, as a function of the model's parameters.
+
+    Args:
+        model: in evaluation mode; its parameters are read in place and never changed.
+        loss: `loss(model, batch)` is the mean loss over that batch (a scalar tensor).
+        batches: the shard, cut into what one forward pass takes.
+        weights: share of each batch in the mean, summing to 1: its token count over the shard's.
+    """
+
+    model: nn.Module
+    loss: Loss
+    batches: Sequence[Any]
+    weights: Sequence[float]
+    scope: Callable[[], ContextManager[None]] = field(default=nullcontext, repr=False)
+
+    @classmethod
+    def create(
+        cls, model: nn.Module, loss: Loss, batches: Sequence[Any], weights: Sequence[float] | None = None
+    ) -> Problem:
+        """Freeze dropout and check the weights. Raises UsageError where they cannot be told."""
+        if not batches:
+            raise UsageError("no batches were given", hint="pass at least one batch of data")
+        if weights is None:
+            if len({_rows(batch) for batch in batches}) > 1:
+                raise UsageError(
+                    "batches differ in size and no weights were given",
+                    hint="pass weights=[number of predictions in each batch]",
+                )
+            weights = [1.0] * len(batches)
+        if len(weights) != len(batches) or min(weights) <= 0:
+            raise UsageError(
+                f"{len(weights)} weights for {len(batches)} batches", hint="give each batch one positive weight"
+            )
+        total = float(sum(weights))
+        model.eval()  # dropout makes two products of the same vector differ by more than half
+        return cls(model, loss, list(batches), [float(w) / total for w in weights])
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Name to parameter, tied ones once, in `named_parameters` order; only those that are trained."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def batch_loss(self, index: int) -> Tensor:
+        """Mean loss of one batch, differentiable twice."""
+        # Fused attention kernels have no second derivative; MATH is only needed around the forward.
+        with self.scope(), sdpa_kernel(SDPBackend.MATH):
+            value = self.loss(self.model, self.batches[index])
+        if value.dim() != 0:
+            raise UsageError(
+                f"the loss returned a tensor of shape {tuple(value.shape)}", hint="return the mean loss, a scalar"
+            )
+        return value
+
+    def mean_loss(self) -> float:
+        """Mean loss over the shard."""
+        with torch.no_grad():
+            return sum(w * float(self.batch_loss(i)) for i, w in enumerate(self.weights))
+
+    def subset(self, indices: Sequence[int]) -> Problem:
+        """The same function on some of the batches, weights renormalised."""
+        weights = [self.weights[i] for i in indices]
+        total = sum(weights)
+        return replace(self, batches=[self.batches[i] for i in indices], weights=[w / total for w in weights])
+
+    def truncated(self, blocks: Blocks, depth: int) -> Problem:
+        """The network whose blocks from `depth` on are identities (curvature.md, cumulative truncated)."""
+        return replace(self, scope=lambda: blocks.truncated(depth))
+
+
+def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
+    """Gradient of the mean loss for the named parameters, in their shapes (zeros where unused)."""
+    parameters = problem.parameters
+    chosen = [parameters[n] for n in names]
+    total = [torch.zeros_like(p) for p in chosen]
+    for i, weight in enumerate(problem.weights):
+        parts = torch.autograd.grad(problem.batch_loss(i), chosen, allow_unused=True)
+        for accumulated, part in zip(total, parts, strict=True):
+            if part is not None:
+                accumulated.add_(part, alpha=weight)
+    if not all(torch.isfinite(g).all() for g in total):
+        raise UnsupportedError(
+            "the gradient of the loss is not finite on this data",
+            hint="check the data and the weights: a run in this state has already diverged",
+        )
+    return total
+
+
+def _rows(batch: Any) -> tuple[int, ...] | None:
+    """Shape of the first tensor found in a batch; equal shapes stand for equal numbers of predictions."""
+    if isinstance(batch, Tensor):
+        return tuple(batch.shape)
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((shape for value in values if (shape := _rows(value)) is not None), None)

@@ -1,0 +1,34 @@
+"""What can go wrong, said once: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class CurvError(Exception):
+    """Base of every error that the user can act on. The command line turns it into exit code 2.
+
+    Args:
+        message: what is wrong and where, in one line.
+        hint: what to do about it, in one line.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        # One line, whatever a library's own message holds: the terminal and CI logs rely on it.
+        text = f"{self.message}; {self.hint}" if self.hint else self.message
+        return " ".join(text.split())
+
+
+class UsageError(CurvError):
+    """The arguments contradict each other or the model."""
+
+
+class InputError(CurvError):
+    """A file is missing, damaged, hostile, or does not hold what was expected."""
+
+
+class UnsupportedError(CurvError):
+    """The input was understood, and the measurement does not exist for it."""

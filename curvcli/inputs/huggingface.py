@@ -1,0 +1,175 @@
+"""Checkpoint directories of transformers: the Trainer's, and plain save_pretrained ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from curvcli.errors import InputError, UnsupportedError
+from curvcli.inputs.base import Checkpoint, OptimizerFile, TensorInfo
+from curvcli.inputs.mapping import map_state, matrix_order, single_order, summary, trainer_order
+from curvcli.inputs.safe import check_finite, load_pickle, read_json, safetensors_header
+
+_INDEX = "model.safetensors.index.json"
+
+
+class HuggingFaceReader:
+    """config.json with model.safetensors (or shards and an index, or an old pytorch_model.bin)."""
+
+    def accepts(self, path: Path) -> bool:
+        return path.is_dir() and (path / "config.json").exists()
+
+    def read(self, path: Path) -> Checkpoint:
+        config = read_json(path / "config.json")
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            raise InputError(f"{path / 'config.json'} names no model_type", hint="it is not a transformers configuration")
+        state = self._trainer_state(path)
+        optimizer = path / "optimizer.pt"
+        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+        context = text.get("max_position_embeddings") or text.get("n_positions")
+        architectures = config.get("architectures") or [config["model_type"]]
+        has_tokenizer = any((path / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+        return Checkpoint(
+            path=path,
+            format="trainer" if state is not None or optimizer.exists() else "pretrained",
+            architecture=str(architectures[0]),
+            tensors=tuple(self._tensors(path)),
+            model=lambda: _build(path),
+            optimizer=OptimizerFile(
+                optimizer,
+                lambda model: map_state(
+                    load_pickle(optimizer), model, (trainer_order, matrix_order, single_order), path=optimizer
+                ),
+                lambda: summary(load_pickle(optimizer, meta=True), optimizer),
+            )
+            if optimizer.exists()
+            else None,
+            step=_integer(state, "global_step"),
+            vocabulary=int(text.get("vocab_size") or 0),
+            context=int(context) if isinstance(context, int) else None,
+            last_lr=_last_lr(state),
+            tokenizer=path if has_tokenizer else None,
+            notes=_clipping(state),
+        )
+
+    def _trainer_state(self, path: Path) -> dict[str, Any] | None:
+        file = path / "trainer_state.json"
+        if not file.exists():
+            return None
+        state = read_json(file)
+        if not isinstance(state, dict):
+            raise InputError(f"{file} is not a trainer state", hint="copy the file again")
+        return state
+
+    def _tensors(self, path: Path) -> list[TensorInfo]:
+        if (path / _INDEX).exists():
+            index = read_json(path / _INDEX)
+            shards = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+                raise InputError(f"{path / _INDEX} has no weight_map", hint="copy the file again")
+            found: list[TensorInfo] = []
+            for shard in sorted(set(shards.values())):
+                if Path(shard).name != shard or shard in ("", ".", ".."):
+                    raise InputError(f"{path / _INDEX} points outside its directory: {shard!r}", hint="do not trust this checkpoint")
+                if not (path / shard).is_file():
+                    raise InputError(f"{path / shard} is named in {_INDEX} and missing", hint="copy the missing shard")
+                found += safetensors_header(path / shard)
+            missing = sorted(set(shards) - {t.name for t in found})
+            if missing:
+                raise InputError(f"{missing[0]} is named in {_INDEX} and in no shard", hint="copy the shards again")
+            return found
+        if (path / "model.safetensors").exists():
+            return safetensors_header(path / "model.safetensors")
+        if (path / "pytorch_model.bin").exists():
+            weights = load_pickle(path / "pytorch_model.bin", meta=True)
+            if not isinstance(weights, dict) or not all(hasattr(t, "shape") for t in weights.values()):
+                raise InputError(f"{path / 'pytorch_model.bin'} holds no weights by name", hint="use another checkpoint")
+            return [TensorInfo(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in weights.items()]
+        raise InputError(
+            f"{path} has a config.json and no weights (model.safetensors, {_INDEX}, pytorch_model.bin)",
+            hint="copy the weights beside it",
+        )
+
+
+def causal_lm(config: Any, where: object) -> type[Any]:
+    """transformers' causal language model class for a configuration. Raises UnsupportedError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = (getattr(config, "architectures", None) or [None])[0]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if known is None or (named is not None and named not in known):
+        raise UnsupportedError(
+            f"{where} is a {named or config.model_type}, no causal language model that transformers knows",
+            hint="use curvcli.analyze(model, loss, batches, optimizer) from Python for other models",
+        )
+    return AutoModelForCausalLM
+
+
+def _build(path: Path) -> nn.Module:
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    previous = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        model, info = causal_lm(config, path).from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (InputError, UnsupportedError):
+        raise
+    except Exception as error:  # transformers raises every kind there is; all mean the same to the user
+        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"transformers cannot build the model in {path}: {text[:240]}",
+            hint="check config.json and the weights, or the installed transformers' version",
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(previous)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            name = sorted(str(k) for k in info[kind])[0]
+            raise InputError(
+                f"{len(info[kind])} weights of {path} are {kind.split('_')[0]}, first {name}",
+                hint="transformers would fill them with random numbers: complete the checkpoint",
+            )
+    model.config.use_cache = False
+    check_finite(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _integer(state: dict[str, Any] | None, key: str) -> int | None:
+    value = (state or {}).get(key)
+    return value if isinstance(value, int) else None
+
+
+def _log(state: dict[str, Any] | None) -> list[dict[str, Any]]:
+    history = (state or {}).get("log_history")
+    return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+
+
+def _last_lr(state: dict[str, Any] | None) -> float | None:
+    rates = [e["learning_rate"] for e in _log(state) if isinstance(e.get("learning_rate"), (int, float))]
+    return next((float(r) for r in reversed(rates) if r > 0), None)
+
+
+def _clipping(state: dict[str, Any] | None) -> dict[str, str]:
+    norms = [e["grad_norm"] for e in _log(state) if isinstance(e.get("grad_norm"), (int, float))]
+    over = sum(n > 1 for n in norms)
+    if not over:
+        return {}
+    return {
+        "clipped-moments": f"{over} of {len(norms)} logged gradient norms exceed 1.0, the Trainer's default max_grad_norm: "
+        "with clipping on, the second moment is of clipped gradients, which raises lambda as the optimizer sees it"
+    }

@@ -1,0 +1,141 @@
+"""Optimizer state by index to optimizer state by parameter name, proved by lengths and shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from curvcli.errors import InputError
+from curvcli.optimizers.base import Group, OptimizerView
+
+Order = Callable[[nn.Module], list[list[str]]]
+
+# Trainer.get_decay_parameter_names of transformers 5; release 4 knew "bias" and the norm classes alone,
+# which gives the same split wherever norms are one-dimensional.
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
+
+
+def trainer_order(model: nn.Module) -> list[list[str]]:
+    """transformers' Trainer: decayed parameters, then the rest."""
+    plain = {f"{m}.{p}" if m else p for m, mod in model.named_modules() if isinstance(mod, nn.LayerNorm)
+             for p, _ in mod.named_parameters(recurse=False)}
+    return _split(model, lambda name, p: not (_NO_DECAY.search(name) or name in plain))
+
+
+def matrix_order(model: nn.Module) -> list[list[str]]:
+    """nanoGPT and many others: matrices, then vectors."""
+    return _split(model, lambda name, p: p.dim() >= 2)
+
+
+def single_order(model: nn.Module) -> list[list[str]]:
+    """model.parameters() in one group."""
+    return [[n for n, p in model.named_parameters() if p.requires_grad]]
+
+
+def _split(model: nn.Module, first: Callable[[str, Tensor], bool]) -> list[list[str]]:
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [[n for n, p in trained if first(n, p)], [n for n, p in trained if not first(n, p)]]
+
+
+def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path: object) -> OptimizerView:
+    """A torch optimizer's state_dict with names.
+
+    Names in the file win. Otherwise each order is tried; one is taken where group lengths and every
+    state shape fit, and orders that fit must agree.
+
+    Raises:
+        InputError: no order fits, or two fit and differ; says what was tried.
+    """
+    groups, state = check_document(document, path)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    tried: list[str] = []
+    fits: list[list[list[str]]] = []
+    if all("param_names" in g for g in groups):
+        candidates: list[tuple[str, list[list[str]]]] = [("names in the file", [list(g["param_names"]) for g in groups])]
+    else:
+        candidates = [(order.__name__.removesuffix("_order"), order(model)) for order in orders]
+    for label, names in candidates:
+        problem = _mismatch(names, groups, state, parameters)
+        if problem:
+            tried.append(f"{label}: {problem}")
+        elif names not in fits:
+            fits.append(names)
+    if not fits:
+        raise InputError(
+            f"optimizer state in {path} does not fit the model ({'; '.join(tried)})",
+            hint="it belongs to another model, or its parameters were grouped in a way that is not known here",
+        )
+    if len(fits) > 1:
+        raise InputError(
+            f"optimizer state in {path} fits the model in {len(fits)} orders of parameters, and a guess could be wrong",
+            hint="save the optimizer built from model.named_parameters(), so that the file has the names",
+        )
+    names = fits[0]
+    entries: dict[str, Any] = {}
+    for group, members in zip(groups, names, strict=True):
+        for index, name in zip(group["params"], members, strict=True):
+            if index in state:
+                entries[name] = state[index]
+    return OptimizerView(
+        tuple(
+            Group(tuple(members), {k: v for k, v in group.items() if k not in ("params", "param_names")})
+            for group, members in zip(groups, names, strict=True)
+        ),
+        entries,
+    )
+
+
+def check_document(document: Any, path: object) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """Groups and state of a torch optimizer's state_dict. Raises InputError where it is none."""
+    try:
+        groups, state = document["param_groups"], document["state"]
+        fine = (
+            isinstance(groups, list)
+            and bool(groups)
+            and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+            and isinstance(state, dict)
+            and all(isinstance(s, dict) for s in state.values())
+        )
+    except (TypeError, KeyError, IndexError):
+        fine = False
+    if not fine:
+        raise InputError(
+            f"{path} holds no torch optimizer state (param_groups and state)",
+            hint="point at a checkpoint that a torch optimizer was saved into",
+        )
+    return groups, state
+
+
+def summary(document: Any, path: object) -> dict[str, object]:
+    """For people: number of states, their entries, the first group's hyperparameters."""
+    groups, state = check_document(document, path)
+    first = groups[0]
+    shown = ("lr", "betas", "eps", "weight_decay", "momentum", "alpha", "nesterov")
+    return {
+        "parameters with state": len(state),
+        "state entries": sorted({key for entry in state.values() for key in entry}),
+        "groups": len(groups),
+        **{key: first[key] for key in shown if key in first},
+    }
+
+
+def _mismatch(
+    names: list[list[str]],
+    groups: list[dict[str, Any]],
+    state: dict[Any, dict[str, Any]],
+    parameters: dict[str, Tensor],
+) -> str | None:
+    lengths, expected = [len(g["params"]) for g in groups], [len(n) for n in names]
+    if lengths != expected:
+        return f"groups of {lengths} parameters, the model gives {expected}"
+    for group, members in zip(groups, names, strict=True):
+        for index, name in zip(group["params"], members, strict=True):
+            if name not in parameters:
+                return f"no parameter {name}"
+            for key, value in state.get(index, {}).items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[name].shape:
+                    return f"{key} {index} has shape {tuple(value.shape)}, {name} has {tuple(parameters[name].shape)}"
+    return None

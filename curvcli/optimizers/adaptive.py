@@ -1,0 +1,62 @@
+"""RMSprop and Adagrad: gradients divided by a root of their squares' average or sum."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from curvcli.optimizers.base import Group, OptimizerView, State, moment
+
+
+class RMSprop:
+    """Cohen et al., arXiv 2207.14484: threshold 2/lr, (2 + 2b)/lr with momentum."""
+
+    def matches(self, view: OptimizerView) -> bool:
+        return view.name in (None, "RMSprop") and "square_avg" in view.keys and "acc_delta" not in view.keys
+
+    def name(self, view: OptimizerView) -> str:
+        return "RMSprop"
+
+    def preconditioner(self, group: Group, state: State) -> Tensor:
+        square = moment(state, "square_avg")
+        if group.options.get("centered"):
+            square = (square - state["grad_avg"].to(square).square()).clamp_min(0)
+        return square.sqrt() + group.number("eps", 1e-8)
+
+    def gain(self, group: Group, state: State) -> float:
+        return 1 / (1 + group.number("momentum", 0.0))
+
+    def rate(self, group: Group, state: State) -> float:
+        return group.number("lr")
+
+    def decoupled(self, group: Group) -> bool:
+        return False
+
+    def momentum(self, group: Group, state: State) -> Tensor | None:
+        buffer = state.get("momentum_buffer")
+        # PyTorch's buffer holds gradients that were divided already: undo it, for the caller divides again.
+        return None if buffer is None else buffer * self.preconditioner(group, state)
+
+
+class Adagrad:
+    """Threshold 2/lr with lr decayed as torch/optim/adagrad.py does: lr / (1 + (t - 1) lr_decay)."""
+
+    def matches(self, view: OptimizerView) -> bool:
+        return view.name in (None, "Adagrad") and "sum" in view.keys
+
+    def name(self, view: OptimizerView) -> str:
+        return "Adagrad"
+
+    def preconditioner(self, group: Group, state: State) -> Tensor:
+        return moment(state, "sum").sqrt() + group.number("eps", 1e-10)
+
+    def gain(self, group: Group, state: State) -> float:
+        return 1.0
+
+    def rate(self, group: Group, state: State) -> float:
+        return group.number("lr") / (1 + (float(state["step"]) - 1) * group.number("lr_decay", 0.0))
+
+    def decoupled(self, group: Group) -> bool:
+        return False
+
+    def momentum(self, group: Group, state: State) -> None:
+        return None

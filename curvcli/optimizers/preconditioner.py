@@ -1,0 +1,196 @@
+"""The preconditioner and the threshold of a whole model, any mix of parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvcli.curvature.problem import Problem
+from curvcli.errors import InputError, UsageError
+from curvcli.optimizers import rule_for
+from curvcli.optimizers.base import Group, OptimizerView
+
+Kind = Literal["checkpoint", "estimated", "none"]
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """The metric in which an optimizer sees curvature.
+
+    With per-parameter thresholds T_p = (2/lr_p - wd_p)/g_p(-1), instability along an eigenvector
+    of period two begins where the largest eigenvalue of (T P)^(-1/2) H (T P)^(-1/2) is 1, whatever
+    the mix of groups: that eigenvalue is rho. `scale` holds sqrt(T/(T_p P_p)) with T, `threshold`,
+    that of the largest group, so that operator eigenvalues are lambda and rho = lambda / threshold.
+
+    Attributes:
+        scale: root of the inverse metric by parameter name, in its shape; 0 where nothing moves.
+        decay: coupled weight decay by name, which belongs to the Hessian.
+        direction: the optimizer's own step direction lr_p/lr P^(-1) m by name, or None without state.
+        threshold: of lambda; None without a learning rate.
+        rate: learning rate of the largest group, None when unknown.
+        idle: entries of parameters that never got a gradient (second moment exactly 0).
+        left_out: parameters in no group or without state, which the optimizer does not move.
+    """
+
+    kind: Kind
+    name: str
+    scale: Mapping[str, Tensor]
+    decay: Mapping[str, float]
+    direction: Mapping[str, Tensor] | None
+    threshold: float | None
+    rate: float | None
+    options: Mapping[str, Any]
+    step: int | None
+    idle: int = 0
+    left_out: tuple[str, ...] = ()
+
+
+def identity(parameters: Mapping[str, Tensor]) -> Preconditioner:
+    """The Hessian itself: no metric and no threshold."""
+    ones = {n: torch.ones_like(p) for n, p in parameters.items()}
+    return Preconditioner("none", "none", ones, {}, None, None, None, {}, None)
+
+
+def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind = "checkpoint") -> Preconditioner:
+    """Metric and threshold from optimizer state.
+
+    Raises:
+        InputError: a state tensor does not fit its parameter, or is not finite or negative.
+        UnsupportedError: the optimizer has no rule, or no threshold exists for it.
+    """
+    rule = rule_for(view)
+    stateful = bool(view.state)
+    members = [
+        (name, group)
+        for group in view.groups
+        for name in group.names
+        if name in parameters and (not stateful or name in view.state)
+    ]
+    if not members:
+        raise InputError("the optimizer moves no parameter of this model", hint="check that model and state belong together")
+    for name, _ in members:
+        _check(name, parameters[name], view.state.get(name, {}))
+    sizes: dict[int, int] = {}
+    for name, group in members:
+        sizes[id(group)] = sizes.get(id(group), 0) + parameters[name].numel()
+    lead_name, lead = max(members, key=lambda member: sizes[id(member[1])])
+    state = view.state.get(lead_name, {})
+    rate = rule.rate(lead, state) if lead.options.get("lr") is not None else None
+
+    def threshold(name: str, group: Group) -> float:
+        entry = view.state.get(name, {})
+        own = rule.rate(group, entry)
+        wd = group.number("weight_decay", 0.0) if rule.decoupled(group) else 0.0
+        if not own > 0:
+            raise UsageError(f"the learning rate of a parameter group is {own}", hint="pass the one in force with --lr")
+        if not 2 / own > wd:
+            raise UsageError(
+                f"learning rate {own:g} times weight decay {wd:g} is 2 or more: the decay alone diverges",
+                hint="check --lr and --weight-decay",
+            )
+        return (2 / own - wd) / rule.gain(group, entry)
+
+    reference = threshold(lead_name, lead) if rate is not None else None
+    scale: dict[str, Tensor] = {}
+    direction: dict[str, Tensor] = {}
+    decay: dict[str, float] = {}
+    idle = 0
+    for name, group in members:
+        entry = view.state.get(name, {})
+        parameter = parameters[name]
+        metric = rule.preconditioner(group, entry)
+        relative = threshold(name, group) / reference if reference is not None else 1.0
+        if metric is None:
+            scale[name] = torch.full_like(parameter, relative**-0.5)
+        else:
+            metric = metric.to(parameter)
+            root = (metric * relative).rsqrt()
+            never = _second_moment(entry) == 0
+            # An entry that never had a gradient divides by eps alone until its first one comes; the
+            # optimizer has not moved along it, and its curvature would be 1/eps times anything.
+            idle += int(never.sum())
+            scale[name] = torch.where(never.to(parameter.device), torch.zeros_like(root), root)
+        if not rule.decoupled(group):
+            decay[name] = group.number("weight_decay", 0.0)
+        m = rule.momentum(group, entry) if entry else None
+        if m is not None and rate is not None:
+            u = m.to(parameter) if metric is None else m.to(parameter) / metric
+            direction[name] = u * (rule.rate(group, entry) / rate)
+    moved = {name for name, _ in members}
+    return Preconditioner(
+        kind="none" if all(rule.preconditioner(g, view.state.get(n, {})) is None for n, g in members[:1]) else kind,
+        name=rule.name(view),
+        scale=scale,
+        decay=decay,
+        direction=direction if len(direction) == len(members) and kind == "checkpoint" else None,
+        threshold=reference,
+        rate=rate,
+        options=lead.options,
+        step=view.step if kind == "checkpoint" else None,
+        idle=idle,
+        left_out=tuple(n for n in parameters if n not in moved),
+    )
+
+
+def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
+    """Adam's state as the shard's gradients suggest it: v is the mean over batches of squared gradients.
+
+    A stand-in for state that was not saved: the true v averages the squares of (clipped) gradients
+    of training batches, whose size differs, over past weights. Step is taken as large.
+    """
+    parameters = problem.parameters
+    names, tensors = list(parameters), list(parameters.values())
+    squares = [torch.zeros_like(p) for p in tensors]
+    means = [torch.zeros_like(p) for p in tensors]
+    for i, weight in enumerate(problem.weights):
+        parts = torch.autograd.grad(problem.batch_loss(i), tensors, allow_unused=True)
+        for square, mean, part in zip(squares, means, parts, strict=True):
+            if part is not None:
+                square.add_(part.square(), alpha=weight)
+                mean.add_(part, alpha=weight)
+    state = {n: {"step": 1e9, "exp_avg": m, "exp_avg_sq": s} for n, m, s in zip(names, means, squares, strict=True)}
+    return OptimizerView((Group(tuple(names), options),), state, "AdamW")
+
+
+def override(view: OptimizerView, **options: Any) -> OptimizerView:
+    """The view with hyperparameters replaced in every group; None leaves the checkpoint's."""
+    given = {k: v for k, v in options.items() if v is not None}
+    return replace(view, groups=tuple(Group(g.names, {**g.options, **given}) for g in view.groups))
+
+
+def live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> OptimizerView:
+    """View of an optimizer in memory, by the identity of its parameters."""
+    names = {id(p): n for n, p in parameters.items()}
+    groups = tuple(
+        Group(
+            tuple(names[id(p)] for p in group["params"] if id(p) in names),
+            {k: v for k, v in group.items() if k != "params"},
+        )
+        for group in optimizer.param_groups
+    )
+    state = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names and entry}
+    return OptimizerView(groups, state, type(optimizer).__name__)
+
+
+def _second_moment(entry: Mapping[str, Any]) -> Tensor:
+    return next(entry[k] for k in ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum") if k in entry)  # type: ignore[no-any-return]
+
+
+def _check(name: str, parameter: Tensor, entry: Mapping[str, Any]) -> None:
+    for key, value in entry.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if value.shape != parameter.shape:
+            raise InputError(
+                f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}",
+                hint="the state belongs to another model or another order of parameters",
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"optimizer state {key!r} of {name} holds NaN or inf",
+                hint="the run has already diverged or the file is damaged: use an earlier checkpoint",
+            )

@@ -1,0 +1,38 @@
+"""Stochastic gradient descent: plain, heavy ball, dampened, Nesterov."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from curvcli.optimizers.base import Group, OptimizerView, State
+
+
+class SGD:
+    """Cohen et al., arXiv 2103.00065: threshold 2/lr, (2 + 2b)/lr with PyTorch's heavy ball."""
+
+    def matches(self, view: OptimizerView) -> bool:
+        if view.name is not None:
+            return view.name == "SGD"
+        options = [set(g.options) for g in view.groups]
+        return view.keys <= {"momentum_buffer"} and all({"dampening", "nesterov", "momentum"} <= o for o in options)
+
+    def name(self, view: OptimizerView) -> str:
+        return "SGD"
+
+    def preconditioner(self, group: Group, state: State) -> None:
+        return None
+
+    def gain(self, group: Group, state: State) -> float:
+        b = group.number("momentum", 0.0)
+        if group.options.get("nesterov"):
+            return (1 + 2 * b) / (1 + b)
+        return (1 - group.number("dampening", 0.0)) / (1 + b) if b else 1.0
+
+    def rate(self, group: Group, state: State) -> float:
+        return group.number("lr")
+
+    def decoupled(self, group: Group) -> bool:
+        return False
+
+    def momentum(self, group: Group, state: State) -> Tensor | None:
+        return state.get("momentum_buffer")

@@ -1,0 +1,34 @@
+"""Markdown, for an issue or a merge request."""
+
+from __future__ import annotations
+
+from curvcli.report.frame import frame, number
+from curvcli.results import Report
+
+
+def markdown(report: Report) -> str:
+    """Verdict, findings and the table of estimates."""
+    lines = [
+        f"## curv: {report.verdict}",
+        "",
+        f"`{report.checkpoint.path}`, step {report.checkpoint.step if report.checkpoint.step is not None else 'unknown'}, "
+        f"{report.optimizer.name}, lr {number(report.optimizer.lr)}, preconditioner {report.optimizer.preconditioner}, "
+        f"{report.data.tokens:,} tokens",
+        "",
+        *(f"- **{finding.code}** ({finding.severity}): {_escape(finding.message)}" for finding in report.findings),
+        "",
+        "| part | name | parameters | lambda | rho | residual | most negative | status |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in frame(report).itertuples():
+        parameters = f"{row.parameters:,}" if row.parameters == row.parameters and row.parameters else ""
+        values = (row.eigenvalue, row.rho, row.residual, row.most_negative)
+        cells = [number(None if v is None or v != v else v) for v in values]
+        lines.append(f"| {row.part} | {_escape(row.name)} | {parameters} | {' | '.join(cells)} | {row.status} |")
+    cost = report.cost
+    lines += ["", f"{cost.hvps} Hessian-vector products, {cost.seconds:.1f} s on {cost.device}", ""]
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

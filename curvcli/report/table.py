@@ -1,0 +1,126 @@
+"""The terminal view of a report."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from curvcli.report.frame import number
+from curvcli.results import Estimate, Report
+
+COLOURS = {"stable": "green", "edge": "yellow", "unstable": "red", "unresolved": "magenta"}
+SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}
+
+
+def show(report: Report, console: Console) -> None:
+    """Print verdict, layers, depths, findings and cost; readable at 60 columns."""
+    console.print(_head(report), _layers(report, console), _depths(report), _findings(report), _foot(report), sep="\n")
+
+
+def _head(report: Report) -> Text:
+    checkpoint, optimizer = report.checkpoint, report.optimizer
+    colour = COLOURS[report.verdict]
+    text = Text()
+    text.append(f"{checkpoint.path}", style="bold")
+    step = f"step {checkpoint.step:,}, " if checkpoint.step is not None else ""
+    text.append(f"\n{step}{checkpoint.parameters:,} parameters, {report.data.tokens:,} tokens, loss {report.data.loss:.3f}\n")
+    lr = f"lr {number(optimizer.lr)}" if optimizer.lr is not None else "no lr"
+    state = {"checkpoint": "", "estimated": ", preconditioner estimated", "none": ", no preconditioner"}
+    text.append(f"{optimizer.name}, {lr}{state[optimizer.preconditioner]}\n\n")
+    text.append(f" {report.verdict.upper()} ", style=f"bold reverse {colour}")
+    if report.full.rho is not None:
+        text.append(f"  rho {number(report.full.rho, 3)}", style="bold")
+        text.append(f"  (lambda {number(report.full.eigenvalue)}, threshold {number(optimizer.threshold)})")
+    elif report.full.eigenvalue is not None:
+        text.append(f"  lambda {number(report.full.eigenvalue)}, no threshold without a learning rate")
+    else:
+        text.append(f"  no estimate: {report.full.status}")
+    low, high = report.generalisation.rho_low, report.generalisation.rho_high
+    if report.generalisation.held_out is not None and low is not None and high is not None:
+        text.append(f"\n on the data behind the shard, rho is between {number(low, 3)} and {number(high, 3)}")
+    if report.update.ratio is not None:
+        text.append(f"\n next update: lr is {number(report.update.ratio, 3)} of its critical {number(report.update.critical_lr, 3)}")
+    text.append("\n")
+    return text
+
+
+def _layers(report: Report, console: Console) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    table.add_column("layer", overflow="fold")
+    for title in ("parameters", "lambda", "rho"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    rows: list[tuple[str, int | None, Estimate]] = []
+    if report.cumulative.restricted:
+        inside = sum(layer.parameters for layer in report.layers)
+        rows.append(("embedding, head", report.checkpoint.parameters - inside, report.cumulative.restricted[0]))
+    rows += [(layer.name, layer.parameters, layer) for layer in report.layers]
+    rows.append(("full model", report.checkpoint.parameters, report.full))
+    use_rho = report.full.rho is not None
+    values = [_size(e, use_rho) for _, _, e in rows]
+    # The bar's end is the threshold unless something is past it: then the tick at 1 shows how far.
+    limit = max([*(v for v in values if v is not None), 1.0 if use_rho else 0.0]) or 1.0
+    width = max(8, min(40, console.width - 52))
+    solid, tick = ("█", "│") if (console.encoding or "").lower().startswith("utf") else ("#", "|")
+    for (name, parameters, estimate), value in zip(rows, values, strict=True):
+        style = "bold" if name == "full model" else ""
+        table.add_row(
+            Text(name, style=style),
+            f"{parameters:,}" if parameters is not None else "",
+            number(estimate.eigenvalue),
+            number(estimate.rho, 3) if estimate.status == "converged" else Text(estimate.status, style="yellow"),
+            _bar(value, limit, width, 1.0 if use_rho else None, solid, tick),
+        )
+    return table
+
+
+def _bar(value: float | None, limit: float, width: int, edge: float | None, solid: str, tick: str) -> Text:
+    cells = round(max(0.0, value or 0.0) / limit * width)
+    colour = "cyan" if edge is None or value is None else "green" if value < 0.8 else "yellow" if value <= 1.25 else "red"
+    bar = Text(solid * cells, style=colour) + Text(" " * (width - cells))
+    if edge is not None and edge <= limit:
+        at = min(width, round(edge / limit * width))
+        bar = bar[:at] + Text(tick, style="dim") + bar[at:]
+    return bar
+
+
+def _size(estimate: Estimate, use_rho: bool) -> float | None:
+    return estimate.rho if use_rho else estimate.eigenvalue
+
+
+def _depths(report: Report) -> Group | Text:
+    if not report.cumulative.restricted:
+        return Text("")
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    table.add_column("depth", justify="right")
+    for title in ("restricted lambda", "rho", "truncated lambda", "rho"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for kept, cut in zip(report.cumulative.restricted, report.cumulative.truncated, strict=True):
+        table.add_row(
+            str(kept.depth),
+            *(
+                cell
+                for e in (kept, cut)
+                for cell in (number(e.eigenvalue), number(e.rho, 3) if e.status == "converged" else e.status)
+            ),
+        )
+    return Group(Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table)
+
+
+def _findings(report: Report) -> Group:
+    lines = [Text("")]
+    for finding in report.findings:
+        head = Text(f"{finding.code}: ", style=SEVERITIES[finding.severity])
+        lines.append(Padding(head + Text(finding.message, style=""), (0, 0, 0, 0)))  # type: ignore[arg-type]
+    return Group(*lines)
+
+
+def _foot(report: Report) -> Text:
+    cost = report.cost
+    return Text(
+        f"\n{cost.hvps} Hessian-vector products ({cost.mode}), {cost.seconds:.1f} s, "
+        f"{cost.peak_memory_bytes / 2**30:.1f} GiB, {cost.device}",
+        style="dim",
+    )

@@ -1,0 +1,219 @@
+"""The vocabulary of results: pydantic models, and the versioned JSON documents made of them. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from curvcli.errors import InputError, UsageError
+
+Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty"]
+VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
+Severity = Literal["info", "warning", "error"]
+
+
+class Document(BaseModel):
+    """Strict JSON in and out: unknown fields, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class Estimate(Document):
+    """One extreme eigenvalue with its certificate.
+
+    Some eigenvalue lies within `residual` of `eigenvalue`, which is a lower bound of the largest.
+    Values are null where `status` says that none could be had: "non-finite" (a product overflowed),
+    "asymmetric" (products fail u.Gv = v.Gu), "empty" (no parameter moves there). "unconverged"
+    and "inconsistent" (interlacing violated) values are given, and must not be relied on.
+    """
+
+    eigenvalue: float | None = Field(description="largest algebraic eigenvalue lambda of the preconditioned Hessian")
+    rho: float | None = Field(description="lambda over the optimizer's threshold; 1 is the edge of stability")
+    residual: float | None = Field(description="norm of G v - lambda v for the unit Ritz vector v")
+    most_negative: float | None = Field(description="smallest eigenvalue found, an upper bound of the true one")
+    most_negative_residual: float | None = Field(description="its residual norm")
+    hvps: Annotated[int, Field(ge=0, description="Hessian-vector products spent")]
+    status: Status
+
+
+class LayerEstimate(Estimate):
+    """Curvature restricted to one layer's parameters."""
+
+    index: int
+    name: str
+    parameters: int
+
+
+class DepthEstimate(Estimate):
+    """Curvature over embedding, head and the first `depth` layers."""
+
+    depth: int
+
+
+class Cumulative(Document):
+    """Curvature over depth: of the intact network restricted, and of the network cut short."""
+
+    restricted: list[DepthEstimate]
+    truncated: list[DepthEstimate]
+
+
+class Checkpoint(Document):
+    path: str
+    format: str
+    step: int | None
+    parameters: int
+    layers: int
+
+
+class Data(Document):
+    path: str
+    tokens: int = Field(description="predictions that the loss averages over")
+    sequence_length: int | None
+    sha256: str = Field(description="of the token ids used, as little-endian int64, in order")
+    loss: float = Field(description="mean loss over the shard, in nats per token")
+
+
+class Optimizer(Document):
+    name: str
+    lr: float | None
+    lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"]
+    betas: tuple[float, float] | None
+    eps: float | None
+    weight_decay: float | None
+    momentum: float | None
+    step: int | None
+    threshold: float | None = Field(description="value of lambda at which rho is 1")
+    preconditioner: Literal["checkpoint", "estimated", "none"]
+
+
+class Update(Document):
+    """The next update u = P^(-1) m to second order: the loss rises where ratio = lr/critical_lr > 1."""
+
+    critical_lr: float | None = Field(description="2 g.u / u.Hu")
+    ratio: float | None
+    status: Literal["ok", "uphill", "concave", "unavailable"] = Field(
+        description="uphill: g.u <= 0 on this shard; concave: u.Hu <= 0, no critical lr; unavailable: no momentum or lr"
+    )
+
+
+class TokensPoint(Document):
+    """Top eigenvalue on a prefix of the shard, solved for on its own."""
+
+    tokens: int
+    eigenvalue: float | None
+    rho: float | None
+
+
+class Generalisation(Document):
+    """A bracket for the curvature of the data behind the shard.
+
+    `held_out` is v.Gv on the second half of the shard for the top eigenvector v of the first half.
+    In expectation it is at most the data's lambda, as the shard's own lambda is at least that.
+    """
+
+    held_out: float | None
+    rho_low: float | None
+    rho_high: float | None
+
+
+class Mass(Document):
+    tensor: str
+    mass: float = Field(description="share of the top eigenvector's squared norm")
+    rows: list[tuple[int, float]] | None = Field(
+        default=None, description="for embeddings: token rows with the largest shares of the whole"
+    )
+
+
+class Finding(Document):
+    code: str
+    severity: Severity
+    message: str
+
+
+class Cost(Document):
+    hvps: int
+    seconds: float
+    peak_memory_bytes: int
+    device: str
+    mode: str
+    mode_seconds: dict[str, float] = Field(description="seconds per product on the first batch, by exact mode")
+
+
+class Versions(Document):
+    curvcli: str
+    torch: str
+    transformers: str | None
+    python: str
+
+
+class Report(Document):
+    """What `curv analyze` found; document "curv.report/1"."""
+
+    schema_: Literal["curv.report/1"] = Field(default="curv.report/1", alias="schema")
+    checkpoint: Checkpoint
+    data: Data
+    optimizer: Optimizer
+    full: Estimate
+    layers: list[LayerEstimate]
+    cumulative: Cumulative
+    update: Update
+    tokens: list[TokensPoint]
+    generalisation: Generalisation
+    attribution: list[Mass]
+    participation: float | None = Field(description="entries that the top eigenvector is spread over: 1 / sum of v^4")
+    verdict: VerdictName
+    findings: list[Finding]
+    cost: Cost
+    versions: Versions
+
+    def to_json(self) -> str:
+        """Strict JSON text, one trailing newline."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+SCHEMAS: dict[str, type[Document]] = {"report": Report}
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """JSON Schema of a document by its short name. Raises UsageError for an unknown one."""
+    if name not in SCHEMAS:
+        raise UsageError(f"no document is called {name!r}", hint=f"one of: {', '.join(SCHEMAS)}")
+    return SCHEMAS[name].model_json_schema(by_alias=True, mode="serialization")
+
+
+def load_report(path: Path) -> Report:
+    """Read a report. Raises InputError where the file is no curv.report/1."""
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a curv.report/1 document: {str(error).splitlines()[0]}", hint="write one with curv analyze -o") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises InputError where it cannot be written."""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose a writable place with -o") from error
+
+
+def dumps(value: Any) -> str:
+    """JSON text of plain data, strict."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"

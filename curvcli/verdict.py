@@ -1,0 +1,260 @@
+"""Judgement: pure functions from measured results to a verdict and the findings that explain it."""
+
+from __future__ import annotations
+
+from curvcli.results import (
+    Checkpoint,
+    Cumulative,
+    Data,
+    Estimate,
+    Finding,
+    Generalisation,
+    LayerEstimate,
+    Mass,
+    Optimizer,
+    Update,
+    VerdictName,
+)
+
+STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
+
+
+def classify(rho: float) -> VerdictName:
+    """Verdict of one exactly known rho."""
+    return "stable" if rho < STABLE_BELOW else "edge" if rho <= UNSTABLE_ABOVE else "unstable"
+
+
+def judge(full: Estimate, generalisation: Generalisation) -> VerdictName:
+    """Verdict on the full model, unresolved where the residual or more data could change it.
+
+    rho is taken to lie between the held-out and the shard's own value plus the residual: the
+    verdict stands only where both ends agree on it.
+    """
+    if full.status != "converged" or generalisation.rho_low is None or generalisation.rho_high is None:
+        return "unresolved"
+    low, high = classify(generalisation.rho_low), classify(generalisation.rho_high)
+    return low if low == high else "unresolved"
+
+
+def explain(
+    *,
+    verdict: VerdictName,
+    checkpoint: Checkpoint,
+    data: Data,
+    optimizer: Optimizer,
+    full: Estimate,
+    layers: list[LayerEstimate],
+    cumulative: Cumulative,
+    update: Update,
+    generalisation: Generalisation,
+    attribution: list[Mass],
+    idle: int,
+    left_out: int,
+    notes: dict[str, str],
+) -> list[Finding]:
+    """Findings in plain words, most important first."""
+    found = [_headline(verdict, full, optimizer, generalisation, data)]
+    found += _metric(optimizer, idle, left_out, notes)
+    found += _update(update)
+    found += _shape(full, layers, cumulative, attribution)
+    found += _quality(full, layers, cumulative, generalisation, verdict)
+    order = {"error": 0, "warning": 1, "info": 2}
+    return found[:1] + sorted(found[1:], key=lambda f: order[f.severity])
+
+
+def _headline(
+    verdict: VerdictName, full: Estimate, optimizer: Optimizer, generalisation: Generalisation, data: Data
+) -> Finding:
+    if optimizer.threshold is None:
+        return Finding(
+            code="no-threshold",
+            severity="warning",
+            message="no learning rate is known, so lambda has no threshold and rho does not exist; pass --lr",
+        )
+    if full.rho is None:
+        return Finding(
+            code=f"full-{full.status}",
+            severity="error",
+            message=f"the full model's curvature could not be estimated: {full.status}",
+        )
+    if verdict == "unresolved":
+        if full.status != "converged":
+            return Finding(
+                code="unresolved-residual",
+                severity="warning",
+                message=f"rho {full.rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); raise --max-hvps",
+            )
+        low, high = generalisation.rho_low or 0.0, generalisation.rho_high or 0.0
+        return Finding(
+            code="unresolved-tokens",
+            severity="warning",
+            message=f"on {data.tokens:,} tokens rho is {full.rho:.3g}, on held-out tokens the same direction has "
+            f"{low:.3g}: the data's own rho lies between {low:.3g} and {high:.3g}, which spans a verdict's limit; "
+            f"run again with more, e.g. --tokens {4 * data.tokens}",
+        )
+    words = {
+        "stable": "below the edge of stability: curvature does not limit this learning rate",
+        "edge": "at the edge of stability, where training settles by itself; it can go on so for long, and it has no "
+        "reserve against a larger learning rate or a sharp batch",
+        "unstable": "past the edge of stability: along the sharpest direction each step overshoots by more than it "
+        "gained; lower the learning rate, lengthen warm-up, or freeze layers until it falls",
+    }
+    severity = {"stable": "info", "edge": "warning", "unstable": "error"}[verdict]
+    return Finding(
+        code=verdict, severity=severity, message=f"rho {full.rho:.3g}, {words[verdict]}"  # type: ignore[arg-type]
+    )
+
+
+def _metric(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:
+    found = [Finding(code=code, severity="info", message=message) for code, message in notes.items()]
+    if optimizer.preconditioner == "estimated":
+        found.append(
+            Finding(
+                code="estimated-preconditioner",
+                severity="warning",
+                message="no optimizer state: the second moment is estimated from this shard's gradients, and the "
+                "true one, of training batches and past weights, can differ several-fold",
+            )
+        )
+    if optimizer.lr_source == "log":
+        found.append(
+            Finding(
+                code="lr-from-log",
+                severity="info",
+                message=f"the checkpoint's next learning rate is 0 (a finished schedule); {optimizer.lr:g}, the last "
+                "one logged, is used",
+            )
+        )
+    beta2 = optimizer.betas[1] if optimizer.betas and optimizer.preconditioner == "checkpoint" else 0.0
+    if optimizer.step is not None and beta2 and optimizer.step * (1 - beta2) < 1:
+        found.append(
+            Finding(
+                code="young-preconditioner",
+                severity="info",
+                message=f"the second moment averages {1 / (1 - beta2):,.0f} steps and has seen {optimizer.step}: rare "
+                "directions are scaled by few gradients and can look sharper than they will be",
+            )
+        )
+    if idle:
+        found.append(
+            Finding(
+                code="idle-entries",
+                severity="info",
+                message=f"{idle:,} weights never had a gradient (second moment 0, e.g. tokens not seen yet) and are left out",
+            )
+        )
+    if left_out:
+        found.append(
+            Finding(
+                code="frozen-tensors",
+                severity="info",
+                message=f"{left_out} tensors are in no optimizer group or have no state, and are left out as frozen",
+            )
+        )
+    return found
+
+
+def _update(update: Update) -> list[Finding]:
+    if update.status == "uphill":
+        return [
+            Finding(
+                code="update-uphill",
+                severity="warning",
+                message="the next update points uphill on this shard (g.u <= 0): the momentum is of other data or is overshooting",
+            )
+        ]
+    if update.ratio is not None and update.ratio > 1:
+        return [
+            Finding(
+                code="update-overshoots",
+                severity="warning",
+                message=f"the next update is {update.ratio:.2g} times its critical length: to second order it raises this shard's loss",
+            )
+        ]
+    return []
+
+
+def _shape(
+    full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, attribution: list[Mass]
+) -> list[Finding]:
+    found: list[Finding] = []
+    if full.eigenvalue is not None and full.most_negative is not None and -full.most_negative > abs(full.eigenvalue):
+        found.append(
+            Finding(
+                code="negative-dominates",
+                severity="info",
+                message=f"the most negative eigenvalue ({full.most_negative:.3g}) is larger in magnitude than the top "
+                f"({full.eigenvalue:.3g}): power iteration would have found it instead",
+            )
+        )
+    known = [(layer, layer.eigenvalue) for layer in layers if layer.eigenvalue is not None and layer.status == "converged"]
+    if known and full.eigenvalue:
+        sharpest, value = max(known, key=lambda pair: pair[1])
+        found.append(
+            Finding(
+                code="sharpest-layer",
+                severity="info",
+                message=f"{sharpest.name} is the sharpest layer, lambda {value:.3g}, "
+                f"{value / full.eigenvalue:.0%} of the full model's",
+            )
+        )
+    bottom = next((e for e in cumulative.restricted if e.depth == 0), None)
+    if bottom is not None and bottom.eigenvalue and full.eigenvalue and bottom.eigenvalue > 0.5 * full.eigenvalue > 0:
+        found.append(
+            Finding(
+                code="ends-dominate",
+                severity="info",
+                message=f"embedding and head alone reach {bottom.eigenvalue / full.eigenvalue:.0%} of lambda: freezing "
+                "layers would not lower it much",
+            )
+        )
+    rows = [(mass.tensor, row, share) for mass in attribution for row, share in mass.rows or ()]
+    if rows and (top := max(rows, key=lambda r: r[2]))[2] > 0.25:
+        found.append(
+            Finding(
+                code="rare-tokens",
+                severity="warning",
+                message=f"token {top[1]} of {top[0]} holds {top[2]:.0%} of the sharpest direction: one token's row, "
+                "usually a rare one with a tiny second moment, sets lambda",
+            )
+        )
+    return found
+
+
+def _quality(
+    full: Estimate,
+    layers: list[LayerEstimate],
+    cumulative: Cumulative,
+    generalisation: Generalisation,
+    verdict: VerdictName,
+) -> list[Finding]:
+    found: list[Finding] = []
+    weak = [f"layer {e.index}" for e in layers if e.status != "converged"]
+    for kind, curve in (("restricted", cumulative.restricted), ("truncated", cumulative.truncated)):
+        weak += [f"{kind} depth {e.depth}" for e in curve if e.status != "converged"]
+    if weak:
+        found.append(
+            Finding(
+                code="unconverged-parts",
+                severity="warning",
+                message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; raise --max-hvps",
+            )
+        )
+    if generalisation.held_out is None:
+        found.append(
+            Finding(
+                code="no-held-out",
+                severity="info",
+                message="a single batch cannot be split: the verdict takes it for all of the data",
+            )
+        )
+    elif full.rho and generalisation.rho_low is not None and generalisation.rho_low < 0.5 * full.rho and verdict != "unresolved":
+        found.append(
+            Finding(
+                code="shard-overstates",
+                severity="info",
+                message=f"held-out tokens give {generalisation.rho_low:.3g} along the same direction: lambda of this "
+                "shard overstates that of the data",
+            )
+        )
+    return found
