@@ -181,20 +181,22 @@ class _Measurement:
     def operator(self, hvp: HVP, names: Sequence[str]) -> PreconditionedHessian:
         return PreconditionedHessian(hvp, names, dict(self.metric.scale), dict(self.metric.decay))
 
-    def solve(
-        self, hvp: HVP, names: list[str], start: Sequence[tuple[Sequence[str], Tensor]] = (), tolerance: float | None = None
-    ) -> _Solved:
+    def solve(self, hvp: HVP, names: list[str], start: Sequence[tuple[Sequence[str], Tensor]] = ()) -> _Solved:
         """Both ends of the spectrum over `names`, from vectors over other names carried over."""
         if not names:
             return _Solved(names, None)
         operator = self.operator(_Counting(hvp, self), names)
-        sizes = {n: p.numel() for n, p in self.problem.parameters.items()}
-        vectors = [operator.carry(vector, source, sizes) for source, vector in start]
-        solver = self.solver if tolerance is None else replace(self.solver, tolerance=tolerance)
-        return _Solved(names, solver.extremes(operator, vectors))
+        vectors = [self.carry(operator, source, vector) for source, vector in start]
+        return _Solved(names, self.solver.extremes(operator, vectors))
 
-    def vectors(self, *solved: _Solved) -> list[tuple[Sequence[str], Tensor]]:
-        return [(s.names, s.extremes.top.vector) for s in solved if s.extremes and s.extremes.top]
+    def carry(self, operator: PreconditionedHessian, names: Sequence[str], vector: Tensor) -> Tensor:
+        sizes = {n: p.numel() for n, p in self.problem.parameters.items()}
+        return operator.carry(vector, names, sizes)
+
+    def ends(self, *solved: _Solved) -> list[tuple[Sequence[str], Tensor]]:
+        """Start vectors: the eigenvectors found at both ends."""
+        found = [(s.names, s.extremes) for s in solved if s.extremes]
+        return [(names, pair.vector) for names, e in found for pair in (e.top, e.bottom) if pair]
 
     # --- the parts ---------------------------------------------------------------------------
 
@@ -204,10 +206,12 @@ class _Measurement:
         loss = self.problem.mean_loss()
         hvp = build(self.problem, self.choice.mode)
         ladder, held_out = self.ladder(hvp)
-        full = ladder[-1][1]
+        hint = ladder[-1][1] if ladder else None
+        layers = self.layers(hvp, hint)
+        restricted = self.restricted(hvp, hint, layers)
+        full = restricted[-1]
+        ladder.append((1.0, full))
         update = self.update(hvp, gradients)
-        layers = self.layers(hvp, full)
-        restricted = self.restricted(hvp, full, layers)
         del hvp  # its graphs make room for those of the shortened networks
         truncated = self.truncated(full)
         return self.assemble(
@@ -215,17 +219,16 @@ class _Measurement:
         )
 
     def ladder(self, hvp: HVP) -> tuple[list[tuple[float, _Solved]], float | None]:
-        """Solves on growing prefixes of the shard, each started from the last; and the held-out quotient."""
+        """The full model on growing prefixes of the shard, each warm from the last; and the held-out quotient."""
         count = len(self.problem.batches)
-        prefixes = sorted({-(-count // part) for part in (8, 4, 2)} | {count})
+        half = -(-count // 2)
         solved: list[tuple[float, _Solved]] = []
         held_out: float | None = None
-        for prefix in prefixes:
-            self.stages.enter("full model" if prefix == count else "full model, part of the shard")
-            part = hvp if prefix == count else hvp.subset(range(prefix))
-            answer = self.solve(part, self.names, self.vectors(*(s for _, s in solved[-1:])))
+        for prefix in sorted({-(-count // 4), half} - {count}):
+            self.stages.enter("full model on part of the shard")
+            answer = self.solve(hvp.subset(range(prefix)), self.names, self.ends(*(s for _, s in solved[-1:])))
             solved.append((sum(self.problem.weights[:prefix]), answer))
-            if prefix == -(-count // 2) and prefix < count and answer.extremes and answer.extremes.top:
+            if prefix == half and answer.extremes and answer.extremes.top:
                 rest = self.operator(_Counting(hvp.subset(range(prefix, count)), self), self.names)
                 vector = answer.extremes.top.vector
                 quotient = float(vector @ rest.matvec(vector))
@@ -251,39 +254,38 @@ class _Measurement:
         critical = 2 * slope / bend
         return results.Update(critical_lr=critical, ratio=self.metric.rate / critical, status="ok")
 
-    def layers(self, hvp: HVP, full: _Solved) -> list[_Solved]:
+    def layers(self, hvp: HVP, hint: _Solved | None) -> list[_Solved]:
+        """Each block alone, the rest of the network held still."""
         solved = []
         for i, names in enumerate(self.layer_names):
             self.stages.enter(f"layer {i}")
-            solved.append(self.solve(hvp, names, self.vectors(full)))
+            solved.append(self.solve(hvp, names, self.ends(*([hint] if hint else []))))
         return solved
 
-    def restricted(self, hvp: HVP, full: _Solved, layers: list[_Solved]) -> list[_Solved]:
+    def restricted(self, hvp: HVP, hint: _Solved | None, layers: list[_Solved]) -> list[_Solved]:
         """Embedding, head and the first k blocks of the intact network; the last is the full model.
 
-        By interlacing the curve cannot fall, nor stay under a block of its own. Starting from the
-        last depth's and the new block's vectors makes that true of the Ritz values too, up to rounding;
-        what still violates it has not converged, and is solved again more tightly before it is marked.
+        One basis serves all depths, so the curve cannot fall. It takes in each block's own top
+        vector, so that it does not stay under any of its blocks either (Cauchy interlacing).
         """
-        if not self.blocks:
-            return []
-        curve: list[_Solved] = []
-        for depth in range(len(layers)):
-            self.stages.enter(f"restricted to depth {depth}")
-            names = self.upto(depth)
-            known = [*curve[-1:], *layers[depth - 1 : depth]] if depth else []
-            answer = self.solve(hvp, names, self.vectors(full, *known))
-            if any(_violates(lower, answer) for lower in known):
-                answer = self.solve(hvp, names, self.vectors(answer, *known), self.solver.tolerance / 10)
-                answer.inconsistent = any(_violates(lower, answer) for lower in known)
-            curve.append(answer)
-        full_known = [*curve[-1:], *layers]
-        if any(_violates(lower, full) for lower in full_known):
-            self.stages.enter("full model again")
-            again = self.solve(hvp, self.names, self.vectors(full, *full_known[:1]), self.solver.tolerance / 10)
-            full.extremes = again.extremes
-            full.inconsistent = any(_violates(lower, full) for lower in full_known)
-        return [*curve, full]
+        operator = self.operator(_Counting(hvp, self), self.names)
+        depths = range(len(layers) + 1)
+
+        def supports() -> Iterator[tuple[Tensor, list[Tensor]]]:
+            for depth in depths:
+                last = depth == depths[-1]
+                self.stages.enter("full model" if last else f"restricted to depth {depth}")
+                mask = operator.mask(self.upto(depth))
+                start = self.ends(*([hint] if hint and (depth == 0 or last) else []))
+                start += self.ends(layers[depth - 1])[:1] if depth else []
+                yield mask, [self.carry(operator, names, vector) * mask for names, vector in start]
+
+        found = self.solver.nested(operator, supports())
+        curve = [_Solved(self.names if self.upto(k) else [], e) for k, e in zip(depths, found, strict=True)]
+        for depth, solved in enumerate(curve):
+            lower = [*curve[depth - 1 : depth], *layers[:depth]] if depth else []
+            solved.inconsistent = any(_violates(part, solved) for part in lower)
+        return curve
 
     def truncated(self, full: _Solved) -> list[_Solved]:
         """The network of the first k blocks alone; the last is the full model."""
@@ -293,7 +295,7 @@ class _Measurement:
         for depth in range(len(self.layer_names)):
             self.stages.enter(f"truncated at depth {depth}")
             hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
-            curve.append(self.solve(hvp, self.upto(depth), self.vectors(full, *curve[-1:])))
+            curve.append(self.solve(hvp, self.upto(depth), self.ends(full, *curve[-1:])))
         return [*curve, full]
 
     def upto(self, depth: int) -> list[str]:
@@ -303,16 +305,25 @@ class _Measurement:
     # --- the document ------------------------------------------------------------------------
 
     def entry(self, solved: _Solved) -> dict[str, Any]:
+        """The fields of an Estimate; values that mean nothing stay null."""
         extremes = solved.extremes
-        if extremes is None or extremes.top is None or extremes.bottom is None:
-            status = "empty" if extremes is None else extremes.status
-            return _estimate(None, None, None, None, None, extremes.products if extremes else 0, status)
+        empty = dict.fromkeys(results.Estimate.model_fields)
+        if extremes is None:
+            return {**empty, "hvps": 0, "status": "empty"}
+        if extremes.top is None or extremes.bottom is None or extremes.status == "asymmetric":
+            return {**empty, "hvps": extremes.products, "status": extremes.status}
         top, bottom, threshold = extremes.top, extremes.bottom, self.metric.threshold
-        status = "inconsistent" if solved.inconsistent else {"max-hvps": "unconverged"}.get(extremes.status, extremes.status)
-        if status == "asymmetric":
-            return _estimate(None, None, None, None, None, extremes.products, status)
-        rho = top.value / threshold if threshold is not None else None
-        return _estimate(top.value, rho, top.residual, bottom.value, bottom.residual, extremes.products, status)
+        status = "converged" if extremes.status == "converged" else "unconverged"
+        return {
+            "eigenvalue": top.value,
+            "rho": top.value / threshold if threshold is not None else None,
+            "residual": top.residual,
+            "most_negative": bottom.value,
+            "most_negative_residual": bottom.residual,
+            "most_negative_status": "converged" if extremes.bottom_converged else "unconverged",
+            "hvps": extremes.products,
+            "status": "inconsistent" if solved.inconsistent else status,
+        }
 
     def assemble(
         self,
@@ -473,26 +484,6 @@ def _violates(lower: _Solved, upper: _Solved) -> bool:
     return upper.value < lower.value - upper.slack - 1e-5 * abs(lower.value)
 
 
-def _estimate(
-    eigenvalue: float | None,
-    rho: float | None,
-    residual: float | None,
-    most_negative: float | None,
-    most_negative_residual: float | None,
-    hvps: int,
-    status: str,
-) -> dict[str, Any]:
-    return {
-        "eigenvalue": eigenvalue,
-        "rho": rho,
-        "residual": residual,
-        "most_negative": most_negative,
-        "most_negative_residual": most_negative_residual,
-        "hvps": hvps,
-        "status": status,
-    }
-
-
 def _in_memory(parameters: int, layers: int) -> results.Checkpoint:
     return results.Checkpoint(path="(in memory)", format="module", step=None, parameters=parameters, layers=layers)
 
@@ -511,7 +502,7 @@ def _batches(problem: Problem, loss: float, tokens: float | None) -> results.Dat
                 feed(item)
 
     feed(list(problem.batches))
-    count = round(tokens) if tokens is not None else len(problem.batches)
+    count = round(tokens) if tokens is not None else problem.rows
     return results.Data(path="(in memory)", tokens=count, sequence_length=None, sha256=digest.hexdigest(), loss=loss)
 
 

@@ -37,6 +37,9 @@ class Estimate(Document):
     residual: float | None = Field(description="norm of G v - lambda v for the unit Ritz vector v")
     most_negative: float | None = Field(description="smallest eigenvalue found, an upper bound of the true one")
     most_negative_residual: float | None = Field(description="its residual norm")
+    most_negative_status: Literal["converged", "unconverged"] | None = Field(
+        description="converged: the residual is at most 10 % of it, or negligible beside lambda; null without a value"
+    )
     hvps: Annotated[int, Field(ge=0, description="Hessian-vector products spent")]
     status: Status
 

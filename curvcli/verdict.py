@@ -159,8 +159,9 @@ def _update(update: Update) -> list[Finding]:
         return [
             Finding(
                 code="update-uphill",
-                severity="warning",
-                message="the next update points uphill on this shard (g.u <= 0): the momentum is of other data or is overshooting",
+                severity="info",
+                message="the momentum points uphill on this shard (g.u <= 0), as it often does late in training: "
+                "no critical learning rate exists for the next update",
             )
         ]
     if update.ratio is not None and update.ratio > 1:

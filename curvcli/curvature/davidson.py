@@ -9,7 +9,7 @@ Comput. 29, 2007), which keeps convergence near that of the unrestarted method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,12 +36,13 @@ class Ritz:
 
 @dataclass(frozen=True)
 class Extremes:
-    """Result of a solve. `top` and `bottom` are None where status is "non-finite"."""
+    """Result of a solve. `top` and `bottom` are None where status is "non-finite"; status is the top's."""
 
     top: Ritz | None
     bottom: Ritz | None
     status: Status
     products: int
+    bottom_converged: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Davidson:
     Args:
         tolerance: residual over |eigenvalue| at which the top pair counts as converged. The error of
             the value is then about its square times |eigenvalue| over the spectral gap.
-        bottom_tolerance: the same for the smallest eigenvalue; None spends no product on it alone.
+        bottom_tolerance: the same for the smallest eigenvalue, over half the top where that is larger:
+            what is smaller does not matter beside it.
         max_products: stop after this many products.
         basis: vectors kept, at least 6; memory is twice this many vectors.
         asymmetry: |u.Gv - v.Gu| over the norm of G, at most, before the products are called wrong.
@@ -59,7 +61,7 @@ class Davidson:
     """
 
     tolerance: float = 1e-2
-    bottom_tolerance: float | None = 1e-1
+    bottom_tolerance: float = 1e-1
     max_products: int = 200
     basis: int = 24
     asymmetry: float = 1e-3
@@ -72,23 +74,49 @@ class Davidson:
             start: warm start vectors of shape (operator.size,), any number. A random one is used
                 where there is none.
         """
-        space = _Subspace(operator, min(max(self.basis, 6), operator.size), self.seed)
-        for vector in [*start, space.random()][: max(1, len(start))]:
+        space = _Subspace(operator, self.capacity(operator), self.seed)
+        return self._solve(space, start)
+
+    def nested(
+        self, operator: Operator, supports: Iterable[tuple[Tensor, Sequence[Tensor]]]
+    ) -> Iterator[Extremes]:
+        """The same restricted to growing sets of coordinates, in one basis.
+
+        A vector supported on a small set has an image on all coordinates, so the basis of one set
+        serves the next without a further product. The values can never fall from set to set, as
+        Cauchy interlacing demands of the true ones.
+
+        Args:
+            supports: boolean masks of shape (operator.size,), each containing the one before, with
+                start vectors that are zero outside it.
+        """
+        space = _Subspace(operator, self.capacity(operator), self.seed)
+        for mask, start in supports:
+            space.support = mask
+            yield self._solve(space, start)
+
+    def capacity(self, operator: Operator) -> int:
+        return min(max(self.basis, 6), operator.size)
+
+    def _solve(self, space: _Subspace, start: Sequence[Tensor]) -> Extremes:
+        before = space.products
+        for vector in start:
             space.expand(vector)
+        if not space.count:
+            space.expand(space.random())
         while space.status is None:
             top, bottom = space.pair(-1), space.pair(0)
             top_done = top.residual <= self.tolerance * abs(top.value)
-            # The far end matters against the top: of a positive operator it is rounding, and has no digits.
-            bottom_done = self.bottom_tolerance is None or bottom.residual <= self.bottom_tolerance * max(
-                abs(bottom.value), abs(top.value)
-            )
+            # Of a positive operator the far end is rounding, without digits of its own: against the top it is 0.
+            bottom_done = bottom.residual <= self.bottom_tolerance * max(abs(bottom.value), abs(top.value) / 2)
+            products = space.products - before
             status: Status = "converged" if top_done or space.complete else "max-hvps"
             if space.skew > self.asymmetry * space.norm:
                 status = "asymmetric"
-            if (top_done and bottom_done) or space.complete or space.products >= self.max_products:
-                return Extremes(top, bottom, status, space.products)
+            if (top_done and bottom_done) or space.complete or products >= self.max_products:
+                return Extremes(top, bottom, status, products, bottom_done or space.complete)
             space.improve(0 if top_done else -1)
-        return Extremes(None, None, space.status, space.products)
+        return Extremes(None, None, space.status, space.products - before)
 
 
 class _Subspace:
@@ -103,23 +131,28 @@ class _Subspace:
         self.skew = 0.0
         self.status: Literal["non-finite"] | None = None
         self.generator = torch.Generator().manual_seed(seed)
+        self.support: Tensor | None = None
         self.previous: Tensor | None = None  # the last wanted Ritz vector, in coordinates of the basis
         self.values, self.vectors = torch.zeros(0), torch.zeros(0, 0)
 
     @property
     def complete(self) -> bool:
         """The basis spans the whole space: the Ritz values are the eigenvalues."""
-        return self.count == self.operator.size
+        return self.count == (self.operator.size if self.support is None else int(self.support.sum()))
 
     @property
     def norm(self) -> float:
         return float(self.values.abs().max())
 
     def random(self) -> Tensor:
-        return torch.randn(self.operator.size, generator=self.generator, dtype=torch.float64).to(self.basis)
+        return self._within(torch.randn(self.operator.size, generator=self.generator, dtype=torch.float64).to(self.basis))
 
     def expand(self, vector: Tensor) -> None:
         """Add a direction at the cost of one product; one inside the span is replaced by a random one."""
+        if self.status is not None or self.complete:
+            return
+        if self.count == len(self.basis):
+            self._restart()
         direction = self._orthonormal(vector)
         while direction is None:
             direction = self._orthonormal(self.random())
@@ -139,21 +172,23 @@ class _Subspace:
 
     def pair(self, index: int) -> Ritz:
         """Ritz pair by rank: -1 is the top, 0 the bottom."""
-        y = self.vectors[:, index].to(self.basis)
-        vector = y @ self.basis[: self.count]
-        residual = y @ self.images[: self.count] - float(self.values[index]) * vector
+        vector, residual = self._ritz(index)
         return Ritz(float(self.values[index]), float(torch.linalg.vector_norm(residual)), vector)
 
     def improve(self, index: int) -> None:
         """Expand by the residual of one Ritz pair, restarting first where the basis is full."""
-        y = self.vectors[:, index].to(self.basis)
-        residual = y @ self.images[: self.count] - float(self.values[index]) * (y @ self.basis[: self.count])
-        wanted = self.vectors[:, index]
-        if self.count == len(self.basis):
-            self._restart()
-        else:
-            self.previous = wanted
+        _, residual = self._ritz(index)
+        if self.count < len(self.basis):
+            self.previous = self.vectors[:, index]
         self.expand(residual)
+
+    def _ritz(self, index: int) -> tuple[Tensor, Tensor]:
+        y = self.vectors[:, index].to(self.basis)
+        vector = y @ self.basis[: self.count]
+        return vector, self._within(y @ self.images[: self.count] - float(self.values[index]) * vector)
+
+    def _within(self, vector: Tensor) -> Tensor:
+        return vector if self.support is None else vector * self.support
 
     def _restart(self) -> None:
         """Keep the extreme Ritz vectors and the previous iterate (GD+k)."""

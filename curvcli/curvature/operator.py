@@ -79,6 +79,16 @@ class PreconditionedHessian:
             ]
         )
 
+    def mask(self, names: Sequence[str]) -> Tensor:
+        """Boolean vector, true on the entries of the given names."""
+        chosen = set(names)
+        return torch.cat(
+            [
+                torch.full((size,), n in chosen, dtype=torch.bool, device=self.device)
+                for n, size in zip(self.names, self.sizes, strict=True)
+            ]
+        )
+
     def carry(self, vector: Tensor, names: Sequence[str], sizes: dict[str, int]) -> Tensor:
         """A flat vector over other `names` (of `sizes`): cut to this operator's, padded with zeros."""
         pieces = dict(zip(names, vector.split([sizes[n] for n in names]), strict=True))

@@ -90,6 +90,11 @@ class Problem:
         """Name to parameter, tied ones once, in `named_parameters` order; only those that are trained."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
+    @property
+    def rows(self) -> int:
+        """First dimensions of the batches, added up: examples, where nobody said how many predictions."""
+        return sum((_rows(batch) or (1,))[0] for batch in self.batches)
+
     def batch_loss(self, index: int) -> Tensor:
         """Mean loss of one batch, differentiable twice."""
         # Fused attention kernels have no second derivative; MATH is only needed around the forward.
@@ -138,6 +143,6 @@ def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
 def _rows(batch: Any) -> tuple[int, ...] | None:
     """Shape of the first tensor found in a batch; equal shapes stand for equal numbers of predictions."""
     if isinstance(batch, Tensor):
-        return tuple(batch.shape)
+        return tuple(batch.shape) or (1,)
     values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
     return next((shape for value in values if (shape := _rows(value)) is not None), None)
