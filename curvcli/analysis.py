@@ -214,9 +214,7 @@ class _Measurement:
         update = self.update(hvp, gradients)
         del hvp  # its graphs make room for those of the shortened networks
         truncated = self.truncated(full)
-        return self.assemble(
-            provenance, tokens, loss, ladder, held_out, full, update, layers, restricted, truncated
-        )
+        return self.assemble(provenance, tokens, loss, ladder, held_out, full, update, layers, restricted, truncated)
 
     def ladder(self, hvp: HVP) -> tuple[list[tuple[float, _Solved]], float | None]:
         """The full model on growing prefixes of the shard, each warm from the last; and the held-out quotient."""
@@ -347,9 +345,7 @@ class _Measurement:
         estimate = results.Estimate(**self.entry(full))
         prefix = self.blocks.prefix if self.blocks else ""
         layer_entries = [
-            results.LayerEstimate(
-                **self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names)
-            )
+            results.LayerEstimate(**self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names))
             for i, s in enumerate(layers)
         ]
         curves = results.Cumulative(
@@ -405,9 +401,9 @@ class _Measurement:
                 peak_memory_bytes=resources.peak_bytes(self.device),
                 device=str(self.device),
                 mode=self.choice.mode,
-                mode_seconds=dict(self.choice.seconds),
+                mode_seconds={str(mode): seconds for mode, seconds in self.choice.seconds.items()},
             ),
-            versions=results.Versions(**resources.versions(), python=platform.python_version()),
+            versions=results.Versions.model_validate({**resources.versions(), "python": platform.python_version()}),
         )
 
     def generalisation(self, full: results.Estimate, held_out: float | None) -> results.Generalisation:

@@ -51,10 +51,9 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
     say("reading", 0.0)
     device = _device(options.device)
     checkpoint = open_checkpoint(path)
-    options = _configured(options, checkpoint)
-    assert options.data is not None
+    options, data = _configured(options, checkpoint)
     shard = read_shard(
-        options.data,
+        data,
         checkpoint,
         tokens=options.tokens or DEFAULT_TOKENS,
         sequence_length=options.sequence_length,
@@ -127,20 +126,16 @@ def inspect_checkpoint(path: Path, data: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _configured(options: Options, checkpoint: Checkpoint) -> Options:
+def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path]:
     config, file = find_config(checkpoint.path)
     merged = replace(
         options,
-        **{
-            key: value
-            for key, value in config.model_dump().items()
-            if value is not None and getattr(options, key) is None
-        },
+        **{key: value for key, value in config.model_dump().items() if value is not None and getattr(options, key) is None},
     )
     if merged.data is None:
         where = f"{file} names none" if file else "no curv.toml was found"
         raise UsageError(f"no data shard: --data was not given and {where}", hint="pass --data FILE of training tokens")
-    return merged
+    return merged, merged.data
 
 
 def _optimizer(

@@ -194,7 +194,9 @@ def load_report(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a curv.report/1 document: {str(error).splitlines()[0]}", hint="write one with curv analyze -o") from error
+        raise InputError(
+            f"{path} is not a curv.report/1 document: {str(error).splitlines()[0]}", hint="write one with curv analyze -o"
+        ) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -208,10 +210,10 @@ def write_whole(path: Path, content: bytes) -> None:
                 os.fsync(stream.fileno())
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, path)
+            Path(temporary).chmod(0o666 & ~umask)
+            Path(temporary).replace(path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink()
             raise
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}", hint="choose a writable place with -o") from error

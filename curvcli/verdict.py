@@ -12,6 +12,7 @@ from curvcli.results import (
     LayerEstimate,
     Mass,
     Optimizer,
+    Severity,
     Update,
     VerdictName,
 )
@@ -99,10 +100,8 @@ def _headline(
         "unstable": "past the edge of stability: along the sharpest direction each step overshoots by more than it "
         "gained; lower the learning rate, lengthen warm-up, or freeze layers until it falls",
     }
-    severity = {"stable": "info", "edge": "warning", "unstable": "error"}[verdict]
-    return Finding(
-        code=verdict, severity=severity, message=f"rho {full.rho:.3g}, {words[verdict]}"  # type: ignore[arg-type]
-    )
+    severity: Severity = "info" if verdict == "stable" else "warning" if verdict == "edge" else "error"
+    return Finding(code=verdict, severity=severity, message=f"rho {full.rho:.3g}, {words[verdict]}")
 
 
 def _metric(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:
@@ -140,7 +139,7 @@ def _metric(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str
             Finding(
                 code="idle-entries",
                 severity="info",
-                message=f"{idle:,} weights never had a gradient (second moment 0, e.g. tokens not seen yet) and are left out",
+                message=f"{idle:,} weights never had a gradient (second moment 0, tokens not seen yet) and are left out",
             )
         )
     if left_out:
@@ -169,15 +168,14 @@ def _update(update: Update) -> list[Finding]:
             Finding(
                 code="update-overshoots",
                 severity="warning",
-                message=f"the next update is {update.ratio:.2g} times its critical length: to second order it raises this shard's loss",
+                message=f"the next update is {update.ratio:.2g} times its critical length: "
+                "to second order it raises this shard's loss",
             )
         ]
     return []
 
 
-def _shape(
-    full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, attribution: list[Mass]
-) -> list[Finding]:
+def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, attribution: list[Mass]) -> list[Finding]:
     found: list[Finding] = []
     if full.eigenvalue is not None and full.most_negative is not None and -full.most_negative > abs(full.eigenvalue):
         found.append(
@@ -249,7 +247,12 @@ def _quality(
                 message="a single batch cannot be split: the verdict takes it for all of the data",
             )
         )
-    elif full.rho and generalisation.rho_low is not None and generalisation.rho_low < 0.5 * full.rho and verdict != "unresolved":
+    elif (
+        full.rho
+        and generalisation.rho_low is not None
+        and generalisation.rho_low < 0.5 * full.rho
+        and verdict != "unresolved"
+    ):
         found.append(
             Finding(
                 code="shard-overstates",

@@ -117,7 +117,12 @@ class GPT(torch.nn.Module):
                 {"c_fc": nn.Linear(width, 4 * width, bias=False), "c_proj": nn.Linear(4 * width, width, bias=False)}
             )
             return nn.ModuleDict(
-                {"ln_1": nn.LayerNorm(width, bias=False), "attn": attention, "ln_2": nn.LayerNorm(width, bias=False), "mlp": mlp}
+                {
+                    "ln_1": nn.LayerNorm(width, bias=False),
+                    "attn": attention,
+                    "ln_2": nn.LayerNorm(width, bias=False),
+                    "mlp": mlp,
+                }
             )
 
         self.heads = heads
@@ -153,7 +158,15 @@ class GPT(torch.nn.Module):
 def nanogpt(tokens: np.ndarray, steps: int = 300) -> None:
     """Train as nanoGPT's train.py does: AdamW, matrices decayed, linear warm-up, gradient clipping at 1."""
     set_seed(0)
-    args = {"n_layer": 4, "n_head": 2, "n_embd": 32, "block_size": SEQUENCE, "bias": False, "vocab_size": 256, "dropout": 0.0}
+    args = {
+        "n_layer": 4,
+        "n_head": 2,
+        "n_embd": 32,
+        "block_size": SEQUENCE,
+        "bias": False,
+        "vocab_size": 256,
+        "dropout": 0.0,
+    }
     model = GPT(256, SEQUENCE, 4, 2, 32)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]

@@ -77,9 +77,7 @@ class Davidson:
         space = _Subspace(operator, self.capacity(operator), self.seed)
         return self._solve(space, start)
 
-    def nested(
-        self, operator: Operator, supports: Iterable[tuple[Tensor, Sequence[Tensor]]]
-    ) -> Iterator[Extremes]:
+    def nested(self, operator: Operator, supports: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> Iterator[Extremes]:
         """The same restricted to growing sets of coordinates, in one basis.
 
         A vector supported on a small set has an image on all coordinates, so the basis of one set

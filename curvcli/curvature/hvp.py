@@ -97,9 +97,7 @@ class FreshGraph:
         inputs = [self.parameters[n] for n in names]
         total = [torch.zeros_like(p) for p in inputs]
         for i, weight in enumerate(self.problem.weights):
-            gradients = torch.autograd.grad(
-                self.problem.batch_loss(i), inputs, create_graph=True, allow_unused=True
-            )
+            gradients = torch.autograd.grad(self.problem.batch_loss(i), inputs, create_graph=True, allow_unused=True)
             pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
             if not pairs:
                 continue
@@ -128,7 +126,7 @@ class ForwardOverReverse:
                 return self.problem.loss(stand_in, batch)
 
             with self.problem.scope(), sdpa_kernel(SDPBackend.MATH):
-                _, parts = jvp(grad(loss, argnums=tuple(range(len(inputs)))), inputs, tuple(tangents))
+                parts = jvp(grad(loss, argnums=tuple(range(len(inputs)))), inputs, tuple(tangents))[1]
             _accumulate(total, parts, weight)
         return total
 
@@ -193,8 +191,7 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
     names = list(problem.parameters)
     generator = torch.Generator().manual_seed(0)
     tangents = [
-        torch.randn(p.shape, generator=generator).to(p) / max(p.numel(), 1) ** 0.5
-        for p in problem.parameters.values()
+        torch.randn(p.shape, generator=generator).to(p) / max(p.numel(), 1) ** 0.5 for p in problem.parameters.values()
     ]
     seconds: dict[Mode, float] = {}
     refused: dict[Mode, str] = {}
@@ -236,7 +233,12 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
 
 def build(problem: Problem, mode: Mode) -> HVP:
     """The product engine of a mode. Building "kept" costs about two gradients."""
-    return {"kept": KeptGraph, "fresh": FreshGraph, "forward": ForwardOverReverse}[mode](problem)
+    engines: dict[Mode, type[KeptGraph] | type[FreshGraph] | type[ForwardOverReverse]] = {
+        "kept": KeptGraph,
+        "fresh": FreshGraph,
+        "forward": ForwardOverReverse,
+    }
+    return engines[mode](problem)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ class Blocks:
         blocks while they loop, and blocks differ in what they return.
         """
         stack = getattr(self.parent, self.attribute)
-        short = type(stack)(*self.modules[:depth]) if isinstance(stack, nn.Sequential) else nn.ModuleList(
-            self.modules[:depth]
+        short = (
+            type(stack)(*self.modules[:depth]) if isinstance(stack, nn.Sequential) else nn.ModuleList(self.modules[:depth])
         )
         setattr(self.parent, self.attribute, short)
         try:
@@ -61,12 +61,10 @@ class Problem:
     loss: Loss
     batches: Sequence[Any]
     weights: Sequence[float]
-    scope: Callable[[], ContextManager[None]] = field(default=nullcontext, repr=False)
+    scope: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
 
     @classmethod
-    def create(
-        cls, model: nn.Module, loss: Loss, batches: Sequence[Any], weights: Sequence[float] | None = None
-    ) -> Problem:
+    def create(cls, model: nn.Module, loss: Loss, batches: Sequence[Any], weights: Sequence[float] | None = None) -> Problem:
         """Freeze dropout and check the weights. Raises UsageError where they cannot be told."""
         if not batches:
             raise UsageError("no batches were given", hint="pass at least one batch of data")

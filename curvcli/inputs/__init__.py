@@ -38,7 +38,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for reader in READERS:
         if reader.accepts(found):
             return reader.read(found)
-    raise InputError(f"{found} is in no known checkpoint format", hint="known: transformers directories and nanoGPT .pt files")
+    raise InputError(
+        f"{found} is in no known checkpoint format", hint="known: transformers directories and nanoGPT .pt files"
+    )
 
 
 def _listing(path: Path) -> list[Path]:

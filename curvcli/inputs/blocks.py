@@ -38,7 +38,9 @@ def locate(model: nn.Module, layers: nn.ModuleList | nn.Sequential) -> Blocks:
         for name, child in module.named_children():
             if child is layers:
                 return Blocks(module, name, tuple(child.children()), display(f"{path}.{name}" if path else name))
-    raise UnsupportedError("the given layers are no ModuleList or Sequential inside the model", hint="pass e.g. model.layers")
+    raise UnsupportedError(
+        "the given layers are no ModuleList or Sequential inside the model", hint="pass e.g. model.layers"
+    )
 
 
 def display(name: str) -> str:

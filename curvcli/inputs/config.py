@@ -31,7 +31,9 @@ def find_config(checkpoint: Path) -> tuple[Config, Path | None]:
     Raises:
         InputError: the file is no TOML or has a key or value that is not known.
     """
-    for folder in checkpoint.resolve().parents if checkpoint.is_file() else [checkpoint.resolve(), *checkpoint.resolve().parents]:
+    for folder in (
+        checkpoint.resolve().parents if checkpoint.is_file() else [checkpoint.resolve(), *checkpoint.resolve().parents]
+    ):
         for name, table in (("curv.toml", ()), ("pyproject.toml", ("tool", "curv"))):
             file = folder / name
             if file.is_file() and (found := _read(file, table)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class HuggingFaceReader:
             raise InputError(f"{path / 'config.json'} names no model_type", hint="it is not a transformers configuration")
         state = self._trainer_state(path)
         optimizer = path / "optimizer.pt"
-        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+        nested = config.get("text_config")
+        text: dict[str, Any] = nested if isinstance(nested, dict) else config
         context = text.get("max_position_embeddings") or text.get("n_positions")
         architectures = config.get("architectures") or [config["model_type"]]
         has_tokenizer = any((path / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
@@ -72,7 +74,9 @@ class HuggingFaceReader:
             found: list[TensorInfo] = []
             for shard in sorted(set(shards.values())):
                 if Path(shard).name != shard or shard in ("", ".", ".."):
-                    raise InputError(f"{path / _INDEX} points outside its directory: {shard!r}", hint="do not trust this checkpoint")
+                    raise InputError(
+                        f"{path / _INDEX} points outside its directory: {shard!r}", hint="do not trust this checkpoint"
+                    )
                 if not (path / shard).is_file():
                     raise InputError(f"{path / shard} is named in {_INDEX} and missing", hint="copy the missing shard")
                 found += safetensors_header(path / shard)
@@ -114,7 +118,7 @@ def _build(path: Path) -> nn.Module:
     from transformers import AutoConfig
 
     previous = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,8 +20,12 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 
 def trainer_order(model: nn.Module) -> list[list[str]]:
     """transformers' Trainer: decayed parameters, then the rest."""
-    plain = {f"{m}.{p}" if m else p for m, mod in model.named_modules() if isinstance(mod, nn.LayerNorm)
-             for p, _ in mod.named_parameters(recurse=False)}
+    plain = {
+        f"{m}.{p}" if m else p
+        for m, mod in model.named_modules()
+        if isinstance(mod, nn.LayerNorm)
+        for p, _ in mod.named_parameters(recurse=False)
+    }
     return _split(model, lambda name, p: not (_NO_DECAY.search(name) or name in plain))
 
 
@@ -126,7 +130,7 @@ def _mismatch(
     names: list[list[str]],
     groups: list[dict[str, Any]],
     state: dict[Any, dict[str, Any]],
-    parameters: dict[str, Tensor],
+    parameters: Mapping[str, Tensor],
 ) -> str | None:
     lengths, expected = [len(g["params"]) for g in groups], [len(n) for n in names]
     if lengths != expected:

@@ -86,9 +86,9 @@ def _build(path: Path) -> nn.Module:
             use_cache=False,
             bos_token_id=None,
             eos_token_id=None,
-            attn_implementation="eager",
         )
     )
+    model.set_attn_implementation("eager")
     converted = {n: t.t() if n.endswith(_TRANSPOSED) else t for n, t in weights.items()}
     own = dict(model.named_parameters())
     absent = [n for n in own if n not in converted]
@@ -116,8 +116,7 @@ def _build(path: Path) -> nn.Module:
 
 def _view(document: Any, model: nn.Module, path: Path) -> OptimizerView:
     optimizer = document["optimizer"]
-    view = map_state(_transposed(optimizer, model), model, (matrix_order,), path=path)
-    return view
+    return map_state(_transposed(optimizer, model), model, (matrix_order,), path=path)
 
 
 def _transposed(optimizer: Any, model: nn.Module) -> Any:

@@ -50,7 +50,9 @@ def read_json(path: Path) -> Any:
     """A JSON file. Raises InputError."""
     try:
         if path.stat().st_size > _JSON_LIMIT:
-            raise InputError(f"{path} is larger than {_JSON_LIMIT >> 20} MiB", hint="no checkpoint's JSON is: check the file")
+            raise InputError(
+                f"{path} is larger than {_JSON_LIMIT >> 20} MiB", hint="no checkpoint's JSON is: check the file"
+            )
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON: {_first_line(error)}", hint="copy the file again") from error
@@ -60,10 +62,10 @@ def safetensors_header(path: Path) -> list[TensorInfo]:
     """Names, shapes and types of the tensors in a safetensors file; no data is read. Raises InputError."""
     _refuse_pointer(path)
     try:
-        with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as handle:
             return [
                 TensorInfo(name, tuple(piece.get_shape()), piece.get_dtype())
-                for name in handle.keys()
+                for name in handle
                 for piece in [handle.get_slice(name)]
             ]
     except (SafetensorError, OSError, ValueError) as error:
@@ -109,4 +111,6 @@ def _check_zip(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InputError(f"{path} is a damaged zip: {_first_line(error)}", hint="copy the file again") from error
     if packed:
-        raise InputError(f"{path} has compressed records ({packed[0]})", hint="torch.save writes none: do not trust this file")
+        raise InputError(
+            f"{path} has compressed records ({packed[0]})", hint="torch.save writes none: do not trust this file"
+        )

@@ -45,9 +45,7 @@ class Shard:
         return list(self.windows.split(size))
 
 
-def read_shard(
-    path: Path, checkpoint: Checkpoint, *, tokens: int, sequence_length: int | None
-) -> Shard:
+def read_shard(path: Path, checkpoint: Checkpoint, *, tokens: int, sequence_length: int | None) -> Shard:
     """Enough of a shard for `tokens` predictions.
 
     A stream is cut into consecutive windows. A file of rows (a 2-D array) keeps its rows: each is
@@ -68,7 +66,9 @@ def read_shard(
     try:
         array = reader(path, checkpoint, wanted)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}", hint="check the file and its permissions") from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror or error}", hint="check the file and its permissions"
+        ) from error
     rows = array if array.ndim == 2 else array[None]
     length = sequence_length or min(rows.shape[1] - 1 if array.ndim == 2 else 1024, checkpoint.context or 1024)
     if checkpoint.context is not None and length > checkpoint.context:
@@ -79,7 +79,7 @@ def read_shard(
     per_row = rows.shape[1] // (length + 1)
     if per_row == 0:
         raise InputError(
-            f"{path} has {'rows of ' if array.ndim == 2 else ''}{rows.shape[1]} tokens, fewer than one sequence of {length} + 1",
+            f"{path} has {'rows of ' if array.ndim == 2 else ''}{rows.shape[1]} tokens, less than one sequence of {length} + 1",
             hint="pass a shorter --sequence-length or a larger shard",
         )
     if tokens < length:
@@ -99,7 +99,9 @@ def _bin(path: Path, checkpoint: Checkpoint, wanted: int) -> Tokens:
     """nanoGPT's stream of uint16, without a header."""
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise InputError(f"{path} has {size} bytes, no whole number of uint16 tokens", hint="expected nanoGPT's .bin of uint16")
+        raise InputError(
+            f"{path} has {size} bytes, no whole number of uint16 tokens", hint="expected nanoGPT's .bin of uint16"
+        )
     array = np.memmap(path, dtype="<u2", mode="r")[:wanted]
     if len(array) >= 64 and not array[1::2].any() and array[::2].any():
         raise InputError(f"{path} looks like uint32 tokens: every second uint16 is 0", hint="store it as uint16 or .npy")
@@ -116,8 +118,8 @@ def _npy(path: Path, checkpoint: Checkpoint, wanted: int) -> Tokens:
 
 def _safetensors(path: Path, checkpoint: Checkpoint, wanted: int) -> Tokens:
     try:
-        with safe_open(path, framework="np") as handle:  # type: ignore[no-untyped-call]
-            if "input_ids" not in handle.keys():
+        with safe_open(path, framework="np") as handle:
+            if "input_ids" not in handle:
                 raise InputError(f"{path} has no tensor input_ids", hint=f"it has {sorted(handle.keys())[:5]}")
             array = handle.get_tensor("input_ids")
     except SafetensorError as error:
@@ -152,7 +154,8 @@ def _text(path: Path, checkpoint: Checkpoint, wanted: int) -> Tokens:
 def _integers(array: NDArray[np.generic], path: Path, wanted: int) -> Tokens:
     if array.ndim not in (1, 2) or array.dtype.kind not in "iu" or 0 in array.shape:
         raise InputError(
-            f"{path} has shape {array.shape} of {array.dtype}, not token ids", hint="expected integers, one or two dimensions"
+            f"{path} has shape {array.shape} of {array.dtype}, not token ids",
+            hint="expected integers, one or two dimensions",
         )
     kept = array[:wanted] if array.ndim == 1 else array[: -(-wanted // max(1, array.shape[1] - 1))]
     return np.asarray(kept, dtype=np.int64)

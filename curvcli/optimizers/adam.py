@@ -11,7 +11,8 @@ def _root(group: Group, state: State) -> Tensor:
     """sqrt(v / (1 - b2^t)) + eps, with the running maximum of v under amsgrad."""
     key = "max_exp_avg_sq" if group.options.get("amsgrad") else "exp_avg_sq"
     correction = 1 - group.betas[1] ** float(state["step"])
-    return (moment(state, key) / correction).sqrt() + group.number("eps", 1e-8)
+    root: Tensor = (moment(state, key) / correction).sqrt() + group.number("eps", 1e-8)
+    return root
 
 
 class Adam:
@@ -25,7 +26,8 @@ class Adam:
         return view.name or ("AdamW" if all(self.decoupled(g) for g in view.groups) else "Adam")
 
     def preconditioner(self, group: Group, state: State) -> Tensor:
-        return _root(group, state) * (1 - group.betas[0] ** float(state["step"]))
+        corrected: Tensor = _root(group, state) * (1 - group.betas[0] ** float(state["step"]))
+        return corrected
 
     def gain(self, group: Group, state: State) -> float:
         return (1 - group.betas[0]) / (1 + group.betas[0])

@@ -26,7 +26,7 @@ class Group:
         """A hyperparameter as a float. Raises InputError where it is missing or no finite number."""
         value = self.options.get(key, default)
         try:
-            number = float(value)  # type: ignore[arg-type]
+            number = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"optimizer option {key!r} is {value!r}, not a number", hint=_override(key)) from error
         if number != number or abs(number) == float("inf"):

@@ -31,13 +31,27 @@ _REFUSED: tuple[tuple[str, Callable[[OptimizerView], bool], str], ...] = (
     ),
     (
         "RAdam",
-        lambda v: v.name == "RAdam"
-        or (v.name is None and "exp_avg_sq" in v.keys and "mu_product" not in v.keys
-            and all("amsgrad" not in g.options and "foreach" in g.options for g in v.groups)),
+        lambda v: (
+            v.name == "RAdam"
+            or (
+                v.name is None
+                and "exp_avg_sq" in v.keys
+                and "mu_product" not in v.keys
+                and all("amsgrad" not in g.options and "foreach" in g.options for g in v.groups)
+            )
+        ),
         "its update is rectified by a factor that depends on the step; not supported",
     ),
-    ("Adadelta", lambda v: v.name == "Adadelta" or "acc_delta" in v.keys, "its learning rate depends on the state; not supported"),
-    ("Adamax", lambda v: v.name == "Adamax" or "exp_inf" in v.keys, "its preconditioner is a running maximum; not supported"),
+    (
+        "Adadelta",
+        lambda v: v.name == "Adadelta" or "acc_delta" in v.keys,
+        "its learning rate depends on the state; not supported",
+    ),
+    (
+        "Adamax",
+        lambda v: v.name == "Adamax" or "exp_inf" in v.keys,
+        "its preconditioner is a running maximum; not supported",
+    ),
 )
 
 

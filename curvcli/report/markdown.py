@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pandas as pd
+
 from curvcli.report.frame import frame, number
 from curvcli.results import Report
 
@@ -20,11 +22,11 @@ def markdown(report: Report) -> str:
         "| part | name | parameters | lambda | rho | residual | most negative | status |",
         "|---|---|--:|--:|--:|--:|--:|---|",
     ]
-    for row in frame(report).itertuples():
-        parameters = f"{row.parameters:,}" if row.parameters == row.parameters and row.parameters else ""
-        values = (row.eigenvalue, row.rho, row.residual, row.most_negative)
-        cells = [number(None if v is None or v != v else v) for v in values]
-        lines.append(f"| {row.part} | {_escape(row.name)} | {parameters} | {' | '.join(cells)} | {row.status} |")
+    for row in frame(report).astype(object).to_dict("records"):
+        values = [None if pd.isna(row[key]) else row[key] for key in ("eigenvalue", "rho", "residual", "most_negative")]
+        parameters = "" if pd.isna(row["parameters"]) else f"{row['parameters']:,}"
+        cells = " | ".join(number(value) for value in values)
+        lines.append(f"| {row['part']} | {_escape(row['name'])} | {parameters} | {cells} | {row['status']} |")
     cost = report.cost
     lines += ["", f"{cost.hvps} Hessian-vector products, {cost.seconds:.1f} s on {cost.device}", ""]
     return "\n".join(lines)

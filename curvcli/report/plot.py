@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from curvcli.report.frame import number
 from curvcli.results import Estimate, Report
@@ -63,7 +64,7 @@ def plot(report: Report, suffix: str) -> bytes:
     rho = f", rho {number(report.full.rho, 3)}" if report.full.rho is not None else ""
     step = f", step {report.checkpoint.step:,}" if report.checkpoint.step is not None else ""
     axes.set_title(f"{report.verdict}{rho}{step}", loc="left", fontweight="bold")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=3)

@@ -25,7 +25,9 @@ def _head(report: Report) -> Text:
     text = Text()
     text.append(f"{checkpoint.path}", style="bold")
     step = f"step {checkpoint.step:,}, " if checkpoint.step is not None else ""
-    text.append(f"\n{step}{checkpoint.parameters:,} parameters, {report.data.tokens:,} tokens, loss {report.data.loss:.3f}\n")
+    text.append(
+        f"\n{step}{checkpoint.parameters:,} parameters, {report.data.tokens:,} tokens, loss {report.data.loss:.3f}\n"
+    )
     lr = f"lr {number(optimizer.lr)}" if optimizer.lr is not None else "no lr"
     state = {"checkpoint": "", "estimated": ", preconditioner estimated", "none": ", no preconditioner"}
     text.append(f"{optimizer.name}, {lr}{state[optimizer.preconditioner]}\n\n")
@@ -41,7 +43,9 @@ def _head(report: Report) -> Text:
     if report.generalisation.held_out is not None and low is not None and high is not None:
         text.append(f"\n on the data behind the shard, rho is between {number(low, 3)} and {number(high, 3)}")
     if report.update.ratio is not None:
-        text.append(f"\n next update: lr is {number(report.update.ratio, 3)} of its critical {number(report.update.critical_lr, 3)}")
+        text.append(
+            f"\n next update: lr is {number(report.update.ratio, 3)} of its critical {number(report.update.critical_lr, 3)}"
+        )
     text.append("\n")
     return text
 

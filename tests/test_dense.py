@@ -1,0 +1,239 @@
+"""analyze() against dense float64 eigenvalues: every optimizer, per layer, both cumulative curves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, hessian
+
+from curvcli import analyze
+from curvcli.results import Report
+
+TOLERANCE = 1e-4
+
+
+def _adam(state: dict, group: dict) -> Tensor:
+    t, (b1, b2) = float(state["step"]), group["betas"]
+    return (1 - b1**t) * ((state["exp_avg_sq"] / (1 - b2**t)).sqrt() + group["eps"])
+
+
+def _nadam(state: dict, group: dict) -> Tensor:
+    return (state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + group["eps"]
+
+
+def _identity(state: dict, group: dict) -> Tensor:
+    return torch.ones(())
+
+
+OPTIMIZERS: dict[str, tuple[Callable, Callable]] = {
+    "adam": (lambda p: torch.optim.Adam(p, lr=3e-3), _adam),
+    "adam-l2": (lambda p: torch.optim.Adam(p, lr=3e-3, weight_decay=0.3), _adam),
+    "adamw": (lambda p: torch.optim.AdamW(p, lr=3e-3, betas=(0.8, 0.95), weight_decay=0.1), _adam),
+    "amsgrad": (
+        lambda p: torch.optim.AdamW(p, lr=3e-3, amsgrad=True),
+        lambda s, g: _adam({**s, "exp_avg_sq": s["max_exp_avg_sq"]}, g),
+    ),
+    "sgd": (lambda p: torch.optim.SGD(p, lr=0.1), _identity),
+    "heavy-ball": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), _identity),
+    "dampened": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, dampening=0.3), _identity),
+    "nesterov": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.05), _identity),
+    "rmsprop": (lambda p: torch.optim.RMSprop(p, lr=1e-3), lambda s, g: s["square_avg"].sqrt() + g["eps"]),
+    "rmsprop-centered": (
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, centered=True, momentum=0.5),
+        lambda s, g: (s["square_avg"] - s["grad_avg"] ** 2).sqrt() + g["eps"],
+    ),
+    "adagrad": (lambda p: torch.optim.Adagrad(p, lr=1e-2), lambda s, g: s["sum"].sqrt() + g["eps"]),
+    "nadam": (lambda p: torch.optim.NAdam(p, lr=3e-3), _nadam),
+}
+COUPLED = {"adam-l2": 0.3, "nesterov": 0.05}
+
+
+def dense(model: torch.nn.Module, batches: list, optimizer, metric: Callable, names: list[str], depth=None, wd=0.0) -> float:
+    matrix = models.dense_hessian(model, batches, names, depth)
+    parameters = dict(model.named_parameters())
+    groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    p = torch.cat(
+        [
+            metric(optimizer.state[parameters[n]], groups[id(parameters[n])]).expand(parameters[n].shape).reshape(-1)
+            for n in names
+        ]
+    )
+    matrix = matrix + wd * torch.eye(len(matrix), dtype=matrix.dtype)
+    return models.top(matrix / (p[:, None] * p[None, :]).sqrt())
+
+
+def check(report: Report, model: torch.nn.Module, batches: list, optimizer, metric: Callable, wd: float = 0.0) -> None:
+    names = [n for n, _ in model.named_parameters()]
+    truth = lambda chosen, depth=None: dense(model, batches, optimizer, metric, chosen, depth, wd)  # noqa: E731
+    assert report.full.status == "converged"
+    assert report.full.eigenvalue == pytest.approx(truth(names), rel=TOLERANCE)
+    for layer in report.layers:
+        assert layer.eigenvalue == pytest.approx(truth(models.layer_names(model, layer.index)), rel=TOLERANCE)
+    for kept, cut in zip(report.cumulative.restricted, report.cumulative.truncated, strict=True):
+        chosen = models.depth_names(model, kept.depth)
+        assert kept.eigenvalue == pytest.approx(truth(chosen), rel=TOLERANCE)
+        assert cut.eigenvalue == pytest.approx(truth(chosen, cut.depth), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer(name: str) -> None:
+    make, metric = OPTIMIZERS[name]
+    model, batches = models.Net(), models.data()
+    optimizer = make(model.parameters())
+    models.train(model, optimizer, batches)
+    report = analyze(model, models.loss, batches, optimizer, weights=models.weights(batches), tolerance=1e-4, max_hvps=400)
+    check(report, model, batches, optimizer, metric, COUPLED.get(name, 0.0))
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10_000), blocks=st.integers(1, 4), width=st.integers(2, 6), steps=st.integers(3, 40))
+def test_random_models(seed: int, blocks: int, width: int, steps: int) -> None:
+    model, batches = models.Net(seed=seed, blocks=blocks, width=width), models.data(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    models.train(model, optimizer, batches, steps)
+    report = analyze(
+        model, models.loss, batches, optimizer, weights=models.weights(batches), tolerance=1e-4, max_hvps=600, seed=seed
+    )
+    check(report, model, batches, optimizer, _adam)
+
+
+def test_trap_torch_func_hessian() -> None:
+    """Why the oracle is finite differences. Where this fails, torch has been mended: use its hessian again."""
+    model, batches = models.Net(), models.data()
+    names = [n for n, _ in model.named_parameters()]
+    ids, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    parameters = dict(model.named_parameters())
+    shapes, sizes = [parameters[n].shape for n in names], [parameters[n].numel() for n in names]
+
+    def function(flat: Tensor) -> Tensor:
+        pieces = {n: v.view(s) for n, v, s in zip(names, flat.split(sizes), shapes, strict=True)}
+        return nn.functional.cross_entropy(functional_call(model, pieces, (ids,)), targets)
+
+    matrix = hessian(function)(torch.cat([parameters[n].detach().reshape(-1) for n in names]))
+    truth = models.dense_hessian(model, batches, names)
+    assert float((matrix - truth).norm() / truth.norm()) > 1e-3
+
+
+def test_mixed_groups_give_rho_of_the_joint_iteration() -> None:
+    """Two groups of different lr, betas and decay: rho is the top eigenvalue with thresholds per parameter."""
+    model, batches = models.Net(), models.data()
+    fast = [p for n, p in model.named_parameters() if n.startswith("layers")]
+    slow = [p for n, p in model.named_parameters() if not n.startswith("layers")]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": fast, "lr": 1e-2, "betas": (0.9, 0.99)},
+            {"params": slow, "lr": 1e-3, "betas": (0.5, 0.9), "weight_decay": 0.3},
+        ]
+    )
+    models.train(model, optimizer, batches)
+    report = analyze(model, models.loss, batches, optimizer, weights=models.weights(batches), tolerance=1e-5, max_hvps=400)
+    names = [n for n, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    pieces = []
+    for name in names:
+        group = optimizer.param_groups[0 if name.startswith("layers") else 1]
+        lr, b1, wd = group["lr"], group["betas"][0], group["weight_decay"]
+        threshold = (2 / lr - wd) * (1 + b1) / (1 - b1)
+        pieces.append((_adam(optimizer.state[parameters[name]], group) * threshold).reshape(-1))
+    s = torch.cat(pieces)
+    truth = models.top(models.dense_hessian(model, batches, names) / (s[:, None] * s[None, :]).sqrt())
+    assert report.full.rho == pytest.approx(truth, rel=TOLERANCE)
+    assert report.optimizer.threshold is not None
+    assert report.full.eigenvalue == pytest.approx(truth * report.optimizer.threshold, rel=TOLERANCE)
+
+
+def test_bare_hessian_and_most_negative() -> None:
+    model, batches = models.Net(), models.data()
+    report = analyze(model, models.loss, batches, None, weights=models.weights(batches), tolerance=1e-5, max_hvps=400)
+    values = torch.linalg.eigvalsh(models.dense_hessian(model, batches, [n for n, _ in model.named_parameters()]))
+    assert report.full.eigenvalue == pytest.approx(float(values[-1]), rel=TOLERANCE)
+    assert report.full.most_negative is not None
+    assert report.full.most_negative_residual is not None
+    assert float(values[0]) <= report.full.most_negative + 1e-12
+    assert min(abs(values - report.full.most_negative)) <= report.full.most_negative_residual + 1e-9
+    assert (report.full.rho, report.optimizer.threshold, report.verdict) == (None, None, "unresolved")
+
+
+def test_critical_learning_rate_is_where_the_update_stops_paying() -> None:
+    """2 g.u / u.Hu, with u Adam's own direction, from the dense Hessian."""
+    model, batches = models.Net(), models.data()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    models.train(model, optimizer, batches)
+    report = analyze(model, models.loss, batches, optimizer, weights=models.weights(batches))
+    names, parameters = [n for n, _ in model.named_parameters()], list(model.parameters())
+    ids, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    g = torch.cat([x.reshape(-1) for x in torch.autograd.grad(models.loss(model, (ids, targets)), parameters)])
+    u = torch.cat(
+        [
+            (optimizer.state[p]["exp_avg"] / _adam(optimizer.state[p], optimizer.param_groups[0])).reshape(-1)
+            for p in parameters
+        ]
+    )
+    critical = float(2 * (g @ u) / (u @ models.dense_hessian(model, batches, names) @ u))
+    assert report.update.status == "ok"
+    assert report.update.critical_lr == pytest.approx(critical, rel=1e-6)
+    assert report.update.ratio == pytest.approx(1e-2 / critical, rel=1e-6)
+
+
+def test_held_out_quotient_is_of_the_other_half() -> None:
+    model, batches = models.Net(), models.data()
+    report = analyze(model, models.loss, batches, None, weights=models.weights(batches), tolerance=1e-8, max_hvps=400)
+    names = [n for n, _ in model.named_parameters()]
+    first = models.dense_hessian(model, batches[:1], names)
+    vector = torch.linalg.eigh((first + first.T) / 2).eigenvectors[:, -1]
+    assert report.generalisation.held_out == pytest.approx(
+        float(vector @ models.dense_hessian(model, batches[1:], names) @ vector), rel=1e-4
+    )
+    assert [p.tokens for p in report.tokens] == [16, 48]
+
+
+def test_attribution_is_the_eigenvector_squared() -> None:
+    model, batches = models.Net(), models.data()
+    report = analyze(model, models.loss, batches, None, weights=models.weights(batches), tolerance=1e-7, max_hvps=400)
+    names = [n for n, _ in model.named_parameters()]
+    vector = torch.linalg.eigh(models.dense_hessian(model, batches, names)).eigenvectors[:, -1].square()
+    sizes = [p.numel() for p in model.parameters()]
+    truth = {n: float(v.sum()) for n, v in zip(names, vector.split(sizes), strict=True)}
+    assert {m.tensor: pytest.approx(m.mass, abs=1e-6) for m in report.attribution} == truth
+    assert sum(m.mass for m in report.attribution) == pytest.approx(1)
+    embedding = next(m for m in report.attribution if m.tensor == "embed.weight")
+    assert embedding.rows is not None
+    rows = vector[: sizes[0]].view(7, 5).sum(1)
+    assert embedding.rows[0] == (int(rows.argmax()), pytest.approx(float(rows.max()), abs=1e-6))
+
+
+def test_invariants_of_the_restricted_curve() -> None:
+    model, batches = models.Net(blocks=6), models.data()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    models.train(model, optimizer, batches)
+    report = analyze(model, models.loss, batches, optimizer, weights=models.weights(batches))
+    curve = [e.eigenvalue for e in report.cumulative.restricted]
+    assert all(b >= a * (1 - 1e-9) for a, b in itertools.pairwise(curve))
+    for layer in report.layers:
+        assert report.full.eigenvalue >= layer.eigenvalue * (1 - 1e-9)
+
+
+def test_training_state_is_left_alone_and_the_seed_decides() -> None:
+    model, batches = models.Net(), models.data()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    models.train(model, optimizer, batches)
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    gradients = [p.grad.clone() for p in model.parameters()]
+    rng = torch.get_rng_state()
+    reports = [
+        analyze(model, models.loss, batches, optimizer, weights=models.weights(batches), mode="kept") for _ in range(2)
+    ]
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert torch.equal(rng, torch.get_rng_state())
+    one, two = (r.model_dump(exclude={"cost"}) for r in reports)
+    assert one == two
