@@ -7,24 +7,22 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from curvcli import resources, results
-from curvcli.curvature.davidson import Davidson, Extremes
-from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
-from curvcli.curvature.operator import PreconditionedHessian
-from curvcli.curvature.problem import Blocks, Loss, Problem, gradient
+from curvcli.curvature.davidson import Davidson
+from curvcli.curvature.hvp import Mode
+from curvcli.curvature.problem import Loss, Problem
 from curvcli.errors import UsageError
 from curvcli.inputs.blocks import display, find_blocks, locate
+from curvcli.measurement import Measured, Measurement, Progress, Solved
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, override, prepare
 from curvcli.verdict import explain, judge
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,8 @@ def analyze(
         metric = _metric(problem, optimizer, lr)
         blocks = locate(module, layers) if layers is not None else find_blocks(module)
         solver = Davidson(tolerance=tolerance, max_products=max_hvps, seed=seed)
-        work = _Measurement(problem, metric, blocks, solver, mode, progress or (lambda stage, done: None))
-        return work.report(provenance or Provenance(), sum(weights) if weights else None)
+        work = Measurement(problem, metric, blocks, solver, mode, progress or (lambda stage, done: None))
+        return _Writer(work, work.run()).report(provenance or Provenance(), sum(weights) if weights else None)
 
 
 @contextmanager
@@ -128,181 +126,14 @@ def _metric(
     return prepare(override(view, lr=lr), parameters)
 
 
-@dataclass
-class _Solved:
-    """An estimate's raw form: the pairs, and the names that its vectors run over."""
+class _Writer:
+    """A finished measurement as a document."""
 
-    names: list[str]
-    extremes: Extremes | None
-    inconsistent: bool = False
+    def __init__(self, work: Measurement, measured: Measured) -> None:
+        self.work, self.measured = work, measured
+        self.metric, self.problem, self.names = work.metric, work.problem, work.names
 
-    @property
-    def value(self) -> float:
-        top = self.extremes.top if self.extremes else None
-        return top.value if top else float("-inf")
-
-    @property
-    def slack(self) -> float:
-        top = self.extremes.top if self.extremes else None
-        return top.residual if top else 0.0
-
-
-class _Measurement:
-    def __init__(
-        self,
-        problem: Problem,
-        metric: Preconditioner,
-        blocks: Blocks | None,
-        solver: Davidson,
-        mode: Mode | Literal["auto"],
-        progress: Progress,
-    ) -> None:
-        self.problem, self.metric, self.blocks, self.solver = problem, metric, blocks, solver
-        self.started = time.perf_counter()
-        self.hvps = 0
-        self.stages = _Stages(len(blocks.modules) if blocks else 0, progress)
-        self.names = [n for n in problem.parameters if n in metric.scale]
-        of_block = [{id(p) for p in block.parameters()} for block in (blocks.modules if blocks else ())]
-        self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
-        inside = {n for names in self.layer_names for n in names}
-        self.outer = [n for n in self.names if n not in inside]
-        device = next(iter(problem.parameters.values())).device
-        resources.reset_peak(device)
-        self.stages.enter("choosing how to multiply")
-        self.choice: Choice = choose(problem, mode=mode, memory=resources.free_bytes(device))
-        size = sum(problem.parameters[n].numel() for n in self.names)
-        itemsize = next(iter(problem.parameters.values())).element_size()
-        room = int(resources.free_bytes(device) / 4 / (2 * size * itemsize))
-        self.solver = replace(solver, basis=min(max(room, 6), 24))
-        self.device = device
-
-    # --- solving -----------------------------------------------------------------------------
-
-    def operator(self, hvp: HVP, names: Sequence[str]) -> PreconditionedHessian:
-        return PreconditionedHessian(hvp, names, dict(self.metric.scale), dict(self.metric.decay))
-
-    def solve(self, hvp: HVP, names: list[str], start: Sequence[tuple[Sequence[str], Tensor]] = ()) -> _Solved:
-        """Both ends of the spectrum over `names`, from vectors over other names carried over."""
-        if not names:
-            return _Solved(names, None)
-        operator = self.operator(_Counting(hvp, self), names)
-        vectors = [self.carry(operator, source, vector) for source, vector in start]
-        return _Solved(names, self.solver.extremes(operator, vectors))
-
-    def carry(self, operator: PreconditionedHessian, names: Sequence[str], vector: Tensor) -> Tensor:
-        sizes = {n: p.numel() for n, p in self.problem.parameters.items()}
-        return operator.carry(vector, names, sizes)
-
-    def ends(self, *solved: _Solved) -> list[tuple[Sequence[str], Tensor]]:
-        """Start vectors: the eigenvectors found at both ends."""
-        found = [(s.names, s.extremes) for s in solved if s.extremes]
-        return [(names, pair.vector) for names, e in found for pair in (e.top, e.bottom) if pair]
-
-    # --- the parts ---------------------------------------------------------------------------
-
-    def report(self, provenance: Provenance, tokens: float | None) -> results.Report:
-        self.stages.enter("gradient")
-        gradients = gradient(self.problem, self.names)
-        loss = self.problem.mean_loss()
-        hvp = build(self.problem, self.choice.mode)
-        ladder, held_out = self.ladder(hvp)
-        hint = ladder[-1][1] if ladder else None
-        layers = self.layers(hvp, hint)
-        restricted = self.restricted(hvp, hint, layers)
-        full = restricted[-1]
-        ladder.append((1.0, full))
-        update = self.update(hvp, gradients)
-        del hvp  # its graphs make room for those of the shortened networks
-        truncated = self.truncated(full)
-        return self.assemble(provenance, tokens, loss, ladder, held_out, full, update, layers, restricted, truncated)
-
-    def ladder(self, hvp: HVP) -> tuple[list[tuple[float, _Solved]], float | None]:
-        """The full model on growing prefixes of the shard, each warm from the last; and the held-out quotient."""
-        count = len(self.problem.batches)
-        half = -(-count // 2)
-        solved: list[tuple[float, _Solved]] = []
-        held_out: float | None = None
-        for prefix in sorted({-(-count // 4), half} - {count}):
-            self.stages.enter("full model on part of the shard")
-            answer = self.solve(hvp.subset(range(prefix)), self.names, self.ends(*(s for _, s in solved[-1:])))
-            solved.append((sum(self.problem.weights[:prefix]), answer))
-            if prefix == half and answer.extremes and answer.extremes.top:
-                rest = self.operator(_Counting(hvp.subset(range(prefix, count)), self), self.names)
-                vector = answer.extremes.top.vector
-                quotient = float(vector @ rest.matvec(vector))
-                held_out = quotient if abs(quotient) < float("inf") else None
-        return solved, held_out
-
-    def update(self, hvp: HVP, gradients: list[Tensor]) -> results.Update:
-        """Curvature along the optimizer's own next step (one product)."""
-        if self.metric.direction is None or self.metric.rate is None:
-            return results.Update(critical_lr=None, ratio=None, status="unavailable")
-        self.stages.enter("next update")
-        step = [self.metric.direction[n] for n in self.names]
-        decays = [self.metric.decay.get(n, 0.0) for n in self.names]
-        weights = [self.problem.parameters[n].detach() for n in self.names]
-        image = _Counting(hvp, self).product(self.names, step)
-        # A coupled weight decay is part of the function that the optimizer descends.
-        slope = sum(float(((g + d * w) * u).sum()) for g, d, w, u in zip(gradients, decays, weights, step, strict=True))
-        bend = sum(float(((h.detach() + d * u) * u).sum()) for h, d, u in zip(image, decays, step, strict=True))
-        if slope <= 0:
-            return results.Update(critical_lr=None, ratio=None, status="uphill")
-        if bend <= 0:
-            return results.Update(critical_lr=None, ratio=None, status="concave")
-        critical = 2 * slope / bend
-        return results.Update(critical_lr=critical, ratio=self.metric.rate / critical, status="ok")
-
-    def layers(self, hvp: HVP, hint: _Solved | None) -> list[_Solved]:
-        """Each block alone, the rest of the network held still."""
-        solved = []
-        for i, names in enumerate(self.layer_names):
-            self.stages.enter(f"layer {i}")
-            solved.append(self.solve(hvp, names, self.ends(*([hint] if hint else []))))
-        return solved
-
-    def restricted(self, hvp: HVP, hint: _Solved | None, layers: list[_Solved]) -> list[_Solved]:
-        """Embedding, head and the first k blocks of the intact network; the last is the full model.
-
-        One basis serves all depths, so the curve cannot fall. It takes in each block's own top
-        vector, so that it does not stay under any of its blocks either (Cauchy interlacing).
-        """
-        operator = self.operator(_Counting(hvp, self), self.names)
-        depths = range(len(layers) + 1)
-
-        def supports() -> Iterator[tuple[Tensor, list[Tensor]]]:
-            for depth in depths:
-                last = depth == depths[-1]
-                self.stages.enter("full model" if last else f"restricted to depth {depth}")
-                mask = operator.mask(self.upto(depth))
-                start = self.ends(*([hint] if hint and (depth == 0 or last) else []))
-                start += self.ends(layers[depth - 1])[:1] if depth else []
-                yield mask, [self.carry(operator, names, vector) * mask for names, vector in start]
-
-        found = self.solver.nested(operator, supports())
-        curve = [_Solved(self.names if self.upto(k) else [], e) for k, e in zip(depths, found, strict=True)]
-        for depth, solved in enumerate(curve):
-            lower = [*curve[depth - 1 : depth], *layers[:depth]] if depth else []
-            solved.inconsistent = any(_violates(part, solved) for part in lower)
-        return curve
-
-    def truncated(self, full: _Solved) -> list[_Solved]:
-        """The network of the first k blocks alone; the last is the full model."""
-        if not self.blocks:
-            return []
-        curve: list[_Solved] = []
-        for depth in range(len(self.layer_names)):
-            self.stages.enter(f"truncated at depth {depth}")
-            hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
-            curve.append(self.solve(hvp, self.upto(depth), self.ends(full, *curve[-1:])))
-        return [*curve, full]
-
-    def upto(self, depth: int) -> list[str]:
-        inside = {n for names in self.layer_names[:depth] for n in names} | set(self.outer)
-        return [n for n in self.names if n in inside]
-
-    # --- the document ------------------------------------------------------------------------
-
-    def entry(self, solved: _Solved) -> dict[str, Any]:
+    def entry(self, solved: Solved) -> dict[str, Any]:
         """The fields of an Estimate; values that mean nothing stay null."""
         extremes = solved.extremes
         empty = dict.fromkeys(results.Estimate.model_fields)
@@ -323,39 +154,28 @@ class _Measurement:
             "status": "inconsistent" if solved.inconsistent else status,
         }
 
-    def assemble(
-        self,
-        provenance: Provenance,
-        tokens: float | None,
-        loss: float,
-        ladder: list[tuple[float, _Solved]],
-        held_out: float | None,
-        full: _Solved,
-        update: results.Update,
-        layers: list[_Solved],
-        restricted: list[_Solved],
-        truncated: list[_Solved],
-    ) -> results.Report:
-        self.stages.enter("report")
+    def report(self, provenance: Provenance, tokens: float | None) -> results.Report:
+        work, found = self.work, self.measured
+        layers, update = found.layers, found.update
         parameters = self.problem.parameters
         numel = {n: parameters[n].numel() for n in self.names}
         checkpoint = (provenance.checkpoint or _in_memory)(sum(numel.values()), len(layers))
-        data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
+        data = provenance.data(found.loss) if provenance.data else _batches(self.problem, found.loss, tokens)
         optimizer = _optimizer(self.metric, provenance.lr_source)
-        estimate = results.Estimate(**self.entry(full))
-        prefix = self.blocks.prefix if self.blocks else ""
+        estimate = results.Estimate(**self.entry(found.full))
+        prefix = work.blocks.prefix if work.blocks else ""
         layer_entries = [
             results.LayerEstimate(**self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names))
             for i, s in enumerate(layers)
         ]
         curves = results.Cumulative(
-            restricted=[results.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(restricted)],
-            truncated=[results.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(truncated)],
+            restricted=[results.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.restricted)],
+            truncated=[results.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.truncated)],
         )
-        generalisation = self.generalisation(estimate, held_out)
-        attribution, participation = self.attribution(full)
+        generalisation = self.generalisation(estimate)
+        attribution, participation = self.attribution(found.full)
         points = []
-        for share, solved in ladder:
+        for share, solved in found.ladder:
             entry = self.entry(solved)
             usable = entry["status"] == "converged"
             points.append(
@@ -396,24 +216,24 @@ class _Measurement:
             verdict=verdict,
             findings=findings,
             cost=results.Cost(
-                hvps=self.hvps,
-                seconds=time.perf_counter() - self.started,
-                peak_memory_bytes=resources.peak_bytes(self.device),
-                device=str(self.device),
-                mode=self.choice.mode,
-                mode_seconds={str(mode): seconds for mode, seconds in self.choice.seconds.items()},
+                hvps=work.hvps,
+                seconds=time.perf_counter() - work.started,
+                peak_memory_bytes=resources.peak_bytes(work.device),
+                device=str(work.device),
+                mode=work.choice.mode,
+                mode_seconds={str(mode): seconds for mode, seconds in work.choice.seconds.items()},
             ),
             versions=results.Versions.model_validate({**resources.versions(), "python": platform.python_version()}),
         )
 
-    def generalisation(self, full: results.Estimate, held_out: float | None) -> results.Generalisation:
-        threshold = self.metric.threshold
+    def generalisation(self, full: results.Estimate) -> results.Generalisation:
+        threshold, held_out = self.metric.threshold, self.measured.held_out
         if full.rho is None or full.residual is None or threshold is None:
             return results.Generalisation(held_out=held_out, rho_low=None, rho_high=None)
         low = full.rho if held_out is None else min(held_out / threshold, full.rho)
         return results.Generalisation(held_out=held_out, rho_low=low, rho_high=full.rho + full.residual / threshold)
 
-    def attribution(self, full: _Solved) -> tuple[list[results.Mass], float | None]:
+    def attribution(self, full: Solved) -> tuple[list[results.Mass], float | None]:
         """Where the top eigenvector lives: by tensor, and by token row where rows are tokens."""
         top = full.extremes.top if full.extremes else None
         if top is None:
@@ -431,53 +251,6 @@ class _Measurement:
                 rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
             found.append(results.Mass(tensor=display(name), mass=float(piece.sum()), rows=rows))
         return sorted(found, key=lambda m: -m.mass), float(1 / squares.square().sum())
-
-
-class _Counting:
-    """An engine that counts its products and moves the progress on."""
-
-    def __init__(self, hvp: HVP, work: _Measurement) -> None:
-        self.hvp, self.work = hvp, work
-
-    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
-        self.work.hvps += 1
-        self.work.stages.tick()
-        return self.hvp.product(names, tangents)
-
-    def subset(self, indices: Sequence[int]) -> HVP:
-        return _Counting(self.hvp.subset(indices), self.work)
-
-
-class _Stages:
-    """Progress in stages whose cost is guessed beforehand in products of the full model."""
-
-    def __init__(self, layers: int, progress: Progress) -> None:
-        self.progress = progress
-        self.total = 14.0 + layers * (6 + 5 + 5)
-        self.done, self.planned, self.ticks, self.name = 0.0, 0.0, 0, ""
-
-    def enter(self, name: str) -> None:
-        self.done += self.planned
-        kind = name.split()[0]
-        self.planned = {"full": 4.0, "layer": 6.0, "restricted": 5.0, "truncated": 5.0}.get(kind, 1.0)
-        self.ticks, self.name = 0, name
-        self._say()
-
-    def tick(self) -> None:
-        self.ticks += 1
-        self._say()
-
-    def _say(self) -> None:
-        # Within a stage: towards its planned cost and never past it, however many products it takes.
-        within = self.planned * (1 - 0.75**self.ticks)
-        self.progress(self.name, min((self.done + within) / self.total, 1.0))
-
-
-def _violates(lower: _Solved, upper: _Solved) -> bool:
-    """Whether `upper`, over more parameters, came out below `lower` by more than rounding."""
-    if lower.extremes is None or upper.extremes is None or lower.inconsistent:
-        return False
-    return upper.value < lower.value - upper.slack - 1e-5 * abs(lower.value)
 
 
 def _in_memory(parameters: int, layers: int) -> results.Checkpoint:

@@ -18,7 +18,7 @@ import typer
 from curvcli.errors import CurvError, UsageError
 
 if TYPE_CHECKING:
-    from curvcli.analysis import Progress
+    from curvcli.measurement import Progress
 
 app = typer.Typer(
     name="curv",

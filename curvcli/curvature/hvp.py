@@ -151,6 +151,14 @@ def _sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> float:
+    _sync(tangents[0].device)
+    start = time.perf_counter()
+    engine.product(names, tangents)
+    _sync(tangents[0].device)
+    return time.perf_counter() - start
+
+
 def graph_bytes(problem: Problem) -> int:
     """Bytes that the kept graph of the first batch holds, counted once per storage as it is saved."""
     seen: dict[int, int] = {}
@@ -202,6 +210,12 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
             f"this model has no second derivative here: {str(error).splitlines()[0][:200]}",
             hint="use eager or math attention, and pass the model without torch.compile or checkpointing",
         ) from error
+    if not any(g.any() for g in reference) and _has_gradient(first):
+        # A kernel marked once_differentiable yields nothing, rather than an error, when differentiated again.
+        raise UnsupportedError(
+            "every second derivative of this model is zero or missing",
+            hint="a custom or fused kernel is differentiable once only: use eager implementations",
+        )
     scale = float(_norm(reference))
     for candidate in MODES if mode == "auto" else (mode,):
         if candidate == "kept" and (need := graph_bytes(first) * len(problem.batches)) > memory:
@@ -210,11 +224,7 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
         try:
             engine = build(first, candidate)
             answer = engine.product(names, tangents)
-            _sync(tangents[0].device)
-            start = time.perf_counter()
-            engine.product(names, tangents)
-            _sync(tangents[0].device)
-            seconds[candidate] = time.perf_counter() - start
+            seconds[candidate] = min(_timed(engine, names, tangents) for _ in range(3))
         except Exception as error:  # whatever a model's own code raises under this mode rules the mode out
             refused[candidate] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
             continue
@@ -229,6 +239,12 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
             hint="try --mode fresh with smaller --batch-size",
         )
     return Choice(min(seconds, key=seconds.__getitem__), seconds, refused)
+
+
+def _has_gradient(problem: Problem) -> bool:
+    inputs = list(problem.parameters.values())
+    parts = torch.autograd.grad(problem.batch_loss(0), inputs, create_graph=True, allow_unused=True)
+    return any(part is not None and part.requires_grad for part in parts)
 
 
 def build(problem: Problem, mode: Mode) -> HVP:

@@ -65,7 +65,7 @@ def safetensors_header(path: Path) -> list[TensorInfo]:
         with safe_open(path, framework="pt") as handle:
             return [
                 TensorInfo(name, tuple(piece.get_shape()), piece.get_dtype())
-                for name in handle
+                for name in handle.keys()  # noqa: SIM118 - not iterable itself
                 for piece in [handle.get_slice(name)]
             ]
     except (SafetensorError, OSError, ValueError) as error:

@@ -79,7 +79,7 @@ def read_shard(path: Path, checkpoint: Checkpoint, *, tokens: int, sequence_leng
     per_row = rows.shape[1] // (length + 1)
     if per_row == 0:
         raise InputError(
-            f"{path} has {'rows of ' if array.ndim == 2 else ''}{rows.shape[1]} tokens, less than one sequence of {length} + 1",
+            f"{path} has {'rows of ' if array.ndim == 2 else ''}{rows.shape[1]} tokens, one sequence takes {length} + 1",
             hint="pass a shorter --sequence-length or a larger shard",
         )
     if tokens < length:
@@ -119,7 +119,7 @@ def _npy(path: Path, checkpoint: Checkpoint, wanted: int) -> Tokens:
 def _safetensors(path: Path, checkpoint: Checkpoint, wanted: int) -> Tokens:
     try:
         with safe_open(path, framework="np") as handle:
-            if "input_ids" not in handle:
+            if "input_ids" not in handle.keys():  # noqa: SIM118 - not iterable itself
                 raise InputError(f"{path} has no tensor input_ids", hint=f"it has {sorted(handle.keys())[:5]}")
             array = handle.get_tensor("input_ids")
     except SafetensorError as error:

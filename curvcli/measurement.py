@@ -1,0 +1,258 @@
+"""The solves: full model on parts of the shard, layers, depths, the next update. Raw pairs, no document."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from curvcli import resources
+from curvcli.curvature.davidson import Davidson, Extremes
+from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
+from curvcli.curvature.operator import PreconditionedHessian
+from curvcli.curvature.problem import Blocks, Problem, gradient
+from curvcli.optimizers.preconditioner import Preconditioner
+from curvcli.results import Update
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Solved:
+    """An estimate's raw form: the pairs, and the names that its vectors run over."""
+
+    names: list[str]
+    extremes: Extremes | None
+    inconsistent: bool = False
+
+    @property
+    def value(self) -> float:
+        top = self.extremes.top if self.extremes else None
+        return top.value if top else float("-inf")
+
+    @property
+    def slack(self) -> float:
+        top = self.extremes.top if self.extremes else None
+        return top.residual if top else 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found. `ladder` pairs shares of the shard with solves on them, the last the full model."""
+
+    loss: float
+    ladder: list[tuple[float, Solved]]
+    held_out: float | None
+    full: Solved
+    update: Update
+    layers: list[Solved]
+    restricted: list[Solved]
+    truncated: list[Solved]
+
+
+class Measurement:
+    """One analysis in progress; `run` does it."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        metric: Preconditioner,
+        blocks: Blocks | None,
+        solver: Davidson,
+        mode: Mode | Literal["auto"],
+        progress: Progress,
+    ) -> None:
+        self.problem, self.metric, self.blocks, self.solver = problem, metric, blocks, solver
+        self.started = time.perf_counter()
+        self.hvps = 0
+        self.stages = _Stages(len(blocks.modules) if blocks else 0, progress)
+        self.names = [n for n in problem.parameters if n in metric.scale]
+        of_block = [{id(p) for p in block.parameters()} for block in (blocks.modules if blocks else ())]
+        self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
+        inside = {n for names in self.layer_names for n in names}
+        self.outer = [n for n in self.names if n not in inside]
+        device = next(iter(problem.parameters.values())).device
+        resources.reset_peak(device)
+        self.stages.enter("choosing how to multiply")
+        self.choice: Choice = choose(problem, mode=mode, memory=resources.free_bytes(device))
+        size = sum(problem.parameters[n].numel() for n in self.names)
+        itemsize = next(iter(problem.parameters.values())).element_size()
+        room = int(resources.free_bytes(device) / 4 / (2 * size * itemsize))
+        self.solver = replace(solver, basis=min(max(room, 6), 24))
+        self.device = device
+
+    # --- solving -----------------------------------------------------------------------------
+
+    def operator(self, hvp: HVP, names: Sequence[str]) -> PreconditionedHessian:
+        return PreconditionedHessian(hvp, names, dict(self.metric.scale), dict(self.metric.decay))
+
+    def solve(self, hvp: HVP, names: list[str], start: Sequence[tuple[Sequence[str], Tensor]] = ()) -> Solved:
+        """Both ends of the spectrum over `names`, from vectors over other names carried over."""
+        if not names:
+            return Solved(names, None)
+        operator = self.operator(_Counting(hvp, self), names)
+        vectors = [self.carry(operator, source, vector) for source, vector in start]
+        return Solved(names, self.solver.extremes(operator, vectors))
+
+    def carry(self, operator: PreconditionedHessian, names: Sequence[str], vector: Tensor) -> Tensor:
+        sizes = {n: p.numel() for n, p in self.problem.parameters.items()}
+        return operator.carry(vector, names, sizes)
+
+    def ends(self, *solved: Solved) -> list[tuple[Sequence[str], Tensor]]:
+        """Start vectors: the eigenvectors found at both ends."""
+        found = [(s.names, s.extremes) for s in solved if s.extremes]
+        return [(names, pair.vector) for names, e in found for pair in (e.top, e.bottom) if pair]
+
+    # --- the parts ---------------------------------------------------------------------------
+
+    def run(self) -> Measured:
+        """Everything, in the order in which each solve can start from the last."""
+        self.stages.enter("gradient")
+        gradients = gradient(self.problem, self.names)
+        loss = self.problem.mean_loss()
+        hvp = build(self.problem, self.choice.mode)
+        ladder, held_out = self.ladder(hvp)
+        hint = ladder[-1][1] if ladder else None
+        layers = self.layers(hvp, hint)
+        restricted = self.restricted(hvp, hint, layers)
+        full = restricted[-1]
+        ladder.append((1.0, full))
+        update = self.update(hvp, gradients)
+        del hvp  # its graphs make room for those of the shortened networks
+        truncated = self.truncated(full)
+        self.stages.enter("report")
+        return Measured(loss, ladder, held_out, full, update, layers, restricted, truncated)
+
+    def ladder(self, hvp: HVP) -> tuple[list[tuple[float, Solved]], float | None]:
+        """The full model on growing prefixes of the shard, each warm from the last; and the held-out quotient."""
+        count = len(self.problem.batches)
+        half = -(-count // 2)
+        solved: list[tuple[float, Solved]] = []
+        held_out: float | None = None
+        for prefix in sorted({-(-count // 4), half} - {count}):
+            self.stages.enter("full model on part of the shard")
+            answer = self.solve(hvp.subset(range(prefix)), self.names, self.ends(*(s for _, s in solved[-1:])))
+            solved.append((sum(self.problem.weights[:prefix]), answer))
+            if prefix == half and answer.extremes and answer.extremes.top:
+                rest = self.operator(_Counting(hvp.subset(range(prefix, count)), self), self.names)
+                vector = answer.extremes.top.vector
+                quotient = float(vector @ rest.matvec(vector))
+                held_out = quotient if abs(quotient) < float("inf") else None
+        return solved, held_out
+
+    def update(self, hvp: HVP, gradients: list[Tensor]) -> Update:
+        """Curvature along the optimizer's own next step (one product)."""
+        if self.metric.direction is None or self.metric.rate is None:
+            return Update(critical_lr=None, ratio=None, status="unavailable")
+        self.stages.enter("next update")
+        step = [self.metric.direction[n] for n in self.names]
+        decays = [self.metric.decay.get(n, 0.0) for n in self.names]
+        weights = [self.problem.parameters[n].detach() for n in self.names]
+        image = _Counting(hvp, self).product(self.names, step)
+        # A coupled weight decay is part of the function that the optimizer descends.
+        slope = sum(float(((g + d * w) * u).sum()) for g, d, w, u in zip(gradients, decays, weights, step, strict=True))
+        bend = sum(float(((h.detach() + d * u) * u).sum()) for h, d, u in zip(image, decays, step, strict=True))
+        if slope <= 0:
+            return Update(critical_lr=None, ratio=None, status="uphill")
+        if bend <= 0:
+            return Update(critical_lr=None, ratio=None, status="concave")
+        critical = 2 * slope / bend
+        return Update(critical_lr=critical, ratio=self.metric.rate / critical, status="ok")
+
+    def layers(self, hvp: HVP, hint: Solved | None) -> list[Solved]:
+        """Each block alone, the rest of the network held still."""
+        solved = []
+        for i, names in enumerate(self.layer_names):
+            self.stages.enter(f"layer {i}")
+            solved.append(self.solve(hvp, names, self.ends(*([hint] if hint else []))))
+        return solved
+
+    def restricted(self, hvp: HVP, hint: Solved | None, layers: list[Solved]) -> list[Solved]:
+        """Embedding, head and the first k blocks of the intact network; the last is the full model.
+
+        One basis serves all depths, so the curve cannot fall. It takes in each block's own top
+        vector, so that it does not stay under any of its blocks either (Cauchy interlacing).
+        """
+        operator = self.operator(_Counting(hvp, self), self.names)
+        depths = range(len(layers) + 1)
+
+        def supports() -> Iterator[tuple[Tensor, list[Tensor]]]:
+            for depth in depths:
+                last = depth == depths[-1]
+                self.stages.enter("full model" if last else f"restricted to depth {depth}")
+                mask = operator.mask(self.upto(depth))
+                start = self.ends(*([hint] if hint and (depth == 0 or last) else []))
+                start += self.ends(layers[depth - 1])[:1] if depth else []
+                yield mask, [self.carry(operator, names, vector) * mask for names, vector in start]
+
+        found = self.solver.nested(operator, supports())
+        curve = [Solved(self.names if self.upto(k) else [], e) for k, e in zip(depths, found, strict=True)]
+        for depth, solved in enumerate(curve):
+            lower = [*curve[depth - 1 : depth], *layers[:depth]] if depth else []
+            solved.inconsistent = any(_violates(part, solved) for part in lower)
+        return curve
+
+    def truncated(self, full: Solved) -> list[Solved]:
+        """The network of the first k blocks alone; the last is the full model."""
+        if not self.blocks:
+            return []
+        curve: list[Solved] = []
+        for depth in range(len(self.layer_names)):
+            self.stages.enter(f"truncated at depth {depth}")
+            hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
+            curve.append(self.solve(hvp, self.upto(depth), self.ends(full, *curve[-1:])))
+        return [*curve, full]
+
+    def upto(self, depth: int) -> list[str]:
+        inside = {n for names in self.layer_names[:depth] for n in names} | set(self.outer)
+        return [n for n in self.names if n in inside]
+
+
+class _Counting:
+    """An engine that counts its products and moves the progress on."""
+
+    def __init__(self, hvp: HVP, work: Measurement) -> None:
+        self.hvp, self.work = hvp, work
+
+    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        self.work.hvps += 1
+        self.work.stages.tick()
+        return self.hvp.product(names, tangents)
+
+    def subset(self, indices: Sequence[int]) -> HVP:
+        return _Counting(self.hvp.subset(indices), self.work)
+
+
+class _Stages:
+    """Progress in stages whose cost is guessed beforehand in products of the full model."""
+
+    def __init__(self, layers: int, progress: Progress) -> None:
+        self.progress = progress
+        self.total = 14.0 + layers * (6 + 5 + 5)
+        self.done, self.planned, self.ticks, self.name = 0.0, 0.0, 0, ""
+
+    def enter(self, name: str) -> None:
+        self.done += self.planned
+        kind = name.split()[0]
+        self.planned = {"full": 4.0, "layer": 6.0, "restricted": 5.0, "truncated": 5.0}.get(kind, 1.0)
+        self.ticks, self.name = 0, name
+        self._say()
+
+    def tick(self) -> None:
+        self.ticks += 1
+        self._say()
+
+    def _say(self) -> None:
+        # Within a stage: towards its planned cost and never past it, however many products it takes.
+        within = self.planned * (1 - 0.75**self.ticks)
+        self.progress(self.name, min((self.done + within) / self.total, 1.0))
+
+
+def _violates(lower: Solved, upper: Solved) -> bool:
+    """Whether `upper`, over more parameters, came out below `lower` by more than rounding."""
+    if lower.extremes is None or upper.extremes is None or lower.inconsistent:
+        return False
+    return upper.value < lower.value - upper.slack - 1e-5 * abs(lower.value)

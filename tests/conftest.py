@@ -1,0 +1,28 @@
+"""Shared fixtures: the sample checkpoints, and copies of them to damage."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    return ROOT / "sample_checkpoints"
+
+
+@pytest.fixture
+def run(samples: Path, tmp_path: Path) -> Path:
+    """A copy of one checkpoint with its data and configuration, free to damage."""
+    shutil.copytree(samples / "calm" / "checkpoint-10", tmp_path / "run" / "checkpoint-10")
+    shutil.copytree(samples / "nanogpt", tmp_path / "nanogpt")
+    (tmp_path / "data").mkdir()
+    shutil.copy(samples / "data" / "shard.bin", tmp_path / "data")
+    (tmp_path / "curv.toml").write_text('data = "data/shard.bin"\nsequence-length = 64\ntokens = 256\n')
+    return tmp_path / "run" / "checkpoint-10"
