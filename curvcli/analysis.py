@@ -72,7 +72,8 @@ def analyze(
         layers: the model's list of blocks; found by itself where there is one.
         lr: learning rate to use instead of the optimizer's.
         mode: how Hessian-vector products are made; "auto" times the exact ones and takes the fastest.
-        tolerance: residual over lambda at which an estimate counts as converged.
+        tolerance: residual over lambda at which the full model and the restricted depths count as converged;
+            layers, cut networks and parts of the shard take three times it.
         max_hvps: products that one estimate may take.
         progress: called with what is being done and the fraction done.
 

@@ -89,13 +89,19 @@ class Measurement:
     def operator(self, hvp: HVP, names: Sequence[str]) -> PreconditionedHessian:
         return PreconditionedHessian(hvp, names, dict(self.metric.scale), dict(self.metric.decay))
 
+    @property
+    def coarse(self) -> Davidson:
+        """For layers, cut networks and parts of the shard: errors go with the residual's square, and no verdict
+        hangs on them. All restricted depths, the full model last, are solved to the tolerance itself."""
+        return replace(self.solver, tolerance=3 * self.solver.tolerance, bottom_tolerance=2 * self.solver.bottom_tolerance)
+
     def solve(self, hvp: HVP, names: list[str], start: Sequence[tuple[Sequence[str], Tensor]] = ()) -> Solved:
         """Both ends of the spectrum over `names`, from vectors over other names carried over."""
         if not names:
             return Solved(names, None)
         operator = self.operator(_Counting(hvp, self), names)
         vectors = [self.carry(operator, source, vector) for source, vector in start]
-        return Solved(names, self.solver.extremes(operator, vectors))
+        return Solved(names, self.coarse.extremes(operator, vectors))
 
     def carry(self, operator: PreconditionedHessian, names: Sequence[str], vector: Tensor) -> Tensor:
         sizes = {n: p.numel() for n, p in self.problem.parameters.items()}

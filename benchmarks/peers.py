@@ -1,0 +1,138 @@
+"""Products and seconds to 1 % of the true top eigenvalue, against three libraries, in one process.
+
+    pip install -e '.[bench]' && python benchmarks/peers.py
+
+All see the same model, the same batch and the bare Hessian (none of them knows a preconditioner). The
+truth is curv's own eigensolver run to a residual of 1e-5. Each library climbs its own iteration count until
+its answer is within 1 % of the truth; what it needs there is reported, or what it said at its limit. The
+cold start is random, the warm one the top eigenvector at the run's previous checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import SAMPLES, arguments, machine, problem, save
+from torch import nn
+
+from curvcli.checkpoints import causal_loss
+from curvcli.curvature.davidson import Davidson
+from curvcli.curvature.hvp import build
+from curvcli.curvature.operator import PreconditionedHessian
+from curvcli.curvature.problem import Problem
+
+COUNTS = (3, 5, 8, 12, 20, 30, 50, 80)
+CURV_COUNTS = tuple(range(2, 40))
+
+
+def operator(task: Problem) -> PreconditionedHessian:
+    ones = {n: torch.ones_like(p) for n, p in task.parameters.items()}
+    return PreconditionedHessian(build(task, "kept"), list(task.parameters), ones)
+
+
+class Logits(nn.Module):
+    """The model as a function of a tensor of windows, for libraries that call model(inputs)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=windows[:, :-1], use_cache=False).logits.flatten(0, 1)
+
+
+def curv(task: Problem, count: int, start: list[torch.Tensor], seed: int = 0) -> tuple[float, int]:
+    found = Davidson(tolerance=1e-12, max_products=count, seed=seed).extremes(operator(task), start)
+    assert found.top is not None
+    return found.top.value, found.products
+
+
+def pyhessian(task: Problem, count: int) -> tuple[float, int]:
+    from pyhessian import hessian
+
+    class Loss(nn.Module):
+        def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(outputs, targets.flatten())
+
+    windows = torch.cat(list(task.batches))
+    tool = hessian(Logits(task.model), Loss(), data=(windows, windows[:, 1:]), cuda=windows.is_cuda)
+    values, _ = tool.eigenvalues(maxIter=count, tol=0.0, top_n=1)
+    return float(values[0]), count
+
+
+def eigenthings(task: Problem, count: int) -> tuple[float, int]:
+    from hessian_eigenthings import algorithms, operators
+
+    windows = torch.cat(list(task.batches))
+    made = operators.HessianOperator(
+        model=task.model,
+        dataloader=[windows],
+        loss_fn=causal_loss,
+    )
+    result = algorithms.lanczos(made, k=1, max_iter=count, tol=0.0, which="LA", seed=0)
+    return float(result.eigenvalues[0]), count
+
+
+def curvlinops(task: Problem, count: int) -> tuple[float, int]:
+    from curvlinops import HessianLinearOperator
+    from scipy.sparse.linalg import eigsh
+
+    windows = torch.cat(list(task.batches))
+    made = HessianLinearOperator(
+        Logits(task.model),
+        nn.CrossEntropyLoss(),
+        list(task.model.parameters()),
+        [(windows, windows[:, 1:].flatten())],
+    )
+    values = eigsh(made.to_scipy(), k=1, which="LA", ncv=max(count, 3), maxiter=1, tol=0.0, return_eigenvectors=False)
+    return float(values[0]), count
+
+
+def climb(tool: Callable[[int], tuple[float, int]], truth: float, counts: tuple[int, ...]) -> dict[str, Any]:
+    from time import perf_counter
+
+    last: dict[str, Any] = {}
+    for count in counts:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                start = perf_counter()
+                value, products = tool(count)
+                took = perf_counter() - start
+        except Exception as error:  # a peer that cannot do it is a result
+            return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+        last = {"value": value, "hvps": products, "seconds": round(took, 3)}
+        if abs(value - truth) <= 0.01 * abs(truth):
+            return {"reached": True, **last}
+    return {"reached": False, **last}
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    rows = {}
+    for name in ("calm/checkpoint-10", "calm/checkpoint-60", "calm/checkpoint-600", "hot/checkpoint-600"):
+        options.checkpoint = SAMPLES / name
+        task = problem(options)
+        truth = Davidson(tolerance=1e-5, bottom_tolerance=1e-3, max_products=300).extremes(operator(task))
+        assert truth.top is not None
+        assert truth.bottom is not None
+        value = truth.top.value
+        row: dict[str, Any] = {"truth": value, "most_negative": truth.bottom.value}
+        row["curv cold"] = climb(lambda n, t=task: curv(t, n, []), value, CURV_COUNTS)
+        earlier = {"60": "10", "600": "60"}.get(name.rsplit("-", 1)[1])
+        if earlier:
+            options.checkpoint = SAMPLES / name.replace(name.rsplit("-", 1)[1], earlier)
+            before = Davidson(tolerance=1e-3).extremes(operator(problem(options)))
+            assert before.top is not None
+            row["curv warm"] = climb(lambda n, t=task, s=before.top.vector: curv(t, n, [s]), value, CURV_COUNTS)
+        for label, tool in (("hessian-eigenthings", eigenthings), ("PyHessian", pyhessian), ("curvlinops", curvlinops)):
+            row[label] = climb(lambda n, t=task, f=tool: f(t, n), value, COUNTS)
+        rows[name] = row
+    save("peers", {"rows": rows, **machine(options)})
+
+
+if __name__ == "__main__":
+    main()
