@@ -186,23 +186,7 @@ class _Writer:
                     rho=entry["rho"] if usable else None,
                 )
             )
-        verdict = judge(estimate, generalisation)
-        findings = explain(
-            verdict=verdict,
-            checkpoint=checkpoint,
-            data=data,
-            optimizer=optimizer,
-            full=estimate,
-            layers=layer_entries,
-            cumulative=curves,
-            update=update,
-            generalisation=generalisation,
-            attribution=attribution,
-            idle=self.metric.idle,
-            left_out=len(self.metric.left_out),
-            notes=provenance.notes,
-        )
-        return results.Report(
+        report = results.Report(
             checkpoint=checkpoint,
             data=data,
             optimizer=optimizer,
@@ -214,8 +198,8 @@ class _Writer:
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=verdict,
-            findings=findings,
+            verdict=judge(estimate, generalisation),
+            findings=[],
             cost=results.Cost(
                 hvps=work.hvps,
                 seconds=time.perf_counter() - work.started,
@@ -226,6 +210,8 @@ class _Writer:
             ),
             versions=results.Versions.model_validate({**resources.versions(), "python": platform.python_version()}),
         )
+        findings = explain(report, idle=self.metric.idle, left_out=len(self.metric.left_out), notes=provenance.notes)
+        return report.model_copy(update={"findings": findings})
 
     def generalisation(self, full: results.Estimate) -> results.Generalisation:
         threshold, held_out = self.metric.threshold, self.measured.held_out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -56,7 +57,10 @@ def main() -> None:
 def exit_codes() -> Iterator[None]:
     """Errors to one line on stderr and an exit code, inside a verb so that no framework sees them first."""
     try:
-        yield
+        with warnings.catch_warnings():
+            # Deprecations inside libraries are not the user's to act on, and would stand before the result.
+            warnings.simplefilter("ignore")
+            yield
     except CurvError as error:
         _fail(f"curv: error: {error}", 2)
     except KeyboardInterrupt:

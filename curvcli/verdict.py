@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from curvcli.results import (
-    Checkpoint,
     Cumulative,
-    Data,
     Estimate,
     Finding,
     Generalisation,
     LayerEstimate,
     Mass,
     Optimizer,
+    Report,
     Severity,
     Update,
     VerdictName,
@@ -37,35 +36,25 @@ def judge(full: Estimate, generalisation: Generalisation) -> VerdictName:
     return low if low == high else "unresolved"
 
 
-def explain(
-    *,
-    verdict: VerdictName,
-    checkpoint: Checkpoint,
-    data: Data,
-    optimizer: Optimizer,
-    full: Estimate,
-    layers: list[LayerEstimate],
-    cumulative: Cumulative,
-    update: Update,
-    generalisation: Generalisation,
-    attribution: list[Mass],
-    idle: int,
-    left_out: int,
-    notes: dict[str, str],
-) -> list[Finding]:
-    """Findings in plain words, most important first."""
-    found = [_headline(verdict, full, optimizer, generalisation, data)]
-    found += _metric(optimizer, idle, left_out, notes)
-    found += _update(update)
-    found += _shape(full, layers, cumulative, attribution)
-    found += _quality(full, layers, cumulative, generalisation, verdict)
+def explain(report: Report, *, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:
+    """Findings in plain words, the verdict's own first, the others by severity.
+
+    Args:
+        report: complete but for its findings.
+        idle: weights that never had a gradient; left_out: tensors that the optimizer does not move.
+        notes: what the checkpoint's reader knows, by code.
+    """
+    found = _metric(report.optimizer, idle, left_out, notes)
+    found += _update(report.update)
+    found += _shape(report.full, report.layers, report.cumulative, report.attribution)
+    found += _quality(report)
     order = {"error": 0, "warning": 1, "info": 2}
-    return found[:1] + sorted(found[1:], key=lambda f: order[f.severity])
+    return [_headline(report), *sorted(found, key=lambda f: order[f.severity])]
 
 
-def _headline(
-    verdict: VerdictName, full: Estimate, optimizer: Optimizer, generalisation: Generalisation, data: Data
-) -> Finding:
+def _headline(report: Report) -> Finding:
+    verdict, full, optimizer = report.verdict, report.full, report.optimizer
+    generalisation, data = report.generalisation, report.data
     if optimizer.threshold is None:
         return Finding(
             code="no-threshold",
@@ -220,16 +209,11 @@ def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, 
     return found
 
 
-def _quality(
-    full: Estimate,
-    layers: list[LayerEstimate],
-    cumulative: Cumulative,
-    generalisation: Generalisation,
-    verdict: VerdictName,
-) -> list[Finding]:
+def _quality(report: Report) -> list[Finding]:
+    full, generalisation = report.full, report.generalisation
     found: list[Finding] = []
-    weak = [f"layer {e.index}" for e in layers if e.status != "converged"]
-    for kind, curve in (("restricted", cumulative.restricted), ("truncated", cumulative.truncated)):
+    weak = [f"layer {e.index}" for e in report.layers if e.status != "converged"]
+    for kind, curve in (("restricted", report.cumulative.restricted), ("truncated", report.cumulative.truncated)):
         weak += [f"{kind} depth {e.depth}" for e in curve if e.status != "converged"]
     if weak:
         found.append(
@@ -251,7 +235,7 @@ def _quality(
         full.rho
         and generalisation.rho_low is not None
         and generalisation.rho_low < 0.5 * full.rho
-        and verdict != "unresolved"
+        and report.verdict != "unresolved"
     ):
         found.append(
             Finding(
