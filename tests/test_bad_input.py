@@ -80,6 +80,13 @@ def _swap(document: dict) -> None:
     document["state"][0], document["state"][2] = document["state"][2], document["state"][0]
 
 
+def _factored(document: dict) -> None:
+    """Adafactor's state as transformers saves it."""
+    for entry in document["state"].values():
+        v = entry.pop("exp_avg_sq")
+        entry.update({"exp_avg_sq_row": v.mean(-1), "exp_avg_sq_col": v.mean(0), "RMS": 1.0})
+
+
 def _shard(run: Path) -> Path:
     return run.parents[1] / "data" / "shard.bin"
 
@@ -112,6 +119,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: _state(r, lambda d: d["param_groups"][0]["params"].pop()),
         "does not fit the model",
     ),
+    "Adafactor": (lambda r: _state(r, _factored), "Adafactor: its second moment is factored"),
     "no optimizer document": (lambda r: torch.save({"lr": 1.0}, r / "optimizer.pt"), "no torch optimizer state"),
     "zero lr, no log": (
         lambda r: (

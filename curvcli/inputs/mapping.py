@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curvcli.errors import InputError
 from curvcli.optimizers.base import Group, OptimizerView
+from curvcli.optimizers.refused import refuse
 
 Order = Callable[[nn.Module], list[list[str]]]
 
@@ -52,8 +53,11 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
 
     Raises:
         InputError: no order fits, or two fit and differ; says what was tried.
+        UnsupportedError: the optimizer is one that no number is given for.
     """
     groups, state = check_document(document, path)
+    # Before the shapes: a factored state fits no parameter, and the reason is the optimizer, not the model.
+    refuse(OptimizerView(tuple(Group((), g) for g in groups), {str(k): v for k, v in state.items()}))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     tried: list[str] = []
     fits: list[list[list[str]]] = []
