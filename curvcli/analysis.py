@@ -133,6 +133,7 @@ class _Writer:
     def __init__(self, work: Measurement, measured: Measured) -> None:
         self.work, self.measured = work, measured
         self.metric, self.problem, self.names = work.metric, work.problem, work.names
+        self.whole = True
 
     def entry(self, solved: Solved) -> dict[str, Any]:
         """The fields of an Estimate; values that mean nothing stay null."""
@@ -157,6 +158,7 @@ class _Writer:
 
     def report(self, provenance: Provenance, tokens: float | None) -> results.Report:
         work, found = self.work, self.measured
+        self.whole = provenance.data is None
         layers, update = found.layers, found.update
         parameters = self.problem.parameters
         numel = {n: parameters[n].numel() for n in self.names}
@@ -217,7 +219,11 @@ class _Writer:
         threshold, held_out = self.metric.threshold, self.measured.held_out
         if full.rho is None or full.residual is None or threshold is None:
             return results.Generalisation(held_out=held_out, rho_low=None, rho_high=None)
-        low = full.rho if held_out is None else min(held_out / threshold, full.rho)
+        if held_out is not None:
+            low: float | None = min(held_out / threshold, full.rho)
+        else:
+            # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
+            low = full.rho if self.whole and len(self.problem.batches) == 1 else None
         return results.Generalisation(held_out=held_out, rho_low=low, rho_high=full.rho + full.residual / threshold)
 
     def attribution(self, full: Solved) -> tuple[list[results.Mass], float | None]:

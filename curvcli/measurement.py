@@ -198,7 +198,7 @@ class Measurement:
         curve = [Solved(self.names if self.upto(k) else [], e) for k, e in zip(depths, found, strict=True)]
         for depth, solved in enumerate(curve):
             lower = [*curve[depth - 1 : depth], *layers[:depth]] if depth else []
-            solved.inconsistent = any(_violates(part, solved) for part in lower)
+            solved.inconsistent = any(violates(part, solved) for part in lower)
         return curve
 
     def truncated(self, full: Solved) -> list[Solved]:
@@ -257,7 +257,7 @@ class _Stages:
         self.progress(self.name, min((self.done + within) / self.total, 1.0))
 
 
-def _violates(lower: Solved, upper: Solved) -> bool:
+def violates(lower: Solved, upper: Solved) -> bool:
     """Whether `upper`, over more parameters, came out below `lower` by more than rounding."""
     if lower.extremes is None or upper.extremes is None or lower.inconsistent:
         return False

@@ -114,6 +114,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         "holds NaN or inf",
     ),
     "negative moment": (lambda r: _state(r, lambda d: d["state"][1]["exp_avg_sq"].sub_(1)), "negative entries"),
+    "all moments zero": (
+        lambda r: _state(r, lambda d: [s["exp_avg_sq"].zero_() for s in d["state"].values()]),
+        "second moment of every weight is 0",
+    ),
     "state of another order": (lambda r: _state(r, _swap), "does not fit the model"),
     "state of another model": (
         lambda r: _state(r, lambda d: d["param_groups"][0]["params"].pop()),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
 from curvcli import analyze
+from curvcli.curvature.davidson import Extremes, Ritz
+from curvcli.measurement import Solved, violates
 from curvcli.results import Report
 
 TOLERANCE = 1e-4
@@ -192,6 +194,21 @@ def test_held_out_quotient_is_of_the_other_half() -> None:
         float(vector @ models.dense_hessian(model, batches[1:], names) @ vector), rel=1e-4
     )
     assert [p.tokens for p in report.tokens] == [16, 48]
+
+
+def test_one_batch_in_memory_is_all_of_the_data() -> None:
+    model, batches = models.Net(), models.data()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    models.train(model, optimizer, batches)
+    report = analyze(model, models.loss, [tuple(torch.cat(parts) for parts in zip(*batches, strict=True))], optimizer)
+    assert report.verdict == "stable"
+    assert "no-held-out" in [f.code for f in report.findings]
+
+
+def test_what_violates_interlacing_is_marked() -> None:
+    lower, upper = (Solved(["w"], Extremes(Ritz(value, 0.01, torch.ones(1)), None, "converged", 3)) for value in (2.0, 1.5))
+    assert violates(lower, upper)
+    assert not violates(upper, lower)
 
 
 def test_attribution_is_the_eigenvector_squared() -> None:

@@ -167,6 +167,14 @@ def test_config_is_found_upward_and_flags_win(samples: Path, tmp_path: Path, run
     assert (report.data.tokens, report.data.sequence_length) == (192, 32)
 
 
+def test_one_batch_of_a_file_is_not_all_of_the_data(samples: Path) -> None:
+    """Nothing can be held out of one window: 64 tokens of the calm run once read as unstable."""
+    report = analyze_checkpoint(samples / "calm", Options(tokens=64))
+    assert report.generalisation.held_out is None
+    assert report.verdict == "unresolved"
+    assert report.findings[0].code == "unresolved-tokens"
+
+
 def test_no_data_names_the_remedy(samples: Path, tmp_path: Path) -> None:
     import shutil
 

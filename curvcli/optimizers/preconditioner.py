@@ -120,6 +120,11 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         if m is not None and rate is not None:
             u = m.to(parameter) if metric is None else m.to(parameter) / metric
             direction[name] = u * (rule.rate(group, entry) / rate)
+    if idle and idle == sum(parameters[name].numel() for name, _ in members):
+        raise InputError(
+            "the second moment of every weight is 0",
+            hint="the optimizer state is damaged or was saved before its first step: use another checkpoint",
+        )
     moved = {name for name, _ in members}
     return Preconditioner(
         kind="none" if all(rule.preconditioner(g, view.state.get(n, {})) is None for n, g in members[:1]) else kind,
