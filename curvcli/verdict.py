@@ -74,7 +74,14 @@ def _headline(report: Report) -> Finding:
                 severity="warning",
                 message=f"rho {full.rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); raise --max-hvps",
             )
-        low, high = generalisation.rho_low or 0.0, generalisation.rho_high or 0.0
+        if generalisation.rho_low is None:
+            return Finding(
+                code="unresolved-tokens",
+                severity="warning",
+                message=f"of {data.tokens:,} tokens nothing could be held out to check rho {full.rho:.3g} against; "
+                f"run again with more, e.g. --tokens {4 * data.tokens}",
+            )
+        low, high = generalisation.rho_low, generalisation.rho_high or 0.0
         return Finding(
             code="unresolved-tokens",
             severity="warning",
@@ -136,7 +143,8 @@ def _metric(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str
             Finding(
                 code="frozen-tensors",
                 severity="info",
-                message=f"{left_out} tensors are in no optimizer group or have no state, and are left out as frozen",
+                message=f"{left_out} tensors are in no optimizer group, have no state or never had a gradient, "
+                "and are left out as frozen",
             )
         )
     return found
@@ -148,7 +156,7 @@ def _update(update: Update) -> list[Finding]:
             Finding(
                 code="update-uphill",
                 severity="info",
-                message="the momentum points uphill on this shard (g.u <= 0), as it often does late in training: "
+                message="the momentum points uphill on this shard (g.u <= 0), as it often does after the first steps: "
                 "no critical learning rate exists for the next update",
             )
         ]
@@ -223,7 +231,7 @@ def _quality(report: Report) -> list[Finding]:
                 message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; raise --max-hvps",
             )
         )
-    if generalisation.held_out is None:
+    if generalisation.held_out is None and generalisation.rho_low is not None:
         found.append(
             Finding(
                 code="no-held-out",
@@ -233,6 +241,7 @@ def _quality(report: Report) -> list[Finding]:
         )
     elif (
         full.rho
+        and generalisation.held_out is not None
         and generalisation.rho_low is not None
         and generalisation.rho_low < 0.5 * full.rho
         and report.verdict != "unresolved"

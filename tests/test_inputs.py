@@ -173,6 +173,22 @@ def test_one_batch_of_a_file_is_not_all_of_the_data(samples: Path) -> None:
     assert report.generalisation.held_out is None
     assert report.verdict == "unresolved"
     assert report.findings[0].code == "unresolved-tokens"
+    assert "nothing could be held out" in report.findings[0].message
+    assert "no-held-out" not in [f.code for f in report.findings]
+
+
+def test_a_layer_that_never_moved_is_empty_not_safe(run: Path) -> None:
+    names = [n for n, _ in open_checkpoint(run).model().named_parameters()]
+    document = torch.load(run / "optimizer.pt", weights_only=True)
+    matrices, vectors = ([n for n in names if ("norm" in n) is norm] for norm in (False, True))
+    for index, name in enumerate(matrices + vectors):
+        if ".layers.3." in name:
+            document["state"][index]["exp_avg_sq"].zero_()
+    torch.save(document, run / "optimizer.pt")
+    report = analyze_checkpoint(run, Options())
+    assert (report.layers[3].status, report.layers[3].eigenvalue) == ("empty", None)
+    assert report.layers[2].status == "converged"
+    assert "frozen-tensors" in [f.code for f in report.findings]
 
 
 def test_no_data_names_the_remedy(samples: Path, tmp_path: Path) -> None:

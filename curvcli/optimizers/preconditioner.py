@@ -33,7 +33,7 @@ class Preconditioner:
         threshold: of lambda; None without a learning rate.
         rate: learning rate of the largest group, None when unknown.
         idle: entries of parameters that never got a gradient (second moment exactly 0).
-        left_out: parameters in no group or without state, which the optimizer does not move.
+        left_out: parameters in no group, without state, or whose second moment is 0 throughout.
     """
 
     kind: Kind
@@ -113,6 +113,8 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
             # An entry that never had a gradient divides by eps alone until its first one comes; the
             # optimizer has not moved along it, and its curvature would be 1/eps times anything.
             idle += int(never.sum())
+            if bool(never.all()):
+                continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
             scale[name] = torch.where(never.to(parameter.device), torch.zeros_like(root), root)
         if not rule.decoupled(group):
             decay[name] = group.number("weight_decay", 0.0)
@@ -120,24 +122,23 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         if m is not None and rate is not None:
             u = m.to(parameter) if metric is None else m.to(parameter) / metric
             direction[name] = u * (rule.rate(group, entry) / rate)
-    if idle and idle == sum(parameters[name].numel() for name, _ in members):
+    if not scale:
         raise InputError(
             "the second moment of every weight is 0",
             hint="the optimizer state is damaged or was saved before its first step: use another checkpoint",
         )
-    moved = {name for name, _ in members}
     return Preconditioner(
         kind="none" if all(rule.preconditioner(g, view.state.get(n, {})) is None for n, g in members[:1]) else kind,
         name=rule.name(view),
         scale=scale,
         decay=decay,
-        direction=direction if len(direction) == len(members) and kind == "checkpoint" else None,
+        direction=direction if len(direction) == len(scale) and kind == "checkpoint" else None,
         threshold=reference,
         rate=rate,
         options=lead.options,
         step=view.step if kind == "checkpoint" else None,
         idle=idle,
-        left_out=tuple(n for n in parameters if n not in moved),
+        left_out=tuple(n for n in parameters if n not in scale),
     )
 
 
