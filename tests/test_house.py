@@ -24,8 +24,10 @@ ALLOWED = {
     "measurement": {"errors", "results", "resources", "curvature", "optimizers"},
     "analysis": {"errors", "results", "resources", "curvature", "optimizers", "inputs", "verdict", "measurement"},
     "checkpoints": {"errors", "results", "curvature", "optimizers", "inputs", "measurement", "analysis"},
-    "report": {"errors", "results"},
-    "cli": {"errors", "results", "progress", "report", "checkpoints", "measurement"},
+    "schedule": {"errors", "results"},
+    "training": {"errors", "results", "curvature", "optimizers", "inputs", "schedule"},
+    "report": {"errors", "results", "schedule"},
+    "cli": {"errors", "results", "progress", "report", "checkpoints", "measurement", "schedule", "training"},
 }
 
 

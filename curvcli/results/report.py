@@ -1,26 +1,16 @@
-"""The vocabulary of results: pydantic models, and the versioned JSON documents made of them. No torch."""
+"""The report of one checkpoint: "curv.report/1"."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from curvcli.errors import InputError, UsageError
+from curvcli.results.base import Document, Finding, Versions, read_document
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty"]
 VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
-Severity = Literal["info", "warning", "error"]
-
-
-class Document(BaseModel):
-    """Strict JSON in and out: unknown fields, NaN and infinity are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
 
 class Estimate(Document):
@@ -132,12 +122,6 @@ class Mass(Document):
     )
 
 
-class Finding(Document):
-    code: str
-    severity: Severity
-    message: str
-
-
 class Cost(Document):
     hvps: int
     seconds: float
@@ -145,13 +129,6 @@ class Cost(Document):
     device: str
     mode: str
     mode_seconds: dict[str, float] = Field(description="seconds per product on the first batch, by exact mode")
-
-
-class Versions(Document):
-    curvcli: str
-    torch: str
-    transformers: str | None
-    python: str
 
 
 class Report(Document):
@@ -174,51 +151,7 @@ class Report(Document):
     cost: Cost
     versions: Versions
 
-    def to_json(self) -> str:
-        """Strict JSON text, one trailing newline."""
-        return self.model_dump_json(by_alias=True, indent=2) + "\n"
-
-
-SCHEMAS: dict[str, type[Document]] = {"report": Report}
-
-
-def json_schema(name: str) -> dict[str, Any]:
-    """JSON Schema of a document by its short name. Raises UsageError for an unknown one."""
-    if name not in SCHEMAS:
-        raise UsageError(f"no document is called {name!r}", hint=f"one of: {', '.join(SCHEMAS)}")
-    return SCHEMAS[name].model_json_schema(by_alias=True, mode="serialization")
-
 
 def load_report(path: Path) -> Report:
     """Read a report. Raises InputError where the file is no curv.report/1."""
-    try:
-        return Report.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is not a curv.report/1 document: {str(error).splitlines()[0]}", hint="write one with curv analyze -o"
-        ) from error
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises InputError where it cannot be written."""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink()
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose a writable place with -o") from error
-
-
-def dumps(value: Any) -> str:
-    """JSON text of plain data, strict."""
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+    return read_document(Report, path, "curv.report/1", "write one with curv analyze -o")

@@ -1,0 +1,97 @@
+"""The application that verbs register with, exit codes, and what verbs share.
+
+Exit codes: 0 done, 2 could not run (usage, input, or a bug), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from curvcli.errors import CurvError, UsageError
+
+app = typer.Typer(
+    name="curv",
+    help="Know how close a training run is to blowing up, before it does.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Errors to one line on stderr and an exit code, inside a verb so that no framework sees them first."""
+    try:
+        with warnings.catch_warnings():
+            # Deprecations inside libraries are not the user's to act on, and would stand before the result.
+            warnings.simplefilter("ignore")
+            yield
+    except CurvError as error:
+        _fail(f"curv: error: {error}", 2)
+    except KeyboardInterrupt:
+        _fail("curv: interrupted", 130)
+    except BrokenPipeError:
+        # The reader of stdout has gone (curv ... | head): nothing is left to say, and no flush may try.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except MemoryError:
+        _fail("curv: error: out of memory; use --mode fresh, a smaller --batch-size or fewer --tokens", 2)
+    except Exception as error:
+        if os.environ.get("CURV_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split())[:300]
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail("curv: error: the device is out of memory; use --mode fresh, a smaller --batch-size or fewer --tokens", 2)
+        _fail(f"curv: internal error: {type(error).__name__}: {text}; set CURV_TRACEBACK=1 and report it", 2)
+
+
+def _fail(line: str, code: int) -> None:
+    typer.echo(line, err=True)
+    raise typer.Exit(code)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(v))
+    ] = False,
+) -> None:
+    pass
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from curvcli import __version__
+
+        typer.echo(f"curv {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example:\n\n`curv schema report > curv.report.schema.json`")
+def schema(document: Annotated[str, typer.Argument(help="report, schedule or curvature")]) -> None:
+    """Print the JSON Schema of a document that curv writes."""
+    with exit_codes():
+        from curvcli.results import dumps, json_schema
+
+        typer.echo(dumps(json_schema(document)), nl=False)
+
+
+def check_outputs(output: Path | None, plot: Path | None) -> None:
+    """Fail before the minute of work, not after it."""
+    for path in (output, plot):
+        if path is None:
+            continue
+        parent = path.parent
+        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+            reason = "it is a directory" if path.is_dir() else f"{parent} is not a writable directory"
+            raise UsageError(f"cannot write {path}: {reason}", hint="choose another place")
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"cannot draw to {plot}", hint="end the name in .png, .svg or .pdf")

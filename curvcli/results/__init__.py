@@ -1,0 +1,74 @@
+"""The vocabulary of results: pydantic models, and the versioned JSON documents made of them. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from curvcli.errors import UsageError
+from curvcli.results.base import Document, Finding, Severity, Versions, dumps, read_document, write_whole
+from curvcli.results.record import Record, RecordStatus
+from curvcli.results.report import (
+    Checkpoint,
+    Cost,
+    Cumulative,
+    Data,
+    DepthEstimate,
+    Estimate,
+    Generalisation,
+    LayerEstimate,
+    Mass,
+    Optimizer,
+    Report,
+    Status,
+    TokensPoint,
+    Update,
+    VerdictName,
+    load_report,
+)
+from curvcli.results.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
+
+__all__ = [
+    "SCHEMAS",
+    "Checkpoint",
+    "Cost",
+    "Cumulative",
+    "Data",
+    "DepthEstimate",
+    "Document",
+    "Estimate",
+    "Finding",
+    "Generalisation",
+    "LayerEstimate",
+    "LrKind",
+    "LrSchedule",
+    "Mass",
+    "Optimizer",
+    "Order",
+    "Phase",
+    "Record",
+    "RecordStatus",
+    "Report",
+    "Schedule",
+    "ScheduleProvenance",
+    "Severity",
+    "Status",
+    "TokensPoint",
+    "Update",
+    "VerdictName",
+    "Versions",
+    "dumps",
+    "json_schema",
+    "load_report",
+    "load_schedule",
+    "read_document",
+    "write_whole",
+]
+
+SCHEMAS: dict[str, type[Document]] = {"report": Report, "schedule": Schedule, "curvature": Record}
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """JSON Schema of a document by its short name. Raises UsageError for an unknown one."""
+    if name not in SCHEMAS:
+        raise UsageError(f"no document is called {name!r}", hint=f"one of: {', '.join(SCHEMAS)}")
+    return SCHEMAS[name].model_json_schema(by_alias=True, mode="serialization")

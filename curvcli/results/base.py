@@ -1,0 +1,74 @@
+"""What every document shares: strict JSON, findings, versions, and files written whole or not at all. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from curvcli.errors import InputError
+
+Severity = Literal["info", "warning", "error"]
+
+
+class Document(BaseModel):
+    """Strict JSON in and out: unknown fields, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    def to_json(self) -> str:
+        """Strict JSON text, one trailing newline."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+D = TypeVar("D", bound=Document)
+
+
+class Finding(Document):
+    code: str
+    severity: Severity
+    message: str
+
+
+class Versions(Document):
+    curvcli: str
+    torch: str
+    transformers: str | None
+    python: str
+
+
+def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:
+    """Read a document of one kind. Raises InputError where the file is something else."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a {name} document: {str(error).splitlines()[0]}", hint=hint) from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises InputError where it cannot be written."""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(temporary).chmod(0o666 & ~umask)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink()
+            raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose a writable place with -o") from error
+
+
+def dumps(value: Any) -> str:
+    """JSON text of plain data, strict."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
