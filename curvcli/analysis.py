@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from curvcli import resources, results
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import Mode
-from curvcli.curvature.problem import Loss, Problem
+from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
 from curvcli.inputs.blocks import display, find_blocks, locate
 from curvcli.measurement import Measured, Measurement, Progress, Solved
@@ -87,30 +86,13 @@ def analyze(
     if tolerance <= 0 or max_hvps < 3:
         raise UsageError("tolerance must be positive and max_hvps at least 3", hint="the defaults are 0.01 and 100")
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
-    with _measurable(module):
+    with measurable(module):
         problem = Problem.create(module, loss, batches, weights)
         metric = _metric(problem, optimizer, lr)
         blocks = locate(module, layers) if layers is not None else find_blocks(module)
         solver = Davidson(tolerance=tolerance, max_products=max_hvps, seed=seed)
         work = Measurement(problem, metric, blocks, solver, mode, progress or (lambda stage, done: None))
         return _Writer(work, work.run()).report(provenance or Provenance(), sum(weights) if weights else None)
-
-
-@contextmanager
-def _measurable(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient checkpointing within, the user's modes restored after."""
-    modes = {m: m.training for m in model.modules()}
-    checkpointing = {m: m.gradient_checkpointing for m in model.modules() if getattr(m, "gradient_checkpointing", False)}
-    for module in checkpointing:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for module in checkpointing:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def _metric(

@@ -15,6 +15,7 @@ from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.optimizers.preconditioner import Preconditioner
+from curvcli.optimizers.update import next_update
 from curvcli.results import Update
 
 Progress = Callable[[str, float], None]
@@ -151,22 +152,8 @@ class Measurement:
 
     def update(self, hvp: HVP, gradients: list[Tensor]) -> Update:
         """Curvature along the optimizer's own next step (one product)."""
-        if self.metric.direction is None or self.metric.rate is None:
-            return Update(critical_lr=None, ratio=None, status="unavailable")
         self.stages.enter("next update")
-        step = [self.metric.direction[n] for n in self.names]
-        decays = [self.metric.decay.get(n, 0.0) for n in self.names]
-        weights = [self.problem.parameters[n].detach() for n in self.names]
-        image = _Counting(hvp, self).product(self.names, step)
-        # A coupled weight decay is part of the function that the optimizer descends.
-        slope = sum(float(((g + d * w) * u).sum()) for g, d, w, u in zip(gradients, decays, weights, step, strict=True))
-        bend = sum(float(((h.detach() + d * u) * u).sum()) for h, d, u in zip(image, decays, step, strict=True))
-        if slope <= 0:
-            return Update(critical_lr=None, ratio=None, status="uphill")
-        if bend <= 0:
-            return Update(critical_lr=None, ratio=None, status="concave")
-        critical = 2 * slope / bend
-        return Update(critical_lr=critical, ratio=self.metric.rate / critical, status="ok")
+        return next_update(self.problem, self.metric, _Counting(hvp, self), self.names, gradients)
 
     def layers(self, hvp: HVP, hint: Solved | None) -> list[Solved]:
         """Each block alone, the rest of the network held still."""

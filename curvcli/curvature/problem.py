@@ -120,6 +120,23 @@ class Problem:
         return replace(self, scope=lambda: blocks.truncated(depth))
 
 
+@contextmanager
+def measurable(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient checkpointing within, the user's modes restored after."""
+    modes = {m: m.training for m in model.modules()}
+    checkpointing = {m: m.gradient_checkpointing for m in model.modules() if getattr(m, "gradient_checkpointing", False)}
+    for module in checkpointing:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for module in checkpointing:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
 def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
     """Gradient of the mean loss for the named parameters, in their shapes (zeros where unused)."""
     parameters = problem.parameters

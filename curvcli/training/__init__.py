@@ -1,0 +1,13 @@
+"""Guests in the user's training loop: a tracker watches, architecture warm-up acts, callbacks translate.
+
+from curvcli.training import ArchitectureWarmup, CurvatureTracker
+from curvcli.training.transformers import CurvCallback
+from curvcli.training.lightning import CurvCallback
+"""
+
+from __future__ import annotations
+
+from curvcli.training.tracker import CurvatureTracker
+from curvcli.training.warmup import ArchitectureWarmup, DeadBlockError
+
+__all__ = ["ArchitectureWarmup", "CurvatureTracker", "DeadBlockError"]

@@ -1,0 +1,141 @@
+"""What makes a block an identity: the parameters that rest at a value until the block joins.
+
+A block's contribution to the residual stream ends in output projections (attention out, MLP down).
+With these zero the block is the identity, its Jacobian is I, and the gradient reaches them, so the
+block comes alive by itself once it may move. With every matrix zero it would be a saddle for ever.
+Where a norm stands behind the projection (OLMo2, Gemma2), a zero projection would feed it 0, where
+RMSNorm's derivative is weight / sqrt(eps): there the norm's gain rests instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from curvcli.curvature.problem import Blocks
+from curvcli.errors import UnsupportedError
+
+# Last component of a projection that writes to the residual stream, in transformers, nanoGPT, Llama's
+# original code and torchtitan. "dense" is one only inside an attention (NeoX, Bloom, Falcon).
+OUTPUTS = frozenset(
+    (
+        "o_proj",
+        "out_proj",
+        "c_proj",
+        "down_proj",
+        "output_linear",
+        "dense_4h_to_h",
+        "fc2",
+        "fc_out",
+        "wo",
+        "w2",
+        "o",
+        "proj_out",
+    )
+)
+# Norms behind the projections, as (attention's, MLP's); a block has all of one pair or none counts.
+POST_NORMS = (
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+)
+
+
+@dataclass(frozen=True)
+class Lock:
+    """One block, its trained parameters, and those that rest, as (name within it, parameter, value at rest)."""
+
+    index: int
+    block: nn.Module
+    parameters: dict[str, nn.Parameter]
+    resting: tuple[tuple[str, nn.Parameter, float], ...] = ()
+
+    def close(self) -> None:
+        """Make the block an identity."""
+        with torch.no_grad():
+            for _, parameter, value in self.resting:
+                parameter.fill_(value)
+
+    def moved(self) -> list[str]:
+        """Resting parameters that are not at rest; empty while the block is an identity."""
+        return [name for name, parameter, value in self.resting if bool((local(parameter) != value).any())]
+
+
+def find_locks(blocks: Blocks, outputs: Sequence[str] | None = None, *, resting: bool = True) -> list[Lock]:
+    """The lock of every block; without `resting` one that holds weights as they are (freeze).
+
+    Args:
+        blocks: the model's stack of layers.
+        outputs: modules or parameters that write to the residual stream, by their path within a
+            block, where the architecture is not known (e.g. ["attn.proj", "mlp.fc2"]).
+
+    Raises:
+        UnsupportedError: a block in which no output projection is known, or a named one is missing.
+    """
+    found = []
+    for i, block in enumerate(blocks.modules):
+        trained = {n: p for n, p in block.named_parameters() if p.requires_grad}
+        at_rest = [] if not resting else _named(block, outputs, i) if outputs else _known(block, i)
+        found.append(Lock(i, block, trained, tuple(at_rest)))
+    return found
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or the tensor itself."""
+    value = tensor.detach()
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def _named(block: nn.Module, outputs: Sequence[str], index: int) -> list[tuple[str, nn.Parameter, float]]:
+    found = []
+    for path in outputs:
+        inside = [(n, p, 0.0) for n, p in block.named_parameters() if n == path or n.startswith(f"{path}.")]
+        if not inside:
+            raise UnsupportedError(
+                f"block {index} has no parameter under {path!r}",
+                hint=f"its parameters are: {', '.join(n for n, _ in block.named_parameters())}"[:300],
+            )
+        found += inside
+    return found
+
+
+def _known(block: nn.Module, index: int) -> list[tuple[str, nn.Parameter, float]]:
+    children = dict(block.named_children())
+    for pair in POST_NORMS:
+        if all(name in children for name in pair):
+            return [(f"{name}.{n}", p, rest) for name in pair for n, p, rest in _gain(children[name])]
+    found = [(n, p, 0.0) for n, p in block.named_parameters() if _is_output(n)]
+    if not any(p.dim() >= 2 for _, p, _ in found):
+        raise UnsupportedError(
+            f"no output projection is known in block {index}, a {type(block).__name__}",
+            hint="name the modules that write to its residual stream: outputs=['attn.proj', 'mlp.fc2']",
+        )
+    return found
+
+
+def _is_output(path: str) -> bool:
+    parts = path.split(".")
+    if parts[-1] in ("weight", "bias"):
+        parts.pop()
+    last = parts[-1].removesuffix("_bias")
+    return last in OUTPUTS or (last == "dense" and any("attention" in p or "attn" in p for p in parts[:-1]))
+
+
+def _gain(norm: nn.Module) -> list[tuple[str, nn.Parameter, float]]:
+    """A norm's parameters with the value at which its output is 0: 0, or -1 where the gain is 1 + weight."""
+    names = [n for n, _ in norm.named_parameters(recurse=False)]
+    shape = next(iter(norm.parameters())).shape
+    for value in (0.0, -1.0):
+        twin = copy.copy(norm)
+        # Plain tensors in place of the parameters, which may be sharded: the module's own arithmetic decides.
+        twin._parameters = dict.fromkeys(names)
+        for n in names:
+            object.__setattr__(twin, n, torch.full(shape, 0.0 if n == "bias" else value))
+        if not bool(twin.forward(torch.linspace(-1, 1, shape[-1])[None]).any()):
+            return [(n, p, 0.0 if n == "bias" else value) for n, p in norm.named_parameters(recurse=False)]
+    raise UnsupportedError(
+        f"no weight of {type(norm).__name__} makes its output 0", hint="name what to zero instead: outputs=[...]"
+    )

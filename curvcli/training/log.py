@@ -1,0 +1,58 @@
+"""Where records of a tracker go: a JSONL file, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from curvcli.results import Record
+
+Sink = Callable[[Record], None]
+# What is drawn over steps; the rest of a record is in the JSONL file.
+SCALARS = ("eigenvalue", "rho", "residual", "update_ratio", "active_depth", "hvps", "seconds")
+
+
+def open_log(path: Path | str | None) -> list[Sink]:
+    """The sinks of a tracker: the file, if any, and an active Weights & Biases run."""
+    return ([jsonl(Path(path))] if path is not None else []) + [wandb]
+
+
+def jsonl(path: Path) -> Sink:
+    """Append each record as one line, in one write, so that a killed job leaves whole lines."""
+
+    def write(record: Record) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, record.to_line().encode())
+        finally:
+            os.close(handle)
+
+    return write
+
+
+def tensorboard(writer: Any) -> Sink:
+    """Scalars under curvature/ to a torch.utils.tensorboard.SummaryWriter."""
+
+    def write(record: Record) -> None:
+        for name, value in scalars(record).items():
+            writer.add_scalar(name, value, record.step)
+
+    return write
+
+
+def wandb(record: Record) -> None:
+    """Scalars under curvature/ to the active run, where the job has one; wandb is not imported for it."""
+    module = sys.modules.get("wandb")
+    run = getattr(module, "run", None)
+    if run is not None:
+        # Without a step: wandb drops what goes back, and the trainer may have logged a later one.
+        run.log({**scalars(record), "curvature/step": record.step})
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record by the name under which they are drawn; absent where there are none."""
+    return {f"curvature/{name}": value for name in SCALARS if (value := getattr(record, name)) is not None}

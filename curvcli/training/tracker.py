@@ -1,0 +1,273 @@
+"""Curvature of a model while it trains, in a few Hessian-vector products a step. It never changes the training."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from curvcli import resources
+from curvcli.curvature.davidson import Davidson
+from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes
+from curvcli.curvature.operator import PreconditionedHessian
+from curvcli.curvature.problem import Loss, Problem, gradient, measurable
+from curvcli.errors import CurvError
+from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
+from curvcli.optimizers.update import next_update
+from curvcli.results import Record
+from curvcli.training.log import Sink, open_log
+from curvcli.training.shadow import Shadow
+from curvcli.training.warmup import measuring
+
+if TYPE_CHECKING:
+    from curvcli.training.warmup import ArchitectureWarmup
+
+logger = logging.getLogger("curvcli")
+
+
+class CurvatureTracker:
+    """Warm-started top eigenvalue of the preconditioned Hessian, every few steps of a training loop.
+
+        tracker = CurvatureTracker(model, optimizer, loss, probe=batches, log="run/curvature.jsonl")
+        for step, batch in enumerate(loader):
+            ...
+            optimizer.step()
+            scheduler.step()
+            tracker.step(step, loss=value.item())
+
+    Gradients, weights, optimizer state and torch's random numbers are bit-equal with and without it.
+    Whatever fails in it is a record with status "failed" and a reason, and the job goes on.
+
+    Args:
+        model: the training model; unwrapped from torch.compile and DistributedDataParallel. On several
+            ranks give every rank the same probe. A model under fully_shard cannot be differentiated twice: "failed".
+        optimizer: whose state is the preconditioner, and whose learning rates give rho.
+        loss: `loss(model, batch)`, the mean loss of a batch, a scalar.
+        probe: frozen batches to measure on; without them the batch given to `step`.
+        weights: predictions in each probe batch, where batches differ in size.
+        every: measure when the step is a multiple of it.
+        tolerance: residual over lambda at which an estimate has converged. The value's relative error
+            is of the order of its square over the relative spectral gap.
+        max_hvps: products that one estimate may take; it is "unconverged" where these do not do.
+        update_ratio: measure the next update's own curvature too (one product more).
+        log: a JSONL file that records are appended to (documents "curv.curvature/1"); `curv watch` shows it.
+        sinks: called with each record, e.g. `curvcli.training.log.tensorboard(writer)`. An active
+            Weights & Biases run gets the records without being named.
+        warmup: leaves its locked parameters out, and logs the active depth.
+        seed: of the first random start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss,
+        *,
+        probe: Sequence[Any] | None = None,
+        weights: Sequence[float] | None = None,
+        every: int = 1,
+        tolerance: float = 1e-2,
+        max_hvps: int = 20,
+        update_ratio: bool = True,
+        log: Path | str | None = None,
+        sinks: Sequence[Sink] = (),
+        warmup: ArchitectureWarmup | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.optimizer, self.loss = _bare(model), optimizer, loss
+        self.probe, self.weights = probe, weights
+        self.every, self.update_ratio, self.warmup = max(every, 1), update_ratio, warmup
+        # The bottom of the spectrum is not looked at: with an infinite tolerance it is always found.
+        self.solver = Davidson(tolerance=tolerance, bottom_tolerance=float("inf"), max_products=max(max_hvps, 1), seed=seed)
+        self.sinks = [*open_log(log), *sinks]
+        self.last: Record | None = None
+        self.shadow = Shadow()
+        self._mode: Mode | None = None
+        self._direction: dict[str, Tensor] = {}  # the top eigenvector in the parameters' own coordinates
+        self._ahead: tuple[frozenset[str], float | None] = (frozenset(), None)
+
+    def step(self, step: int, *, loss: float | None = None, batch: Any = None) -> Record | None:
+        """Measure after an optimizer step, where it is this one's turn.
+
+        Args:
+            step: the global step whose update has just been made.
+            loss: of that step, for the log.
+            batch: to measure on, where there is no probe.
+
+        Returns:
+            The record, or None where it was not this step's turn.
+        """
+        if step % self.every:
+            return None
+        started = time.perf_counter()
+        try:
+            with self._untouched(batch) as problem:
+                found = self._measure(problem, step)
+        except Exception as error:  # a guest may not end the job, whatever the model or a kernel raises
+            logger.warning("curvature at step %d failed: %s", step, error)
+            found = _Found(status="failed", message=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+        record = Record(
+            step=step,
+            loss=_finite(loss),
+            lr=_finite(max((float(g["lr"]) for g in self.optimizer.param_groups), default=None)),
+            active_depth=self.warmup.active_depth if self.warmup else None,
+            seconds=time.perf_counter() - started,
+            **found.__dict__,
+        )
+        self.last = record
+        for sink in self.sinks:
+            try:
+                sink(record)
+            except Exception as error:
+                logger.warning("curvature of step %d could not be logged: %s", step, error)
+        return record
+
+    def rho_with(self, names: frozenset[str]) -> float | None:
+        """rho over what trains and the named parameters, by the last measurement; None without a certified one."""
+        return self._ahead[1] if self._ahead[0] == names else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed job needs to go on as if it had not stopped: the eigenvector and the shadow moments."""
+        return {
+            "direction": dict(self._direction),
+            "shadow": self.shadow.state_dict(),
+            "ahead": [sorted(self._ahead[0]), self._ahead[1]],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s."""
+        device = next(self.model.parameters()).device
+        self._direction = {n: t.to(device) for n, t in state["direction"].items()}
+        self.shadow.load_state_dict(state["shadow"], device)
+        self._ahead = (frozenset(state["ahead"][0]), state["ahead"][1])
+
+    @contextmanager
+    def _untouched(self, batch: Any) -> Iterator[Problem]:
+        """The frozen problem, with modes, random numbers and hooks as the job left them afterwards."""
+        batches = self.probe if self.probe is not None else None if batch is None else [batch]
+        if not batches:
+            raise CurvError("there is nothing to measure on", hint="give a probe, or tracker.step(step, batch=batch)")
+        devices = {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(devices)), measurable(self.model), measuring():
+            yield Problem.create(self.model, self.loss, batches, self.weights if self.probe is not None else None)
+
+    def _measure(self, problem: Problem, step: int) -> _Found:
+        parameters = problem.parameters
+        if any(hasattr(p, "to_local") for p in parameters.values()):
+            raise CurvError("a model under fully_shard has no second derivatives", hint="analyze its checkpoints instead")
+        if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
+            return _Found(status="non-finite", message="a weight of the model is NaN or inf")
+        view = live(self.optimizer, parameters)
+        locked = self._translate(self.warmup.locked_parameters()) if self.warmup else frozenset()
+        metric = _without(prepare(view, parameters), locked)
+        if self._mode is None:
+            # Not the fastest by the clock, as analyze takes it: a resumed job has to repeat the very same sums.
+            room = resources.free_bytes(next(iter(parameters.values())).device)
+            self._mode = "kept" if graph_bytes(problem) * len(problem.batches) <= room else "fresh"
+        engine = _Counting(build(problem, self._mode))
+        names = [n for n in parameters if n in metric.scale]
+        found, direction = self._top(engine, metric, names, self._direction)
+        if direction is not None:
+            self._direction = direction
+        if self.update_ratio and found.eigenvalue is not None:
+            update = next_update(problem, metric, engine, names, gradient(problem, names))
+            found = replace(found, update_ratio=update.ratio)
+        if self.warmup and (coming := self.warmup.next_parameters(step)):
+            self._look_ahead(problem, engine, metric, coming)
+        return replace(found, hvps=engine.products)
+
+    def _look_ahead(self, problem: Problem, engine: HVP, metric: Preconditioner, coming: frozenset[str]) -> None:
+        """rho with the next group's blocks: their second moments, which no optimizer has yet, are shadowed."""
+        self._ahead = (coming, None)
+        inside = [n for n in problem.parameters if n in self._translate(coming)]
+        scale = self.shadow.scale(self.optimizer, problem, inside)
+        if scale is None:
+            return
+        wider = replace(metric, scale={**metric.scale, **scale})
+        names = [n for n in problem.parameters if n in wider.scale]
+        found, _ = self._top(engine, wider, names, self._direction)
+        if found.status == "converged":
+            self._ahead = (coming, found.rho)
+
+    def _top(
+        self, engine: HVP, metric: Preconditioner, names: list[str], near: Mapping[str, Tensor]
+    ) -> tuple[_Found, dict[str, Tensor] | None]:
+        operator = PreconditionedHessian(engine, names, dict(metric.scale), dict(metric.decay))
+        # An eigenvector v of G is P^(1/2) x of a direction x of the weights; x is what lasts when P moves on.
+        start = []
+        if near:
+            pieces = [
+                _divided(near[n], s) if n in near else torch.zeros_like(s)
+                for n, s in zip(names, operator.scale, strict=True)
+            ]
+            start = [operator.flatten(pieces)]
+        extremes = self.solver.extremes(operator, start)
+        if extremes.top is None:
+            return _Found(status="non-finite", message="a Hessian-vector product overflowed"), None
+        if extremes.status == "asymmetric":
+            return _Found(
+                status="asymmetric", message="products fail u.Gv = v.Gu: a kernel is differentiable once only"
+            ), None
+        top = extremes.top
+        tensors = operator.split(top.vector)
+        direction = {n: s * v for n, s, v in zip(names, operator.scale, tensors, strict=True)}
+        rho = top.value / metric.threshold if metric.threshold is not None else None
+        status = "converged" if extremes.status == "converged" else "unconverged"
+        return _Found(eigenvalue=top.value, rho=rho, residual=top.residual, status=status), direction
+
+    def _translate(self, names: frozenset[str]) -> frozenset[str]:
+        """Names in the wrapped model as names in the bare one."""
+        return frozenset(".".join(part for part in n.split(".") if part not in ("_orig_mod", "module")) for n in names)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a measurement found, as the record's fields."""
+
+    eigenvalue: float | None = None
+    rho: float | None = None
+    residual: float | None = None
+    update_ratio: float | None = None
+    hvps: int = 0
+    status: Any = "failed"
+    message: str | None = None
+
+
+class _Counting:
+    """An engine that counts its products."""
+
+    def __init__(self, hvp: HVP) -> None:
+        self.hvp, self.products = hvp, 0
+
+    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        self.products += 1
+        return self.hvp.product(names, tangents)
+
+    def subset(self, indices: Sequence[int]) -> HVP:
+        return self.hvp.subset(indices)
+
+
+def _without(metric: Preconditioner, locked: frozenset[str]) -> Preconditioner:
+    return replace(metric, scale={n: s for n, s in metric.scale.items() if n not in locked}) if locked else metric
+
+
+def _divided(vector: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, vector / scale, torch.zeros_like(vector))
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and abs(float(value)) < float("inf") else None
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    module = getattr(model, "_orig_mod", model)
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        module = module.module
+    return getattr(module, "_orig_mod", module)
