@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from runs import Run, train
 
 METHODS = ("plain", "last", "first", "interleaved", "qk-norm", "softcap")
-RATES = (4e-3, 2e-2, 1e-1)
+RATES = (4e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
 STORE = HERE / "results" / "method.jsonl"
 COLOURS = dict(zip(METHODS, ("#444444", "#1f4e9c", "#c2641a", "#2e7d32", "#8e44ad", "#b3261e"), strict=True))
@@ -125,7 +125,7 @@ def main() -> None:
     for run in [] if options.summary else wanted():
         if json.dumps(asdict(run), sort_keys=True) in done:
             continue
-        row = train(run, track_every=10 if run.seed == 0 else 0, max_hvps=8)
+        row = train(run, track_every=20 if run.seed == 0 else 0, max_hvps=6)
         with STORE.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         print(run.method, run.lr, run.seed, run.warmup, row["validation_loss"], flush=True)

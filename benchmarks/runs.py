@@ -1,7 +1,7 @@
 """Small training runs for the benchmarks of the method: one function that trains, one model, one text.
 
-A Llama (byte tokens) on Moby-Dick with AdamW, linear warm-up and cosine decay to a tenth, gradients clipped at 1. One thread and
-seeded throughout: a run is repeated to the last bit on the same machine and torch.
+A Llama (byte tokens) on Moby-Dick with AdamW, linear warm-up and cosine decay to a tenth, gradients clipped
+at 1. One thread and seeded throughout: a run is repeated to the last bit on the same machine and torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from curvcli import __version__
 from curvcli.results import Order, Phase, Schedule, ScheduleProvenance, Versions
 from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
-SEQUENCE, BATCH = 64, 16
+SEQUENCE, BATCH = 64, 8
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Run:
     lr: float = 3e-3
     seed: int = 0
     layers: int = 12
-    width: int = 64
+    width: int = 48
     steps: int = 400
     warmup: int = 50  # of the learning rate; 0 is none
     unlock_from: int = 50
@@ -135,7 +135,7 @@ def train(run: Run, *, track_every: int = 0, max_hvps: int = 10, observe: Any = 
     if run.method in ("last", "first", "interleaved"):
         warmup = ArchitectureWarmup(model, optimizer, schedule(run, run.method))
     generator = torch.Generator().manual_seed(1000 + run.seed)
-    probe = windows(ids, torch.randint(len(ids) - SEQUENCE - 1, (32,), generator=torch.Generator().manual_seed(7)))
+    probe = windows(ids, torch.randint(len(ids) - SEQUENCE - 1, (16,), generator=torch.Generator().manual_seed(7)))
     tracker = None
     if track_every:
         tracker = CurvatureTracker(

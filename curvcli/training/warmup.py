@@ -248,8 +248,9 @@ class ArchitectureWarmup:
         self._watches = [w for w in self._watches if not w.alive()]
         for watch in self._watches:
             if watch.updates >= self.patience:
+                since = f"joined {watch.updates} updates before step {self.current}"
                 raise DeadBlockError(
-                    f"block {watch.lock.index} joined {watch.updates} updates before step {self.current}: {watch.complaint()}",
+                    f"block {watch.lock.index} {since}: {watch.complaint()}",
                     hint="check that its weights are not all zero, require gradients and are in the optimizer",
                 )
 
