@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from curvcli.results import Phase, Schedule, ScheduleProvenance, Versions
 
 
-def schedule(depth: int, *phases: tuple[int, Iterable[int]], mode: str = "grow", window: int = 0, margin: float | None = None) -> Schedule:
+def schedule(
+    depth: int, *phases: tuple[int, Iterable[int]], mode: str = "grow", window: int = 0, margin: float | None = None
+) -> Schedule:
     """`window` is how many steps after its step a phase may begin at the latest, in adaptive mode."""
     made: list[Phase] = []
     for step, blocks in phases:

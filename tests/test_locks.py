@@ -31,7 +31,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {**SMALL, "head_dim": 8}),  # and gains that are 1 + weight
     "gemma3": ("Gemma3", {**SMALL, "head_dim": 8}),
     "mixtral": ("Mixtral", EXPERTS),
-    "qwen3_moe": ("Qwen3Moe", {**SMALL, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**SMALL, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
     "gpt_neox": ("GPTNeoX", SMALL),  # parallel attention and MLP
     "falcon": ("Falcon", {k: v for k, v in SMALL.items() if k != "intermediate_size"}),
     "bloom": ("Bloom", {"vocab_size": 61, "hidden_size": 16, "n_layer": 3, "n_head": 2}),
@@ -105,7 +108,10 @@ def test_a_block_that_joins_comes_alive(name: str) -> None:
 def test_post_norm_blocks_rest_at_the_gain_that_gives_zero() -> None:
     for name, value in (("olmo2", 0.0), ("gemma2", -1.0)):
         for lock in find_locks(blocks_of(build(name))):
-            assert {n.split(".")[0] for n, _, _ in lock.resting} == {"post_attention_layernorm", "post_feedforward_layernorm"}
+            assert {n.split(".")[0] for n, _, _ in lock.resting} == {
+                "post_attention_layernorm",
+                "post_feedforward_layernorm",
+            }
             assert {v for _, _, v in lock.resting} == {value}
 
 

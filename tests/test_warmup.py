@@ -208,7 +208,7 @@ def test_a_dead_block_is_an_error() -> None:
                 parameter.zero_()
     job.warmup.patience = 3
     job.run(range(6))
-    with pytest.raises(DeadBlockError, match="block 2 joined 3 updates before step 6: its .* has not moved"):
+    with pytest.raises(DeadBlockError, match=r"block 2 joined 3 updates before step 6: its .* has not moved"):
         job.run([6])
 
 
@@ -230,20 +230,20 @@ def test_no_update_is_no_death() -> None:
 
 
 def test_misuse_is_refused(tmp_path: Path) -> None:
+    small = build()
+    small.model.layers = small.model.layers[:2]
     with pytest.raises(UsageError, match="schedule is for depth 4, the model has 2 blocks"):
-        small = build()
-        small.model.layers = small.model.layers[:2]
         Job(model=small)
+    job = Job()
+    job.model(input_ids=batch(0), labels=batch(0)).loss.backward()
     with pytest.raises(UsageError, match="the optimizer steps before the schedule was told"):
-        job = Job()
-        job.model(input_ids=batch(0), labels=batch(0)).loss.backward()
         job.optimizer.step()
     Job().run(range(6)).save(tmp_path / "job.pt")
     with pytest.raises(UsageError, match="optimizer has taken steps"):
         Job().load(tmp_path / "job.pt").run([0])
     with pytest.raises(UsageError, match=r"block 2 is locked at step 3 and its .* is not at rest"):
         Job().run([3])
-    with pytest.raises(InputError, match="is not a curv.schedule/1 document"):
+    with pytest.raises(InputError, match=r"is not a curv\.schedule/1 document"):
         Job(tmp_path / "missing.json")
 
 

@@ -1,0 +1,119 @@
+"""Architecture warm-up and tracker as one guest that the trainers' callbacks translate their events to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvcli.curvature.problem import Loss
+from curvcli.errors import UsageError
+from curvcli.results import Schedule
+from curvcli.training.tracker import CurvatureTracker
+from curvcli.training.warmup import ArchitectureWarmup
+
+
+class Guests:
+    """What a callback holds.
+
+    Args:
+        schedule: a curv.schedule/1 document or its path; None for the tracker alone.
+        probe: frozen batches to measure curvature on; None for architecture warm-up alone.
+        loss: `loss(model, batch)`, the mean loss of a batch; for transformers models their own.
+        every: measure every so many steps.
+        max_hvps: products that one measurement may take.
+        log: JSONL file for the records; `curv watch` shows it.
+        adaptive: let the measured rho decide when a phase begins, within the schedule's bounds.
+        outputs: as ArchitectureWarmup's.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | Path | str | None = None,
+        *,
+        probe: Sequence[Any] | None = None,
+        loss: Loss | None = None,
+        every: int = 10,
+        max_hvps: int = 20,
+        log: Path | str | None = None,
+        adaptive: bool = False,
+        outputs: Sequence[str] | None = None,
+    ) -> None:
+        if schedule is None and probe is None:
+            raise UsageError("there is nothing to do", hint="pass a schedule, a probe to measure on, or both")
+        if adaptive and (schedule is None or probe is None):
+            raise UsageError("adaptive mode needs a schedule and a probe", hint="pass both")
+        self.schedule, self.probe, self.loss = schedule, probe, loss or own_loss
+        self.every, self.max_hvps, self.log = every, max_hvps, log
+        self.adaptive, self.outputs = adaptive, outputs
+        self.warmup: ArchitectureWarmup | None = None
+        self.tracker: CurvatureTracker | None = None
+        self._restored: Mapping[str, Any] | None = None
+
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Before the first forward pass, weights and optimizer as they will be trained on."""
+        if self.warmup is not None:
+            self.warmup.detach()
+        if self.probe is not None:
+            device = next(model.parameters()).device
+            probe = [_on(device, batch) for batch in self.probe]
+            primary = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+            self.tracker = CurvatureTracker(
+                model,
+                optimizer,
+                self.loss,
+                probe=probe,
+                every=self.every,
+                max_hvps=self.max_hvps,
+                log=self.log if primary else None,
+            )
+        if self.schedule is not None:
+            gauge = self.tracker if self.adaptive else None
+            self.warmup = ArchitectureWarmup(model, optimizer, self.schedule, outputs=self.outputs, gauge=gauge)
+            if self.tracker is not None:
+                self.tracker.warmup = self.warmup
+        if self._restored is not None:
+            if self.warmup is not None:
+                self.warmup.load_state_dict(self._restored["warmup"])
+            if self.tracker is not None:
+                self.tracker.load_state_dict(self._restored["tracker"])
+            self._restored = None
+        self.before(step)
+
+    def before(self, step: int) -> None:
+        """Before the forward pass of a global step."""
+        if self.warmup is not None:
+            self.warmup.step(step)
+
+    def after(self, step: int, loss: float | None) -> None:
+        """After the optimizer's and the scheduler's step."""
+        if self.tracker is not None:
+            self.tracker.step(step, loss=loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "warmup": self.warmup.state_dict() if self.warmup is not None else {"started": []},
+            "tracker": self.tracker.state_dict() if self.tracker is not None else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Kept until `begin`."""
+        self._restored = state
+
+
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a transformers model returns for a batch with labels."""
+    return model(**batch).loss  # type: ignore[no-any-return]
+
+
+def _on(device: torch.device, batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {k: _on(device, v) for k, v in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_on(device, v) for v in batch)
+    return batch
