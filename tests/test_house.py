@@ -25,7 +25,7 @@ ALLOWED = {
     "analysis": {"errors", "results", "resources", "curvature", "optimizers", "inputs", "verdict", "measurement"},
     "checkpoints": {"errors", "results", "curvature", "optimizers", "inputs", "measurement", "analysis"},
     "schedule": {"errors", "results"},
-    "training": {"errors", "results", "curvature", "optimizers", "inputs", "schedule"},
+    "training": {"errors", "results", "resources", "curvature", "optimizers", "inputs", "schedule"},
     "report": {"errors", "results", "schedule"},
     "cli": {"errors", "results", "progress", "report", "checkpoints", "measurement", "schedule", "training"},
 }

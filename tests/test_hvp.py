@@ -138,26 +138,58 @@ def test_no_second_derivative_is_said() -> None:
         choose(problem)
 
 
-def test_a_second_derivative_missing_in_part_is_a_status() -> None:
-    """A fused kernel that is differentiable once yields None, not an error: the products lose their symmetry."""
+class OneWayTanh(torch.autograd.Function):
+    """Differentiable once: inside a network its double backward yields None, not an error."""
 
-    class OneWay(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):  # type: ignore[no-untyped-def]
-            ctx.save_for_backward(x)
-            return torch.tanh(x)
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
 
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g):  # type: ignore[no-untyped-def]
-            return g * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return g * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
 
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """As fused kernels do it: the gradient is computed in the forward pass. Its double backward is symmetric and wrong."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):  # type: ignore[no-untyped-def]
+        share = torch.softmax(logits, dim=-1)
+        ctx.save_for_backward((share - nn.functional.one_hot(targets, logits.shape[-1])) / len(targets))
+        return nn.functional.cross_entropy(logits, targets)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return ctx.saved_tensors[0] * g, None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, b: m[1](OneWayTanh.apply(m[0](b))).square().mean(),
+        lambda m, b: FusedCrossEntropy.apply(m[1](torch.tanh(m[0](b))), b.argmax(dim=1) % 2),
+    ],
+    ids=["inside", "fused loss"],
+)
+def test_a_second_derivative_missing_in_part_is_refused(loss) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    first, last = nn.Linear(3, 5), nn.Linear(5, 2)
-    model = nn.Sequential(first, last)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    before = [p.clone() for p in model.parameters()]
     batches = [torch.randn(8, 3), torch.randn(8, 3)]
-    report = analyze(model, lambda m, b: m[1](OneWay.apply(m[0](b))).square().mean(), batches)
-    assert (report.full.status, report.full.eigenvalue, report.verdict) == ("asymmetric", None, "unresolved")
+    with pytest.raises(UnsupportedError, match="second derivatives of this loss are wrong"):
+        analyze(model, loss, batches)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_kinks_are_no_missing_derivative() -> None:
+    """On ReLU differences of gradients prove nothing, and exact products stand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 2))
+    report = analyze(model, lambda m, b: m(b).square().mean(), [torch.randn(8, 3), torch.randn(8, 3)])
+    assert report.full.status == "converged"
 
 
 def test_unequal_batches_need_weights() -> None:

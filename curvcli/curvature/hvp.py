@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.selftest import check_second_derivative
 from curvcli.errors import UnsupportedError
 
 Mode = Literal["kept", "fresh", "forward"]
@@ -197,10 +198,7 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
     """
     first = problem.subset([0])
     names = list(problem.parameters)
-    generator = torch.Generator().manual_seed(0)
-    tangents = [
-        torch.randn(p.shape, generator=generator).to(p) / max(p.numel(), 1) ** 0.5 for p in problem.parameters.values()
-    ]
+    tangents = random_direction(problem)
     seconds: dict[Mode, float] = {}
     refused: dict[Mode, str] = {}
     try:
@@ -216,6 +214,7 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
             "every second derivative of this model is zero or missing",
             hint="a custom or fused kernel is differentiable once only: use eager implementations",
         )
+    check_second_derivative(first, tangents, reference)
     scale = float(_norm(reference))
     for candidate in MODES if mode == "auto" else (mode,):
         if candidate == "kept" and (need := graph_bytes(first) * len(problem.batches)) > memory:
@@ -239,6 +238,12 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
             hint="try --mode fresh with smaller --batch-size",
         )
     return Choice(min(seconds, key=seconds.__getitem__), seconds, refused)
+
+
+def random_direction(problem: Problem) -> list[Tensor]:
+    """A tangent for every parameter, the same at every call, each tensor of norm about 1."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(p.shape, generator=generator).to(p) / max(p.numel(), 1) ** 0.5 for p in problem.parameters.values()]
 
 
 def _has_gradient(problem: Problem) -> bool:

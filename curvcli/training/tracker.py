@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from curvcli import resources
 from curvcli.curvature.davidson import Davidson
-from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes
+from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Loss, Problem, gradient, measurable
+from curvcli.curvature.selftest import check_second_derivative
 from curvcli.errors import CurvError
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
 from curvcli.optimizers.update import next_update
@@ -171,6 +172,9 @@ class CurvatureTracker:
             # Not the fastest by the clock, as analyze takes it: a resumed job has to repeat the very same sums.
             room = resources.free_bytes(next(iter(parameters.values())).device)
             self._mode = "kept" if graph_bytes(problem) * len(problem.batches) <= room else "fresh"
+            first = problem.subset([0])
+            tangents = random_direction(first)
+            check_second_derivative(first, tangents, build(first, "fresh").product(list(parameters), tangents))
         engine = _Counting(build(problem, self._mode))
         names = [n for n in parameters if n in metric.scale]
         found, direction = self._top(engine, metric, names, self._direction)
