@@ -25,8 +25,7 @@ from curvcli.curvature.hvp import build
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Problem
 
-COUNTS = (5, 10, 20, 40)
-CURV_COUNTS = tuple(range(2, 40))
+COUNTS = (*range(2, 13), 15, 20, 25, 30, 40)  # the same for all
 
 
 def operator(task: Problem) -> PreconditionedHessian:
@@ -121,13 +120,13 @@ def main() -> None:
         assert truth.bottom is not None
         value = truth.top.value
         row: dict[str, Any] = {"truth": value, "most_negative": truth.bottom.value}
-        row["curv cold"] = climb(lambda n, t=task: curv(t, n, []), value, CURV_COUNTS)
+        row["curv cold"] = climb(lambda n, t=task: curv(t, n, []), value, COUNTS)
         earlier = {"60": "10", "600": "60"}.get(name.rsplit("-", 1)[1])
         if earlier:
             options.checkpoint = SAMPLES / name.replace(name.rsplit("-", 1)[1], earlier)
             before = Davidson(tolerance=1e-3).extremes(operator(problem(options)))
             assert before.top is not None
-            row["curv warm"] = climb(lambda n, t=task, s=before.top.vector: curv(t, n, [s]), value, CURV_COUNTS)
+            row["curv warm"] = climb(lambda n, t=task, s=before.top.vector: curv(t, n, [s]), value, COUNTS)
         for label, tool in (("hessian-eigenthings", eigenthings), ("PyHessian", pyhessian), ("curvlinops", curvlinops)):
             row[label] = climb(lambda n, t=task, f=tool: f(t, n), value, COUNTS)
         rows[name] = row
