@@ -26,7 +26,7 @@ ALLOWED = {
     "checkpoints": {"errors", "results", "curvature", "optimizers", "inputs", "measurement", "analysis"},
     "schedule": {"errors", "results"},
     "training": {"errors", "results", "resources", "curvature", "optimizers", "inputs", "schedule"},
-    "report": {"errors", "results", "schedule"},
+    "report": {"errors", "results", "schedule", "verdict"},
     "cli": {"errors", "results", "progress", "report", "checkpoints", "measurement", "schedule", "training"},
 }
 

@@ -5,7 +5,7 @@ Exit codes: 0 done, 2 could not run (usage, input, or a bug), 130 interrupted.
 
 from __future__ import annotations
 
-from curvcli.cli import analyze  # noqa: F401  (registers its verbs)
+from curvcli.cli import analyze, report, watch  # noqa: F401  (they register their verbs)
 from curvcli.cli.app import app
 
 __all__ = ["app", "main"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from curvcli.errors import UsageError
 from curvcli.results.base import Document, Finding, Severity, Versions, dumps, read_document, write_whole
+from curvcli.results.log import LOG_NAME, Follower, Log, find_log, load_records
 from curvcli.results.record import Record, RecordStatus
 from curvcli.results.report import (
     Checkpoint,
@@ -28,6 +29,7 @@ from curvcli.results.report import (
 from curvcli.results.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
 
 __all__ = [
+    "LOG_NAME",
     "SCHEMAS",
     "Checkpoint",
     "Cost",
@@ -37,8 +39,10 @@ __all__ = [
     "Document",
     "Estimate",
     "Finding",
+    "Follower",
     "Generalisation",
     "LayerEstimate",
+    "Log",
     "LrKind",
     "LrSchedule",
     "Mass",
@@ -57,7 +61,9 @@ __all__ = [
     "VerdictName",
     "Versions",
     "dumps",
+    "find_log",
     "json_schema",
+    "load_records",
     "load_report",
     "load_schedule",
     "read_document",

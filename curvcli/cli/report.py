@@ -1,0 +1,32 @@
+"""`curv report`: a document as a page to read and to send."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from curvcli.cli.app import app, check_outputs, exit_codes
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "`curv report report.json -o report.html`\n\n"
+    "`curv analyze ckpt/ -o report.json && curv report report.json > report.html`"
+)
+def report(
+    document: Annotated[Path, typer.Argument(help="What curv analyze -o wrote; a schedule too.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here.  [default: stdout]")] = None,
+) -> None:
+    """Turn a document into one self-contained HTML file: no network, light and dark, fit for print."""
+    with exit_codes():
+        check_outputs(output, None)
+        from curvcli.report.html import page
+        from curvcli.results import write_whole
+
+        text = page(document)
+        if output:
+            write_whole(output, text.encode())
+        else:
+            typer.echo(text, nl=False)

@@ -1,0 +1,86 @@
+"""One self-contained HTML page a document: nothing is loaded, every value is escaped, no script but our own runs."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Callable
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from curvcli.errors import InputError
+from curvcli.report.advice import advice
+from curvcli.report.chart import log_chart
+from curvcli.report.frame import frame, number
+from curvcli.report.plot import curves
+from curvcli.results import Document, Report, Schedule, load_report, load_schedule
+
+
+def page(path: Path) -> str:
+    """The page of a document. Raises InputError where the file is none that has a page."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON document: {error}", hint="write one with curv analyze -o") from error
+    name = document.get("schema") if isinstance(document, dict) else None
+    if not isinstance(name, str) or name not in PAGES:
+        raise InputError(f"{path} has the schema {name!r:.80}, which has no page", hint=f"one of: {', '.join(PAGES)}")
+    load, render = PAGES[name]
+    return render(load(path))
+
+
+def report_page(report: Report) -> str:
+    """Verdict, findings, next steps, curves over depth, where the sharpest direction lives, numbers, provenance."""
+    chart = log_chart(curves(report), report.optimizer.threshold, report.checkpoint.layers)
+    rows = frame(report).astype(object).where(lambda table: table.notna(), None).to_dict("records")
+    return _render("report.html", document=report, report=report, steps=advice(report), chart=chart, rows=rows)
+
+
+def schedule_page(schedule: Schedule) -> str:
+    """When which block joins, findings, provenance."""
+    return _render("schedule.html", document=schedule, schedule=schedule)
+
+
+# A document's page: how it is read, how it is drawn. A further document is a further line.
+PAGES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], str]]] = {
+    "curv.report/1": (load_report, report_page),
+    "curv.schedule/1": (load_schedule, schedule_page),
+}
+
+
+def _render(template: str, *, document: Document, **values: object) -> str:
+    environment = Environment(
+        loader=PackageLoader("curvcli.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
+    style, script = _asset("style.css"), _asset("sort.js")
+    # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return environment.get_template(template).render(
+        policy=policy,
+        style=Markup(style),  # noqa: S704  (a file of this package)
+        script=Markup(script),  # noqa: S704  (a file of this package)
+        schema=document.model_dump(by_alias=True)["schema"],
+        **values,
+    )
+
+
+def _asset(name: str) -> str:
+    return files("curvcli.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return b64encode(sha256(text.encode()).digest()).decode()

@@ -1,0 +1,25 @@
+"use strict";
+// Every table's headings become buttons: first press sorts up, the next down. Without script the tables just stand.
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0];
+  const headings = [...table.tHead.rows[0].cells];
+  headings.forEach((heading, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...heading.childNodes);
+    heading.append(button);
+    button.addEventListener("click", () => {
+      const down = heading.getAttribute("aria-sort") === "ascending";
+      headings.forEach((other) => other.removeAttribute("aria-sort"));
+      heading.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const sign = down ? -1 : 1;
+      const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+      const numeric = heading.classList.contains("n");
+      const rows = [...body.rows].map((row) => [key(row), row]);
+      // A missing value is neither small nor large: it stays last both ways.
+      rows.sort(([a], [b]) => (a === "") - (b === "") ||
+        sign * (numeric ? Number(a) - Number(b) : a.localeCompare(b, "en", { numeric: true })));
+      body.append(...rows.map(([, row]) => row));
+    });
+  });
+}
