@@ -25,9 +25,10 @@ ALLOWED = {
     "analysis": {"errors", "results", "resources", "curvature", "optimizers", "inputs", "verdict", "measurement"},
     "checkpoints": {"errors", "results", "curvature", "optimizers", "inputs", "measurement", "analysis"},
     "schedule": {"errors", "results"},
+    "verify": {"errors", "results", "inputs"},
     "training": {"errors", "results", "curvature", "optimizers", "inputs", "schedule"},
     "report": {"errors", "results", "schedule"},
-    "cli": {"errors", "results", "progress", "report", "checkpoints", "measurement", "schedule", "training"},
+    "cli": {"errors", "results", "progress", "report", "checkpoints", "measurement", "schedule", "training", "verify"},
 }
 
 
