@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -192,7 +191,7 @@ class _Writer:
                 mode=work.choice.mode,
                 mode_seconds={str(mode): seconds for mode, seconds in work.choice.seconds.items()},
             ),
-            versions=results.Versions.model_validate({**resources.versions(), "python": platform.python_version()}),
+            versions=results.Versions.installed(),
         )
         findings = explain(report, idle=self.metric.idle, left_out=len(self.metric.left_out), notes=provenance.notes)
         return report.model_copy(update={"findings": findings})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 import torch
@@ -29,14 +28,3 @@ def peak_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of this package and of what its numbers depend on."""
-    found: dict[str, str | None] = {}
-    for package in ("curvcli", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found

@@ -26,8 +26,9 @@ ALLOWED = {
     "checkpoints": {"errors", "results", "curvature", "optimizers", "inputs", "measurement", "analysis"},
     "schedule": {"errors", "results"},
     "training": {"errors", "results", "resources", "curvature", "optimizers", "inputs", "schedule"},
+    "verify": {"errors", "results", "curvature", "inputs", "training"},
     "report": {"errors", "results", "schedule", "verdict"},
-    "cli": {"errors", "results", "progress", "report", "checkpoints", "measurement", "schedule", "training"},
+    "cli": {"errors", "results", "progress", "report", "checkpoints", "measurement", "schedule", "training", "verify"},
 }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -39,6 +41,17 @@ class Versions(Document):
     torch: str
     transformers: str | None
     python: str
+
+    @classmethod
+    def installed(cls) -> Self:
+        """This package and what its numbers depend on, from their metadata: nothing is imported for it."""
+        found: dict[str, str | None] = {}
+        for package in ("curvcli", "torch", "transformers"):
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                found[package] = None
+        return cls.model_validate({**found, "python": platform.python_version()})
 
 
 def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -25,6 +26,25 @@ class LrSchedule(Document):
     decay_steps: Step | None = Field(default=None, description="wsd: length of the decay at the end")
     points: list[tuple[Step, float]] | None = Field(default=None, description="csv: (step, lr), steps rising")
 
+    @model_validator(mode="after")
+    def _computable(self) -> Self:
+        """Every step has a learning rate, or the document is refused: a default would be a wrong one."""
+        kind, total, decay = self.kind, self.total_steps, self.decay_steps
+        if kind in ("linear", "cosine", "wsd") and total is None:
+            raise ValueError(f"a {kind} schedule needs its total steps")
+        if (kind == "wsd") != (decay is not None):
+            raise ValueError("decay steps are needed by wsd" if kind == "wsd" else f"a {kind} schedule has no decay steps")
+        if total is not None and (total <= self.warmup_steps or total < self.warmup_steps + (decay or 0)):
+            raise ValueError(f"warm-up of {self.warmup_steps} and decay of {decay or 0} steps do not fit into {total}")
+        if self.min_ratio and kind not in ("linear", "cosine", "wsd"):
+            raise ValueError(f"a {kind} schedule has no least learning rate")
+        if (kind == "csv") != bool(self.points):
+            raise ValueError("points are needed by csv" if kind == "csv" else f"a {kind} schedule has no points")
+        steps = [step for step, _ in self.points or ()]
+        if any(a >= b for a, b in pairwise(steps)) or any(lr < 0 for _, lr in self.points or ()):
+            raise ValueError("steps of the points must rise, and their learning rates not be negative")
+        return self
+
 
 class Phase(Document):
     """From `step` on, the blocks in `active` train; `unlock` are those that join here (at step 0: none).
@@ -37,7 +57,10 @@ class Phase(Document):
     active: list[int] = Field(description="block indices, rising; embedding, head and final norm always train")
     unlock: list[int]
     lr: float | None = Field(description="learning rate at `step`")
-    predicted_rho: float | None = Field(description="at `step`, of the active blocks; null without a measurement")
+    predicted_rho: float | None = Field(
+        description="of the active blocks: at `step`, in the first phase at the highest learning rate from its step on, "
+        "which is what it has to survive; null without a measurement"
+    )
 
 
 class ScheduleProvenance(Document):
