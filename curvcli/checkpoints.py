@@ -44,6 +44,7 @@ class Options:
     mode: Mode | Literal["auto"] = "auto"
     tolerance: float = 1e-2
     max_hvps: int = 100
+    deadline: float = float("inf")
 
 
 def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> results.Report:
@@ -74,6 +75,7 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
         max_hvps=options.max_hvps,
         seed=options.seed or 0,
         progress=progress,
+        deadline=options.deadline,
         provenance=Provenance(
             checkpoint=lambda parameters, layers: results.Checkpoint(
                 path=str(checkpoint.path),

@@ -220,9 +220,20 @@ def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, 
 def _quality(report: Report) -> list[Finding]:
     full, generalisation = report.full, report.generalisation
     found: list[Finding] = []
-    weak = [f"layer {e.index}" for e in report.layers if e.status != "converged"]
+    parts: list[tuple[str, Estimate]] = [(f"layer {e.index}", e) for e in report.layers]
     for kind, curve in (("restricted", report.cumulative.restricted), ("truncated", report.cumulative.truncated)):
-        weak += [f"{kind} depth {e.depth}" for e in curve if e.status != "converged"]
+        parts += [(f"{kind} depth {e.depth}", e) for e in curve]
+    skipped = [name for name, e in parts if e.status == "skipped"]
+    if skipped:
+        found.append(
+            Finding(
+                code="out-of-time",
+                severity="warning",
+                message=f"the time budget ran out before {len(skipped)} of {len(parts)} layers and depths, "
+                f"{skipped[0]} the first; raise --budget",
+            )
+        )
+    weak = [name for name, e in parts if e.status not in ("converged", "skipped")]
     if weak:
         found.append(
             Finding(
