@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from curvcli import results
 from curvcli.analysis import Estimated, Provenance, analyze
+from curvcli.config import find_config
 from curvcli.curvature.hvp import Mode
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.config import find_config
 from curvcli.inputs.shards import Shard, read_shard
 from curvcli.measurement import Progress
 from curvcli.optimizers.base import Group, OptimizerView

@@ -6,6 +6,7 @@ from typing import Any
 
 from curvcli.errors import UsageError
 from curvcli.results.base import Document, Finding, Severity, Versions, dumps, read_document, write_whole
+from curvcli.results.gate import Gate, Outcome, OutcomeName, Rule, RuleName, Subject, load_gate
 from curvcli.results.record import Record, RecordStatus
 from curvcli.results.report import (
     Checkpoint,
@@ -37,6 +38,7 @@ __all__ = [
     "Document",
     "Estimate",
     "Finding",
+    "Gate",
     "Generalisation",
     "LayerEstimate",
     "LrKind",
@@ -44,27 +46,33 @@ __all__ = [
     "Mass",
     "Optimizer",
     "Order",
+    "Outcome",
+    "OutcomeName",
     "Phase",
     "Record",
     "RecordStatus",
     "Report",
+    "Rule",
+    "RuleName",
     "Schedule",
     "ScheduleProvenance",
     "Severity",
     "Status",
+    "Subject",
     "TokensPoint",
     "Update",
     "VerdictName",
     "Versions",
     "dumps",
     "json_schema",
+    "load_gate",
     "load_report",
     "load_schedule",
     "read_document",
     "write_whole",
 ]
 
-SCHEMAS: dict[str, type[Document]] = {"report": Report, "schedule": Schedule, "curvature": Record}
+SCHEMAS: dict[str, type[Document]] = {"report": Report, "schedule": Schedule, "curvature": Record, "gate": Gate}
 
 
 def json_schema(name: str) -> dict[str, Any]:
