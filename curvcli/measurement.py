@@ -151,10 +151,10 @@ class Measurement:
             truncated.extend(self.truncated(restricted[-1]))
         except OutOfTime:  # what was finished has been added one by one
             pass
+        self.stages.enter("report")
         full = self.best(full, layers, restricted)
         ladder.append((1.0, full))
         self.skip(layers, restricted, truncated, full)
-        self.stages.enter("report")
         return Measured(loss, ladder, held_out, full, update, layers, restricted, truncated)
 
     def full(self, hvp: HVP, hint: Solved | None) -> Solved:

@@ -239,7 +239,8 @@ def _quality(report: Report) -> list[Finding]:
             Finding(
                 code="unconverged-parts",
                 severity="warning",
-                message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; raise --max-hvps",
+                message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; "
+                f"raise {'--budget' if skipped else '--max-hvps'}",
             )
         )
     if generalisation.held_out is None and generalisation.rho_low is not None:

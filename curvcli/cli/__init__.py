@@ -1,11 +1,15 @@
 """The command line: a verb parses, calls and renders. Heavy modules are imported inside the verbs.
 
-Exit codes: 0 done, 2 could not run (usage, input, or a bug), 130 interrupted.
+Exit codes: 0 done or passed, 1 a gate's rule broken, 2 could not run (usage, input, or a bug), 3 a gate unresolved,
+130 interrupted.
 """
 
 from __future__ import annotations
 
-from curvcli.cli import analyze  # noqa: F401  (registers its verbs)
+from curvcli.cli import (
+    analyze,  # noqa: F401  (registers its verbs)
+    gate,  # noqa: F401
+)
 from curvcli.cli.app import app
 
 __all__ = ["app", "main"]
