@@ -54,6 +54,7 @@ def analyze(
     max_hvps: int = 100,
     seed: int = 0,
     progress: Progress | None = None,
+    deadline: float = float("inf"),
     provenance: Provenance | None = None,
 ) -> results.Report:
     """Curvature of a model as its optimizer sees it, in full, per layer and cumulative over depth.
@@ -74,6 +75,8 @@ def analyze(
             layers, cut networks and parts of the shard take three times it.
         max_hvps: products that one estimate may take.
         progress: called with what is being done and the fraction done.
+        deadline: instant of `time.monotonic()` from which nothing more is started. The full model is then measured
+            first, and what was not reached has the status "skipped".
 
     Returns:
         The report, whose statuses say what could be estimated.
@@ -81,6 +84,7 @@ def analyze(
     Raises:
         UsageError: arguments that contradict each other.
         UnsupportedError: an optimizer without a threshold, or a model without second derivatives.
+        OutOfTime: not even the full model was reached before the deadline.
     """
     if tolerance <= 0 or max_hvps < 3:
         raise UsageError("tolerance must be positive and max_hvps at least 3", hint="the defaults are 0.01 and 100")
@@ -89,7 +93,7 @@ def analyze(
         problem = Problem.create(module, loss, batches, weights)
         metric = _metric(problem, optimizer, lr)
         blocks = locate(module, layers) if layers is not None else find_blocks(module)
-        solver = Davidson(tolerance=tolerance, max_products=max_hvps, seed=seed)
+        solver = Davidson(tolerance=tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
         work = Measurement(problem, metric, blocks, solver, mode, progress or (lambda stage, done: None))
         return _Writer(work, work.run()).report(provenance or Provenance(), sum(weights) if weights else None)
 
@@ -121,7 +125,7 @@ class _Writer:
         extremes = solved.extremes
         empty = dict.fromkeys(results.Estimate.model_fields)
         if extremes is None:
-            return {**empty, "hvps": 0, "status": "empty"}
+            return {**empty, "hvps": 0, "status": "skipped" if solved.skipped else "empty"}
         if extremes.top is None or extremes.bottom is None or extremes.status == "asymmetric":
             return {**empty, "hvps": extremes.products, "status": extremes.status}
         top, bottom, threshold = extremes.top, extremes.bottom, self.metric.threshold

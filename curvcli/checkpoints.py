@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from curvcli import results
 from curvcli.analysis import Estimated, Provenance, analyze
+from curvcli.config import find_config
 from curvcli.curvature.hvp import Mode
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.config import find_config
 from curvcli.inputs.shards import Shard, read_shard
 from curvcli.measurement import Progress
 from curvcli.optimizers.base import Group, OptimizerView
@@ -44,6 +44,7 @@ class Options:
     mode: Mode | Literal["auto"] = "auto"
     tolerance: float = 1e-2
     max_hvps: int = 100
+    deadline: float = float("inf")
 
 
 def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> results.Report:
@@ -74,6 +75,7 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
         max_hvps=options.max_hvps,
         seed=options.seed or 0,
         progress=progress,
+        deadline=options.deadline,
         provenance=Provenance(
             checkpoint=lambda parameters, layers: results.Checkpoint(
                 path=str(checkpoint.path),

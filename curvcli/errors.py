@@ -32,3 +32,7 @@ class InputError(CurvError):
 
 class UnsupportedError(CurvError):
     """The input was understood, and the measurement does not exist for it."""
+
+
+class OutOfTime(BaseException):
+    """A time budget ran out. Like KeyboardInterrupt no Exception: code that catches everything must let it through."""

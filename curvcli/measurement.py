@@ -14,6 +14,7 @@ from curvcli.curvature.davidson import Davidson, Extremes
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
+from curvcli.errors import OutOfTime
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update
 from curvcli.results import Update
@@ -28,6 +29,11 @@ class Solved:
     names: list[str]
     extremes: Extremes | None
     inconsistent: bool = False
+    skipped: bool = False
+
+    @property
+    def converged(self) -> bool:
+        return self.extremes is not None and self.extremes.status == "converged" and not self.inconsistent
 
     @property
     def value(self) -> float:
@@ -100,9 +106,15 @@ class Measurement:
         """Both ends of the spectrum over `names`, from vectors over other names carried over."""
         if not names:
             return Solved(names, None)
+        self.in_time()
         operator = self.operator(_Counting(hvp, self), names)
         vectors = [self.carry(operator, source, vector) for source, vector in start]
         return Solved(names, self.coarse.extremes(operator, vectors))
+
+    def in_time(self) -> None:
+        """Raises OutOfTime where nothing more may be started."""
+        if self.solver.expired:
+            raise OutOfTime
 
     def carry(self, operator: PreconditionedHessian, names: Sequence[str], vector: Tensor) -> Tensor:
         sizes = {n: p.numel() for n, p in self.problem.parameters.items()}
@@ -116,22 +128,60 @@ class Measurement:
     # --- the parts ---------------------------------------------------------------------------
 
     def run(self) -> Measured:
-        """Everything, in the order in which each solve can start from the last."""
+        """Everything, in the order in which each solve can start from the last.
+
+        Under a deadline the full model comes first, and what is not reached is skipped. Raises OutOfTime where
+        not even the full model was reached.
+        """
         self.stages.enter("gradient")
         gradients = gradient(self.problem, self.names)
         loss = self.problem.mean_loss()
         hvp = build(self.problem, self.choice.mode)
         ladder, held_out = self.ladder(hvp)
         hint = ladder[-1][1] if ladder else None
-        layers = self.layers(hvp, hint)
-        restricted = self.restricted(hvp, hint, layers)
-        full = restricted[-1]
-        ladder.append((1.0, full))
-        update = self.update(hvp, gradients)
-        del hvp  # its graphs make room for those of the shortened networks
-        truncated = self.truncated(full)
+        full = self.full(hvp, hint) if self.solver.deadline < float("inf") else None
+        update = Update(critical_lr=None, ratio=None, status="skipped")
+        layers: list[Solved] = []
+        restricted: list[Solved] = []
+        truncated: list[Solved] = []
+        try:
+            update = self.update(hvp, gradients)
+            layers.extend(self.layers(hvp, full or hint))
+            restricted.extend(self.restricted(hvp, full or hint, layers))
+            del hvp  # its graphs make room for those of the shortened networks
+            truncated.extend(self.truncated(restricted[-1]))
+        except OutOfTime:  # what was finished has been added one by one
+            pass
         self.stages.enter("report")
+        full = self.best(full, layers, restricted)
+        ladder.append((1.0, full))
+        self.skip(layers, restricted, truncated, full)
         return Measured(loss, ladder, held_out, full, update, layers, restricted, truncated)
+
+    def full(self, hvp: HVP, hint: Solved | None) -> Solved:
+        """The full model on its own, to the tolerance itself."""
+        self.stages.enter("full model")
+        self.in_time()
+        operator = self.operator(_Counting(hvp, self), self.names)
+        start = [self.carry(operator, *end) for end in self.ends(*([hint] if hint else []))]
+        return Solved(self.names, self.solver.extremes(operator, start) if self.names else None)
+
+    def best(self, full: Solved | None, layers: list[Solved], restricted: list[Solved]) -> Solved:
+        """The full model as the restricted curve ends in it; where that was cut short, as it was solved for first."""
+        whole = len(restricted) == len(self.layer_names) + 1
+        if full is None or (whole and restricted[-1].converged):
+            return restricted[-1]
+        full.inconsistent = any(violates(part, full) for part in (*layers, *restricted))
+        return full
+
+    def skip(self, layers: list[Solved], restricted: list[Solved], truncated: list[Solved], full: Solved) -> None:
+        """Entries for what was not reached; the truncated curve ends in the full model, which was."""
+        depths = len(self.layer_names)
+        layers += [Solved(names, None, skipped=True) for names in self.layer_names[len(layers) :]]
+        restricted += [Solved(self.upto(k), None, skipped=True) for k in range(len(restricted), depths + 1)]
+        if self.blocks:
+            truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), depths)]
+            truncated.append(full)
 
     def ladder(self, hvp: HVP) -> tuple[list[tuple[float, Solved]], float | None]:
         """The full model on growing prefixes of the shard, each warm from the last; and the held-out quotient."""
@@ -155,15 +205,13 @@ class Measurement:
         self.stages.enter("next update")
         return next_update(self.problem, self.metric, _Counting(hvp, self), self.names, gradients)
 
-    def layers(self, hvp: HVP, hint: Solved | None) -> list[Solved]:
+    def layers(self, hvp: HVP, hint: Solved | None) -> Iterator[Solved]:
         """Each block alone, the rest of the network held still."""
-        solved = []
         for i, names in enumerate(self.layer_names):
             self.stages.enter(f"layer {i}")
-            solved.append(self.solve(hvp, names, self.ends(*([hint] if hint else []))))
-        return solved
+            yield self.solve(hvp, names, self.ends(*([hint] if hint else [])))
 
-    def restricted(self, hvp: HVP, hint: Solved | None, layers: list[Solved]) -> list[Solved]:
+    def restricted(self, hvp: HVP, hint: Solved | None, layers: list[Solved]) -> Iterator[Solved]:
         """Embedding, head and the first k blocks of the intact network; the last is the full model.
 
         One basis serves all depths, so the curve cannot fall. It takes in each block's own top
@@ -176,28 +224,31 @@ class Measurement:
             for depth in depths:
                 last = depth == depths[-1]
                 self.stages.enter("full model" if last else f"restricted to depth {depth}")
+                self.in_time()
                 mask = operator.mask(self.upto(depth))
                 start = self.ends(*([hint] if hint and (depth == 0 or last) else []))
                 start += self.ends(layers[depth - 1])[:1] if depth else []
                 yield mask, [self.carry(operator, names, vector) * mask for names, vector in start]
 
-        found = self.solver.nested(operator, supports())
-        curve = [Solved(self.names if self.upto(k) else [], e) for k, e in zip(depths, found, strict=True)]
-        for depth, solved in enumerate(curve):
-            lower = [*curve[depth - 1 : depth], *layers[:depth]] if depth else []
-            solved.inconsistent = any(violates(part, solved) for part in lower)
-        return curve
+        below: list[Solved] = []  # the depth before
+        for depth, extremes in zip(depths, self.solver.nested(operator, supports()), strict=True):
+            solved = Solved(self.names if self.upto(depth) else [], extremes)
+            solved.inconsistent = any(violates(part, solved) for part in [*below, *layers[:depth]])
+            yield solved
+            below = [solved]
 
-    def truncated(self, full: Solved) -> list[Solved]:
-        """The network of the first k blocks alone; the last is the full model."""
+    def truncated(self, full: Solved) -> Iterator[Solved]:
+        """The network of the first k blocks alone, up to the full model."""
         if not self.blocks:
-            return []
-        curve: list[Solved] = []
+            return
+        last: list[Solved] = []
         for depth in range(len(self.layer_names)):
             self.stages.enter(f"truncated at depth {depth}")
+            self.in_time()
             hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
-            curve.append(self.solve(hvp, self.upto(depth), self.ends(full, *curve[-1:])))
-        return [*curve, full]
+            solved = self.solve(hvp, self.upto(depth), self.ends(full, *last))
+            yield solved
+            last = [solved]
 
     def upto(self, depth: int) -> list[str]:
         inside = {n for names in self.layer_names[:depth] for n in names} | set(self.outer)

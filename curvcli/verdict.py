@@ -220,15 +220,27 @@ def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, 
 def _quality(report: Report) -> list[Finding]:
     full, generalisation = report.full, report.generalisation
     found: list[Finding] = []
-    weak = [f"layer {e.index}" for e in report.layers if e.status != "converged"]
+    parts: list[tuple[str, Estimate]] = [(f"layer {e.index}", e) for e in report.layers]
     for kind, curve in (("restricted", report.cumulative.restricted), ("truncated", report.cumulative.truncated)):
-        weak += [f"{kind} depth {e.depth}" for e in curve if e.status != "converged"]
+        parts += [(f"{kind} depth {e.depth}", e) for e in curve]
+    skipped = [name for name, e in parts if e.status == "skipped"]
+    if skipped:
+        found.append(
+            Finding(
+                code="out-of-time",
+                severity="warning",
+                message=f"the time budget ran out before {len(skipped)} of {len(parts)} layers and depths, "
+                f"{skipped[0]} the first; raise --budget",
+            )
+        )
+    weak = [name for name, e in parts if e.status not in ("converged", "skipped")]
     if weak:
         found.append(
             Finding(
                 code="unconverged-parts",
                 severity="warning",
-                message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; raise --max-hvps",
+                message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; "
+                f"raise {'--budget' if skipped else '--max-hvps'}",
             )
         )
     if generalisation.held_out is None and generalisation.rho_low is not None:

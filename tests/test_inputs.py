@@ -11,11 +11,11 @@ from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from curvcli.checkpoints import Options, analyze_checkpoint, causal_loss
+from curvcli.config import find_config
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
 from curvcli.inputs.blocks import find_blocks
-from curvcli.inputs.config import find_config
 from curvcli.inputs.shards import read_shard
 
 

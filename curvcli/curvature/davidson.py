@@ -9,6 +9,7 @@ Comput. 29, 2007), which keeps convergence near that of the unrestarted method.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,6 +59,7 @@ class Davidson:
         basis: vectors kept, at least 6; memory is twice this many vectors.
         asymmetry: |u.Gv - v.Gu| over the norm of G, at most, before the products are called wrong.
         seed: of the random start.
+        deadline: instant of `time.monotonic()` at which to stop with what there is.
     """
 
     tolerance: float = 1e-2
@@ -66,6 +68,11 @@ class Davidson:
     basis: int = 24
     asymmetry: float = 1e-3
     seed: int = 0
+    deadline: float = float("inf")
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() >= self.deadline
 
     def extremes(self, operator: Operator, start: Sequence[Tensor] = ()) -> Extremes:
         """Largest and smallest algebraic eigenvalue of `operator`.
@@ -111,7 +118,7 @@ class Davidson:
             status: Status = "converged" if top_done or space.complete else "max-hvps"
             if space.skew > self.asymmetry * space.norm:
                 status = "asymmetric"
-            if (top_done and bottom_done) or space.complete or products >= self.max_products:
+            if (top_done and bottom_done) or space.complete or products >= self.max_products or self.expired:
                 return Extremes(top, bottom, status, products, bottom_done or space.complete)
             space.improve(0 if top_done else -1)
         return Extremes(None, None, space.status, space.products - before)

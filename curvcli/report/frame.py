@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from math import floor, log10
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from curvcli.results import Estimate, Report
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def frame(report: Report) -> pd.DataFrame:
     """One row per estimate: part (full, layer, restricted, truncated), index, name, parameters, and E."""
+
+    import pandas as pd  # here, because numbers are shown by verbs that need no table
 
     def row(part: str, index: int | None, name: str, parameters: int | None, estimate: Estimate) -> dict[str, Any]:
         values = {key: getattr(estimate, key) for key in Estimate.model_fields}

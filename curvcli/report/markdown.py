@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
 from curvcli.report.frame import frame, number
 from curvcli.results import Report
 
 
 def markdown(report: Report) -> str:
     """Verdict, findings and the table of estimates."""
+    import pandas as pd
+
     lines = [
         f"## curv: {report.verdict}",
         "",

@@ -6,6 +6,7 @@ from typing import Any
 
 from curvcli.errors import UsageError
 from curvcli.results.base import Document, Finding, Severity, Versions, dumps, read_document, write_whole
+from curvcli.results.gate import Gate, Outcome, OutcomeName, Rule, RuleName, Subject, load_gate
 from curvcli.results.log import LOG_NAME, Follower, Log, find_log, load_records
 from curvcli.results.record import Record, RecordStatus
 from curvcli.results.report import (
@@ -40,6 +41,7 @@ __all__ = [
     "Estimate",
     "Finding",
     "Follower",
+    "Gate",
     "Generalisation",
     "LayerEstimate",
     "Log",
@@ -48,14 +50,19 @@ __all__ = [
     "Mass",
     "Optimizer",
     "Order",
+    "Outcome",
+    "OutcomeName",
     "Phase",
     "Record",
     "RecordStatus",
     "Report",
+    "Rule",
+    "RuleName",
     "Schedule",
     "ScheduleProvenance",
     "Severity",
     "Status",
+    "Subject",
     "TokensPoint",
     "Update",
     "VerdictName",
@@ -63,6 +70,7 @@ __all__ = [
     "dumps",
     "find_log",
     "json_schema",
+    "load_gate",
     "load_records",
     "load_report",
     "load_schedule",
@@ -70,7 +78,7 @@ __all__ = [
     "write_whole",
 ]
 
-SCHEMAS: dict[str, type[Document]] = {"report": Report, "schedule": Schedule, "curvature": Record}
+SCHEMAS: dict[str, type[Document]] = {"report": Report, "schedule": Schedule, "curvature": Record, "gate": Gate}
 
 
 def json_schema(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from curvcli.results.base import Document, Finding, Versions, read_document
 
-Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty"]
+Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
 VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
 
 
@@ -18,8 +18,9 @@ class Estimate(Document):
 
     Some eigenvalue lies within `residual` of `eigenvalue`, which is a lower bound of the largest.
     Values are null where `status` says that none could be had: "non-finite" (a product overflowed),
-    "asymmetric" (products fail u.Gv = v.Gu), "empty" (no parameter moves there). "unconverged"
-    and "inconsistent" (interlacing violated) values are given, and must not be relied on.
+    "asymmetric" (products fail u.Gv = v.Gu), "empty" (no parameter moves there), "skipped" (the time
+    budget ran out first). "unconverged" and "inconsistent" (interlacing violated) values are given,
+    and must not be relied on.
     """
 
     eigenvalue: float | None = Field(description="largest algebraic eigenvalue lambda of the preconditioned Hessian")
@@ -89,8 +90,9 @@ class Update(Document):
 
     critical_lr: float | None = Field(description="2 g.u / u.Hu")
     ratio: float | None
-    status: Literal["ok", "uphill", "concave", "unavailable"] = Field(
-        description="uphill: g.u <= 0 on this shard; concave: u.Hu <= 0, no critical lr; unavailable: no momentum or lr"
+    status: Literal["ok", "uphill", "concave", "unavailable", "skipped"] = Field(
+        description="uphill: g.u <= 0 on this shard; concave: u.Hu <= 0, no critical lr; unavailable: no momentum or lr; "
+        "skipped: the time budget ran out first"
     )
 
 
