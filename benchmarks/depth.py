@@ -7,7 +7,7 @@ at steps of a linear lr warm-up, three seeds, same data. Estimates are converged
 from __future__ import annotations
 
 import json
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def main() -> None:
             kept = [v for v in values if v is not None]
             row[name] = {
                 "mean": mean(kept) if kept else None,
+                "median": median(kept) if kept else None,
                 "spread": stdev(kept) if len(kept) > 1 else None,
                 "converged": len(kept),
                 "values": values,
@@ -74,24 +75,30 @@ def main() -> None:
         print(json.dumps(row), flush=True)
     document = {"torch": torch.__version__, "width": Run().width, "lr": 1e-2, "seeds": len(SEEDS), "rows": rows}
     (HERE / "results" / "depth.json").write_text(json.dumps(document, indent=2) + "\n")
+    plot(rows)
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Every seed a point, the median a line. Seeds differ by decades in warm-up, so that a mean would be one seed's."""
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     pairs = [(left, "lambda at initialisation", "#1f4e9c")]
-    pairs += [(right, f"rho at step {t}", c) for t, c in zip(STEPS, ("#8fb0e0", "#4a7cc4", "#1f4e9c"), strict=True)]
+    pairs += [(right, f"rho at step {t}", c) for t, c in zip(STEPS, ("#c2641a", "#2e7d32", "#1f4e9c"), strict=True)]
     for axes, name, colour in pairs:
-        points = [(r["depth"], r[name]["mean"], r[name]["spread"] or 0) for r in rows if r[name]["mean"] is not None]
-        x, y, error = zip(*points, strict=True)
-        axes.errorbar(x, y, yerr=error, marker="o", capsize=3, color=colour, label=name, markersize=4)
+        points = [(r["depth"], v) for r in rows for v in r[name]["values"] if v is not None]
+        axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=3, alpha=0.6)
+        axes.plot([r["depth"] for r in rows], [r[name]["median"] for r in rows], "-", color=colour, linewidth=1.2, label=name)
     for axes, title in ((left, "Hessian at initialisation"), (right, "lr warm-up, preconditioned")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(DEPTHS, [str(d) for d in DEPTHS])
         axes.set_xlabel("blocks")
         axes.set_title(title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylim(bottom=0)
+    left.set_ylim(bottom=0)
+    right.set_yscale("log")
     left.set_ylabel("lambda")
     right.set_ylabel("rho")
-    right.legend(frameon=False, fontsize=9)
+    right.legend(frameon=False, fontsize=9, loc="upper left")
     figure.savefig(HERE / "results" / "depth.png", metadata={"Software": None})
 
 

@@ -103,7 +103,7 @@ def rho_plot(rows: list[dict[str, Any]]) -> None:
             )
             points = [(s, rho) for s, rho, status, _ in curve if rho and rho > 0 and status == "converged"]
             if points:
-                axes.plot(*zip(*points, strict=True), color=COLOURS[method], linewidth=1.1, label=method)
+                axes.plot(*zip(*points, strict=True), ".-", color=COLOURS[method], linewidth=1, markersize=4, label=method)
         run = Run()
         for k in range(4):
             axes.axvline(run.unlock_from + k * run.interval, color="#999999", linestyle=":", linewidth=0.8)
@@ -113,7 +113,7 @@ def rho_plot(rows: list[dict[str, Any]]) -> None:
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("rho (converged estimates)")
-    panels[-1].legend(frameon=False, fontsize=8, title="unlocks: dotted", title_fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8, title="unlocks: dotted", title_fontsize=8, loc="lower left")
     figure.savefig(HERE / "results" / "method_rho.png", metadata={"Software": None})
 
 

@@ -1,7 +1,7 @@
 """Estimators of the top eigenvalue over a real training run, at equal Hessian-vector products.
 
 `python benchmarks/tracking.py`: every fourth step of a run, each estimator gets the same number of products on the
-same probe; the truth is curv's own solver run on to a residual of 1e-5 (at most 100 products), which a dense test holds
+same probe; the truth is curv's own solver run on to a relative residual of 1e-4 (at most 100 products), which a dense test holds
 (tests/test_tracker.py). Power iteration is the paper's (arXiv 2606.16768), warm from the last measured step, transported
 as curv's is. Also what the tracker costs beside a training step.
 """
@@ -26,7 +26,7 @@ from curvcli.curvature.problem import Problem
 from curvcli.optimizers.preconditioner import live, prepare
 from curvcli.training import CurvatureTracker
 
-RUN = Run(lr=1e-2, layers=8, width=64, steps=160, warmup=40)
+RUN = Run(lr=1e-2, layers=8, width=64, steps=112, warmup=40)
 BUDGETS = (1, 2, 3, 5, 8)
 EVERY, FIRST = 4, 8
 
@@ -72,7 +72,7 @@ def compare() -> list[dict[str, Any]]:
         operator = PreconditionedHessian(KeptGraph(problem), names, dict(metric.scale))
         scale = flatten(operator.scale)
         inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-        exact = Davidson(tolerance=1e-5, bottom_tolerance=0.3, max_products=100, basis=60)
+        exact = Davidson(tolerance=1e-4, bottom_tolerance=0.5, max_products=100, basis=60)
         found = exact.extremes(operator, [t * inverse for t in truth])
         assert found.top is not None
         assert found.bottom is not None

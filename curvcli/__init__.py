@@ -15,14 +15,27 @@ if TYPE_CHECKING:
     from curvcli.analysis import Estimated, analyze
     from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
     from curvcli.results import Report
+    from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
 __version__ = "0.1.0"
-__all__ = ["CurvError", "Estimated", "InputError", "Report", "UnsupportedError", "UsageError", "analyze"]
+__all__ = [
+    "ArchitectureWarmup",
+    "CurvError",
+    "CurvatureTracker",
+    "Estimated",
+    "InputError",
+    "Report",
+    "UnsupportedError",
+    "UsageError",
+    "analyze",
+]
 
 _HOME = {
     "analyze": "analysis",
     "Estimated": "analysis",
     "Report": "results",
+    "ArchitectureWarmup": "training",
+    "CurvatureTracker": "training",
     "CurvError": "errors",
     "InputError": "errors",
     "UnsupportedError": "errors",

@@ -95,8 +95,9 @@ def test_every_optimizer(name: str) -> None:
 
 
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10_000), blocks=st.integers(1, 4), width=st.integers(2, 6), steps=st.integers(3, 40))
+@given(seed=st.integers(0, 10_000), blocks=st.integers(1, 4), width=st.integers(3, 6), steps=st.integers(3, 40))
 def test_random_models(seed: int, blocks: int, width: int, steps: int) -> None:
+    """From width 3: over two features LayerNorm is nearly a sign, and the oracle's differences do not resolve it."""
     model, batches = models.Net(seed=seed, blocks=blocks, width=width), models.data(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     models.train(model, optimizer, batches, steps)

