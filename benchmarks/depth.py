@@ -87,7 +87,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
     for axes, name, colour in pairs:
         points = [(r["depth"], v) for r in rows for v in r[name]["values"] if v is not None]
         axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=3, alpha=0.6)
-        axes.plot([r["depth"] for r in rows], [r[name]["median"] for r in rows], "-", color=colour, linewidth=1.2, label=name)
+        axes.plot(
+            [r["depth"] for r in rows], [r[name]["median"] for r in rows], "-", color=colour, linewidth=1.2, label=name
+        )
     for axes, title in ((left, "Hessian at initialisation"), (right, "lr warm-up, preconditioned")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(DEPTHS, [str(d) for d in DEPTHS])
