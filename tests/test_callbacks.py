@@ -40,7 +40,7 @@ def probe() -> list[dict[str, torch.Tensor]]:
 def trainer(path: Path, callback: CurvCallback, **options: Any) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(path), max_steps=TOTAL, per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=3,
-        lr_scheduler_type="cosine", weight_decay=0.1, save_steps=5, logging_steps=1, report_to=[], use_cpu=True, seed=0,
+        lr_scheduler_type="cosine", weight_decay=0.1, save_steps=4, logging_steps=1, report_to=[], use_cpu=True, seed=0,
         disable_tqdm=True, **options,
     )  # fmt: skip
     return Trainer(model=build(), args=arguments, train_dataset=Text(), callbacks=[callback])
@@ -57,8 +57,8 @@ def test_trainer_killed_across_an_unlock(tmp_path: Path, options: dict[str, Any]
     whole.train()
     assert states(whole) == {None, *range(DEPTH)}
     stopped = trainer(tmp_path / "killed", CurvCallback(GROW), **options)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "killed" / "checkpoint-5")
-    stopped.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-5"))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
+    stopped.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
     assert same(whole.model, stopped.model)
 
 
@@ -96,14 +96,14 @@ def test_trainer_repeats_adaptive_decisions(tmp_path: Path) -> None:
     assert 3 < decided[1] < 7  # by measurement: neither the earliest step nor the latest
     assert 8 <= decided[2] <= 12
     again = trainer(tmp_path / "killed", second)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "killed" / "checkpoint-5")
-    again.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-5"))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
+    again.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
     assert second.guests.warmup.started == decided
     assert same(whole.model, again.model)
-    (tmp_path / "killed" / "checkpoint-5" / "curv.pt").unlink()
+    (tmp_path / "killed" / "checkpoint-4" / "curv.pt").unlink()
     third = trainer(tmp_path / "killed", CurvCallback(ADAPTIVE, **options))
-    with pytest.raises(UsageError, match=r"adaptive mode resumes at step 5, and .*curv\.pt is missing"):
-        third.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-5"))
+    with pytest.raises(UsageError, match=r"adaptive mode resumes at step 4, and .*curv\.pt is missing"):
+        third.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
 
 
 def test_a_callback_without_work_is_refused() -> None:

@@ -71,6 +71,7 @@ def test_interlacing_holds_in_a_real_report(hot: tuple[dict, str, Path]) -> None
     assert report["full"]["eigenvalue"] == curve[-1] == report["tokens"][-1]["eigenvalue"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_report(samples: Path) -> None:
     arguments = ("analyze", samples / "nanogpt" / "ckpt.pt", "--tokens", 512, "--mode", "kept", "-q", "--format", "json")
     one, two = (json.loads(curv(*arguments).stdout) for _ in range(2))

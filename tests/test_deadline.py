@@ -39,6 +39,7 @@ def whole() -> Report:
     return measure(float("inf"))
 
 
+@pytest.mark.slow
 def test_whatever_the_deadline_what_converged_is_right(whole: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {"nothing": 0, "partly": 0, "whole": 0}
     for deadline in itertools.chain(range(1, 130, 3), range(130, 5000, 90)):

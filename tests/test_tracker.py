@@ -57,6 +57,22 @@ def test_every_step_is_right() -> None:
     assert sum(spent[5:]) < sum(spent[:5])  # warm starts pay
 
 
+def test_an_eigenvector_is_transported_between_preconditioners() -> None:
+    """Measured again where nothing has moved, the start is the answer: its residual is known after one product."""
+    net, batches = models.Net(seed=3), models.data()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    models.train(net, optimizer, batches, steps=3)
+    tracker = CurvatureTracker(
+        net, optimizer, models.loss, probe=batches, weights=models.weights(batches), tolerance=1e-2, update_ratio=False
+    )
+    first, second = tracker.step(0), tracker.step(1)
+    assert first is not None
+    assert second is not None
+    assert first.hvps > 3
+    assert second.hvps == 1
+    assert second.eigenvalue == pytest.approx(first.eigenvalue, rel=1e-6)
+
+
 def test_only_what_trains_is_measured() -> None:
     net, batches = models.Net(seed=3), models.data()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)

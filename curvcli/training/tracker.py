@@ -165,6 +165,8 @@ class CurvatureTracker:
             raise CurvError("a model under fully_shard has no second derivatives", hint="analyze its checkpoints instead")
         if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
             return _Found(status="non-finite", message="a weight of the model is NaN or inf")
+        if not any(float(group["lr"]) > 0 for group in self.optimizer.param_groups):
+            return _Found(message="the learning rate is 0: no step is taken, and there is no edge")
         view = live(self.optimizer, parameters)
         locked = self._translate(self.warmup.locked_parameters()) if self.warmup else frozenset()
         metric = _without(prepare(view, parameters), locked)
