@@ -189,7 +189,7 @@ def _optimizer(
 def _batch_size(shard: Shard, checkpoint: Checkpoint) -> int:
     """Windows per batch: logits of at most 2^26 values, and at least 4 batches so that prefixes differ."""
     rows = len(shard.windows)
-    by_memory = max(1, 2**26 // (shard.sequence_length * max(1, checkpoint.vocabulary)))
+    by_memory = max(1, 2**26 // (shard.sequence_length * (checkpoint.vocabulary or 2**16)))
     return max(1, min(by_memory, rows // 4))
 
 

@@ -1,50 +1,40 @@
-"""Files to problems: checkpoint readers, shard readers, configuration, the model and its blocks."""
+"""Files to problems: checkpoint readers, shard readers, the model and its blocks."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from curvcli.errors import InputError
-from curvcli.inputs.base import Checkpoint, CheckpointReader
+from curvcli.inputs.base import Architecture, Checkpoint, CheckpointReader
 from curvcli.inputs.huggingface import HuggingFaceReader
 from curvcli.inputs.nanogpt import NanoGPTReader
+from curvcli.inputs.runs import checkpoints_of
 
+# The first that accepts a path reads it: what is recognised by more stands before what is recognised by less.
 READERS: tuple[CheckpointReader, ...] = (HuggingFaceReader(), NanoGPTReader())
 
 
-def resolve(path: Path) -> Path:
-    """The checkpoint meant by a path: itself, or the newest of a run directory. Raises InputError."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist", hint="give a checkpoint or a run directory")
-    if path.is_file():
-        return path
-    steps = [(int(m[1]), p) for p in _listing(path) if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    if steps:
-        return max(steps)[1]
-    if (path / "config.json").exists():
-        return path
-    if (path / "ckpt.pt").exists():
-        return path / "ckpt.pt"
-    raise InputError(
-        f"{path} holds no checkpoint (no checkpoint-N, no config.json, no ckpt.pt)",
-        hint="point at a transformers checkpoint, a run directory, or a nanoGPT ckpt.pt",
-    )
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints of a run directory, a pattern, or the one checkpoint given, in step order. Raises InputError."""
+    found = checkpoints_of(path, lambda candidate: any(reader.accepts(candidate) for reader in READERS))
+    if not found:
+        raise InputError(
+            f"{path} holds no checkpoint (no checkpoint-N, no config.json, no ckpt.pt)",
+            hint="point at a transformers checkpoint, a run directory, or a nanoGPT ckpt.pt",
+        )
+    return found
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Headers of the checkpoint that a path means. Raises InputError."""
-    found = resolve(path)
+def open_checkpoint(path: Path, architecture: Architecture | None = None) -> Checkpoint:
+    """Headers of the checkpoint that a path means, the newest of a run. Raises InputError.
+
+    Args:
+        architecture: the network, where the user names it; else it is found beside the weights.
+    """
+    found = find_checkpoints(path)[-1]
     for reader in READERS:
         if reader.accepts(found):
-            return reader.read(found)
+            return reader.read(found, architecture)
     raise InputError(
         f"{found} is in no known checkpoint format", hint="known: transformers directories and nanoGPT .pt files"
     )
-
-
-def _listing(path: Path) -> list[Path]:
-    try:
-        return list(path.iterdir())
-    except OSError as error:
-        raise InputError(f"cannot list {path}: {error.strerror}", hint="check its permissions") from error

@@ -11,6 +11,8 @@ from torch import nn
 
 from curvcli.optimizers.base import OptimizerView
 
+Task = Literal["causal-lm", "masked-lm", "seq2seq", "classification"]
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -31,6 +33,36 @@ class OptimizerFile:
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """The network that weights belong to, where the file with the weights does not say it or the user says otherwise.
+
+    Attributes:
+        name: for people.
+        build: a float32 model in evaluation mode on the CPU, whose weights are still to be loaded. Raises InputError.
+        task: what its loss is.
+        vocabulary: token ids lie below it; None where that is not known beforehand.
+        context: longest sequence it takes, where known.
+        tokenizer: directory of its tokenizer, where there is one.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    task: Task = "causal-lm"
+    vocabulary: int | None = None
+    context: int | None = None
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the run's own log says of a step."""
+
+    step: int
+    loss: float | None
+    lr: float | None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose headers were read; weights and state are loaded by the calls.
 
@@ -42,33 +74,49 @@ class Checkpoint:
         model: builds the float32 model in evaluation mode. Raises InputError.
         optimizer: None where the checkpoint has none.
         step: optimizer steps taken, where known.
-        last_lr: last positive learning rate in the run's own log, where it has one.
-        vocabulary: token ids lie below it.
+        vocabulary: token ids lie below it; None where nothing says it.
         context: longest sequence the model takes, where known.
+        task: what the loss is.
+        log: the run's own log up to this checkpoint, in step order, where it has one.
         notes: what a reader of the numbers should know about how the trainer made them.
     """
 
     path: Path
-    format: Literal["trainer", "pretrained", "nanogpt"]
+    format: str
     architecture: str
     tensors: tuple[TensorInfo, ...]
     model: Callable[[], nn.Module]
     optimizer: OptimizerFile | None
     step: int | None
-    vocabulary: int
+    vocabulary: int | None
     context: int | None
-    last_lr: float | None = None
+    task: Task = "causal-lm"
+    log: tuple[Logged, ...] = ()
     tokenizer: Path | None = None
     notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def last_lr(self) -> float | None:
+        """Last positive learning rate in the run's own log."""
+        return next((entry.lr for entry in reversed(self.log) if entry.lr is not None and entry.lr > 0), None)
+
+    @property
+    def training_loss(self) -> float | None:
+        """Last training loss in the run's own log."""
+        return next((entry.loss for entry in reversed(self.log) if entry.loss is not None), None)
 
 
 class CheckpointReader(Protocol):
     """One checkpoint format."""
 
     def accepts(self, path: Path) -> bool:
-        """Whether this looks like the reader's format; looks at names only."""
+        """Whether this looks like the reader's format; looks at names, and at a file's first bytes at most."""
         ...
 
-    def read(self, path: Path) -> Checkpoint:
-        """Headers of the checkpoint. Raises InputError."""
+    def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """Headers of the checkpoint. Raises InputError.
+
+        Args:
+            architecture: what the user named with --model; None leaves it to what lies in the checkpoint.
+        """
         ...

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from curvcli.errors import InputError, UnsupportedError
-from curvcli.inputs.base import Checkpoint, OptimizerFile, TensorInfo
+from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo
 from curvcli.inputs.mapping import map_state, matrix_order, single_order, summary, trainer_order
 from curvcli.inputs.safe import check_finite, load_pickle, read_json, safetensors_header
 
@@ -22,23 +23,16 @@ class HuggingFaceReader:
     def accepts(self, path: Path) -> bool:
         return path.is_dir() and (path / "config.json").exists()
 
-    def read(self, path: Path) -> Checkpoint:
-        config = read_json(path / "config.json")
-        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-            raise InputError(f"{path / 'config.json'} names no model_type", hint="it is not a transformers configuration")
+    def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        described = configured(path)
         state = self._trainer_state(path)
         optimizer = path / "optimizer.pt"
-        nested = config.get("text_config")
-        text: dict[str, Any] = nested if isinstance(nested, dict) else config
-        context = text.get("max_position_embeddings") or text.get("n_positions")
-        architectures = config.get("architectures") or [config["model_type"]]
-        has_tokenizer = any((path / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
         return Checkpoint(
             path=path,
             format="trainer" if state is not None or optimizer.exists() else "pretrained",
-            architecture=str(architectures[0]),
+            architecture=described.name,
             tensors=tuple(self._tensors(path)),
-            model=lambda: _build(path),
+            model=lambda: _build(path, weights=True),
             optimizer=OptimizerFile(
                 optimizer,
                 lambda model: map_state(
@@ -49,10 +43,10 @@ class HuggingFaceReader:
             if optimizer.exists()
             else None,
             step=_integer(state, "global_step"),
-            vocabulary=int(text.get("vocab_size") or 0),
-            context=int(context) if isinstance(context, int) else None,
-            last_lr=_last_lr(state),
-            tokenizer=path if has_tokenizer else None,
+            vocabulary=described.vocabulary,
+            context=described.context,
+            log=_log(state),
+            tokenizer=described.tokenizer,
             notes=_clipping(state),
         )
 
@@ -97,6 +91,24 @@ class HuggingFaceReader:
         )
 
 
+def configured(directory: Path) -> Architecture:
+    """The network that a directory's config.json describes. Raises InputError, UnsupportedError."""
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise InputError(f"{directory / 'config.json'} names no model_type", hint="it is not a transformers configuration")
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else config
+    context = text.get("max_position_embeddings") or text.get("n_positions")
+    has_tokenizer = any((directory / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return Architecture(
+        name=str((config.get("architectures") or [config["model_type"]])[0]),
+        build=lambda: _build(directory, weights=False),
+        vocabulary=_integer(text, "vocab_size"),
+        context=int(context) if isinstance(context, int) else None,
+        tokenizer=directory if has_tokenizer else None,
+    )
+
+
 def causal_lm(config: Any, where: object) -> type[Any]:
     """transformers' causal language model class for a configuration. Raises UnsupportedError."""
     from transformers import AutoModelForCausalLM
@@ -112,7 +124,8 @@ def causal_lm(config: Any, where: object) -> type[Any]:
     return AutoModelForCausalLM
 
 
-def _build(path: Path) -> nn.Module:
+def _build(path: Path, *, weights: bool) -> nn.Module:
+    """The model of a directory; without weights its own are random, and all of them are still to be filled in."""
     import torch
     import transformers
     from transformers import AutoConfig
@@ -122,15 +135,20 @@ def _build(path: Path) -> nn.Module:
     transformers.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        model, info = causal_lm(config, path).from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        kind = causal_lm(config, path)
+        if weights:
+            model, info = kind.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        else:
+            model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+            info = {}
     except (InputError, UnsupportedError):
         raise
     except Exception as error:  # transformers raises every kind there is; all mean the same to the user
@@ -141,15 +159,17 @@ def _build(path: Path) -> nn.Module:
         ) from error
     finally:
         transformers.logging.set_verbosity(previous)
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            name = sorted(str(k) for k in info[kind])[0]
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info.get(problem):
+            name = sorted(str(k) for k in info[problem])[0]
             raise InputError(
-                f"{len(info[kind])} weights of {path} are {kind.split('_')[0]}, first {name}",
+                f"{len(info[problem])} weights of {path} are {problem.split('_')[0]}, first {name}",
                 hint="transformers would fill them with random numbers: complete the checkpoint",
             )
     model.config.use_cache = False
-    check_finite(model)
+    model.eval()
+    if weights:
+        check_finite(model)
     return model  # type: ignore[no-any-return]
 
 
@@ -158,18 +178,24 @@ def _integer(state: dict[str, Any] | None, key: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _log(state: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _entries(state: dict[str, Any] | None) -> list[dict[str, Any]]:
     history = (state or {}).get("log_history")
     return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
 
 
-def _last_lr(state: dict[str, Any] | None) -> float | None:
-    rates = [e["learning_rate"] for e in _log(state) if isinstance(e.get("learning_rate"), (int, float))]
-    return next((float(r) for r in reversed(rates) if r > 0), None)
+def _log(state: dict[str, Any] | None) -> tuple[Logged, ...]:
+    def number(entry: dict[str, Any], key: str) -> float | None:
+        value = entry.get(key)
+        return float(value) if isinstance(value, (int, float)) and isfinite(value) else None
+
+    found = [
+        Logged(e["step"], number(e, "loss"), number(e, "learning_rate")) for e in _entries(state) if _integer(e, "step")
+    ]
+    return tuple(entry for entry in found if entry.loss is not None or entry.lr is not None)
 
 
 def _clipping(state: dict[str, Any] | None) -> dict[str, str]:
-    norms = [e["grad_norm"] for e in _log(state) if isinstance(e.get("grad_norm"), (int, float))]
+    norms = [e["grad_norm"] for e in _entries(state) if isinstance(e.get("grad_norm"), (int, float))]
     over = sum(n > 1 for n in norms)
     if not over:
         return {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.errors import InputError
-from curvcli.inputs.base import Checkpoint, OptimizerFile, TensorInfo
+from curvcli.inputs.base import Architecture, Checkpoint, OptimizerFile, TensorInfo
 from curvcli.inputs.mapping import map_state, matrix_order, summary
 from curvcli.inputs.safe import check_finite, load_pickle
 from curvcli.optimizers.base import OptimizerView
@@ -25,7 +25,7 @@ class NanoGPTReader:
     def accepts(self, path: Path) -> bool:
         return path.is_file() and path.suffix in (".pt", ".pth")
 
-    def read(self, path: Path) -> Checkpoint:
+    def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
         head = load_pickle(path, meta=True)
         weights, args = _parts(head, path)
         step = head.get("iter_num")

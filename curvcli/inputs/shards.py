@@ -86,10 +86,11 @@ def read_shard(path: Path, checkpoint: Checkpoint, *, tokens: int, sequence_leng
         raise UsageError(f"--tokens {tokens} is less than one sequence of {length}", hint="raise --tokens")
     windows = rows[:, : per_row * (length + 1)].reshape(-1, length + 1)[: tokens // length]
     low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= checkpoint.vocabulary:
-        bad = high if high >= checkpoint.vocabulary else low
+    limit = checkpoint.vocabulary if checkpoint.vocabulary is not None else high + 1
+    if low < 0 or high >= limit:
+        bad = high if high >= limit else low
         raise InputError(
-            f"{path} holds token id {bad}, the model's vocabulary has {checkpoint.vocabulary}",
+            f"{path} holds token id {bad}, the model's vocabulary has {limit}",
             hint="the shard was made with another tokenizer or is stored in another integer type",
         )
     return Shard(path, torch.from_numpy(np.ascontiguousarray(windows.astype(np.int64))))

@@ -28,6 +28,7 @@ from curvcli.results.report import (
     load_report,
 )
 from curvcli.results.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
+from curvcli.results.track import Track, TrackPoint, TrainingStep, WarmStart, load_track
 
 __all__ = [
     "LOG_NAME",
@@ -64,9 +65,13 @@ __all__ = [
     "Status",
     "Subject",
     "TokensPoint",
+    "Track",
+    "TrackPoint",
+    "TrainingStep",
     "Update",
     "VerdictName",
     "Versions",
+    "WarmStart",
     "dumps",
     "find_log",
     "json_schema",
@@ -74,11 +79,18 @@ __all__ = [
     "load_records",
     "load_report",
     "load_schedule",
+    "load_track",
     "read_document",
     "write_whole",
 ]
 
-SCHEMAS: dict[str, type[Document]] = {"report": Report, "schedule": Schedule, "curvature": Record, "gate": Gate}
+SCHEMAS: dict[str, type[Document]] = {
+    "report": Report,
+    "schedule": Schedule,
+    "curvature": Record,
+    "gate": Gate,
+    "track": Track,
+}
 
 
 def json_schema(name: str) -> dict[str, Any]:

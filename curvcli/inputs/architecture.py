@@ -1,0 +1,91 @@
+"""Networks for weights that are stored without one, and weights put into them by name, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from curvcli.errors import InputError
+from curvcli.inputs.base import Architecture
+from curvcli.inputs.huggingface import configured
+from curvcli.inputs.safe import check_finite
+
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+
+
+def beside(path: Path) -> Architecture | None:
+    """The transformers architecture whose config.json lies in a checkpoint's directory or up to two above it."""
+    start = path if path.is_dir() else path.parent
+    found = next((d for d in (start, *start.absolute().parents[:2]) if (d / "config.json").is_file()), None)
+    return configured(found) if found else None
+
+
+def needed(architecture: Architecture | None, path: Path) -> Architecture:
+    """The architecture named, else the one beside the weights. Raises InputError where there is none."""
+    found = architecture or beside(path)
+    if found is None:
+        raise InputError(
+            f"{path} has weights and does not say of which network (no config.json there or above)",
+            hint="pass --model package.module:factory, or --model DIR of a transformers config.json",
+        )
+    return found
+
+
+def match(model: nn.Module, stored: Collection[str], path: object) -> dict[str, str]:
+    """Stored name by parameter or buffer name of the model, for all of them.
+
+    Wrappers' name parts (torch.compile's, DistributedDataParallel's, FSDP's) do not count, and one prefix that all
+    stored names share (as "model.") may be left out. Of tied weights any one name does.
+
+    Raises:
+        InputError: a weight of the model is not stored, or a stored one is none of the model's.
+    """
+    plain = {_plain(name): name for name in stored}
+    owned = {_plain(name): name for name in model.state_dict()}
+    prefixes = {"", *(name.removesuffix(own) for name in plain for own in list(owned)[:1] if name.endswith(f".{own}"))}
+    best = max(prefixes, key=lambda prefix: (sum(prefix + own in plain for own in owned), -len(prefix)))
+    found = {name: plain[best + own] for own, name in owned.items() if best + own in plain}
+    pointer = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+    present = {pointer[name] for name in found if pointer[name]}
+    missing = [name for name in owned.values() if name not in found and pointer[name] not in present]
+    spare = sorted(set(plain.values()) - set(found.values()))
+    if missing or spare:
+        what = f"{len(missing)} weights of the model are not stored, first {missing[0]}" if missing else ""
+        more = f"{len(spare)} stored weights are none of the model's, first {spare[0]}" if spare else ""
+        raise InputError(
+            f"the weights in {path} do not fit the model: {'; '.join(part for part in (what, more) if part)}",
+            hint="name the network that was trained with --model",
+        )
+    return found
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> dict[str, str]:
+    """Put stored weights into a model, one at a time, so that a lazy mapping costs one tensor of memory.
+
+    Returns:
+        `match`'s names, by which optimizer state with the same names is found.
+
+    Raises:
+        InputError: names or shapes do not fit, or a weight is NaN or infinite.
+    """
+    names = match(model, weights.keys(), path)
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, key in names.items():
+            value = weights[key]
+            if value.shape != own[name].shape:
+                raise InputError(
+                    f"{path}: {key} has shape {tuple(value.shape)}, the model's {name} {tuple(own[name].shape)}",
+                    hint="name the network that was trained with --model",
+                )
+            own[name].copy_(value)
+    model.eval()
+    check_finite(model)
+    return names
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
