@@ -15,6 +15,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from curvcli.report import TEXT
+from curvcli.results import load_report
+
+ASSETS = Path(__file__).resolve().parent / "assets"
 CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
 
 
@@ -81,12 +85,15 @@ def test_same_seed_same_report(samples: Path) -> None:
     assert one["checkpoint"]["step"] == 300
 
 
-def test_csv_and_markdown(samples: Path) -> None:
-    arguments = ("analyze", samples / "nanogpt" / "ckpt.pt", "--tokens", 512, "-q", "--format")
-    rows = list(csv.DictReader(io.StringIO(curv(*arguments, "csv").stdout)))
+def test_csv(samples: Path) -> None:
+    done = curv("analyze", samples / "nanogpt" / "ckpt.pt", "--tokens", 256, "-q", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [r["part"] for r in rows] == ["full"] + ["layer"] * 4 + ["restricted"] * 5 + ["truncated"] * 5
     assert all(float(r["eigenvalue"]) > 0 for r in rows)
-    text = curv(*arguments, "markdown").stdout
+
+
+def test_markdown() -> None:
+    text = TEXT["markdown"](load_report(next(ASSETS.glob("*.report.json"))))
     assert text.startswith("## curv: ")
     assert "| full | full model |" in text
 
