@@ -17,7 +17,7 @@ from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
 from curvcli.inputs.blocks import display, find_blocks, locate
-from curvcli.measurement import Measured, Measurement, Progress, Solved
+from curvcli.measurement import Directions, Measured, Measurement, Progress, Solved
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, override, prepare
 from curvcli.verdict import explain, judge
@@ -40,6 +40,19 @@ class Provenance:
     notes: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Analysis:
+    """A report, and what the next checkpoint's analysis may start from.
+
+    Attributes:
+        warm_start: what the given start saved, measured on the first part of the shard; None after a cold start.
+    """
+
+    report: results.Report
+    directions: Directions
+    warm_start: results.WarmStart | None
+
+
 def analyze(
     model: nn.Module,
     loss: Loss,
@@ -55,7 +68,7 @@ def analyze(
     seed: int = 0,
     progress: Progress | None = None,
     deadline: float = float("inf"),
-    provenance: Provenance | None = None,
+    depths: bool = True,
 ) -> results.Report:
     """Curvature of a model as its optimizer sees it, in full, per layer and cumulative over depth.
 
@@ -77,6 +90,7 @@ def analyze(
         progress: called with what is being done and the fraction done.
         deadline: instant of `time.monotonic()` from which nothing more is started. The full model is then measured
             first, and what was not reached has the status "skipped".
+        depths: measure the two curves over depth too, which take about half of the products.
 
     Returns:
         The report, whose statuses say what could be estimated.
@@ -86,6 +100,32 @@ def analyze(
         UnsupportedError: an optimizer without a threshold, or a model without second derivatives.
         OutOfTime: not even the full model was reached before the deadline.
     """
+    return examine(
+        model, loss, batches, optimizer, weights=weights, layers=layers, lr=lr, mode=mode, tolerance=tolerance,
+        max_hvps=max_hvps, seed=seed, progress=progress, deadline=deadline, depths=depths,
+    ).report  # fmt: skip
+
+
+def examine(
+    model: nn.Module,
+    loss: Loss,
+    batches: Sequence[Any],
+    optimizer: torch.optim.Optimizer | OptimizerView | Estimated | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    layers: nn.ModuleList | nn.Sequential | None = None,
+    lr: float | None = None,
+    mode: Mode | Literal["auto"] = "auto",
+    tolerance: float = 1e-2,
+    max_hvps: int = 100,
+    seed: int = 0,
+    progress: Progress | None = None,
+    deadline: float = float("inf"),
+    depths: bool = True,
+    start: Directions | None = None,
+    provenance: Provenance | None = None,
+) -> Analysis:
+    """`analyze`, from the eigenvectors of another checkpoint (`start`), with its own in the result."""
     if tolerance <= 0 or max_hvps < 3:
         raise UsageError("tolerance must be positive and max_hvps at least 3", hint="the defaults are 0.01 and 100")
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
@@ -94,8 +134,25 @@ def analyze(
         metric = _metric(problem, optimizer, lr)
         blocks = locate(module, layers) if layers is not None else find_blocks(module)
         solver = Davidson(tolerance=tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
-        work = Measurement(problem, metric, blocks, solver, mode, progress or (lambda stage, done: None))
-        return _Writer(work, work.run()).report(provenance or Provenance(), sum(weights) if weights else None)
+        say = progress or (lambda stage, done: None)
+        work = Measurement(problem, metric, blocks, solver, mode, say, start=start, depths=depths)
+        found = work.run()
+        report = _Writer(work, found).report(provenance or Provenance(), sum(weights) if weights else None)
+        return Analysis(report, found.directions, _warm_start(found, report))
+
+
+def _warm_start(found: Measured, report: results.Report) -> results.WarmStart | None:
+    if found.cold is None or found.cold.extremes is None:
+        return None
+    share, warm = found.ladder[0]
+    if warm.extremes is None:
+        return None
+    return results.WarmStart(
+        tokens=round(share * report.data.tokens),
+        hvps=warm.extremes.products,
+        cold_hvps=found.cold.extremes.products,
+        converged=warm.converged and found.cold.converged,
+    )
 
 
 def _metric(

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from curvcli import results
-from curvcli.analysis import Estimated, Provenance, analyze
+from curvcli.analysis import Analysis, Estimated, Provenance, examine
 from curvcli.config import find_config
 from curvcli.curvature.hvp import Mode
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
 from curvcli.inputs.shards import Shard, read_shard
-from curvcli.measurement import Progress
+from curvcli.measurement import Directions, Progress
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import override
 
@@ -45,56 +45,74 @@ class Options:
     tolerance: float = 1e-2
     max_hvps: int = 100
     deadline: float = float("inf")
+    depths: bool = True
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint and its data, read and not yet measured. `options` have no configuration left to look up."""
+
+    checkpoint: Checkpoint
+    shard: Shard
+    options: Options
+
+    def measure(self, progress: Progress | None = None, start: Directions | None = None) -> Analysis:
+        """Build the model and measure, from the eigenvectors of another checkpoint where there are any. Raises CurvError."""
+        checkpoint, shard, options = self.checkpoint, self.shard, self.options
+        device = _device(options.device)
+        model = checkpoint.model()
+        optimizer, lr_source, notes = _optimizer(checkpoint, model, options)
+        model.to(device)
+        batches = [b.to(device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+        return examine(
+            model,
+            causal_loss,
+            batches,
+            optimizer,
+            weights=[b.shape[0] * shard.sequence_length for b in batches],
+            mode=options.mode,
+            tolerance=options.tolerance,
+            max_hvps=options.max_hvps,
+            seed=options.seed or 0,
+            progress=progress,
+            deadline=options.deadline,
+            depths=options.depths,
+            start=start,
+            provenance=Provenance(
+                checkpoint=lambda parameters, layers: results.Checkpoint(
+                    path=str(checkpoint.path),
+                    format=checkpoint.format,
+                    step=checkpoint.step,
+                    parameters=parameters,
+                    layers=layers,
+                ),
+                data=lambda loss: results.Data(
+                    path=str(shard.path),
+                    tokens=shard.tokens,
+                    sequence_length=shard.sequence_length,
+                    sha256=shard.sha256,
+                    loss=loss,
+                ),
+                lr_source=lr_source,
+                notes={**checkpoint.notes, **notes},
+            ),
+        )
+
+
+def open_for_analysis(path: Path, options: Options) -> Opened:
+    """Headers of a checkpoint, its configuration and its data. Raises CurvError."""
+    _device(options.device)
+    checkpoint = open_checkpoint(path)
+    options, data = _configured(options, checkpoint)
+    tokens = options.tokens or DEFAULT_TOKENS
+    shard = read_shard(data, checkpoint, tokens=tokens, sequence_length=options.sequence_length)
+    return Opened(checkpoint, shard, options)
 
 
 def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> results.Report:
     """`curv analyze`: read a checkpoint and a shard, and measure. Raises CurvError."""
-    say = progress or (lambda stage, done: None)
-    say("reading", 0.0)
-    device = _device(options.device)
-    checkpoint = open_checkpoint(path)
-    options, data = _configured(options, checkpoint)
-    shard = read_shard(
-        data,
-        checkpoint,
-        tokens=options.tokens or DEFAULT_TOKENS,
-        sequence_length=options.sequence_length,
-    )
-    model = checkpoint.model()
-    optimizer, lr_source, notes = _optimizer(checkpoint, model, options)
-    model.to(device)
-    batches = [b.to(device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
-    return analyze(
-        model,
-        causal_loss,
-        batches,
-        optimizer,
-        weights=[b.shape[0] * shard.sequence_length for b in batches],
-        mode=options.mode,
-        tolerance=options.tolerance,
-        max_hvps=options.max_hvps,
-        seed=options.seed or 0,
-        progress=progress,
-        deadline=options.deadline,
-        provenance=Provenance(
-            checkpoint=lambda parameters, layers: results.Checkpoint(
-                path=str(checkpoint.path),
-                format=checkpoint.format,
-                step=checkpoint.step,
-                parameters=parameters,
-                layers=layers,
-            ),
-            data=lambda loss: results.Data(
-                path=str(shard.path),
-                tokens=shard.tokens,
-                sequence_length=shard.sequence_length,
-                sha256=shard.sha256,
-                loss=loss,
-            ),
-            lr_source=lr_source,
-            notes={**checkpoint.notes, **notes},
-        ),
-    )
+    (progress or (lambda stage, done: None))("reading", 0.0)
+    return open_for_analysis(path, options).measure(progress).report
 
 
 def causal_loss(model: nn.Module, window: Tensor) -> Tensor:

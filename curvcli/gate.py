@@ -68,7 +68,7 @@ def decide(
     report: Report | None,
     *,
     path: str,
-    kind: Literal["report", "checkpoint"],
+    kind: Literal["report", "track", "checkpoint"],
     baseline: str | None = None,
     regression_tolerance: float = 1.0,
     unresolved: Unresolved = "report",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from curvcli import resources
 from curvcli.curvature.davidson import Davidson, Extremes
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
-from curvcli.curvature.operator import PreconditionedHessian
+from curvcli.curvature.operator import PreconditionedHessian, lift
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.errors import OutOfTime
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -20,6 +20,18 @@ from curvcli.optimizers.update import next_update
 from curvcli.results import Update
 
 Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Top eigenvectors to start from, as directions of the weights by name: the full model's, and each layer's.
+
+    The bottom ones are not carried: from checkpoint to checkpoint they turn so far that each costs a product and
+    saves none (docs/track.md).
+    """
+
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    layers: tuple[Mapping[str, Tensor], ...] = ()
 
 
 @dataclass
@@ -58,6 +70,8 @@ class Measured:
     layers: list[Solved]
     restricted: list[Solved]
     truncated: list[Solved]
+    directions: Directions
+    cold: Solved | None = None  # the ladder's first solve once more, without the given start
 
 
 class Measurement:
@@ -71,16 +85,21 @@ class Measurement:
         solver: Davidson,
         mode: Mode | Literal["auto"],
         progress: Progress,
+        *,
+        start: Directions | None = None,
+        depths: bool = True,
     ) -> None:
-        self.problem, self.metric, self.blocks, self.solver = problem, metric, blocks, solver
+        self.problem, self.metric, self.blocks, self.solver, self.depths = problem, metric, blocks, solver, depths
         self.started = time.perf_counter()
         self.hvps = 0
-        self.stages = _Stages(len(blocks.modules) if blocks else 0, progress)
+        self.stages = _Stages(len(blocks.modules) if blocks else 0, progress, depths)
         self.names = [n for n in problem.parameters if n in metric.scale]
         of_block = [{id(p) for p in block.parameters()} for block in (blocks.modules if blocks else ())]
         self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
         inside = {n for names in self.layer_names for n in names}
         self.outer = [n for n in self.names if n not in inside]
+        self.start = start or Directions()
+        self.cold: Solved | None = None
         device = next(iter(problem.parameters.values())).device
         resources.reset_peak(device)
         self.stages.enter("choosing how to multiply")
@@ -125,6 +144,23 @@ class Measurement:
         found = [(s.names, s.extremes) for s in solved if s.extremes]
         return [(names, pair.vector) for names, e in found for pair in (e.top, e.bottom) if pair]
 
+    def given(
+        self, hvp: HVP, names: list[str], directions: Sequence[Mapping[str, Tensor]]
+    ) -> list[tuple[list[str], Tensor]]:
+        """Start vectors over `names` from directions of the weights."""
+        known = [direction for direction in directions if direction]
+        operator = self.operator(hvp, names) if names and known else None
+        return [(names, operator.lower(direction)) for direction in known] if operator else []
+
+    def found(self, full: Solved, layers: list[Solved]) -> Directions:
+        """The eigenvectors found, for the next checkpoint to start from."""
+
+        def direction(solved: Solved) -> Mapping[str, Tensor]:
+            top = solved.extremes.top if solved.extremes else None
+            return lift(top.vector, solved.names, self.metric.scale) if top else {}
+
+        return Directions(direction(full), tuple(direction(solved) for solved in layers))
+
     # --- the parts ---------------------------------------------------------------------------
 
     def run(self) -> Measured:
@@ -139,7 +175,7 @@ class Measurement:
         hvp = build(self.problem, self.choice.mode)
         ladder, held_out = self.ladder(hvp)
         hint = ladder[-1][1] if ladder else None
-        full = self.full(hvp, hint) if self.solver.deadline < float("inf") else None
+        full = self.full(hvp, hint) if self.solver.deadline < float("inf") or not self.depths else None
         update = Update(critical_lr=None, ratio=None, status="skipped")
         layers: list[Solved] = []
         restricted: list[Solved] = []
@@ -147,23 +183,26 @@ class Measurement:
         try:
             update = self.update(hvp, gradients)
             layers.extend(self.layers(hvp, full or hint))
-            restricted.extend(self.restricted(hvp, full or hint, layers))
-            del hvp  # its graphs make room for those of the shortened networks
-            truncated.extend(self.truncated(restricted[-1]))
+            if self.depths:
+                restricted.extend(self.restricted(hvp, full or hint, layers))
+                del hvp  # its graphs make room for those of the shortened networks
+                truncated.extend(self.truncated(restricted[-1]))
         except OutOfTime:  # what was finished has been added one by one
             pass
         self.stages.enter("report")
         full = self.best(full, layers, restricted)
         ladder.append((1.0, full))
         self.skip(layers, restricted, truncated, full)
-        return Measured(loss, ladder, held_out, full, update, layers, restricted, truncated)
+        directions = self.found(full, layers)
+        return Measured(loss, ladder, held_out, full, update, layers, restricted, truncated, directions, self.cold)
 
     def full(self, hvp: HVP, hint: Solved | None) -> Solved:
         """The full model on its own, to the tolerance itself."""
         self.stages.enter("full model")
         self.in_time()
         operator = self.operator(_Counting(hvp, self), self.names)
-        start = [self.carry(operator, *end) for end in self.ends(*([hint] if hint else []))]
+        ends = self.ends(hint) if hint else self.given(hvp, self.names, [self.start.full])
+        start = [self.carry(operator, *end) for end in ends]
         return Solved(self.names, self.solver.extremes(operator, start) if self.names else None)
 
     def best(self, full: Solved | None, layers: list[Solved], restricted: list[Solved]) -> Solved:
@@ -178,6 +217,8 @@ class Measurement:
         """Entries for what was not reached; the truncated curve ends in the full model, which was."""
         depths = len(self.layer_names)
         layers += [Solved(names, None, skipped=True) for names in self.layer_names[len(layers) :]]
+        if not self.depths:
+            return
         restricted += [Solved(self.upto(k), None, skipped=True) for k in range(len(restricted), depths + 1)]
         if self.blocks:
             truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), depths)]
@@ -191,7 +232,13 @@ class Measurement:
         held_out: float | None = None
         for prefix in sorted({-(-count // 4), half} - {count}):
             self.stages.enter("full model on part of the shard")
-            answer = self.solve(hvp.subset(range(prefix)), self.names, self.ends(*(s for _, s in solved[-1:])))
+            part = hvp.subset(range(prefix))
+            if solved:
+                answer = self.solve(part, self.names, self.ends(solved[-1][1]))
+            else:
+                start = self.given(part, self.names, [self.start.full])
+                answer = self.solve(part, self.names, start)
+                self.cold = self.solve(part, self.names) if start else None
             solved.append((sum(self.problem.weights[:prefix]), answer))
             if prefix == half and answer.extremes and answer.extremes.top:
                 rest = self.operator(_Counting(hvp.subset(range(prefix, count)), self), self.names)
@@ -209,7 +256,9 @@ class Measurement:
         """Each block alone, the rest of the network held still."""
         for i, names in enumerate(self.layer_names):
             self.stages.enter(f"layer {i}")
-            yield self.solve(hvp, names, self.ends(*([hint] if hint else [])))
+            own = self.given(hvp, names, self.start.layers[i : i + 1])
+            # Its own of the checkpoint before serves a layer better than its part of the full model's now.
+            yield self.solve(hvp, names, own or self.ends(*([hint] if hint else [])))
 
     def restricted(self, hvp: HVP, hint: Solved | None, layers: list[Solved]) -> Iterator[Solved]:
         """Embedding, head and the first k blocks of the intact network; the last is the full model.
@@ -273,9 +322,9 @@ class _Counting:
 class _Stages:
     """Progress in stages whose cost is guessed beforehand in products of the full model."""
 
-    def __init__(self, layers: int, progress: Progress) -> None:
+    def __init__(self, layers: int, progress: Progress, depths: bool) -> None:
         self.progress = progress
-        self.total = 14.0 + layers * (6 + 5 + 5)
+        self.total = 14.0 + layers * (6 + (5 + 5 if depths else 0))
         self.done, self.planned, self.ticks, self.name = 0.0, 0.0, 0, ""
 
     def enter(self, name: str) -> None:

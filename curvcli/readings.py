@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol
 
-from curvcli.results import Estimate, Report, VerdictName
+from curvcli.results import Estimate, Report, Track, TrackPoint, VerdictName
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,16 @@ class Readings(Protocol):
 
 @dataclass(frozen=True)
 class ReportReadings:
-    """Readings of one report, against another where a rule compares."""
+    """Readings of one report, against another where a rule compares.
+
+    Args:
+        baseline: what lambda may not rise over; rho neither, where there is no history.
+        history: certified reports of the run before, oldest first: a surge is over the median of their rho.
+    """
 
     report: Report
     baseline: Report | None = None
+    history: Sequence[Report] = ()
 
     def rho(self) -> Reading:
         full, held = self.report.full, self.report.generalisation
@@ -105,7 +112,33 @@ class ReportReadings:
         return Reading("update ratio", reason=reasons.get(update.status, "the report has none"))
 
     def surge(self) -> Reading:
+        if self.history:
+            return self._over_history("surge of rho")
         return self._ratio("surge of rho", lambda r: r.full.rho, lambda r: r.optimizer.threshold, lambda x: x)
+
+    def _over_history(self, what: str) -> Reading:
+        """rho over the median of what it was; the corners of both brackets."""
+        report = self.report
+        if reason := _reason(report.full) or self._no_rho(report):
+            return Reading(what, reason=reason)
+        if len(self.history) < 2:
+            return Reading(what, reason="fewer than two certified points stand before it")
+        for old in self.history:
+            if reason := self._incomparable(report, old):
+                return Reading(what, reason=reason)
+            if _shard(old) != _shard(report):
+                return Reading(what, reason="the shards differ; measure the whole run on one")
+        brackets = [_on_shard(r.full.rho, r.full.residual, r.optimizer.threshold) for r in (report, *self.history)]
+        known = [(low, high) for low, high in brackets if low is not None and high is not None]
+        if len(known) < len(brackets) or report.full.rho is None:
+            return Reading(what, reason="a value is missing")
+        (low, high), before = known[0], known[1:]
+        old_low, old_high = median(b[0] for b in before), median(b[1] for b in before)
+        if old_low <= 0:
+            return Reading(what, reason=f"the median before may be 0 or below ({old_low:.4g}): nothing can be divided by it")
+        corners = [a / b for a in (low, high) for b in (old_low, old_high)]
+        narrow = "lower --tolerance of curv track"
+        return Reading(what, report.full.rho / old_low, min(corners), max(corners), narrow=narrow)
 
     def regression(self) -> Reading:
         return self._ratio("rise of lambda in percent", lambda r: r.full.eigenvalue, lambda r: 1.0, lambda x: 100 * (x - 1))
@@ -119,7 +152,7 @@ class ReportReadings:
     ) -> Reading:
         """A number of the report over the baseline's, with `unit` eigenvalues to it."""
         if self.baseline is None:
-            return Reading(what, reason="there is no baseline; pass --baseline")
+            return Reading(what, reason="there is nothing to compare with; pass --baseline")
         if reason := self._incomparable(self.report, self.baseline):
             return Reading(what, reason=reason)
         same = _shard(self.report) == _shard(self.baseline)
@@ -168,6 +201,28 @@ class ReportReadings:
             if mine != theirs:
                 return f"the baseline does not compare: {what} {theirs}, here {mine}"
         return ""
+
+
+def track_readings(track: Track, baseline: Report | None = None) -> Readings:
+    """Readings of a track's newest point, whose surge is over the certified points before it."""
+    newest = track.points[-1]
+    if newest.report is None:
+        return NoReadings(f"the newest checkpoint was not measured: {newest.message}")
+    return ReportReadings(newest.report, baseline, certified(track.points[:-1], track.window))
+
+
+def certified(points: Sequence[TrackPoint], window: int) -> list[Report]:
+    """Reports of the last `window` points whose rho is known and converged."""
+    known = [p.report for p in points if p.report and p.report.full.rho is not None and p.report.full.status == "converged"]
+    return known[-window:]
+
+
+def surge_of(rho: float, before: Sequence[float]) -> float | None:
+    """rho over the median of what it was; None with fewer than two points, or where that median is no positive number."""
+    if len(before) < 2:
+        return None
+    middle = median(before)
+    return rho / middle if middle > 0 else None
 
 
 @dataclass(frozen=True)

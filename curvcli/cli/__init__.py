@@ -6,7 +6,7 @@ or a bug), 3 a gate unresolved, 130 interrupted.
 
 from __future__ import annotations
 
-from curvcli.cli import analyze, gate, report, schedule, watch  # noqa: F401  (each registers its verbs)
+from curvcli.cli import analyze, gate, report, schedule, track, watch  # noqa: F401  (each registers its verbs)
 from curvcli.cli.app import app
 
 __all__ = ["app", "main"]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes
-from curvcli.errors import UsageError
 
 if TYPE_CHECKING:
     from curvcli.measurement import Progress
@@ -24,15 +24,6 @@ class Format(StrEnum):
     markdown = "markdown"
 
 
-class HvpMode(StrEnum):
-    """How Hessian-vector products are made."""
-
-    auto = "auto"
-    kept = "kept"
-    fresh = "fresh"
-    forward = "forward"
-
-
 @app.command(
     epilog="Examples:\n\n"
     "`curv analyze sample_checkpoints/hot`\n\n"
@@ -43,40 +34,39 @@ def analyze(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
     ],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Shard of training data: .bin (uint16), .npy, .safetensors, or text. Default: from curv.toml."),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Predictions to average over.  [default: 8192]")] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=1, help="Predictions per window.  [default: the model's context, at most 1024]")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward pass.  [default: by memory]")] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(help="Adam, AdamW, NAdam, SGD, RMSprop, Adagrad, or none for the bare Hessian."),
-    ] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Instead of the checkpoint's learning rate.")] = None,
+    data: options.Data = None,
+    tokens: options.Tokens = None,
+    sequence_length: options.SequenceLength = None,
+    batch_size: options.BatchSize = None,
+    optimizer: options.OptimizerName = None,
+    lr: options.Lr = None,
     betas: Annotated[str | None, typer.Option(metavar="B1,B2", help="Instead of the checkpoint's.")] = None,
-    eps: Annotated[float | None, typer.Option(min=0, help="Instead of the checkpoint's.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0, help="Instead of the checkpoint's.")] = None,
-    momentum: Annotated[float | None, typer.Option(min=0, help="Instead of the checkpoint's (SGD, RMSprop).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    mode: Annotated[HvpMode, typer.Option(help="How products are made; auto times the exact ones.")] = HvpMode.auto,
-    tolerance: Annotated[float, typer.Option(help="Residual over lambda at which an estimate has converged.")] = 0.01,
-    max_hvps: Annotated[int, typer.Option(min=3, help="Hessian-vector products per estimate, at most.")] = 100,
-    seed: Annotated[int | None, typer.Option(help="Of the eigensolver's random start.  [default: 0]")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report (JSON) here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the picture here (.png, .svg, .pdf).")] = None,
-    format: Annotated[Format, typer.Option(help="What stdout gets.")] = Format.table,  # noqa: A002
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    eps: Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's.")] = None,
+    momentum: Annotated[
+        float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's (SGD, RMSprop).")
+    ] = None,
+    device: options.Device = "auto",
+    mode: options.ModeOption = options.HvpMode.auto,
+    tolerance: options.Tolerance = 0.01,
+    max_hvps: options.MaxHvps = 100,
+    seed: options.Seed = None,
+    no_depths: Annotated[
+        bool, typer.Option("--no-depths", help="Leave out the curves over depth, half of the work.")
+    ] = False,
+    output: options.Output = None,
+    plot: options.Plot = None,
+    format: Annotated[  # noqa: A002
+        Format, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
+    ] = Format.table,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure a checkpoint's curvature: in full, per layer and over depth, against its edge of stability.
 
     rho is the top eigenvalue of the preconditioned Hessian over the optimizer's threshold: 1 is the edge.
     """
     with exit_codes():
-        first, second = _betas(betas) if betas is not None else (None, None)
+        both = options.parse_betas(betas)
         check_outputs(output, plot)
         from curvcli.progress import reporting
 
@@ -91,7 +81,7 @@ def analyze(
                 batch_size=batch_size,
                 optimizer=optimizer,
                 lr=lr,
-                betas=None if first is None else (first, second),
+                betas=both,
                 eps=eps,
                 weight_decay=weight_decay,
                 momentum=momentum,
@@ -100,6 +90,7 @@ def analyze(
                 tolerance=tolerance,
                 max_hvps=max_hvps,
                 seed=seed,
+                depths=not no_depths,
             )
         from curvcli.results import write_whole
 
@@ -117,7 +108,9 @@ def inspect(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
     ],
-    data: Annotated[Path | None, typer.Option(help="Shard of training data. Default: from curv.toml.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Shard of training data. Default: from curv.toml.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what `curv analyze` would read. Reads headers, computes nothing."""
@@ -135,10 +128,10 @@ def inspect(
             show_facts(found)
 
 
-def _measure(checkpoint: Path, progress: Progress, **options: object):  # type: ignore[no-untyped-def]
+def _measure(checkpoint: Path, progress: Progress, **given: object):  # type: ignore[no-untyped-def]
     from curvcli.checkpoints import Options, analyze_checkpoint
 
-    return analyze_checkpoint(checkpoint, Options(**options), progress)  # type: ignore[arg-type]
+    return analyze_checkpoint(checkpoint, Options(**given), progress)  # type: ignore[arg-type]
 
 
 def _print(report, format: Format) -> None:  # type: ignore[no-untyped-def]  # noqa: A002
@@ -152,11 +145,3 @@ def _print(report, format: Format) -> None:  # type: ignore[no-untyped-def]  # n
         from curvcli.report import TEXT
 
         typer.echo(TEXT[format.value](report), nl=False)
-
-
-def _betas(text: str) -> tuple[float, float]:
-    try:
-        first, second = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--betas {text!r} is not two numbers", hint="as in --betas 0.9,0.95") from None
-    return first, second

@@ -76,7 +76,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.command(epilog="Example:\n\n`curv schema report > curv.report.schema.json`")
-def schema(document: Annotated[str, typer.Argument(help="report, track, schedule, curvature or gate")]) -> None:
+def schema(document: Annotated[str, typer.Argument(help="report, track, compare, schedule, curvature or gate")]) -> None:
     """Print the JSON Schema of a document that curv writes."""
     with exit_codes():
         from curvcli.results import dumps, json_schema

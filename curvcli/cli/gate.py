@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from curvcli.config import GateTable
     from curvcli.results import Gate, Report, Rule
 
+TRACK = "curv.track/1"
 RULES, MEASURING, OUTPUT = "Rules", "Measuring, where a checkpoint is given", "Output"
 
 
@@ -48,7 +49,7 @@ class Taken(StrEnum):
 )
 def gate(
     subject: Annotated[
-        Path | None, typer.Argument(help="Checkpoint, run directory (its newest checkpoint), or report of curv analyze.")
+        Path | None, typer.Argument(help="Checkpoint, run (its newest checkpoint), report, or track (its newest point).")
     ] = None,
     max_rho: Annotated[float | None, typer.Option(metavar="X", help="Of the full model.", rich_help_panel=RULES)] = None,
     max_layer_rho: Annotated[
@@ -58,7 +59,8 @@ def gate(
         float | None, typer.Option(metavar="X", help="lr over the critical lr of the next update.", rich_help_panel=RULES)
     ] = None,
     max_surge: Annotated[
-        float | None, typer.Option(metavar="X", help="rho over the baseline's rho.", rich_help_panel=RULES)
+        float | None,
+        typer.Option(metavar="X", help="rho over the baseline's, or a track's median.", rich_help_panel=RULES),
     ] = None,
     max_regression: Annotated[
         float | None, typer.Option(metavar="PERCENT", help="Percent of lambda over the baseline's.", rich_help_panel=RULES)
@@ -75,7 +77,7 @@ def gate(
         typer.Option("--require-resolved", help="The verdict is resolved.", rich_help_panel=RULES),
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Report to compare with.", rich_help_panel=RULES)
+        Path | None, typer.Option(metavar="FILE", help="Report or track to compare with.", rich_help_panel=RULES)
     ] = None,
     unresolved: Annotated[
         Taken | None, typer.Option(help="Take unresolved for this instead of exit code 3.", rich_help_panel=RULES)
@@ -163,8 +165,10 @@ class _Settings:
         self.tolerance: float = self.of("regression-tolerance", 1.0)[0]
         self.unresolved: Any = self.of("unresolved", "report")[0]
         compared = [rule.name for rule in self.rules if rule.name in ("max-surge", "max-regression")]
+        if subject is not None and _schema(subject) == TRACK and "max-surge" in compared:
+            compared.remove("max-surge")  # it has its own past to be compared with
         if compared and self.baseline is None:
-            raise UsageError(f"{compared[0]} compares with a baseline, and none is named", hint="pass --baseline REPORT")
+            raise UsageError(f"{compared[0]} compares with a baseline, and none is named", hint="pass --baseline FILE")
 
     def of(self, name: str, default: Any = None) -> tuple[Any, str]:
         """A setting's value and where it is from."""
@@ -236,34 +240,56 @@ def _judge(
     quiet: bool,
 ) -> Gate:
     from curvcli.gate import decide
-    from curvcli.readings import NoReadings, ReportReadings
-    from curvcli.results import load_report, write_whole
+    from curvcli.readings import NoReadings, Readings, ReportReadings, track_readings
+    from curvcli.results import load_report, load_track, write_whole
 
-    against = None if settings.baseline is None else load_report(settings.baseline)
-    reason = ""
+    against, history = _baseline(settings.baseline)
     report: Report | None
-    if is_report := _is_report(subject):
+    readings: Readings
+    if schema := _schema(subject):
         given = [*options, *(["report"] if report_to else []), *(["budget"] if seconds is not None else [])]
         if given:
             flag = given[0].replace("_", "-")
-            raise UsageError(f"--{flag} is for checkpoints, and {subject} is a report", hint=f"drop --{flag}")
-        report = load_report(subject)
+            raise UsageError(f"--{flag} is for checkpoints, and {subject} is a document", hint=f"drop --{flag}")
+        if schema == TRACK:
+            track = load_track(subject)
+            report, readings = track.points[-1].report, track_readings(track, against)
+        else:
+            report = load_report(subject)
+            readings = ReportReadings(report, against, history)
     else:
         from curvcli.cli.budget import measure
 
         report, reason = measure(subject, options, started, seconds, quiet)
         if report is not None and report_to is not None:
             write_whole(report_to, report.to_json().encode())
+        readings = NoReadings(reason) if report is None else ReportReadings(report, against, history)
     return decide(
         settings.rules,
-        NoReadings(reason) if report is None else ReportReadings(report, against),
+        readings,
         report,
         path=_name(subject),
-        kind="report" if is_report else "checkpoint",
+        kind="track" if schema == TRACK else "report" if schema else "checkpoint",
         baseline=None if settings.baseline is None else _name(settings.baseline),
         regression_tolerance=settings.tolerance,
         unresolved=settings.unresolved,
     )
+
+
+def _baseline(path: Path | None) -> tuple[Report | None, list[Report]]:
+    """What lambda is compared with, and what rho is: a report, or the newest and all certified points of a track."""
+    from curvcli.readings import certified
+    from curvcli.results import load_report, load_track
+
+    if path is None:
+        return None, []
+    if _schema(path) != TRACK:
+        return load_report(path), []
+    track = load_track(path)
+    known = certified(track.points, track.window)
+    if not known:
+        raise InputError(f"{path} has no certified point to compare with", hint="give another --baseline")
+    return known[-1], known
 
 
 def _name(path: Path) -> str:
@@ -271,15 +297,18 @@ def _name(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def _is_report(path: Path) -> bool:
-    """Whether a file begins as JSON does; checkpoints are directories, zip archives or pickles."""
+def _schema(path: Path) -> str | None:
+    """The schema of a document; None for checkpoints, which are directories, zip archives or pickles, not JSON."""
+    from curvcli.results import schema_of
+
     if path.is_dir():
-        return False
+        return None
     try:
         with path.open("rb") as stream:
-            return stream.read(64).lstrip().startswith(b"{") or path.suffix == ".json"
+            is_json = stream.read(64).lstrip().startswith(b"{") or path.suffix == ".json"
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", hint="give a checkpoint, a run or a report") from error
+    return (schema_of(path) or "unknown") if is_json else None
 
 
 def _write(document: Gate, outputs: list[Path]) -> None:

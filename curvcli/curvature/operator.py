@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -95,3 +95,20 @@ class PreconditionedHessian:
         return torch.cat(
             [pieces[n] if n in pieces else vector.new_zeros(size) for n, size in zip(self.names, self.sizes, strict=True)]
         )
+
+    def lower(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """A direction of the weights as a flat vector, the inverse of `lift`; absent names are 0."""
+        pieces = []
+        for name, scale in zip(self.names, self.scale, strict=True):
+            if name in direction and direction[name].shape == scale.shape:
+                ratio = direction[name].to(scale) / scale
+                pieces.append(torch.where(scale > 0, ratio, torch.zeros_like(ratio)))
+            else:
+                pieces.append(torch.zeros_like(scale))
+        return self.flatten(pieces)
+
+
+def lift(vector: Tensor, names: Sequence[str], scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A flat vector v over `names` as the direction S^(1/2) v of the weights: what lasts while S moves on."""
+    pieces = vector.split([scale[n].numel() for n in names])
+    return {n: scale[n] * v.view(scale[n].shape) for n, v in zip(names, pieces, strict=True)}

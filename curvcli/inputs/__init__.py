@@ -8,7 +8,9 @@ from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint, CheckpointReader
 from curvcli.inputs.huggingface import HuggingFaceReader
 from curvcli.inputs.nanogpt import NanoGPTReader
-from curvcli.inputs.runs import checkpoints_of
+from curvcli.inputs.runs import checkpoints_of, step_of
+
+__all__ = ["READERS", "find_checkpoints", "open_checkpoint", "step_of"]
 
 # The first that accepts a path reads it: what is recognised by more stands before what is recognised by less.
 READERS: tuple[CheckpointReader, ...] = (HuggingFaceReader(), NanoGPTReader())

@@ -25,7 +25,7 @@ def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
         return sorted((p for p in found if accepts(p)), key=step_order)
     if path.is_file():
         return [path]
-    numbered = [p for p in _listing(path) if _step(p) is not None and accepts(p)]
+    numbered = [p for p in _listing(path) if step_of(p) is not None and accepts(p)]
     if numbered:
         return sorted(numbered, key=step_order)
     if accepts(path):
@@ -36,11 +36,11 @@ def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
 
 def step_order(path: Path) -> tuple[int, str]:
     """What checkpoints are sorted by: the step in the name, then the name."""
-    step = _step(path)
+    step = step_of(path)
     return (-1 if step is None else step, path.name)
 
 
-def _step(path: Path) -> int | None:
+def step_of(path: Path) -> int | None:
     """The step in a checkpoint's name: checkpoint-60, step-60, global_step60, epoch=0-step=60.ckpt, ckpt_60.pt."""
     stem = path.name if path.is_dir() else path.stem
     match = re.search(r"(?:step|iter|checkpoint|ckpt)[=_-]?(\d{1,15})", stem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from collections.abc import Callable
 from hashlib import sha256
@@ -18,17 +17,13 @@ from curvcli.report.advice import advice
 from curvcli.report.chart import log_chart
 from curvcli.report.frame import frame, number
 from curvcli.report.plot import curves
-from curvcli.results import Document, Report, Schedule, load_report, load_schedule
+from curvcli.results import Document, Report, Schedule, load_report, load_schedule, schema_of
 
 
 def page(path: Path) -> str:
     """The page of a document. Raises InputError where the file is none that has a page."""
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON document: {error}", hint="write one with curv analyze -o") from error
-    name = document.get("schema") if isinstance(document, dict) else None
-    if not isinstance(name, str) or name not in PAGES:
+    name = schema_of(path)
+    if name not in PAGES:
         raise InputError(f"{path} has the schema {name!r:.80}, which has no page", hint=f"one of: {', '.join(PAGES)}")
     load, render = PAGES[name]
     return render(load(path))

@@ -17,7 +17,7 @@ def markdown(report: Report) -> str:
         f"{report.optimizer.name}, lr {number(report.optimizer.lr)}, preconditioner {report.optimizer.preconditioner}, "
         f"{report.data.tokens:,} tokens",
         "",
-        *(f"- **{finding.code}** ({finding.severity}): {_escape(finding.message)}" for finding in report.findings),
+        *(f"- **{finding.code}** ({finding.severity}): {escape(finding.message)}" for finding in report.findings),
         "",
         "| part | name | parameters | lambda | rho | residual | most negative | status |",
         "|---|---|--:|--:|--:|--:|--:|---|",
@@ -26,11 +26,12 @@ def markdown(report: Report) -> str:
         values = [None if pd.isna(row[key]) else row[key] for key in ("eigenvalue", "rho", "residual", "most_negative")]
         parameters = "" if pd.isna(row["parameters"]) else f"{row['parameters']:,}"
         cells = " | ".join(number(value) for value in values)
-        lines.append(f"| {row['part']} | {_escape(row['name'])} | {parameters} | {cells} | {row['status']} |")
+        lines.append(f"| {row['part']} | {escape(row['name'])} | {parameters} | {cells} | {row['status']} |")
     cost = report.cost
     lines += ["", f"{cost.hvps} Hessian-vector products, {cost.seconds:.1f} s on {cost.device}", ""]
     return "\n".join(lines)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is, in a table too."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

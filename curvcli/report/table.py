@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from curvcli.report.frame import number
-from curvcli.results import Estimate, Report
+from curvcli.results import Estimate, Finding, Report
 
 COLOURS = {"stable": "green", "edge": "yellow", "unstable": "red", "unresolved": "magenta"}
 SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}
@@ -16,7 +18,9 @@ SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}
 
 def show(report: Report, console: Console) -> None:
     """Print verdict, layers, depths, findings and cost; readable at 60 columns."""
-    console.print(_head(report), _layers(report, console), _depths(report), _findings(report), _foot(report), sep="\n")
+    console.print(
+        _head(report), _layers(report, console), _depths(report), findings_text(report.findings), _foot(report), sep="\n"
+    )
 
 
 def _head(report: Report) -> Text:
@@ -67,7 +71,6 @@ def _layers(report: Report, console: Console) -> Table:
     # The bar's end is the threshold unless something is past it: then the tick at 1 shows how far.
     limit = max([*(v for v in values if v is not None), 1.0 if use_rho else 0.0]) or 1.0
     width = max(8, min(40, console.width - 52))
-    solid, tick = ("█", "│") if (console.encoding or "").lower().startswith("utf") else ("#", "|")
     for (name, parameters, estimate), value in zip(rows, values, strict=True):
         style = "bold" if name == "full model" else ""
         table.add_row(
@@ -75,12 +78,18 @@ def _layers(report: Report, console: Console) -> Table:
             f"{parameters:,}" if parameters is not None else "",
             number(estimate.eigenvalue),
             number(estimate.rho, 3) if estimate.status == "converged" else Text(estimate.status, style="yellow"),
-            _bar(value, limit, width, 1.0 if use_rho else None, solid, tick),
+            _bar(value, limit, width, 1.0 if use_rho else None, console),
         )
     return table
 
 
-def _bar(value: float | None, limit: float, width: int, edge: float | None, solid: str, tick: str) -> Text:
+def rho_bar(value: float | None, limit: float, width: int, console: Console) -> Text:
+    """A bar of rho of `width` cells up to `limit`, with a tick at the edge of stability."""
+    return _bar(value, limit, width, 1.0, console)
+
+
+def _bar(value: float | None, limit: float, width: int, edge: float | None, console: Console) -> Text:
+    solid, tick = ("█", "│") if (console.encoding or "").lower().startswith("utf") else ("#", "|")
     cells = round(max(0.0, value or 0.0) / limit * width)
     colour = "cyan" if edge is None or value is None else "green" if value < 0.8 else "yellow" if value <= 1.25 else "red"
     bar = Text(solid * cells, style=colour) + Text(" " * (width - cells))
@@ -113,9 +122,10 @@ def _depths(report: Report) -> Group | Text:
     return Group(Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table)
 
 
-def _findings(report: Report) -> Group:
+def findings_text(findings: Sequence[Finding]) -> Group:
+    """Findings, one a paragraph, coloured by severity."""
     lines = [Text("")]
-    for finding in report.findings:
+    for finding in findings:
         head = Text(f"{finding.code}: ", style=SEVERITIES[finding.severity])
         lines.append(Padding(head + Text(finding.message, style=""), (0, 0, 0, 0)))  # type: ignore[arg-type]
     return Group(*lines)

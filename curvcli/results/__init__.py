@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from curvcli.errors import UsageError
-from curvcli.results.base import Document, Finding, Severity, Versions, dumps, read_document, write_whole
+from curvcli.results.base import Document, Finding, Severity, Versions, dumps, read_document, schema_of, write_whole
+from curvcli.results.compare import Change, Comparison, Side, load_comparison
 from curvcli.results.gate import Gate, Outcome, OutcomeName, Rule, RuleName, Subject, load_gate
 from curvcli.results.log import LOG_NAME, Follower, Log, find_log, load_records
 from curvcli.results.record import Record, RecordStatus
@@ -33,7 +34,9 @@ from curvcli.results.track import Track, TrackPoint, TrainingStep, WarmStart, lo
 __all__ = [
     "LOG_NAME",
     "SCHEMAS",
+    "Change",
     "Checkpoint",
+    "Comparison",
     "Cost",
     "Cumulative",
     "Data",
@@ -62,6 +65,7 @@ __all__ = [
     "Schedule",
     "ScheduleProvenance",
     "Severity",
+    "Side",
     "Status",
     "Subject",
     "TokensPoint",
@@ -75,12 +79,14 @@ __all__ = [
     "dumps",
     "find_log",
     "json_schema",
+    "load_comparison",
     "load_gate",
     "load_records",
     "load_report",
     "load_schedule",
     "load_track",
     "read_document",
+    "schema_of",
     "write_whole",
 ]
 
@@ -90,6 +96,7 @@ SCHEMAS: dict[str, type[Document]] = {
     "curvature": Record,
     "gate": Gate,
     "track": Track,
+    "compare": Comparison,
 }
 
 

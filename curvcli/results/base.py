@@ -62,6 +62,20 @@ def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:
         raise InputError(f"{path} is not a {name} document: {str(error).splitlines()[0]}", hint=hint) from error
 
 
+def schema_of(path: Path) -> str | None:
+    """The schema that a document names, as "curv.report/1"; None where it names none.
+
+    Raises:
+        InputError: the file is no JSON.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON document: {error}", hint="write one with curv analyze -o") from error
+    name = document.get("schema") if isinstance(document, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises InputError where it cannot be written."""
     try:

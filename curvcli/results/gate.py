@@ -50,7 +50,7 @@ class Subject(Document):
     """What was judged; numbers are null where the time budget ran out before any was known."""
 
     path: str
-    kind: Literal["report", "checkpoint"]
+    kind: Literal["report", "track", "checkpoint"] = Field(description="of a track the newest point is judged")
     checkpoint: str | None
     step: int | None
     tokens: int | None
@@ -63,7 +63,7 @@ class Gate(Document):
 
     schema_: Literal["curv.gate/1"] = Field(default="curv.gate/1", alias="schema")
     subject: Subject
-    baseline: str | None = Field(description="path of the report compared with")
+    baseline: str | None = Field(description="path of the report or track compared with")
     outcome: OutcomeName = Field(description="broken if any rule is, else unresolved if any is, else passed")
     unresolved: Literal["report", "pass", "fail"] = Field(description="what an unresolved outcome is taken for")
     exit_code: Literal[0, 1, 3]

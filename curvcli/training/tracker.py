@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvcli import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction
-from curvcli.curvature.operator import PreconditionedHessian
+from curvcli.curvature.operator import PreconditionedHessian, lift
 from curvcli.curvature.problem import Loss, Problem, gradient, measurable
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.errors import CurvError
@@ -206,14 +206,7 @@ class CurvatureTracker:
         self, engine: HVP, metric: Preconditioner, names: list[str], near: Mapping[str, Tensor]
     ) -> tuple[_Found, dict[str, Tensor] | None]:
         operator = PreconditionedHessian(engine, names, dict(metric.scale), dict(metric.decay))
-        # An eigenvector v of G is P^(1/2) x of a direction x of the weights; x is what lasts when P moves on.
-        start = []
-        if near:
-            pieces = [
-                _divided(near[n], s) if n in near else torch.zeros_like(s)
-                for n, s in zip(names, operator.scale, strict=True)
-            ]
-            start = [operator.flatten(pieces)]
+        start = [operator.lower(near)] if near else []
         extremes = self.solver.extremes(operator, start)
         if extremes.top is None:
             return _Found(status="non-finite", message="a Hessian-vector product overflowed"), None
@@ -222,8 +215,7 @@ class CurvatureTracker:
                 status="asymmetric", message="products fail u.Gv = v.Gu: a kernel is differentiable once only"
             ), None
         top = extremes.top
-        tensors = operator.split(top.vector)
-        direction = {n: s * v for n, s, v in zip(names, operator.scale, tensors, strict=True)}
+        direction = lift(top.vector, names, metric.scale)
         rho = top.value / metric.threshold if metric.threshold is not None else None
         status = "converged" if extremes.status == "converged" else "unconverged"
         return _Found(eigenvalue=top.value, rho=rho, residual=top.residual, status=status), direction
@@ -262,10 +254,6 @@ class _Counting:
 
 def _without(metric: Preconditioner, locked: frozenset[str]) -> Preconditioner:
     return replace(metric, scale={n: s for n, s in metric.scale.items() if n not in locked}) if locked else metric
-
-
-def _divided(vector: Tensor, scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, vector / scale, torch.zeros_like(vector))
 
 
 def _finite(value: float | None) -> float | None:

@@ -1,0 +1,193 @@
+"""`curv track` and `curv compare`: a run over its checkpoints, and two checkpoints side by side."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from curvcli.cli import options
+from curvcli.cli.app import app, check_outputs, exit_codes
+
+if TYPE_CHECKING:
+    from curvcli.results import Comparison, Report, Track
+
+
+class TrackFormat(StrEnum):
+    """What stdout gets."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class CompareFormat(StrEnum):
+    """What stdout gets."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    markdown = "markdown"
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "`curv track sample_checkpoints/hot --plot hot.png`\n\n"
+    "`curv track 'out/ckpt*.pt' --data train.bin -o track.json && curv gate track.json --max-surge 2`"
+)
+def track(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or a pattern in quotes.")],
+    data: options.Data = None,
+    tokens: options.Tokens = None,
+    sequence_length: options.SequenceLength = None,
+    batch_size: options.BatchSize = None,
+    optimizer: options.OptimizerName = None,
+    lr: options.Lr = None,
+    device: options.Device = "auto",
+    mode: options.ModeOption = options.HvpMode.auto,
+    tolerance: options.Tolerance = 0.01,
+    max_hvps: options.MaxHvps = 100,
+    seed: options.Seed = None,
+    last: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the newest N checkpoints.")] = None,
+    surge: Annotated[float, typer.Option(metavar="X", min=1.01, help="rho over the median before it that is marked.")] = 2.0,
+    window: Annotated[int, typer.Option(metavar="N", min=2, help="Certified points that the median is over.")] = 5,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure all, and keep nothing.")] = False,
+    output: options.Output = None,
+    plot: options.Plot = None,
+    format: Annotated[  # noqa: A002
+        TrackFormat, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv.")
+    ] = TrackFormat.table,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure all checkpoints of a run in step order, and mark where curvature surges.
+
+    Reports are kept by content: a second call pays only for what is new, and an interrupted one goes on.
+    """
+    with exit_codes():
+        check_outputs(output, plot)
+        from curvcli.progress import reporting
+
+        with reporting(quiet) as progress:
+            progress("importing torch", 0.0)
+            from curvcli.cache import FileCache, NoCache
+            from curvcli.checkpoints import Options
+            from curvcli.tracking import track_run
+
+            how = Options(
+                data=data,
+                tokens=tokens,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                optimizer=optimizer,
+                lr=lr,
+                device=device,
+                mode=mode.value,
+                tolerance=tolerance,
+                max_hvps=max_hvps,
+                seed=seed,
+                depths=False,
+            )
+            store = NoCache() if no_cache else FileCache()
+            found = track_run(run, how, store, last=last, window=window, surge_limit=surge, progress=progress)
+        if isinstance(store, FileCache) and store.complaint:
+            typer.echo(f"curv: {store.complaint}", err=True)
+        from curvcli.results import write_whole
+
+        if output:
+            write_whole(output, found.to_json().encode())
+        if plot:
+            from curvcli.report.track_plot import plot_track
+
+            write_whole(plot, plot_track(found, plot.suffix[1:].lower()))
+        _print_track(found, format)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "`curv compare before.json after.json`\n\n"
+    "`curv compare run/checkpoint-1000 run/checkpoint-2000 --data train.bin --format markdown`"
+)
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Report or checkpoint, the earlier one.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Report or checkpoint, the later one.")],
+    data: options.Data = None,
+    tokens: options.Tokens = None,
+    lr: options.Lr = None,
+    device: options.Device = "auto",
+    output: options.Output = None,
+    format: Annotated[  # noqa: A002
+        CompareFormat, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
+    ] = CompareFormat.table,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show what changed between two checkpoints, layer by layer, as ratios of lambda.
+
+    Checkpoints are measured on the same tokens, the second from the eigenvectors of the first.
+    """
+    with exit_codes():
+        check_outputs(output, None)
+        a, b = _reports(first, second, {"data": data, "tokens": tokens, "lr": lr, "device": device}, quiet)
+        from curvcli.compare import compare as compared
+        from curvcli.results import write_whole
+
+        found = compared(a, b, names=(str(first), str(second)))
+        if output:
+            write_whole(output, found.to_json().encode())
+        _print_comparison(found, format)
+
+
+def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool) -> tuple[Report, Report]:
+    from curvcli.results import load_report
+
+    if first.suffix == ".json" and second.suffix == ".json":
+        return load_report(first), load_report(second)
+    from curvcli.progress import reporting
+
+    with reporting(quiet) as progress:
+        progress("importing torch", 0.0)
+        from curvcli.checkpoints import Options, open_for_analysis
+
+        start, reports = None, []
+        for i, path in enumerate((first, second)):
+            if path.suffix == ".json":
+                reports.append(load_report(path))
+                continue
+
+            def within(stage: str, done: float, place: int = i) -> None:
+                progress(f"{(first, second)[place].name}: {stage}", (place + done) / 2)
+
+            within("reading", 0.0)
+            analysis = open_for_analysis(path, Options(**given, depths=False)).measure(within, start)
+            start = analysis.directions
+            reports.append(analysis.report)
+    return reports[0], reports[1]
+
+
+def _print_track(found: Track, format: TrackFormat) -> None:  # noqa: A002
+    if format is TrackFormat.table:
+        from rich.console import Console
+
+        from curvcli.report.track_table import show
+
+        show(found, Console())
+    elif format is TrackFormat.csv:
+        from curvcli.report.track_table import to_csv
+
+        typer.echo(to_csv(found), nl=False)
+    else:
+        typer.echo(found.to_json(), nl=False)
+
+
+def _print_comparison(found: Comparison, format: CompareFormat) -> None:  # noqa: A002
+    from curvcli.report.compare import show, to_csv, to_markdown
+
+    if format is CompareFormat.table:
+        from rich.console import Console
+
+        show(found, Console())
+    elif format is CompareFormat.json:
+        typer.echo(found.to_json(), nl=False)
+    else:
+        typer.echo({CompareFormat.csv: to_csv, CompareFormat.markdown: to_markdown}[format](found), nl=False)

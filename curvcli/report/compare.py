@@ -1,0 +1,71 @@
+"""The terminal view, the CSV and the Markdown of a comparison."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from curvcli.report.frame import number
+from curvcli.report.markdown import escape
+from curvcli.report.table import COLOURS, findings_text
+from curvcli.results import Change, Comparison, Side
+
+
+def show(found: Comparison, console: Console) -> None:
+    """Print both sides, the change of each part, and findings; readable at 60 columns."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    table.add_column("layer", overflow="fold")
+    for title in ("lambda A", "lambda B", "ratio", "rho A", "rho B"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for change in [*found.changes[1:], found.changes[0]]:
+        table.add_row(
+            Text(change.name, style="bold" if change.part == "full" else ""),
+            number(change.first),
+            number(change.second),
+            Text(_ratio(change), style=_style(change)),
+            number(change.first_rho, 3),
+            number(change.second_rho, 3),
+        )
+    console.print(_side("A", found.first), _side("B", found.second), Text(), table, findings_text(found.findings), sep="\n")
+
+
+def to_csv(found: Comparison) -> str:
+    """One row per part."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(Change.model_fields), lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(change.model_dump() for change in found.changes)
+    return buffer.getvalue()
+
+
+def to_markdown(found: Comparison) -> str:
+    """For a merge request."""
+    lines = [f"## curv: {escape(found.first.path)} against {escape(found.second.path)}", ""]
+    lines += ["| part | lambda A | lambda B | ratio | rho A | rho B |", "|---|--:|--:|--:|--:|--:|"]
+    for change in found.changes:
+        values = [number(change.first), number(change.second), _ratio(change), number(change.first_rho, 3)]
+        lines.append(f"| {escape(change.name)} | {' | '.join([*values, number(change.second_rho, 3)])} |")
+    lines += ["", *(f"- {finding.severity} `{finding.code}`: {escape(finding.message)}" for finding in found.findings)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _ratio(change: Change) -> str:
+    return f"x{number(change.ratio, 3)}" if change.ratio is not None else "-"
+
+
+def _style(change: Change) -> str:
+    """Coloured where the whole bracket says that it rose or fell twofold."""
+    if change.low is None or change.high is None:
+        return ""
+    return "red" if change.low > 2 else "green" if change.high < 0.5 else ""
+
+
+def _side(letter: str, side: Side) -> Text:
+    text = Text(f"{letter} ", style="bold").append(side.path, style="bold")
+    step = f"step {side.step:,}, " if side.step is not None else ""
+    text.append(f"\n  {step}loss {number(side.loss)}, lr {number(side.lr, 3)}, ", style="not bold")
+    return text.append(side.verdict, style=COLOURS[side.verdict])
