@@ -66,6 +66,7 @@ def _change(part: str, name: str, a: Estimate, b: Estimate) -> Change:
             "ratio": ratio,
             "low": low,
             "high": high,
+            "rho_ratio": b.rho / a.rho if ratio is not None and a.rho and b.rho else None,
             "message": message,
         }
     )
@@ -97,13 +98,12 @@ def _unlike(first: Report, second: Report) -> list[Finding]:
 
 
 def _large(changes: list[Change]) -> list[Finding]:
-    known = [(c.ratio, c) for c in changes if c.part == "layer" and c.ratio is not None and c.low is not None]
-    if not known:
+    rose = [(c.rho_ratio, c) for c in changes if c.part == "layer" and c.rho_ratio and c.ratio and c.low]
+    sure = [(ratio, c) for ratio, c in rose if ratio * (c.low or 0.0) / (c.ratio or 1.0) > LARGE]
+    if not sure:
         return []
-    ratio, most = max(known, key=lambda pair: pair[0])
-    if (most.low or 0.0) <= LARGE:
-        return []
-    return [Finding(code="layer-rose", severity="warning", message=f"{most.name} rose most, to {ratio:.3g} times")]
+    ratio, most = max(sure, key=lambda pair: pair[0])
+    return [Finding(code="layer-rose", severity="warning", message=f"rho of {most.name} rose most, to {ratio:.3g} times")]
 
 
 def _verdict(first: Report, second: Report) -> list[Finding]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from curvcli import __version__
 from curvcli.cache import Cache, Entry, cache_key, checkpoint_digest
@@ -152,8 +152,17 @@ def _point(
 
 
 def _failed(path: Path, error: CurvError) -> TrackPoint:
-    empty: dict[str, Any] = {"report": None, "surge": None, "surged": False, "warm_start": None}
-    return TrackPoint(checkpoint=str(path), step=step_of(path), source="failed", message=str(error), **empty)
+    return TrackPoint(
+        checkpoint=str(path),
+        step=step_of(path),
+        source="failed",
+        report=None,
+        message=str(error),
+        training_loss=None,
+        surge=None,
+        surged=False,
+        warm_start=None,
+    )
 
 
 def _findings(points: Sequence[TrackPoint], limit: float) -> list[Finding]:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from junitparser import Error, Failure, JUnitXml, Skipped
 from markdown_it import MarkdownIt
+from test_track import course_of
 from typer.testing import CliRunner
 
 from curvcli.cli import app
@@ -380,3 +381,36 @@ def test_a_fair_budget_decides_on_the_full_model_alone(samples: Path, tmp_path: 
     skipped = [e for e in report.cumulative.truncated if e.status == "skipped"]
     assert skipped
     assert any(f.code == "out-of-time" for f in report.findings)
+
+
+# --- tracks ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def track(tmp_path: Path) -> Path:
+    path = tmp_path / "track.json"
+    path.write_text(course_of([1.0, 1.0, 1.0, 3.0]).to_json())
+    return path
+
+
+def test_a_track_is_judged_at_its_newest_point(track: Path) -> None:
+    done = curv(track, "--max-surge", 2, "--format", "json")
+    assert done.returncode == 1, done.stderr
+    gate = json.loads(done.stdout)
+    assert gate["subject"]["kind"] == "track"
+    assert gate["subject"]["step"] == 3
+    assert gate["outcomes"][0]["value"] == pytest.approx(3.0)
+    assert curv(track, "--max-surge", 4).returncode == 0
+    assert curv(track, "--max-surge", 4, "--budget", "5s").returncode == 2
+    no_baseline = curv(track, "--max-regression", 5)
+    assert no_baseline.returncode == 2
+    assert "max-regression compares with a baseline" in no_baseline.stderr
+
+
+def test_a_track_is_a_baseline(track: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(course_of([6.0]).points[0].report.to_json())  # type: ignore[union-attr]
+    done = curv(report, "--max-surge", 5, "--max-regression", 50, "--baseline", track, "--format", "json")
+    values = {o["rule"]: o["value"] for o in json.loads(done.stdout)["outcomes"]}
+    assert values["max-surge"] == pytest.approx(6.0)  # over the median 1
+    assert values["max-regression"] == pytest.approx(100.0)  # over the newest, 3

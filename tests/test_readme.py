@@ -30,7 +30,7 @@ def test_shown_commands_exist(line: str) -> None:
     assert {a for a in arguments if a.startswith("-")} <= known
 
 
-@pytest.mark.parametrize("verb", ["analyze", "gate", "inspect", "report", "schedule", "schema", "watch"])
+@pytest.mark.parametrize("verb", ["analyze", "compare", "gate", "inspect", "report", "schedule", "schema", "track", "watch"])
 def test_help_has_examples(verb: str) -> None:
     result = CliRunner().invoke(app, [verb, "--help"])
     assert result.exit_code == 0

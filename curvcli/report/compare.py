@@ -19,16 +19,17 @@ def show(found: Comparison, console: Console) -> None:
     """Print both sides, the change of each part, and findings; readable at 60 columns."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("layer", overflow="fold")
-    for title in ("lambda A", "lambda B", "ratio", "rho A", "rho B"):
+    for title in ("lambda A", "lambda B", "ratio", "rho A", "rho B", "ratio"):
         table.add_column(title, justify="right", no_wrap=True)
     for change in [*found.changes[1:], found.changes[0]]:
         table.add_row(
             Text(change.name, style="bold" if change.part == "full" else ""),
             number(change.first),
             number(change.second),
-            Text(_ratio(change), style=_style(change)),
+            _times(change.ratio),
             number(change.first_rho, 3),
             number(change.second_rho, 3),
+            Text(_times(change.rho_ratio), style=_style(change)),
         )
     console.print(_side("A", found.first), _side("B", found.second), Text(), table, findings_text(found.findings), sep="\n")
 
@@ -45,23 +46,25 @@ def to_csv(found: Comparison) -> str:
 def to_markdown(found: Comparison) -> str:
     """For a merge request."""
     lines = [f"## curv: {escape(found.first.path)} against {escape(found.second.path)}", ""]
-    lines += ["| part | lambda A | lambda B | ratio | rho A | rho B |", "|---|--:|--:|--:|--:|--:|"]
+    lines += ["| part | lambda A | lambda B | ratio | rho A | rho B | ratio |", "|---|--:|--:|--:|--:|--:|--:|"]
     for change in found.changes:
-        values = [number(change.first), number(change.second), _ratio(change), number(change.first_rho, 3)]
-        lines.append(f"| {escape(change.name)} | {' | '.join([*values, number(change.second_rho, 3)])} |")
+        values = [number(change.first), number(change.second), _times(change.ratio)]
+        values += [number(change.first_rho, 3), number(change.second_rho, 3), _times(change.rho_ratio)]
+        lines.append(f"| {escape(change.name)} | {' | '.join(values)} |")
     lines += ["", *(f"- {finding.severity} `{finding.code}`: {escape(finding.message)}" for finding in found.findings)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _ratio(change: Change) -> str:
-    return f"x{number(change.ratio, 3)}" if change.ratio is not None else "-"
+def _times(ratio: float | None) -> str:
+    return f"x{number(ratio, 3)}" if ratio is not None else "-"
 
 
 def _style(change: Change) -> str:
-    """Coloured where the whole bracket says that it rose or fell twofold."""
-    if change.low is None or change.high is None:
+    """Coloured where the whole bracket says that rho rose or fell twofold."""
+    if change.rho_ratio is None or change.low is None or change.high is None or not change.ratio:
         return ""
-    return "red" if change.low > 2 else "green" if change.high < 0.5 else ""
+    by_lr = change.rho_ratio / change.ratio
+    return "red" if change.low * by_lr > 2 else "green" if change.high * by_lr < 0.5 else ""
 
 
 def _side(letter: str, side: Side) -> Text:

@@ -37,6 +37,7 @@ class Change(Document):
     ratio: float | None = Field(description="second lambda over first; null where one is missing or not positive")
     low: float | None = Field(description="lower end of the ratio's bracket, from both residuals")
     high: float | None
+    rho_ratio: float | None = Field(description="second rho over first: the learning rate counts too")
     message: str | None = Field(description="why there is no ratio")
 
 

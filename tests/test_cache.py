@@ -1,0 +1,106 @@
+"""The cache: bounded, least recently used out first, damaged entries are misses, keys go by content."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from curvcli.cache import Entry, FileCache, cache_key, checkpoint_digest
+from curvcli.errors import UsageError
+from curvcli.measurement import Directions
+from curvcli.results import load_report
+
+ASSET = next((Path(__file__).resolve().parent / "assets").glob("calm-60*.report.json"))
+
+
+def entry(size: int = 1000) -> Entry:
+    def direction() -> dict[str, torch.Tensor]:
+        return {"a.weight": torch.arange(size, dtype=torch.float32), "b": torch.ones(2, 3)}
+
+    return Entry(load_report(ASSET), Directions(direction(), (direction(), {})))
+
+
+def test_what_is_kept_comes_back_bit_equal(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path)
+    kept = entry()
+    cache.put("k", kept)
+    found = FileCache(tmp_path).get("k")
+    assert found is not None
+    assert found.report == kept.report
+    assert found.directions is not None
+    assert kept.directions is not None
+    assert len(found.directions.layers) == 2
+    before = (kept.directions.full, *kept.directions.layers)
+    after = (found.directions.full, *found.directions.layers)
+    for mine, theirs in zip(before, after, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    assert cache.get("other") is None
+
+
+def test_least_recently_used_goes_first(tmp_path: Path) -> None:
+    size = ASSET.stat().st_size
+    cache = FileCache(tmp_path, size=int(2.5 * size))
+    for i, key in enumerate("ab"):
+        cache.put(key, Entry(load_report(ASSET), None))
+        os.utime(tmp_path / f"{key}.json", (i, i))
+    assert cache.get("a") is not None  # now the younger of the two
+    cache.put("c", Entry(load_report(ASSET), None))
+    assert cache.get("b") is None
+    assert cache.get("a") is not None
+    assert cache.get("c") is not None
+
+
+def test_vectors_too_large_for_a_quarter_are_left_out(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, size=200_000)
+    cache.put("k", entry(20_000))
+    found = cache.get("k")
+    assert found is not None
+    assert found.directions is None
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff" * 100], ids=["empty", "cut", "noise"])
+def test_a_damaged_entry_is_a_miss_and_goes(tmp_path: Path, suffix: str, damage: bytes) -> None:
+    cache = FileCache(tmp_path)
+    cache.put("k", entry())
+    (tmp_path / f"k.{suffix}").write_bytes(damage)
+    assert cache.get("k") is None
+    assert not (tmp_path / "k.json").exists()
+    cache.put("k", entry())
+    assert cache.get("k") is not None
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path)
+    (tmp_path / "x.safetensors").write_bytes(b"vectors without a report")
+    (tmp_path / ".k.json.half").write_bytes(b"{")
+    cache.put("k", entry())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "k.json", "k.safetensors"]
+
+
+def test_digests_go_by_content_and_names_not_by_place(samples: Path, tmp_path: Path) -> None:
+    original = samples / "calm" / "checkpoint-10"
+    shutil.copytree(original, tmp_path / "elsewhere")
+    assert checkpoint_digest(original) == checkpoint_digest(tmp_path / "elsewhere")
+    weights = tmp_path / "elsewhere" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert checkpoint_digest(original) != checkpoint_digest(tmp_path / "elsewhere")
+    assert cache_key(a=1, b=2) == cache_key(b=2, a=1) != cache_key(a=1, b=3)
+
+
+def test_the_place_and_the_bound_follow_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CURV_CACHE_SIZE", "500M")
+    cache = FileCache()
+    assert cache.folder == tmp_path / "curv" / "reports"
+    assert cache.size == 500 * 2**20
+    monkeypatch.setenv("CURV_CACHE_SIZE", "much")
+    with pytest.raises(UsageError, match="no size"):
+        FileCache()

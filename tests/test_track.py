@@ -1,0 +1,263 @@
+"""A run over its checkpoints: order, cache, resume, failure, surge, and the same numbers as one by one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from curvcli.cache import FileCache, NoCache
+from curvcli.checkpoints import Options, analyze_checkpoint
+from curvcli.errors import InputError
+from curvcli.inputs import find_checkpoints
+from curvcli.readings import surge_of, track_readings
+from curvcli.report.track_plot import course, plot_track
+from curvcli.report.track_table import to_csv
+from curvcli.results import Track, TrackPoint, load_report, load_track
+from curvcli.tracking import track_run
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+OPTIONS = Options(tokens=256, depths=False, max_hvps=40)
+
+
+@pytest.fixture(scope="module")
+def calm(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two checkpoints, free to damage, with data that takes seconds."""
+    place = tmp_path_factory.mktemp("calm")
+    for step in (10, 60):
+        shutil.copytree(samples / "calm" / f"checkpoint-{step}", place / "run" / f"checkpoint-{step}")
+    (place / "data").mkdir()
+    shutil.copy(samples / "data" / "shard.bin", place / "data")
+    (place / "curv.toml").write_text('data = "data/shard.bin"\nsequence-length = 64\n')
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def tracked(calm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Track, Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    return track_run(calm, OPTIONS, FileCache(folder)), folder
+
+
+def without_cost(track: Track) -> list[dict]:
+    found = []
+    for point in track.points:
+        assert point.report is not None
+        report = point.report.model_dump(exclude={"cost"})
+        found.append(report)
+    return found
+
+
+def test_points_are_in_step_order_and_warm(tracked: tuple[Track, Path]) -> None:
+    track, _ = tracked
+    assert [p.step for p in track.points] == [10, 60]
+    assert [p.source for p in track.points] == ["measured", "measured"]
+    first, second = track.points
+    assert first.warm_start is None
+    assert second.warm_start is not None
+    assert second.warm_start.converged
+    assert second.warm_start.tokens == 64
+    assert [e.step for e in track.log][:3] == [1, 2, 3]
+    assert second.training_loss == track.log[59].loss
+    assert track.points[0].report is not None
+    assert track.points[0].report.cumulative.restricted == []
+    assert any(finding.code == "warm-start" for finding in track.findings)
+
+
+def test_a_warm_start_finds_what_a_cold_one_does(tracked: tuple[Track, Path], calm: Path) -> None:
+    warm = tracked[0].points[1].report
+    assert warm is not None
+    cold = analyze_checkpoint(calm / "checkpoint-60", OPTIONS)
+    assert warm.full.eigenvalue == pytest.approx(cold.full.eigenvalue, rel=1e-3)
+    for a, b in zip(warm.layers, cold.layers, strict=True):
+        assert a.status == b.status == "converged"
+        # Layers are solved to 3 %: the value's error goes with the square of that over the gap.
+        assert a.eigenvalue == pytest.approx(b.eigenvalue, rel=2e-2)
+
+
+def test_a_second_call_measures_nothing(tracked: tuple[Track, Path], calm: Path) -> None:
+    track, folder = tracked
+    again = track_run(calm, OPTIONS, FileCache(folder))
+    assert [p.source for p in again.points] == ["cached", "cached"]
+    assert again.hvps == 0
+    assert [p.report for p in again.points] == [p.report for p in track.points]
+
+
+def test_an_interrupted_run_goes_on_with_the_same_numbers(tracked: tuple[Track, Path], calm: Path, tmp_path: Path) -> None:
+    """The first checkpoint alone, as a killed call leaves it; then the whole run."""
+    cache = FileCache(tmp_path)
+    only = tmp_path / "only"
+    shutil.copytree(calm / "checkpoint-10", only / "checkpoint-10")
+    track_run(
+        only, Options(**{**OPTIONS.__dict__, "data": calm.parent / "data" / "shard.bin", "sequence_length": 64}), cache
+    )
+    rest = track_run(calm, OPTIONS, cache)
+    assert [p.source for p in rest.points] == ["cached", "measured"]
+    assert rest.points[0].report is not None
+    assert rest.points[0].report.checkpoint.path.startswith(str(calm))
+    assert without_cost(rest) == without_cost(tracked[0])
+
+
+@pytest.mark.parametrize("change", ["weights", "tokens", "option"])
+def test_what_changed_is_measured_again(tracked: tuple[Track, Path], calm: Path, change: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(calm.parent, copy)
+    options = OPTIONS
+    if change == "weights":
+        shutil.copy(copy / "run" / "checkpoint-10" / "optimizer.pt", copy / "run" / "checkpoint-60" / "optimizer.pt")
+    elif change == "tokens":
+        data = bytearray((copy / "data" / "shard.bin").read_bytes())
+        data[0] ^= 1
+        (copy / "data" / "shard.bin").write_bytes(data)
+    else:
+        options = Options(**{**OPTIONS.__dict__, "lr": 1e-4})
+    again = track_run(copy / "run", options, FileCache(tracked[1]), last=1)
+    assert [p.source for p in again.points] == ["measured"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_a_point(calm: Path, tracked: tuple[Track, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(calm.parent, copy)
+    weights = copy / "run" / "checkpoint-60" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    track = track_run(copy / "run", OPTIONS, FileCache(tracked[1]))
+    assert [p.source for p in track.points] == ["cached", "failed"]
+    assert track.points[1].step == 60
+    assert "safetensors" in (track.points[1].message or "")
+    assert any(f.code == "not-measured" for f in track.findings)
+    reading = track_readings(track).rho()
+    assert "was not measured" in reading.reason
+    (copy / "run" / "checkpoint-10" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="none of 2 checkpoints"):
+        track_run(copy / "run", OPTIONS, NoCache())
+
+
+def test_a_read_only_cache_is_no_obstacle(calm: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    cache = FileCache(tmp_path / "file" / "cache")
+    track = track_run(calm, OPTIONS, cache, last=1)
+    assert track.points[0].source == "measured"
+    assert cache.complaint is not None
+    assert "cannot be written" in cache.complaint
+
+
+def test_patterns_and_nanogpt_files(samples: Path, tmp_path: Path) -> None:
+    for step in (100, 20, 3):
+        shutil.copy(samples / "nanogpt" / "ckpt.pt", tmp_path / f"ckpt_{step}.pt")
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    assert [p.name for p in find_checkpoints(tmp_path / "ckpt*.pt")] == ["ckpt_3.pt", "ckpt_20.pt", "ckpt_100.pt"]
+    assert [p.name for p in find_checkpoints(tmp_path)] == ["ckpt_3.pt", "ckpt_20.pt", "ckpt_100.pt"]
+    with pytest.raises(InputError, match="does not exist"):
+        find_checkpoints(tmp_path / "other*.pt")
+
+
+# --- surge -------------------------------------------------------------------------------------
+
+
+def course_of(rhos: list[float | None]) -> Track:
+    """A track whose points have these rho; None is an uncertified point."""
+    report = load_report(next(ASSETS.glob("calm-60*.report.json")))
+    points = []
+    for i, rho in enumerate(rhos):
+        full = report.full.model_copy(
+            update={
+                "rho": rho,
+                "eigenvalue": (rho or 0) * (report.optimizer.threshold or 1),
+                "residual": 0.0,
+                "status": "converged" if rho is not None else "unconverged",
+            }
+        )
+        here = report.model_copy(update={"full": full, "checkpoint": report.checkpoint.model_copy(update={"step": i})})
+        points.append(
+            TrackPoint(
+                checkpoint=f"checkpoint-{i}",
+                step=i,
+                source="measured",
+                report=here,
+                training_loss=None,
+                surge=None,
+                surged=False,
+                warm_start=None,
+            )
+        )
+    return Track(
+        run="run", points=points, log=[], window=5, surge_limit=2, findings=[], hvps=0, seconds=0, versions=report.versions
+    )
+
+
+def test_surge_is_over_the_median_before() -> None:
+    assert surge_of(3.0, [1.0]) is None
+    assert surge_of(3.0, [1.0, 2.0, 100.0]) == 1.5
+    assert surge_of(3.0, [-1.0, 1.0]) is None
+
+
+def test_the_gate_holds_a_track_against_its_own_past() -> None:
+    assert track_readings(course_of([1.0, 2.0, 100.0, 3.0])).surge().value == pytest.approx(1.5)
+    # Only the window counts, and of it only what is certified.
+    assert track_readings(course_of([9.0, 1.0, 1.0, None, 1.0, 1.0, 1.0, 3.0])).surge().value == pytest.approx(3.0)
+    assert "fewer than two" in track_readings(course_of([1.0, 3.0])).surge().reason
+    assert "not converged" in track_readings(course_of([1.0, 1.0, 1.0, None])).surge().reason
+
+
+# --- what it looks like ------------------------------------------------------------------------
+
+
+def test_csv_has_a_row_a_point(tracked: tuple[Track, Path]) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(tracked[0]))))
+    assert [row["step"] for row in rows] == ["10", "60"]
+    report = tracked[0].points[1].report
+    assert report is not None
+    assert float(rows[1]["rho"]) == report.full.rho
+    assert float(rows[1]["lambda model.layers.7"]) == report.layers[7].eigenvalue
+
+
+def test_the_picture_draws_only_what_is_certified() -> None:
+    track = course_of([0.5, None, 2.0])
+    assert course(track)["rho"] == ([0.0, 2.0], [0.5, 2.0])
+    for suffix, head in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        assert plot_track(track, suffix).startswith(head)
+    assert plot_track(course_of([None]), "png").startswith(b"\x89PNG")
+
+
+# --- the real command --------------------------------------------------------------------------
+
+CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
+
+
+def test_killed_and_started_again(calm: Path, tmp_path: Path, tracked: tuple[Track, Path]) -> None:
+    """SIGKILL once the first checkpoint is kept: nothing is broken, and the next call pays for the rest alone."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "COLUMNS": "80", "NO_COLOR": "1"}
+    command = [*CURV, "track", str(calm), "--tokens", "256", "--max-hvps", "40", "-o", str(tmp_path / "track.json")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("curv/reports/*.json")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "track.json").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    track = load_track(tmp_path / "track.json")
+    assert [p.source for p in track.points] == ["cached", "measured"]
+    assert without_cost(track) == without_cost(tracked[0])
+    assert "1 from the cache" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    gate = subprocess.run(
+        [*CURV, "gate", str(tmp_path / "track.json"), "--max-rho", "50", "--max-surge", "2", "--format", "json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+    outcomes = {o["rule"]: o["outcome"] for o in json.loads(gate.stdout)["outcomes"]}
+    # One point before is no past: the surge is unresolved, not passed.
+    assert outcomes["max-surge"] == "unresolved"
+    assert json.loads(gate.stdout)["subject"]["kind"] == "track"
