@@ -236,7 +236,7 @@ class _Entries:
         chunks = []
         for piece in described["chunks"]:
             start, extent = _numbers(piece["offsets"]), _numbers(piece["sizes"])
-            # A rank with nothing of a tensor describes an empty piece, and may share its key with another's.
+            # A rank with nothing of a tensor describes an empty piece: nothing to read.
             if prod(extent) or not prod(shape):
                 chunks.append(self._chunk(key, start, start, extent))
             if len(start) != len(shape) or any(a + n > end for a, n, end in zip(start, extent, shape, strict=True)):
