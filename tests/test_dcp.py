@@ -309,10 +309,18 @@ def _truncate(name: str, keep: int) -> Callable[[Path], object]:
     return lambda path: (path / name).write_bytes((path / name).read_bytes()[:keep])
 
 
+def _disks(path: Path) -> None:
+    """The zip around the first hyperparameter says that it spans nine disks."""
+    with (path / "__0_0.distcp").open("r+b") as file:
+        file.seek(file.read(4096).index(b"PK\x06\x07") + 16)
+        file.write(struct.pack("<I", 9))
+
+
 _NESTED_KEY = b"\x80\x04}" + b"K\x01\x85" + b"2\x86" * 200 + b"K\x01s."
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing file": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is named in .metadata and missing"),
     "truncated file": (_truncate("__0_0.distcp", 90_000), "__0_0.distcp has 90000 bytes"),
+    "zip of several disks": (_disks, "is a damaged zip: zipfiles that span"),
     "empty file": (_truncate("__0_0.distcp", 0), "__0_0.distcp has 0 bytes"),
     "truncated metadata": (_truncate(".metadata", 9_000), ".metadata is a damaged pickle"),
     "empty metadata": (_truncate(".metadata", 0), ".metadata is a damaged pickle"),

@@ -27,7 +27,7 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
         InputError: missing, truncated, not a torch file, or holding anything but tensors and plain data.
     """
     _refuse_pointer(path)
-    zipped = zipfile.is_zipfile(path)
+    zipped = _is_zip(path)
     if zipped:
         _check_zip(path, path)
     return _load(path, path, map_location="meta" if meta else "cpu", mmap=zipped or None)
@@ -40,7 +40,7 @@ def load_bytes(data: bytes, where: object) -> Any:
         where: the file and the part, for messages.
     """
     stream = io.BytesIO(data)
-    if not zipfile.is_zipfile(stream):
+    if not _is_zip(stream):
         raise InputError(f"{where} is no torch.save record", hint="the file is truncated or damaged: copy it again")
     _check_zip(stream, where)
     stream.seek(0)
@@ -120,6 +120,13 @@ def _refuse_pointer(path: Path) -> None:
         raise InputError(f"{path} is a git-LFS pointer, not the file itself", hint="run git lfs pull")
     if not head:
         raise InputError(f"{path} is empty", hint="copy the file again")
+
+
+def _is_zip(source: Path | io.BytesIO) -> bool:
+    try:
+        return zipfile.is_zipfile(source)
+    except zipfile.BadZipFile:  # it is one, and damaged: _check_zip says how
+        return True
 
 
 def _check_zip(source: Path | io.BytesIO, where: object) -> None:
