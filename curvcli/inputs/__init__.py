@@ -6,6 +6,9 @@ from pathlib import Path
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint, CheckpointReader
+from curvcli.inputs.dcp import DCPReader
+from curvcli.inputs.dcp_safetensors import DCPSafetensorsReader
+from curvcli.inputs.fsdp import FSDPReader
 from curvcli.inputs.huggingface import HuggingFaceReader
 from curvcli.inputs.nanogpt import NanoGPTReader
 from curvcli.inputs.runs import checkpoints_of, step_of
@@ -13,7 +16,13 @@ from curvcli.inputs.runs import checkpoints_of, step_of
 __all__ = ["READERS", "find_checkpoints", "open_checkpoint", "step_of"]
 
 # The first that accepts a path reads it: what is recognised by more stands before what is recognised by less.
-READERS: tuple[CheckpointReader, ...] = (HuggingFaceReader(), NanoGPTReader())
+READERS: tuple[CheckpointReader, ...] = (
+    FSDPReader(),
+    DCPReader(),
+    HuggingFaceReader(),
+    DCPSafetensorsReader(),
+    NanoGPTReader(),
+)
 
 
 def find_checkpoints(path: Path) -> list[Path]:

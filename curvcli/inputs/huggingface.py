@@ -14,7 +14,7 @@ from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile,
 from curvcli.inputs.mapping import map_state, matrix_order, single_order, summary, trainer_order
 from curvcli.inputs.safe import check_finite, load_pickle, read_json, safetensors_header
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 class HuggingFaceReader:
@@ -25,13 +25,13 @@ class HuggingFaceReader:
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
         described = configured(path)
-        state = self._trainer_state(path)
+        state = trainer_state(path)
         optimizer = path / "optimizer.pt"
         return Checkpoint(
             path=path,
             format="trainer" if state is not None or optimizer.exists() else "pretrained",
             architecture=described.name,
-            tensors=tuple(self._tensors(path)),
+            tensors=tuple(self.tensors(path)),
             model=lambda: _build(path, weights=True),
             optimizer=OptimizerFile(
                 optimizer,
@@ -42,41 +42,33 @@ class HuggingFaceReader:
             )
             if optimizer.exists()
             else None,
-            step=_integer(state, "global_step"),
+            step=integer(state, "global_step"),
             vocabulary=described.vocabulary,
             context=described.context,
-            log=_log(state),
+            log=run_log(state),
             tokenizer=described.tokenizer,
-            notes=_clipping(state),
+            notes=clipping(state),
         )
 
-    def _trainer_state(self, path: Path) -> dict[str, Any] | None:
-        file = path / "trainer_state.json"
-        if not file.exists():
-            return None
-        state = read_json(file)
-        if not isinstance(state, dict):
-            raise InputError(f"{file} is not a trainer state", hint="copy the file again")
-        return state
-
-    def _tensors(self, path: Path) -> list[TensorInfo]:
-        if (path / _INDEX).exists():
-            index = read_json(path / _INDEX)
+    def tensors(self, path: Path) -> list[TensorInfo]:
+        """The weights in a directory, from headers and index alone. Raises InputError."""
+        if (path / INDEX).exists():
+            index = read_json(path / INDEX)
             shards = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-                raise InputError(f"{path / _INDEX} has no weight_map", hint="copy the file again")
+                raise InputError(f"{path / INDEX} has no weight_map", hint="copy the file again")
             found: list[TensorInfo] = []
             for shard in sorted(set(shards.values())):
                 if Path(shard).name != shard or shard in ("", ".", ".."):
                     raise InputError(
-                        f"{path / _INDEX} points outside its directory: {shard!r}", hint="do not trust this checkpoint"
+                        f"{path / INDEX} points outside its directory: {shard!r}", hint="do not trust this checkpoint"
                     )
                 if not (path / shard).is_file():
-                    raise InputError(f"{path / shard} is named in {_INDEX} and missing", hint="copy the missing shard")
+                    raise InputError(f"{path / shard} is named in {INDEX} and missing", hint="copy the missing shard")
                 found += safetensors_header(path / shard)
             missing = sorted(set(shards) - {t.name for t in found})
             if missing:
-                raise InputError(f"{missing[0]} is named in {_INDEX} and in no shard", hint="copy the shards again")
+                raise InputError(f"{missing[0]} is named in {INDEX} and in no shard", hint="copy the shards again")
             return found
         if (path / "model.safetensors").exists():
             return safetensors_header(path / "model.safetensors")
@@ -86,9 +78,20 @@ class HuggingFaceReader:
                 raise InputError(f"{path / 'pytorch_model.bin'} holds no weights by name", hint="use another checkpoint")
             return [TensorInfo(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in weights.items()]
         raise InputError(
-            f"{path} has a config.json and no weights (model.safetensors, {_INDEX}, pytorch_model.bin)",
+            f"{path} has a config.json and no weights (model.safetensors, {INDEX}, pytorch_model.bin)",
             hint="copy the weights beside it",
         )
+
+
+def trainer_state(path: Path) -> dict[str, Any] | None:
+    """The Trainer's own record of a checkpoint, where it has one. Raises InputError."""
+    file = path / "trainer_state.json"
+    if not file.exists():
+        return None
+    state = read_json(file)
+    if not isinstance(state, dict):
+        raise InputError(f"{file} is not a trainer state", hint="copy the file again")
+    return state
 
 
 def configured(directory: Path) -> Architecture:
@@ -103,7 +106,7 @@ def configured(directory: Path) -> Architecture:
     return Architecture(
         name=str((config.get("architectures") or [config["model_type"]])[0]),
         build=lambda: _build(directory, weights=False),
-        vocabulary=_integer(text, "vocab_size"),
+        vocabulary=integer(text, "vocab_size"),
         context=int(context) if isinstance(context, int) else None,
         tokenizer=directory if has_tokenizer else None,
     )
@@ -173,7 +176,8 @@ def _build(path: Path, *, weights: bool) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def _integer(state: dict[str, Any] | None, key: str) -> int | None:
+def integer(state: dict[str, Any] | None, key: str) -> int | None:
+    """An integer of a JSON object, where it has it."""
     value = (state or {}).get(key)
     return value if isinstance(value, int) else None
 
@@ -183,18 +187,19 @@ def _entries(state: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
 
 
-def _log(state: dict[str, Any] | None) -> tuple[Logged, ...]:
+def run_log(state: dict[str, Any] | None) -> tuple[Logged, ...]:
+    """Losses and learning rates by step, as the Trainer logged them."""
+
     def number(entry: dict[str, Any], key: str) -> float | None:
         value = entry.get(key)
         return float(value) if isinstance(value, (int, float)) and isfinite(value) else None
 
-    found = [
-        Logged(e["step"], number(e, "loss"), number(e, "learning_rate")) for e in _entries(state) if _integer(e, "step")
-    ]
+    found = [Logged(e["step"], number(e, "loss"), number(e, "learning_rate")) for e in _entries(state) if integer(e, "step")]
     return tuple(entry for entry in found if entry.loss is not None or entry.lr is not None)
 
 
-def _clipping(state: dict[str, Any] | None) -> dict[str, str]:
+def clipping(state: dict[str, Any] | None) -> dict[str, str]:
+    """A note where gradient clipping shaped the moments."""
     norms = [e["grad_norm"] for e in _entries(state) if isinstance(e.get("grad_norm"), (int, float))]
     over = sum(n > 1 for n in norms)
     if not over:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from curvcli.errors import InputError
-from curvcli.optimizers.base import Group, OptimizerView
+from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.refused import refuse
 
 Order = Callable[[nn.Module], list[list[str]]]
@@ -91,6 +92,69 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
         tuple(
             Group(tuple(members), {k: v for k, v in group.items() if k not in ("params", "param_names")})
             for group, members in zip(groups, names, strict=True)
+        ),
+        entries,
+    )
+
+
+def map_named(
+    document: Any,
+    model: nn.Module,
+    names: Mapping[str, str],
+    *,
+    path: object,
+    read: Callable[[str], State] | None = None,
+) -> OptimizerView:
+    """An optimizer's state_dict that is keyed by parameter names already, as those of torch.distributed are.
+
+    Args:
+        document: {"state": {name: {...}}, "param_groups": [{"params": [name, ...], ...}]}.
+        names: stored name by name of the model, as `architecture.match` gives it for the weights.
+        read: state by stored name, where the document holds shapes (meta tensors) in its place.
+
+    Since the names are the file's own, a parameter in no group was frozen and one without state never had a gradient;
+    both are left out of the measurement, and the report says so.
+
+    Raises:
+        InputError: a name is none of the model's or stands in two groups, state has no group, or a shape does not fit.
+        UnsupportedError: the optimizer is one that no number is given for.
+    """
+    groups, state = check_document(document, path)
+    refuse(OptimizerView(tuple(Group((), g) for g in groups), state))
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    owner = {id(p): n for n, p in parameters.items()}
+    known = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in owner}
+    known |= {stored: known[name] for name, stored in names.items() if name in known}
+
+    def wrong(what: str) -> InputError:
+        return InputError(
+            f"optimizer state in {path} does not fit the model: {what}",
+            hint="name the network that was trained with --model",
+        )
+
+    members = [[known.get(name, "") if isinstance(name, str) else "" for name in group["params"]] for group in groups]
+    for group, found in zip(groups, members, strict=True):
+        if "" in found:
+            raise wrong(f"{str(group['params'][found.index('')])[:200]} is no trained parameter of it")
+    twice = [name for name, times in Counter(name for found in members for name in found).items() if times > 1]
+    if twice:
+        raise wrong(f"{twice[0]} stands in it twice")
+    grouped = {name for found in members for name in found}
+    entries: dict[str, State] = {}
+    for stored, entry in state.items():
+        name = known.get(stored, "")
+        if name not in grouped:
+            raise wrong(f"{str(stored)[:200]} has state and {'no group' if name else 'is no trained parameter of it'}")
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameters[name].shape:
+                raise wrong(
+                    f"{key} of {stored} has shape {tuple(value.shape)}, the parameter {tuple(parameters[name].shape)}"
+                )
+        entries[name] = read(stored) if read else entry
+    return OptimizerView(
+        tuple(
+            Group(tuple(found), {k: v for k, v in group.items() if k not in ("params", "param_names")})
+            for group, found in zip(groups, members, strict=True)
         ),
         entries,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
@@ -26,22 +27,40 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
         InputError: missing, truncated, not a torch file, or holding anything but tensors and plain data.
     """
     _refuse_pointer(path)
-    zipped = zipfile.is_zipfile(path)
+    zipped = _is_zip(path)
     if zipped:
-        _check_zip(path)
+        _check_zip(path, path)
+    return _load(path, path, map_location="meta" if meta else "cpu", mmap=zipped or None)
+
+
+def load_bytes(data: bytes, where: object) -> Any:
+    """What torch.save wrote into a part of a file, with weights_only. Raises InputError as `load_pickle` does.
+
+    Args:
+        where: the file and the part, for messages.
+    """
+    stream = io.BytesIO(data)
+    if not _is_zip(stream):
+        raise InputError(f"{where} is no torch.save record", hint="the file is truncated or damaged: copy it again")
+    _check_zip(stream, where)
+    stream.seek(0)
+    return _load(stream, where, map_location="cpu")
+
+
+def _load(source: Path | io.BytesIO, where: object, **settings: Any) -> Any:
     try:
-        return torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=zipped or None)
+        return torch.load(source, weights_only=True, **settings)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)|global:? ?[`']?([\w.]+)|type ([\w.]+)", str(error))
         what = next((g for g in named.groups() if g), None) if named else None
         raise InputError(
-            f"{path} holds {f'the object {what}' if what else 'more than tensors and plain data'}; it was not loaded, "
+            f"{where} holds {f'the object {what}' if what else 'more than tensors and plain data'}; it was not loaded, "
             "for a pickle can run code",
             hint="save tensors, numbers and names only",
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise InputError(
-            f"{path} cannot be read as a torch file: {_first_line(error) or 'it is empty'}",
+            f"{where} cannot be read as a torch file: {_first_line(error) or 'it is empty'}",
             hint="the file is truncated or damaged: copy it again",
         ) from error
 
@@ -103,14 +122,21 @@ def _refuse_pointer(path: Path) -> None:
         raise InputError(f"{path} is empty", hint="copy the file again")
 
 
-def _check_zip(path: Path) -> None:
+def _is_zip(source: Path | io.BytesIO) -> bool:
+    try:
+        return zipfile.is_zipfile(source)
+    except zipfile.BadZipFile:  # it is one, and damaged: _check_zip says how
+        return True
+
+
+def _check_zip(source: Path | io.BytesIO, where: object) -> None:
     """torch.save stores its records uncompressed; a compressed one could claim any size."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(source) as archive:
             packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{path} is a damaged zip: {_first_line(error)}", hint="copy the file again") from error
+        raise InputError(f"{where} is a damaged zip: {_first_line(error)}", hint="copy the file again") from error
     if packed:
         raise InputError(
-            f"{path} has compressed records ({packed[0]})", hint="torch.save writes none: do not trust this file"
+            f"{where} has compressed records ({packed[0]})", hint="torch.save writes none: do not trust this file"
         )
