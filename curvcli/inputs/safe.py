@@ -15,6 +15,7 @@ from torch import nn
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import TensorInfo
+from curvcli.inputs.bounds import check_document, check_legacy, check_zip
 
 _JSON_LIMIT = 64 * 2**20
 
@@ -28,9 +29,11 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
     _refuse_pointer(path)
     zipped = zipfile.is_zipfile(path)
     if zipped:
-        _check_zip(path)
+        check_zip(path)
+    else:
+        check_legacy(path)
     try:
-        return torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=zipped or None)
+        document = torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)|global:? ?[`']?([\w.]+)|type ([\w.]+)", str(error))
         what = next((g for g in named.groups() if g), None) if named else None
@@ -39,11 +42,13 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
             "for a pickle can run code",
             hint="save tensors, numbers and names only",
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except Exception as error:  # a damaged pickle reaches every line of torch's reader
         raise InputError(
-            f"{path} cannot be read as a torch file: {_first_line(error) or 'it is empty'}",
+            f"{path} cannot be read as a torch file: {_first_line(error) or type(error).__name__}",
             hint="the file is truncated or damaged: copy it again",
         ) from error
+    check_document(document, path)
+    return document
 
 
 def read_json(path: Path) -> Any:
@@ -68,7 +73,7 @@ def safetensors_header(path: Path) -> list[TensorInfo]:
                 for name in handle.keys()  # noqa: SIM118 - not iterable itself
                 for piece in [handle.get_slice(name)]
             ]
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise InputError(
             f"{path} cannot be read as safetensors: {_first_line(error)}",
             hint="the file is truncated or damaged: copy it again",
@@ -101,16 +106,3 @@ def _refuse_pointer(path: Path) -> None:
         raise InputError(f"{path} is a git-LFS pointer, not the file itself", hint="run git lfs pull")
     if not head:
         raise InputError(f"{path} is empty", hint="copy the file again")
-
-
-def _check_zip(path: Path) -> None:
-    """torch.save stores its records uncompressed; a compressed one could claim any size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{path} is a damaged zip: {_first_line(error)}", hint="copy the file again") from error
-    if packed:
-        raise InputError(
-            f"{path} has compressed records ({packed[0]})", hint="torch.save writes none: do not trust this file"
-        )
