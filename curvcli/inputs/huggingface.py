@@ -7,10 +7,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import nn
 
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo
+from curvcli.inputs.bounds import check_config, check_size, inside
 from curvcli.inputs.mapping import map_state, matrix_order, single_order, summary, trainer_order
 from curvcli.inputs.safe import check_finite, load_pickle, read_json, safetensors_header
 
@@ -59,13 +61,10 @@ class HuggingFaceReader:
                 raise InputError(f"{path / INDEX} has no weight_map", hint="copy the file again")
             found: list[TensorInfo] = []
             for shard in sorted(set(shards.values())):
-                if Path(shard).name != shard or shard in ("", ".", ".."):
-                    raise InputError(
-                        f"{path / INDEX} points outside its directory: {shard!r}", hint="do not trust this checkpoint"
-                    )
-                if not (path / shard).is_file():
-                    raise InputError(f"{path / shard} is named in {INDEX} and missing", hint="copy the missing shard")
-                found += safetensors_header(path / shard)
+                file = inside(path, shard)
+                if not file.is_file():
+                    raise InputError(f"{file} is named in {INDEX} and missing", hint="copy the missing shard")
+                found += safetensors_header(file)
             missing = sorted(set(shards) - {t.name for t in found})
             if missing:
                 raise InputError(f"{missing[0]} is named in {INDEX} and in no shard", hint="copy the shards again")
@@ -99,15 +98,17 @@ def configured(directory: Path) -> Architecture:
     config = read_json(directory / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InputError(f"{directory / 'config.json'} names no model_type", hint="it is not a transformers configuration")
+    check_config(config, directory / "config.json")
+    named = config.get("architectures")
     nested = config.get("text_config")
     text: dict[str, Any] = nested if isinstance(nested, dict) else config
     context = text.get("max_position_embeddings") or text.get("n_positions")
     has_tokenizer = any((directory / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     return Architecture(
-        name=str((config.get("architectures") or [config["model_type"]])[0]),
+        name=str(named[0] if isinstance(named, list) and named else config["model_type"])[:200],
         build=lambda: _build(directory, weights=False),
         vocabulary=integer(text, "vocab_size"),
-        context=int(context) if isinstance(context, int) else None,
+        context=context if isinstance(context, int) and context > 0 else None,
         tokenizer=directory if has_tokenizer else None,
     )
 
@@ -139,6 +140,11 @@ def _build(path: Path, *, weights: bool) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         kind = causal_lm(config, path)
+
+        def empty() -> nn.Module:
+            return kind.from_config(config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)  # type: ignore[no-any-return]
+
+        check_size(empty, values=2 * _stored(path) if weights else psutil.virtual_memory().total // 4, where=path)
         if weights:
             model, info = kind.from_pretrained(
                 path,
@@ -150,8 +156,7 @@ def _build(path: Path, *, weights: bool) -> nn.Module:
                 output_loading_info=True,
             )
         else:
-            model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
-            info = {}
+            model, info = empty(), {}
     except (InputError, UnsupportedError):
         raise
     except Exception as error:  # transformers raises every kind there is; all mean the same to the user
@@ -176,10 +181,15 @@ def _build(path: Path, *, weights: bool) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def _stored(path: Path) -> int:
+    """Bytes of a directory's weight files."""
+    return sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in path.glob(pattern) if f.is_file())
+
+
 def integer(state: dict[str, Any] | None, key: str) -> int | None:
     """An integer of a JSON object, where it has it."""
     value = (state or {}).get(key)
-    return value if isinstance(value, int) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
 def _entries(state: dict[str, Any] | None) -> list[dict[str, Any]]:

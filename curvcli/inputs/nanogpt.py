@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint, OptimizerFile, TensorInfo
+from curvcli.inputs.bounds import check_size
 from curvcli.inputs.mapping import map_state, matrix_order, summary
 from curvcli.inputs.safe import check_finite, load_pickle
 from curvcli.optimizers.base import OptimizerView
@@ -56,7 +57,10 @@ def _parts(document: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if not isinstance(args, dict) or not all(isinstance(args.get(k), int) for k in _ARGS[:-1]):
         raise InputError(f"{path} has no model_args with {', '.join(_ARGS)}", hint="expected nanoGPT's ckpt.pt")
     if not all(0 < args[k] <= 2**24 for k in _ARGS[:-1]):
-        raise InputError(f"{path} has model_args out of range: {args}", hint="the file is damaged")
+        shown = {k: args[k] for k in _ARGS[:-1]}
+        raise InputError(f"{path} has model_args out of range: {shown}", hint="the file is damaged")
+    if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in document["model"].items()):
+        raise InputError(f"{path} has something else than tensors by name under 'model'", hint="expected nanoGPT's ckpt.pt")
     # torch.compile prefixes every name. The causal mask is a buffer that old versions saved.
     weights = {n.removeprefix("_orig_mod."): t for n, t in document["model"].items()}
     return {n: t for n, t in weights.items() if not n.endswith(".attn.bias")}, args
@@ -72,22 +76,33 @@ def _build(path: Path) -> nn.Module:
         found = tuple(weights[name].shape) if name in weights else None
         if found != expected:
             raise InputError(f"{path}: {name} has shape {found}, model_args say {expected}", hint="the file is damaged")
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=args["vocab_size"],
-            n_positions=args["block_size"],
-            n_embd=width,
-            n_layer=args["n_layer"],
-            n_head=args["n_head"],
-            activation_function="gelu",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            bos_token_id=None,
-            eos_token_id=None,
+    if width % args["n_head"] or args["n_layer"] > len(weights):
+        raise InputError(
+            f"{path} has model_args that no model has: {width=}, {args['n_head']} heads, "
+            f"{args['n_layer']} layers of {len(weights)} weights",
+            hint="the file is damaged",
         )
-    )
+
+    def empty() -> GPT2LMHeadModel:
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=args["vocab_size"],
+                n_positions=args["block_size"],
+                n_embd=width,
+                n_layer=args["n_layer"],
+                n_head=args["n_head"],
+                activation_function="gelu",
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                use_cache=False,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+
+    check_size(empty, values=2 * path.stat().st_size, where=path)
+    model = empty()
     model.set_attn_implementation("eager")
     converted = {n: t.t() if n.endswith(_TRANSPOSED) else t for n, t in weights.items()}
     own = dict(model.named_parameters())

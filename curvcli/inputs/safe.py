@@ -16,6 +16,7 @@ from torch import nn
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import TensorInfo
+from curvcli.inputs.bounds import check_document, check_legacy, check_zip
 
 _JSON_LIMIT = 64 * 2**20
 
@@ -29,8 +30,10 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
     _refuse_pointer(path)
     zipped = _is_zip(path)
     if zipped:
-        _check_zip(path, path)
-    return _load(path, path, map_location="meta" if meta else "cpu", mmap=zipped or None)
+        check_zip(path, path, path.stat().st_size)
+    else:
+        check_legacy(path)
+    return _load(path, path, path.stat().st_size, map_location="meta" if meta else "cpu", mmap=zipped or None)
 
 
 def load_bytes(data: bytes, where: object) -> Any:
@@ -42,14 +45,14 @@ def load_bytes(data: bytes, where: object) -> Any:
     stream = io.BytesIO(data)
     if not _is_zip(stream):
         raise InputError(f"{where} is no torch.save record", hint="the file is truncated or damaged: copy it again")
-    _check_zip(stream, where)
+    check_zip(stream, where, len(data))
     stream.seek(0)
-    return _load(stream, where, map_location="cpu")
+    return _load(stream, where, len(data), map_location="cpu")
 
 
-def _load(source: Path | io.BytesIO, where: object, **settings: Any) -> Any:
+def _load(source: Path | io.BytesIO, where: object, size: int, **settings: Any) -> Any:
     try:
-        return torch.load(source, weights_only=True, **settings)
+        document = torch.load(source, weights_only=True, **settings)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)|global:? ?[`']?([\w.]+)|type ([\w.]+)", str(error))
         what = next((g for g in named.groups() if g), None) if named else None
@@ -58,11 +61,13 @@ def _load(source: Path | io.BytesIO, where: object, **settings: Any) -> Any:
             "for a pickle can run code",
             hint="save tensors, numbers and names only",
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except Exception as error:  # a damaged pickle reaches every line of torch's reader
         raise InputError(
-            f"{where} cannot be read as a torch file: {_first_line(error) or 'it is empty'}",
+            f"{where} cannot be read as a torch file: {_first_line(error) or type(error).__name__}",
             hint="the file is truncated or damaged: copy it again",
         ) from error
+    check_document(document, where, size)
+    return document
 
 
 def read_json(path: Path) -> Any:
@@ -87,7 +92,7 @@ def safetensors_header(path: Path) -> list[TensorInfo]:
                 for name in handle.keys()  # noqa: SIM118 - not iterable itself
                 for piece in [handle.get_slice(name)]
             ]
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise InputError(
             f"{path} cannot be read as safetensors: {_first_line(error)}",
             hint="the file is truncated or damaged: copy it again",
@@ -125,18 +130,5 @@ def _refuse_pointer(path: Path) -> None:
 def _is_zip(source: Path | io.BytesIO) -> bool:
     try:
         return zipfile.is_zipfile(source)
-    except zipfile.BadZipFile:  # it is one, and damaged: _check_zip says how
+    except zipfile.BadZipFile:  # it is one, and damaged: check_zip says how
         return True
-
-
-def _check_zip(source: Path | io.BytesIO, where: object) -> None:
-    """torch.save stores its records uncompressed; a compressed one could claim any size."""
-    try:
-        with zipfile.ZipFile(source) as archive:
-            packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{where} is a damaged zip: {_first_line(error)}", hint="copy the file again") from error
-    if packed:
-        raise InputError(
-            f"{where} has compressed records ({packed[0]})", hint="torch.save writes none: do not trust this file"
-        )
