@@ -14,6 +14,7 @@ from curvcli.errors import InputError, UnsupportedError
 from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo
 from curvcli.inputs.bounds import check_config, check_size, inside
 from curvcli.inputs.mapping import map_state, matrix_order, single_order, summary, trainer_order
+from curvcli.inputs.optimizer_file import OPTIMIZER_FILE, read_optimizer
 from curvcli.inputs.safe import check_finite, load_pickle, read_json, safetensors_header
 
 INDEX = "model.safetensors.index.json"
@@ -43,6 +44,8 @@ class HuggingFaceReader:
                 lambda: summary(load_pickle(optimizer, meta=True), optimizer),
             )
             if optimizer.exists()
+            else read_optimizer(path / OPTIMIZER_FILE)
+            if (path / OPTIMIZER_FILE).exists()
             else None,
             step=integer(state, "global_step"),
             vocabulary=described.vocabulary,
