@@ -57,7 +57,7 @@ def _load(source: Path | io.BytesIO, where: object, size: int, **settings: Any) 
     try:
         document = _restricted(source, settings)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)|global:? ?[`']?([\w.]+)|type ([\w.]+)", str(error))
+        named = re.search(r"GLOBAL ([\w.]+)|global:? ?[`']?(?!GLOBAL)([\w.]+)|type ([\w.]+)", str(error))
         what = next((g for g in named.groups() if g), None) if named else None
         raise InputError(
             f"{where} holds {f'the object {what}' if what else 'more than tensors and plain data'}; it was not loaded, "

@@ -1,0 +1,515 @@
+"""Files of torch.save, Lightning's checkpoints, foreign objects in them, and optimizer.safetensors of our own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import pickle
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_bad_input import Evil, _one_line
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import curvcli
+from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
+from curvcli.inputs import open_checkpoint
+from curvcli.inputs.base import Architecture
+from curvcli.inputs.foreign import Foreign
+from curvcli.inputs.safe import load_pickle
+from curvcli.optimizers.base import OptimizerView
+
+STEPS = 3
+
+
+def config(*, tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, bos_token_id=None,
+        max_position_embeddings=32, eos_token_id=None, tie_word_embeddings=tied, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+
+
+def build(*, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config(tied=tied))
+
+
+NET = Architecture("Llama", build, vocabulary=64)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for step in range(STEPS):
+        ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def grouped(model: nn.Module) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+
+
+def is_the_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, net: Architecture = NET) -> OptimizerView:
+    """Weights, moments and groups of a file are those of the model and optimizer that were saved."""
+    checkpoint = open_checkpoint(path, net)
+    found = checkpoint.model()
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    assert checkpoint.optimizer is not None
+    view = checkpoint.optimizer.view(found)
+    groups = {name: group.options for group in view.groups for name in group.names}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = next(n for n, p in model.named_parameters() if p is parameter)
+            assert (groups[name]["lr"], groups[name]["weight_decay"]) == (group["lr"], group["weight_decay"])
+            for key, value in optimizer.state[parameter].items():
+                assert torch.equal(torch.as_tensor(view.state[name][key]), torch.as_tensor(value)), (name, key)
+    assert set(view.state) == {n for n, p in model.named_parameters() if p in optimizer.state}
+    return view
+
+
+@dataclasses.dataclass
+class Settings:
+    """A training script's own class, saved beside the weights."""
+
+    lr: float = 1e-3
+
+
+Settings.__module__ = "__main__"
+
+
+DOCUMENTS: dict[str, tuple[Callable[[nn.Module, Any], dict], int | None]] = {
+    "model, optimizer, step": (lambda m, o: {"model": m.state_dict(), "optimizer": o.state_dict(), "step": 7}, 7),
+    "names of the tutorial": (
+        lambda m, o: {"model_state_dict": m.state_dict(), "optimizer_state_dict": o.state_dict(), "epoch": 5}, None,
+    ),
+    "state_dict": (lambda m, o: {"state_dict": m.state_dict(), "optimizer": o.state_dict(), "iteration": 9}, 9),
+    "a step that is a tensor": (
+        lambda m, o: {"model": m.state_dict(), "optimizer": o.state_dict(), "iter_num": torch.tensor(11)}, 11,
+    ),
+    "compiled and parallel": (
+        lambda m, o: {
+            "model": {f"module._orig_mod.{n}": t for n, t in m.state_dict().items()}, "optimizer": o.state_dict(),
+        }, None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["one group", "matrices first"])
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_scripts_own_file(document: str, order: str, tmp_path: Path) -> None:
+    model = build()
+    groups = model.parameters() if order == "one group" else grouped(model)
+    optimizer = train(model, torch.optim.AdamW(groups, lr=1e-2))  # type: ignore[arg-type]
+    make, step = DOCUMENTS[document]
+    torch.save(make(model, optimizer), tmp_path / "last.pt")
+    is_the_run(tmp_path / "last.pt", model, optimizer)
+    checkpoint = open_checkpoint(tmp_path / "last.pt", NET)
+    assert (checkpoint.format, checkpoint.step) == ("torch", step)
+
+
+def test_a_file_is_analyzed_with_the_configuration_beside_it(tmp_path: Path) -> None:
+    model = build()
+    optimizer = train(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "ckpt_3.pt")
+    config().save_pretrained(tmp_path)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
+    options = Options(data=tmp_path / "ids.npy", tokens=256, sequence_length=16, max_hvps=3)
+    report = analyze_checkpoint(tmp_path / "ckpt_3.pt", options)
+    assert (report.checkpoint.format, report.checkpoint.step, report.optimizer.lr) == ("torch", 3, pytest.approx(1e-2))
+    assert report.optimizer.preconditioner == "checkpoint"
+
+
+def test_a_bare_state_dict_has_no_optimizer(tmp_path: Path) -> None:
+    torch.save(build().state_dict(), tmp_path / "weights.pth")
+    checkpoint = open_checkpoint(tmp_path / "weights.pth", NET)
+    assert checkpoint.optimizer is None
+    assert torch.equal(checkpoint.model().state_dict()["lm_head.weight"], build().lm_head.weight)
+
+
+@pytest.mark.parametrize("keyed", ["param_names", "names alone"])
+def test_names_in_the_file_win_over_any_order(keyed: str, tmp_path: Path) -> None:
+    """An order that no rule knows: the parameters backwards."""
+    model = build()
+    backwards = list(model.named_parameters())[::-1]
+    optimizer = train(model, torch.optim.AdamW(backwards, lr=1e-2))
+    document = optimizer.state_dict()
+    assert "param_names" in document["param_groups"][0]
+    if keyed == "names alone":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        document = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))  # type: ignore[assignment]
+        assert "lm_head.weight" in document["state"]
+    torch.save({"model": model.state_dict(), "optimizer": document}, tmp_path / "a.pt")
+    is_the_run(tmp_path / "a.pt", model, optimizer)
+
+
+class Reordered(nn.Module):
+    """Two layers of one shape, in either order of registration."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        for name in (first, second):
+            setattr(self, name, nn.Linear(3, 3))
+
+
+def test_positions_mean_nothing_in_a_model_of_another_order(tmp_path: Path) -> None:
+    model = Reordered("a", "b")
+    optimizer = torch.optim.AdamW(model.parameters())
+    (model.a.weight.sum() + model.b.weight.square().sum() + model.a.bias.sum() + model.b.bias.sum()).backward()  # type: ignore[union-attr,operator]
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    is_the_run(tmp_path / "a.pt", model, optimizer, Architecture("same", lambda: Reordered("a", "b")))
+    checkpoint = open_checkpoint(tmp_path / "a.pt", Architecture("other", lambda: Reordered("b", "a")))
+    assert checkpoint.optimizer is not None
+    with pytest.raises(InputError, match=r"a\.weight where the model has b\.weight"):
+        checkpoint.optimizer.view(checkpoint.model())
+
+
+def test_tied_weights(tmp_path: Path) -> None:
+    model = build(tied=True)
+    optimizer = train(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    is_the_run(tmp_path / "a.pt", model, optimizer, Architecture("tied", lambda: build(tied=True)))
+
+
+def test_several_optimizers_and_muon(tmp_path: Path) -> None:
+    """modded-nanogpt's layout: the code as text, and an optimizer for the matrices that is not Adam."""
+    model = build()
+    rest = train(model, torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1]))
+    muon = train(model, torch.optim.Muon([p for p in model.parameters() if p.dim() == 2]))
+    document = {"step": 3, "code": "import torch", "model": model.state_dict()}
+    for optimizers, said in (([rest, muon], "Muon"), ([rest, rest], "2 optimizers")):
+        torch.save({**document, "optimizers": [o.state_dict() for o in optimizers]}, tmp_path / "state_step000003.pt")
+        checkpoint = open_checkpoint(tmp_path / "state_step000003.pt", NET)
+        assert checkpoint.step == 3
+        assert checkpoint.optimizer is not None
+        assert checkpoint.optimizer.summary() == {"optimizers": 2}
+        with pytest.raises(UnsupportedError, match=said):
+            checkpoint.optimizer.view(checkpoint.model())
+    torch.save({**document, "optimizer": muon.state_dict()}, tmp_path / "muon.pt")
+    checkpoint = open_checkpoint(tmp_path / "muon.pt", NET)
+    with pytest.raises(UnsupportedError, match="Muon"):
+        checkpoint.optimizer.view(checkpoint.model())  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="--model"):
+        open_checkpoint(tmp_path / "muon.pt").model()
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({"model": {"w": torch.ones(1)}, "state_dict": {"w": torch.ones(1)}}, "under model and state_dict"),
+        ({"model": argparse.Namespace()}, "no weights by name"),
+        ({"model": {"w": 3}}, "no weights by name"),
+        ({"epoch": 3}, "no weights by name"),
+        ([torch.ones(2)], "no weights by name"),
+        (torch.ones(2), "no weights by name"),
+        ({}, "no weights by name"),
+        ({3: torch.ones(2)}, "no weights by name"),
+        ({"model": {"w": torch.ones(1)}, "step": -1}, "do not fit the model"),
+    ],
+)
+def test_what_is_no_checkpoint(document: Any, said: str, tmp_path: Path) -> None:
+    torch.save(document, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=said):
+        open_checkpoint(tmp_path / "a.pt", NET).model()
+
+
+class Lit(lightning.LightningModule):
+    def __init__(self, arguments: Any = None, named: bool = False, extra: nn.Module | None = None) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["extra"])
+        self.net = build()
+        if extra is not None:
+            self.extra = extra
+
+    def training_step(self, ids: Tensor, index: int) -> Tensor:
+        return self.net(input_ids=ids, labels=ids).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.hparams["named"]:
+            return torch.optim.AdamW(list(self.named_parameters())[::-1], lr=1e-2)
+        return torch.optim.AdamW(grouped(self), lr=1e-2)
+
+
+def fit(module: Lit, path: Path) -> lightning.Trainer:
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=path.parent, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(torch.randint(64, (8, 16)), batch_size=4))
+    trainer.save_checkpoint(path)
+    return trainer
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_lightning(named: bool, tmp_path: Path) -> None:
+    """With hyperparameters of classes that torch refuses to load."""
+    arguments = argparse.Namespace(lr=1e-2, where=pathlib.Path("/data"), inner=types.SimpleNamespace(depth=2))
+    module = Lit(arguments, named)
+    path = tmp_path / "epoch=0-step=2.ckpt"
+    trainer = fit(module, path)
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    checkpoint = open_checkpoint(tmp_path, NET)
+    assert (checkpoint.path, checkpoint.format, checkpoint.step) == (path, "lightning", 2)
+    assert checkpoint.tensors[0].name.startswith("net.")
+    is_the_run(path, module.net, trainer.optimizers[0])
+
+
+def test_lightning_with_another_module_is_refused(tmp_path: Path) -> None:
+    fit(Lit(extra=nn.Linear(2, 2)), tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="stored weights are none of the model's"):
+        open_checkpoint(tmp_path / "a.ckpt", NET).model()
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_foreign_objects_are_records(form: str, tmp_path: Path) -> None:
+    saved = {
+        "args": argparse.Namespace(lr=0.1), "settings": Settings(), "path": pathlib.PurePosixPath("a/b"),
+        "best": np.float64(2.5), "rng": np.arange(3), "t": torch.ones(2),
+    }  # fmt: skip
+    import sys
+
+    sys.modules["__main__"].Settings = Settings  # type: ignore[attr-defined]
+    try:
+        torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=form == "zip")
+    finally:
+        del sys.modules["__main__"].Settings  # type: ignore[attr-defined]
+    before = torch.serialization.get_safe_globals()
+    found = load_pickle(tmp_path / "a.pt")
+    assert torch.serialization.get_safe_globals() == before
+    assert {key: type(value).__mro__[-2] for key, value in found.items() if key != "t"} == {
+        key: Foreign for key in saved if key != "t"
+    }
+    assert found["args"].attributes == {"lr": 0.1}
+    assert found["settings"].attributes == {"lr": 1e-3}
+    assert found["path"].arguments == ("a", "b")
+    assert repr(found["args"]) == "<argparse.Namespace, not loaded>"
+
+
+def test_transformers_own_arguments(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    torch.save(TrainingArguments(str(tmp_path), learning_rate=3e-4, use_cpu=True), tmp_path / "training_args.bin")
+    assert load_pickle(tmp_path / "training_args.bin").attributes["learning_rate"] == 3e-4
+
+
+class Runs:
+    """In a pickle: a call of a named function, with a state set on what it returns."""
+
+    def __init__(self, function: str, *arguments: object, state: object = None) -> None:
+        self.function, self.arguments, self.state = function, arguments, state
+
+    def bytes(self) -> bytes:
+        def op(value: object) -> bytes:
+            return value.bytes() if isinstance(value, Runs) else pickle.dumps(value, 2)[2:-1]
+
+        module, _, name = self.function.rpartition(".")
+        call = f"c{module}\n{name}\n".encode() + b"(" + b"".join(op(a) for a in self.arguments) + b"tR"
+        return call + (op(self.state) + b"b" if self.state is not None else b"")
+
+
+def _with_pickle(path: Path, value: Runs) -> Path:
+    """A good file of torch.save with another pickle in it."""
+    import zipfile
+
+    torch.save({"a": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, b"\x80\x02" + value.bytes() + b"." if name.endswith("data.pkl") else content)
+    return path
+
+
+@pytest.mark.parametrize("form", ["call", "argument", "state"])
+@pytest.mark.parametrize("function", ["os.system", "subprocess.call", "builtins.eval", "builtins.exec", "builtins.getattr"])
+def test_functions_that_act_are_refused_wherever_they_stand(function: str, form: str, tmp_path: Path) -> None:
+    trap = tmp_path / "executed"
+    act = Runs(function, f"touch {trap}" if "." in function and "builtins" not in function else f"open({str(trap)!r}, 'w')")
+    value = {
+        "call": act,
+        "argument": Runs("argparse.Namespace", act),
+        "state": Runs("argparse.Namespace", state=act),
+    }[form]
+    with pytest.raises(InputError, match=function.rpartition(".")[2]):
+        load_pickle(_with_pickle(tmp_path / "a.pt", value))
+    assert not trap.exists()
+
+
+def test_a_function_under_a_good_name_is_never_called(tmp_path: Path) -> None:
+    """numpy.testing's runstring executes its text; the package is one that is stood in for."""
+    trap = tmp_path / "executed"
+    text = f"open({str(trap)!r}, 'w')"
+    from numpy.testing._private.utils import runstring
+
+    runstring(text, {})
+    assert trap.exists(), "the payload itself works"
+    trap.unlink()
+    name = "numpy.testing._private.utils.runstring"
+    found = load_pickle(_with_pickle(tmp_path / "a.pt", Runs(name, text, {}, state={"__class__": 1, "__setstate__": 2})))
+    assert isinstance(found, Foreign)
+    assert found.arguments == (text, {})
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.bin", "epoch=0-step=2.ckpt"])
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_nothing_is_executed(name: str, form: str, tmp_path: Path) -> None:
+    trap = tmp_path / "executed"
+    torch.save(
+        {"state_dict": build().state_dict(), "pytorch-lightning_version": "2.6", "hyper_parameters": Evil(trap)},
+        tmp_path / name,
+        _use_new_zipfile_serialization=form == "zip",
+    )
+    assert "system" in _one_line([str(tmp_path / name)])
+    assert not trap.exists()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
+    """A model of save_pretrained with our optimizer file beside it."""
+    model = build()
+    optimizer = train(model, torch.optim.AdamW(grouped(model), lr=1e-2, betas=(0.9, 0.95), amsgrad=True))
+    model.save_pretrained(tmp_path / "model")
+    file = curvcli.save_optimizer(tmp_path / "model", optimizer, model)
+    assert file == tmp_path / "model" / "optimizer.safetensors"
+    return tmp_path / "model", model, optimizer
+
+
+def test_our_own_file(saved: tuple, tmp_path: Path) -> None:
+    path, model, optimizer = saved
+    view = is_the_run(path, model, optimizer)
+    assert (view.name, view.step, view.groups[0].betas) == ("AdamW", STEPS, (0.9, 0.95))
+    assert {"exp_avg.lm_head.weight", "exp_avg_sq.lm_head.weight"} <= set(load_file(path / "optimizer.safetensors"))
+    found = inspect_checkpoint(path)["optimizer"]
+    assert (found["parameters with state"], found["groups"], found["lr"]) == (21, 2, 1e-2)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
+    options = Options(data=tmp_path / "ids.npy", tokens=256, sequence_length=16, max_hvps=3)
+    mine = analyze_checkpoint(path, options)
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    assert mine.full.eigenvalue == analyze_checkpoint(path, options).full.eigenvalue
+    assert mine.optimizer.step == STEPS
+
+
+def test_wrappers_are_dropped_and_another_model_is_refused(tmp_path: Path) -> None:
+    model = build()
+    optimizer = train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    model.save_pretrained(tmp_path)
+    curvcli.save_optimizer(tmp_path, optimizer, torch.compile(model))
+    view = is_the_run(tmp_path, model, optimizer)
+    assert view.name == "SGD"
+    with pytest.raises(UsageError, match="does not have"):
+        curvcli.save_optimizer(tmp_path, optimizer, build())
+    with pytest.raises(InputError, match="cannot write"):
+        curvcli.save_optimizer(tmp_path / "nowhere", optimizer, model)
+    assert sorted(f.name for f in tmp_path.iterdir() if "optim" in f.name or f.name[0] == ".") == ["optimizer.safetensors"]
+
+
+def _metadata(file: Path, change: Callable[[dict[str, str]], object]) -> None:
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+    tensors = load_file(file)
+    change(metadata)
+    save_file(tensors, file, metadata=metadata)
+
+
+def _json(change: Callable[[dict], object]) -> Callable[[dict[str, str]], object]:
+    def apply(metadata: dict[str, str]) -> None:
+        said = json.loads(metadata["optimizer"])
+        change(said)
+        metadata["optimizer"] = json.dumps(said)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.clear(), "not written by"),
+        (lambda m: m.update(optimizer="{"), "damaged metadata"),
+        (lambda m: m.update(optimizer="[" * 10**5), "damaged metadata"),
+        (lambda m: m.update(optimizer="[]"), "damaged metadata"),
+        (_json(lambda d: d.update(groups=3)), "damaged metadata"),
+        (_json(lambda d: d.update(groups=[])), "no torch optimizer state"),
+        (_json(lambda d: d.update(numbers={"a": 3})), "damaged metadata"),
+        (_json(lambda d: d["groups"][0]["names"].append("other.weight")), "other.weight"),
+        (_json(lambda d: d["groups"][0]["names"].append("model.norm.weight")), "stands in it twice"),
+        (_json(lambda d: d["groups"].pop()), "has state and no group"),
+        (_json(lambda d: d.update(name="Lion")), "Lion"),
+    ],
+)
+def test_a_damaged_file_of_ours(change: Callable, said: str, saved: tuple) -> None:
+    path, *_ = saved
+    _metadata(path / "optimizer.safetensors", change)
+    np.save(path / "ids.npy", np.zeros(2000, dtype=np.int64))
+    options = Options(data=path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3)
+    with pytest.raises(CurvError, match=said):
+        analyze_checkpoint(path, options)
+
+
+@pytest.mark.parametrize(
+    ("files", "at", "kind"),
+    [
+        (("latest_checkpointed_iteration.txt", "iter_0000010/mp_rank_00/model_optim_rng.pt"), ".", "Megatron-LM"),
+        (("iter_0000010/mp_rank_00_000/model_optim_rng.pt",), "iter_0000010", "Megatron-LM"),
+        (("latest_checkpointed_iteration.txt", "iter_0000010/common.pt"), ".", "Megatron-LM"),
+        (("iter_0000010/.metadata", "iter_0000010/metadata.json"), ".", "Megatron-LM"),
+        (("run/weights/.metadata", "run/context/io.json"), "run", "NeMo"),
+        (("model.nemo",), "model.nemo", "NeMo"),
+    ],
+)
+def test_megatron_and_nemo_are_sent_to_their_converters(files: tuple[str, ...], at: str, kind: str, tmp_path: Path) -> None:
+    """By names alone; nothing of them is read, and neither library installs without a GPU's toolchain."""
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"sharded_backend": "torch_dist"}' if name.endswith(".json") else "10")
+    line = _one_line([str(tmp_path / at)])
+    assert f"checkpoint of {kind}" in line
+    assert "export_ckpt" in line
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded", "bin", "bf16"])
+def test_every_form_of_weights_in_a_trainers_checkpoint(form: str, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
+    ).to(torch.bfloat16 if form == "bf16" else torch.float32)
+    optimizer = train(model, torch.optim.AdamW(grouped(model), lr=1e-2))
+    path = tmp_path / "checkpoint-3"
+    model.save_pretrained(path, max_shard_size="10KB" if form == "sharded" else "1GB")
+    assert (path / "model.safetensors.index.json").exists() == (form == "sharded")
+    if form == "bin":
+        torch.save(model.state_dict(), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": []}))
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
+    options = Options(data=tmp_path / "ids.npy", tokens=256, sequence_length=16, max_hvps=3)
+    report = analyze_checkpoint(tmp_path, options)
+    assert (report.checkpoint.format, report.checkpoint.step) == ("trainer", 3)
+    checkpoint = open_checkpoint(tmp_path)
+    found = checkpoint.model()
+    assert checkpoint.optimizer is not None
+    view = checkpoint.optimizer.view(found)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(dict(found.named_parameters())[name], parameter.float())
+        assert torch.equal(view.state[name]["exp_avg_sq"], optimizer.state[parameter]["exp_avg_sq"])
+    shutil.rmtree(path)
