@@ -7,7 +7,6 @@ import dataclasses
 import json
 import pathlib
 import pickle
-import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -293,9 +292,9 @@ def test_foreign_objects_are_records(form: str, tmp_path: Path) -> None:
         torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=form == "zip")
     finally:
         del sys.modules["__main__"].Settings  # type: ignore[attr-defined]
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     found = load_pickle(tmp_path / "a.pt")
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
     assert {key: type(value).__mro__[-2] for key, value in found.items() if key != "t"} == {
         key: Foreign for key in saved if key != "t"
     }
@@ -478,7 +477,7 @@ def test_a_damaged_file_of_ours(change: Callable, said: str, saved: tuple) -> No
     ],
 )
 def test_megatron_and_nemo_are_sent_to_their_converters(files: tuple[str, ...], at: str, kind: str, tmp_path: Path) -> None:
-    """By names alone; nothing of them is read, and neither library installs without a GPU's toolchain."""
+    """By the names of files alone: nothing in them is read."""
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"sharded_backend": "torch_dist"}' if name.endswith(".json") else "10")
@@ -512,4 +511,3 @@ def test_every_form_of_weights_in_a_trainers_checkpoint(form: str, tmp_path: Pat
     for name, parameter in model.named_parameters():
         assert torch.equal(dict(found.named_parameters())[name], parameter.float())
         assert torch.equal(view.state[name]["exp_avg_sq"], optimizer.state[parameter]["exp_avg_sq"])
-    shutil.rmtree(path)

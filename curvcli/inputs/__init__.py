@@ -34,8 +34,8 @@ def find_checkpoints(path: Path) -> list[Path]:
     found = checkpoints_of(path, lambda candidate: any(reader.accepts(candidate) for reader in READERS))
     if not found:
         raise InputError(
-            f"{path} holds no checkpoint (no checkpoint-N, no config.json, no ckpt.pt)",
-            hint="point at a transformers checkpoint, a run directory, or a nanoGPT ckpt.pt",
+            f"{path} holds no checkpoint (no checkpoint-N, global_stepN or step-N, no config.json, no ckpt.pt)",
+            hint="point at a checkpoint or a run directory of transformers, DeepSpeed, torch.distributed, Lightning, or a .pt",
         )
     return found
 
@@ -51,5 +51,6 @@ def open_checkpoint(path: Path, architecture: Architecture | None = None) -> Che
         if reader.accepts(found):
             return reader.read(found, architecture)
     raise InputError(
-        f"{found} is in no known checkpoint format", hint="known: transformers directories and nanoGPT .pt files"
+        f"{found} is in no known checkpoint format",
+        hint="known: directories of transformers, DeepSpeed, FSDP and torch.distributed; .pt, .pth, .ckpt and .bin files",
     )
