@@ -35,7 +35,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     if not found:
         raise InputError(
             f"{path} holds no checkpoint (no checkpoint-N, global_stepN or step-N, no config.json, no ckpt.pt)",
-            hint="point at a checkpoint or a run directory of transformers, DeepSpeed, torch.distributed, Lightning, or a .pt",
+            hint="give a checkpoint or run directory of transformers, DeepSpeed, torch.distributed or Lightning, or a file",
         )
     return found
 
