@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from curvcli.curvature.hvp import Mode
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.shards import Shard, read_shard
+from curvcli.inputs.shards import Sample, Shard, find_sources, read_shard
 from curvcli.measurement import Directions, Progress
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import override
@@ -29,7 +30,8 @@ OPTIMIZERS = ("Adam", "AdamW", "NAdam", "SGD", "RMSprop", "Adagrad", "none")
 class Options:
     """What the user may set; None means the configuration's value, the checkpoint's, or the default."""
 
-    data: Path | None = None
+    data: Path | Sequence[Path] | None = None
+    sample: Sample | None = None
     tokens: int | None = None
     sequence_length: int | None = None
     batch_size: int | None = None
@@ -86,16 +88,24 @@ class Opened:
                     parameters=parameters,
                     layers=layers,
                 ),
-                data=lambda loss: results.Data(
-                    path=str(shard.path),
-                    tokens=shard.tokens,
-                    sequence_length=shard.sequence_length,
-                    sha256=shard.sha256,
-                    loss=loss,
-                ),
+                data=self.data,
                 lr_source=lr_source,
                 notes={**checkpoint.notes, **notes},
             ),
+        )
+
+    def data(self, loss: float) -> results.Data:
+        """What the report says of the data."""
+        shard = self.shard
+        return results.Data(
+            path=shard.path,
+            files=[results.DataFile(path=str(s.path), kind=s.kind, tokens=s.tokens) for s in shard.sources],
+            sample=shard.sample,
+            offsets=shard.offsets,
+            tokens=shard.tokens,
+            sequence_length=shard.sequence_length,
+            sha256=shard.sha256,
+            loss=loss,
         )
 
 
@@ -105,7 +115,14 @@ def open_for_analysis(path: Path, options: Options) -> Opened:
     checkpoint = open_checkpoint(path)
     options, data = _configured(options, checkpoint)
     tokens = options.tokens or DEFAULT_TOKENS
-    shard = read_shard(data, checkpoint, tokens=tokens, sequence_length=options.sequence_length)
+    shard = read_shard(
+        data,
+        checkpoint,
+        tokens=tokens,
+        sequence_length=options.sequence_length,
+        sample=options.sample or "first",
+        seed=options.seed or 0,
+    )
     return Opened(checkpoint, shard, options)
 
 
@@ -124,11 +141,12 @@ def causal_loss(model: nn.Module, window: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
 
 
-def inspect_checkpoint(path: Path, data: Path | None = None) -> dict[str, Any]:
+def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None) -> dict[str, Any]:
     """`curv inspect`: what would be read, from headers alone. Raises CurvError."""
     checkpoint = open_checkpoint(path)
     config, file = find_config(checkpoint.path)
     shard = data or config.data
+    sources = find_sources(shard, checkpoint) if shard else ()
     sizes = {t.name: _numel(t.shape) for t in checkpoint.tensors}
     return {
         "path": str(checkpoint.path),
@@ -142,12 +160,12 @@ def inspect_checkpoint(path: Path, data: Path | None = None) -> dict[str, Any]:
         "context": checkpoint.context,
         "optimizer": checkpoint.optimizer.summary() if checkpoint.optimizer else None,
         "configuration": str(file) if file else None,
-        "data": {"path": str(shard), "bytes": shard.stat().st_size if shard.exists() else None} if shard else None,
+        "data": {str(s.path): {"kind": s.kind, "tokens": s.tokens} for s in sources},
         "notes": checkpoint.notes,
     }
 
 
-def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path]:
+def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path | Sequence[Path]]:
     config, file = find_config(checkpoint.path)
     merged = replace(
         options,

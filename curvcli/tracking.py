@@ -115,11 +115,8 @@ def _measured(
     if (entry := cache.get(key)) is not None:
         # The same content may have been measured elsewhere.
         place = {"path": str(opened.checkpoint.path)}
-        data = {"path": str(opened.shard.path)}
-        moved = {
-            "checkpoint": entry.report.checkpoint.model_copy(update=place),
-            "data": entry.report.data.model_copy(update=data),
-        }
+        data = opened.data(entry.report.data.loss)
+        moved = {"checkpoint": entry.report.checkpoint.model_copy(update=place), "data": data}
         return Entry(entry.report.model_copy(update=moved), entry.directions), "cached", None
     analysis = opened.measure(progress, before)
     entry = Entry(analysis.report, analysis.directions)

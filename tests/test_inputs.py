@@ -160,7 +160,7 @@ def test_text_needs_and_uses_the_tokenizer(llama: Path, tmp_path: Path) -> None:
 def test_config_is_found_upward_and_flags_win(samples: Path, tmp_path: Path, run: Path) -> None:
     config, file = find_config(run)
     assert file is not None
-    assert (config.tokens, config.data) == (256, file.parent / "data/shard.bin")
+    assert (config.tokens, config.data) == (256, (file.parent / "data/shard.bin",))
     (run.parent / "pyproject.toml").write_text('[tool.curv]\ntokens = 128\ndata = "../data/shard.bin"\n')
     assert find_config(run)[0].tokens == 128
     report = analyze_checkpoint(run, Options(tokens=192, sequence_length=32, max_hvps=3))

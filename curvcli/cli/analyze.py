@@ -35,6 +35,7 @@ def analyze(
         Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
     ],
     data: options.Data = None,
+    sample: options.SampleOption = None,
     tokens: options.Tokens = None,
     sequence_length: options.SequenceLength = None,
     batch_size: options.BatchSize = None,
@@ -76,6 +77,7 @@ def analyze(
                 checkpoint,
                 progress,
                 data=data,
+                sample=sample.value if sample else None,
                 tokens=tokens,
                 sequence_length=sequence_length,
                 batch_size=batch_size,
@@ -108,9 +110,7 @@ def inspect(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
     ],
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Shard of training data. Default: from curv.toml.")
-    ] = None,
+    data: options.Data = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what `curv analyze` would read. Reads headers, computes nothing."""

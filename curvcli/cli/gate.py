@@ -88,7 +88,9 @@ def gate(
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="As 90, 120s or 2m; imports count.", rich_help_panel=MEASURING)
     ] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Data shard.", rich_help_panel=MEASURING)] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Training data; repeatable.", rich_help_panel=MEASURING)
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="To average over.", rich_help_panel=MEASURING)] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.", rich_help_panel=MEASURING)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=MEASURING)] = None,

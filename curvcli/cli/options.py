@@ -20,11 +20,20 @@ class HvpMode(StrEnum):
     forward = "forward"
 
 
+class Sample(StrEnum):
+    """Which windows of the data."""
+
+    first = "first"
+    spread = "spread"
+    random = "random"
+
+
 Data = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Shard of training data: .bin (uint16), .npy, .safetensors, or text. Default: from curv.toml."
-    ),
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Training data, a file or a pattern; repeatable.  [default: from curv.toml]"),
+]
+SampleOption = Annotated[
+    Sample | None, typer.Option(metavar="HOW", help="Which windows of the data: first, spread or random.  [default: first]")
 ]
 Tokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Predictions to average over.  [default: 8192]")]
 SequenceLength = Annotated[

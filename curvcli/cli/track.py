@@ -40,6 +40,7 @@ class CompareFormat(StrEnum):
 def track(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or a pattern in quotes.")],
     data: options.Data = None,
+    sample: options.SampleOption = None,
     tokens: options.Tokens = None,
     sequence_length: options.SequenceLength = None,
     batch_size: options.BatchSize = None,
@@ -77,6 +78,7 @@ def track(
 
             how = Options(
                 data=data,
+                sample=sample.value if sample else None,
                 tokens=tokens,
                 sequence_length=sequence_length,
                 batch_size=batch_size,
