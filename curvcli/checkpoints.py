@@ -160,7 +160,7 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None) -> dict[s
         "context": checkpoint.context,
         "optimizer": checkpoint.optimizer.summary() if checkpoint.optimizer else None,
         "configuration": str(file) if file else None,
-        "data": {str(s.path): {"kind": s.kind, "tokens": s.tokens} for s in sources},
+        "data": [{"path": str(s.path), "kind": s.kind, "tokens": s.tokens} for s in sources],
         "notes": checkpoint.notes,
     }
 

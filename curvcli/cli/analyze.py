@@ -61,6 +61,7 @@ def analyze(
         Format, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
     ] = Format.table,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure a checkpoint's curvature: in full, per layer and over depth, against its edge of stability.
 
@@ -71,7 +72,7 @@ def analyze(
         check_outputs(output, plot)
         from curvcli.progress import reporting
 
-        with reporting(quiet) as progress:
+        with reporting(quiet, verbose) as progress:
             progress("importing torch", 0.0)
             report = _measure(
                 checkpoint,

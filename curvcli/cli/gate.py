@@ -107,6 +107,9 @@ def gate(
     ] = None,
     format: Annotated[Format, typer.Option(help="What stdout gets.", rich_help_panel=OUTPUT)] = Format.text,  # noqa: A002
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=OUTPUT)] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Each step with its time on stderr.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """Hold a checkpoint or a report against rules, for CI: passed, broken or unresolved.
 
@@ -147,7 +150,7 @@ def gate(
             check_outputs(path, None)
         _check_suffixes(outputs)
         seconds = None if budget is None else _seconds(budget)
-        document = _judge(subject, settings, options, report, started, seconds, quiet)
+        document = _judge(subject, settings, options, report, started, seconds, quiet, verbose)
         _write(document, outputs)
         _print(document, format)
         code = document.exit_code
@@ -240,6 +243,7 @@ def _judge(
     started: float,
     seconds: float | None,
     quiet: bool,
+    verbose: bool,
 ) -> Gate:
     from curvcli.gate import decide
     from curvcli.readings import NoReadings, Readings, ReportReadings, track_readings
@@ -262,7 +266,7 @@ def _judge(
     else:
         from curvcli.cli.budget import measure
 
-        report, reason = measure(subject, options, started, seconds, quiet)
+        report, reason = measure(subject, options, started, seconds, quiet, verbose)
         if report is not None and report_to is not None:
             write_whole(report_to, report.to_json().encode())
         readings = NoReadings(reason) if report is None else ReportReadings(report, against, history)

@@ -55,6 +55,7 @@ MaxHvps = Annotated[int, typer.Option(metavar="N", min=3, help="Hessian-vector p
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Of the eigensolver's random start.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the document (JSON) here.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (.png, .svg, .pdf).")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Each step with its time on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 

@@ -61,6 +61,7 @@ def track(
         TrackFormat, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv.")
     ] = TrackFormat.table,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure all checkpoints of a run in step order, and mark where curvature surges.
 
@@ -70,7 +71,7 @@ def track(
         check_outputs(output, plot)
         from curvcli.progress import reporting
 
-        with reporting(quiet) as progress:
+        with reporting(quiet, verbose) as progress:
             progress("importing torch", 0.0)
             from curvcli.cache import FileCache, NoCache
             from curvcli.checkpoints import Options
@@ -123,6 +124,7 @@ def compare(
         CompareFormat, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
     ] = CompareFormat.table,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Show what changed between two checkpoints, layer by layer, as ratios of lambda.
 
@@ -130,7 +132,7 @@ def compare(
     """
     with exit_codes():
         check_outputs(output, None)
-        a, b = _reports(first, second, {"data": data, "tokens": tokens, "lr": lr, "device": device}, quiet)
+        a, b = _reports(first, second, {"data": data, "tokens": tokens, "lr": lr, "device": device}, quiet, verbose)
         from curvcli.compare import compare as compared
         from curvcli.results import write_whole
 
@@ -140,14 +142,14 @@ def compare(
         _print_comparison(found, format)
 
 
-def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool) -> tuple[Report, Report]:
+def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verbose: bool) -> tuple[Report, Report]:
     from curvcli.results import load_report
 
     if first.suffix == ".json" and second.suffix == ".json":
         return load_report(first), load_report(second)
     from curvcli.progress import reporting
 
-    with reporting(quiet) as progress:
+    with reporting(quiet, verbose) as progress:
         progress("importing torch", 0.0)
         from curvcli.checkpoints import Options, open_for_analysis
 

@@ -21,9 +21,11 @@ def show_facts(facts: Mapping[str, Any], console: Console | None = None) -> None
 
 def _rows(table: Table, facts: Mapping[str, Any], indent: str) -> None:
     for key, value in facts.items():
-        if isinstance(value, Mapping) and value:
+        parts = [value] if isinstance(value, Mapping) and value else value if isinstance(value, list) else []
+        if parts and all(isinstance(part, Mapping) for part in parts):
             table.add_row(f"{indent}{key}", "")
-            _rows(table, value, f"{indent}  ")
+            for part in parts:
+                _rows(table, part, f"{indent}  ")
         else:
             table.add_row(f"{indent}{key}", Text(_plain(value)))
 
