@@ -15,8 +15,12 @@ from curvcli.config import find_config
 from curvcli.curvature.hvp import Mode
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.shards import Shard, read_shard
+from curvcli.inputs.architecture import named
+from curvcli.inputs.base import Architecture, Checkpoint
+from curvcli.inputs.examples import Examples
+from curvcli.inputs.own import blamed
+from curvcli.inputs.shards import Shard
+from curvcli.inputs.tasks import loss_for, predictions, prepared, read_data
 from curvcli.measurement import Progress
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import override
@@ -35,6 +39,8 @@ class Options:
     batch_size: int | None = None
     seed: int | None = None
     device: str = "auto"
+    model: str | None = None
+    loss: str = "auto"
     optimizer: str | None = None
     lr: float | None = None
     betas: tuple[float, float] | None = None
@@ -52,24 +58,34 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
     say = progress or (lambda stage, done: None)
     say("reading", 0.0)
     device = _device(options.device)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, _architecture(options.model))
     options, data = _configured(options, checkpoint)
-    shard = read_shard(
+    task, loss = loss_for(options.loss, checkpoint.task)
+    read = read_data(
         data,
         checkpoint,
+        task,
         tokens=options.tokens or DEFAULT_TOKENS,
         sequence_length=options.sequence_length,
     )
     model = checkpoint.model()
     optimizer, lr_source, notes = _optimizer(checkpoint, model, options)
+    shard = prepared(read, task, model, checkpoint, options.seed or 0)
     model.to(device)
-    batches = [b.to(device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+    batches = [_to(b, device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+    with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
+        loss(model, batches[0])
+    if isinstance(read, Shard) and isinstance(shard, Examples):
+        notes["masked-positions"] = (
+            f"{shard.tokens:,} of {len(read.windows) * read.sequence_length:,} positions were replaced by the mask token, "
+            "by the seed, and are what the loss averages over; no special tokens were added"
+        )
     return analyze(
         model,
-        causal_loss,
+        loss,
         batches,
         optimizer,
-        weights=[b.shape[0] * shard.sequence_length for b in batches],
+        weights=[predictions(b, task) for b in batches],
         mode=options.mode,
         tolerance=options.tolerance,
         max_hvps=options.max_hvps,
@@ -97,18 +113,9 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
     )
 
 
-def causal_loss(model: nn.Module, window: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token over windows of shape (batch, sequence + 1), in nats.
-
-    Not the models' own loss: some divide by another count of tokens, and they average batches.
-    """
-    logits = model(input_ids=window[:, :-1], use_cache=False).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-
-
-def inspect_checkpoint(path: Path, data: Path | None = None) -> dict[str, Any]:
+def inspect_checkpoint(path: Path, data: Path | None = None, model: str | None = None) -> dict[str, Any]:
     """`curv inspect`: what would be read, from headers alone. Raises CurvError."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, _architecture(model))
     config, file = find_config(checkpoint.path)
     shard = data or config.data
     sizes = {t.name: _numel(t.shape) for t in checkpoint.tensors}
@@ -116,6 +123,7 @@ def inspect_checkpoint(path: Path, data: Path | None = None) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "architecture": checkpoint.architecture,
+        "task": checkpoint.task,
         "step": checkpoint.step,
         "tensors": len(sizes),
         "values": sum(sizes.values()),
@@ -186,10 +194,18 @@ def _optimizer(
     return override(view, lr=checkpoint.last_lr), "log", {}
 
 
-def _batch_size(shard: Shard, checkpoint: Checkpoint) -> int:
-    """Windows per batch: logits of at most 2^26 values, and at least 4 batches so that prefixes differ."""
-    rows = len(shard.windows)
-    by_memory = max(1, 2**26 // (shard.sequence_length * (checkpoint.vocabulary or 2**16)))
+def _architecture(model: str | None) -> Architecture | None:
+    return named(model) if model is not None else None
+
+
+def _to(batch: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    return batch.to(device) if isinstance(batch, Tensor) else {name: column.to(device) for name, column in batch.items()}
+
+
+def _batch_size(shard: Shard | Examples, checkpoint: Checkpoint) -> int:
+    """Rows per batch: logits of at most 2^26 values, and at least 4 batches so that prefixes differ."""
+    rows = len(shard.windows) if isinstance(shard, Shard) else shard.rows
+    by_memory = max(1, 2**26 // ((shard.sequence_length or 1) * (checkpoint.vocabulary or 2**16)))
     return max(1, min(by_memory, rows // 4))
 
 

@@ -45,7 +45,10 @@ def analyze(
     ],
     data: Annotated[
         Path | None,
-        typer.Option(help="Shard of training data: .bin (uint16), .npy, .safetensors, or text. Default: from curv.toml."),
+        typer.Option(
+            help="Training data: tokens (.bin, .npy, .safetensors), text, or examples with labels (.safetensors, .jsonl). "
+            "Default: from curv.toml."
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Predictions to average over.  [default: 8192]")] = None,
     sequence_length: Annotated[
@@ -61,6 +64,21 @@ def analyze(
     eps: Annotated[float | None, typer.Option(min=0, help="Instead of the checkpoint's.")] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0, help="Instead of the checkpoint's.")] = None,
     momentum: Annotated[float | None, typer.Option(min=0, help="Instead of the checkpoint's (SGD, RMSprop).")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NETWORK",
+            help="Network of the weights: package.module:factory of your own (it is run), or a transformers config.json "
+            "or its directory. Default: the config.json beside the weights.",
+        ),
+    ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="auto (by the architecture), causal-lm, masked-lm, seq2seq, classification, or package.module:function "
+            "of your own (it is run)."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     mode: Annotated[HvpMode, typer.Option(help="How products are made; auto times the exact ones.")] = HvpMode.auto,
     tolerance: Annotated[float, typer.Option(help="Residual over lambda at which an estimate has converged.")] = 0.01,
@@ -95,6 +113,8 @@ def analyze(
                 eps=eps,
                 weight_decay=weight_decay,
                 momentum=momentum,
+                model=model,
+                loss=loss,
                 device=device,
                 mode=mode.value,
                 tolerance=tolerance,
@@ -118,13 +138,17 @@ def inspect(
         Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
     ],
     data: Annotated[Path | None, typer.Option(help="Shard of training data. Default: from curv.toml.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NETWORK", help="package.module:factory, or a transformers config.json or its directory."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what `curv analyze` would read. Reads headers, computes nothing."""
     with exit_codes():
         from curvcli.checkpoints import inspect_checkpoint
 
-        found = inspect_checkpoint(checkpoint, data)
+        found = inspect_checkpoint(checkpoint, data, model)
         if json:
             from curvcli.results import dumps
 
