@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
-from curvcli.inputs.blocks import display, find_blocks, locate
+from curvcli.inputs.blocks import display, find_blocks, locate, survey
 from curvcli.measurement import Directions, Measured, Measurement, Progress, Solved
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, override, prepare
@@ -133,11 +133,16 @@ def examine(
         problem = Problem.create(module, loss, batches, weights)
         metric = _metric(problem, optimizer, lr)
         blocks = locate(module, layers) if layers is not None else find_blocks(module)
+        notes: dict[str, str] = {}
+        if blocks is not None:
+            blocks, notes = survey(problem, blocks)
         solver = Davidson(tolerance=tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
         say = progress or (lambda stage, done: None)
         work = Measurement(problem, metric, blocks, solver, mode, say, start=start, depths=depths)
         found = work.run()
-        report = _Writer(work, found).report(provenance or Provenance(), sum(weights) if weights else None)
+        said = provenance or Provenance()
+        said = replace(said, notes={**said.notes, **notes})
+        report = _Writer(work, found).report(said, sum(weights) if weights else None)
         return Analysis(report, found.directions, _warm_start(found, report))
 
 

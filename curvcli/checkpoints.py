@@ -14,10 +14,15 @@ from curvcli import results
 from curvcli.analysis import Analysis, Estimated, Provenance, examine
 from curvcli.config import find_config
 from curvcli.curvature.hvp import Mode
+from curvcli.curvature.problem import Loss
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.shards import Sample, Shard, find_sources, read_shard
+from curvcli.inputs.architecture import named
+from curvcli.inputs.base import Architecture, Checkpoint, Task
+from curvcli.inputs.examples import Examples
+from curvcli.inputs.own import blamed
+from curvcli.inputs.shards import Sample, Shard, find_sources
+from curvcli.inputs.tasks import loss_for, predictions, prepared, read_data
 from curvcli.measurement import Directions, Progress
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import override
@@ -37,6 +42,8 @@ class Options:
     batch_size: int | None = None
     seed: int | None = None
     device: str = "auto"
+    model: str | None = None
+    loss: str = "auto"
     optimizer: str | None = None
     lr: float | None = None
     betas: tuple[float, float] | None = None
@@ -55,23 +62,34 @@ class Opened:
     """A checkpoint and its data, read and not yet measured. `options` have no configuration left to look up."""
 
     checkpoint: Checkpoint
-    shard: Shard
+    read: Shard | Examples
+    task: Task
+    loss: Loss
     options: Options
 
     def measure(self, progress: Progress | None = None, start: Directions | None = None) -> Analysis:
         """Build the model and measure, from the eigenvectors of another checkpoint where there are any. Raises CurvError."""
-        checkpoint, shard, options = self.checkpoint, self.shard, self.options
+        checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
         optimizer, lr_source, notes = _optimizer(checkpoint, model, options)
+        shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
         model.to(device)
-        batches = [b.to(device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+        batches = [_to(b, device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+        with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
+            self.loss(model, batches[0])
+        if isinstance(self.read, Shard) and isinstance(shard, Examples):
+            positions = len(self.read.windows) * self.read.sequence_length
+            notes["masked-positions"] = (
+                f"{shard.tokens:,} of {positions:,} positions were replaced by the mask token, "
+                "by the seed, and are what the loss averages over; no special tokens were added"
+            )
         return examine(
             model,
-            causal_loss,
+            self.loss,
             batches,
             optimizer,
-            weights=[b.shape[0] * shard.sequence_length for b in batches],
+            weights=[predictions(b, self.task) for b in batches],
             mode=options.mode,
             tolerance=options.tolerance,
             max_hvps=options.max_hvps,
@@ -88,23 +106,29 @@ class Opened:
                     parameters=parameters,
                     layers=layers,
                 ),
-                data=self.data,
+                data=lambda loss: self.data(loss, shard.tokens),
                 lr_source=lr_source,
                 notes={**checkpoint.notes, **notes},
             ),
         )
 
-    def data(self, loss: float) -> results.Data:
-        """What the report says of the data."""
-        shard = self.shard
+    def data(self, loss: float, tokens: int) -> results.Data:
+        """What the report says of the data.
+
+        Args:
+            tokens: predictions, which are fewer than the tokens read where only masked ones count.
+        """
+        read = self.read
+        stream = read if isinstance(read, Shard) else None
+        sources = stream.sources if stream else ()
         return results.Data(
-            path=shard.path,
-            files=[results.DataFile(path=str(s.path), kind=s.kind, tokens=s.tokens) for s in shard.sources],
-            sample=shard.sample,
-            offsets=shard.offsets,
-            tokens=shard.tokens,
-            sequence_length=shard.sequence_length,
-            sha256=shard.sha256,
+            path=str(read.path),
+            files=[results.DataFile(path=str(s.path), kind=s.kind, tokens=s.tokens) for s in sources],
+            sample=stream.sample if stream else "first",
+            offsets=stream.offsets if stream else [],
+            tokens=tokens,
+            sequence_length=read.sequence_length,
+            sha256=read.sha256,
             loss=loss,
         )
 
@@ -112,18 +136,19 @@ class Opened:
 def open_for_analysis(path: Path, options: Options) -> Opened:
     """Headers of a checkpoint, its configuration and its data. Raises CurvError."""
     _device(options.device)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, _architecture(options.model))
     options, data = _configured(options, checkpoint)
-    tokens = options.tokens or DEFAULT_TOKENS
-    shard = read_shard(
+    task, loss = loss_for(options.loss, checkpoint.task)
+    read = read_data(
         data,
         checkpoint,
-        tokens=tokens,
+        task,
+        tokens=options.tokens or DEFAULT_TOKENS,
         sequence_length=options.sequence_length,
         sample=options.sample or "first",
         seed=options.seed or 0,
     )
-    return Opened(checkpoint, shard, options)
+    return Opened(checkpoint, read, task, loss, options)
 
 
 def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> results.Report:
@@ -132,18 +157,9 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
     return open_for_analysis(path, options).measure(progress).report
 
 
-def causal_loss(model: nn.Module, window: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token over windows of shape (batch, sequence + 1), in nats.
-
-    Not the models' own loss: some divide by another count of tokens, and they average batches.
-    """
-    logits = model(input_ids=window[:, :-1], use_cache=False).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-
-
-def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None) -> dict[str, Any]:
+def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: str | None = None) -> dict[str, Any]:
     """`curv inspect`: what would be read, from headers alone. Raises CurvError."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, _architecture(model))
     config, file = find_config(checkpoint.path)
     shard = data or config.data
     sources = find_sources(shard, checkpoint) if shard else ()
@@ -152,6 +168,7 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None) -> dict[s
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "architecture": checkpoint.architecture,
+        "task": checkpoint.task,
         "step": checkpoint.step,
         "tensors": len(sizes),
         "values": sum(sizes.values()),
@@ -222,10 +239,18 @@ def _optimizer(
     return override(view, lr=checkpoint.last_lr), "log", {}
 
 
-def _batch_size(shard: Shard, checkpoint: Checkpoint) -> int:
-    """Windows per batch: logits of at most 2^26 values, and at least 4 batches so that prefixes differ."""
-    rows = len(shard.windows)
-    by_memory = max(1, 2**26 // (shard.sequence_length * (checkpoint.vocabulary or 2**16)))
+def _architecture(model: str | None) -> Architecture | None:
+    return named(model) if model is not None else None
+
+
+def _to(batch: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    return batch.to(device) if isinstance(batch, Tensor) else {name: column.to(device) for name, column in batch.items()}
+
+
+def _batch_size(shard: Shard | Examples, checkpoint: Checkpoint) -> int:
+    """Rows per batch: logits of at most 2^26 values, and at least 4 batches so that prefixes differ."""
+    rows = len(shard.windows) if isinstance(shard, Shard) else shard.rows
+    by_memory = max(1, 2**26 // ((shard.sequence_length or 1) * (checkpoint.vocabulary or 2**16)))
     return max(1, min(by_memory, rows // 4))
 
 

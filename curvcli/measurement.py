@@ -220,7 +220,7 @@ class Measurement:
         if not self.depths:
             return
         restricted += [Solved(self.upto(k), None, skipped=True) for k in range(len(restricted), depths + 1)]
-        if self.blocks:
+        if self.blocks and self.blocks.cut:
             truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), depths)]
             truncated.append(full)
 
@@ -288,7 +288,7 @@ class Measurement:
 
     def truncated(self, full: Solved) -> Iterator[Solved]:
         """The network of the first k blocks alone, up to the full model."""
-        if not self.blocks:
+        if not self.blocks or not self.blocks.cut:
             return
         last: list[Solved] = []
         for depth in range(len(self.layer_names)):

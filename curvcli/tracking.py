@@ -61,12 +61,12 @@ def track_run(
             within("reading", 0.0)
             opened = open_for_analysis(checkpoint, options)
             log = [TrainingStep(step=e.step, loss=e.loss, lr=e.lr) for e in opened.checkpoint.log] or log
-            if shard not in (None, opened.shard.sha256):
+            if shard not in (None, opened.read.sha256):
                 raise InputError(
                     "its tokens are not those of the checkpoints before", hint="give one --data for the whole run"
                 )
             entry, source, warm = _measured(opened, cache, before, within)
-            shard, before = opened.shard.sha256, entry.directions
+            shard, before = opened.read.sha256, entry.directions
             points.append(_point(opened, entry.report, source, warm, points, window, surge_limit))
         except CurvError as error:
             points.append(_failed(checkpoint, error))
@@ -93,7 +93,7 @@ def track_run(
 
 def key_of(opened: Opened) -> str:
     """The cache's name for a measurement: what it is of and how it is made, not where it lies. Raises InputError."""
-    checkpoint, shard = opened.checkpoint, opened.shard
+    checkpoint, shard = opened.checkpoint, opened.read
     try:
         content = checkpoint_digest(checkpoint.path)
     except OSError as error:
@@ -115,7 +115,7 @@ def _measured(
     if (entry := cache.get(key)) is not None:
         # The same content may have been measured elsewhere.
         place = {"path": str(opened.checkpoint.path)}
-        data = opened.data(entry.report.data.loss)
+        data = opened.data(entry.report.data.loss, entry.report.data.tokens)
         moved = {"checkpoint": entry.report.checkpoint.model_copy(update=place), "data": data}
         return Entry(entry.report.model_copy(update=moved), entry.directions), "cached", None
     analysis = opened.measure(progress, before)

@@ -134,7 +134,8 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         "--lr",
     ),
     "unknown architecture": (lambda r: _config(r, model_type="zorro", architectures=["Zorro"]), "zorro"),
-    "no causal language model": (lambda r: _config(r, architectures=["LlamaForSequenceClassification"]), "causal"),
+    "no loss known": (lambda r: _config(r, architectures=["LlamaForQuestionAnswering"]), "no loss is known"),
+    "class of another task": (lambda r: _config(r, architectures=["LlamaForSequenceClassification"]), "examples"),
     "code of its own": (
         lambda r: _config(r, model_type="zorro", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
         "cannot build",

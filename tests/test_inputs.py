@@ -10,13 +10,14 @@ import torch
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from curvcli.checkpoints import Options, analyze_checkpoint, causal_loss
+from curvcli.checkpoints import Options, analyze_checkpoint
 from curvcli.config import find_config
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
 from curvcli.inputs.blocks import find_blocks
 from curvcli.inputs.shards import read_shard
+from curvcli.inputs.tasks import causal_loss
 
 
 def _gradients(checkpoint: Checkpoint, samples: Path) -> tuple[dict, dict]:

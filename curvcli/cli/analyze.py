@@ -47,6 +47,8 @@ def analyze(
     momentum: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's (SGD, RMSprop).")
     ] = None,
+    model: options.Network = None,
+    loss: options.LossOption = "auto",
     device: options.Device = "auto",
     mode: options.ModeOption = options.HvpMode.auto,
     tolerance: options.Tolerance = 0.01,
@@ -88,6 +90,8 @@ def analyze(
                 eps=eps,
                 weight_decay=weight_decay,
                 momentum=momentum,
+                model=model,
+                loss=loss,
                 device=device,
                 mode=mode.value,
                 tolerance=tolerance,
@@ -112,13 +116,14 @@ def inspect(
         Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
     ],
     data: options.Data = None,
+    model: options.Network = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what `curv analyze` would read. Reads headers, computes nothing."""
     with exit_codes():
         from curvcli.checkpoints import inspect_checkpoint
 
-        found = inspect_checkpoint(checkpoint, data)
+        found = inspect_checkpoint(checkpoint, data, model)
         if json:
             from curvcli.results import dumps
 

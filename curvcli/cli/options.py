@@ -45,6 +45,22 @@ OptimizerName = Annotated[
     str | None, typer.Option(metavar="NAME", help="Adam, AdamW, NAdam, SGD, RMSprop, Adagrad, or none for the bare Hessian.")
 ]
 Lr = Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's learning rate.")]
+Network = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NETWORK",
+        help="Network of the weights: package.module:factory of your own (it is run), or a transformers config.json or "
+        "its directory.  [default: the config.json beside the weights]",
+    ),
+]
+LossOption = Annotated[
+    str,
+    typer.Option(
+        metavar="LOSS",
+        help="auto (by the architecture), causal-lm, masked-lm, seq2seq, classification, or package.module:function of "
+        "your own (it is run).",
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
 ModeOption = Annotated[
     HvpMode,

@@ -46,6 +46,8 @@ def track(
     batch_size: options.BatchSize = None,
     optimizer: options.OptimizerName = None,
     lr: options.Lr = None,
+    model: options.Network = None,
+    loss: options.LossOption = "auto",
     device: options.Device = "auto",
     mode: options.ModeOption = options.HvpMode.auto,
     tolerance: options.Tolerance = 0.01,
@@ -85,6 +87,8 @@ def track(
                 batch_size=batch_size,
                 optimizer=optimizer,
                 lr=lr,
+                model=model,
+                loss=loss,
                 device=device,
                 mode=mode.value,
                 tolerance=tolerance,
@@ -118,6 +122,8 @@ def compare(
     data: options.Data = None,
     tokens: options.Tokens = None,
     lr: options.Lr = None,
+    model: options.Network = None,
+    loss: options.LossOption = "auto",
     device: options.Device = "auto",
     output: options.Output = None,
     format: Annotated[  # noqa: A002
@@ -132,7 +138,13 @@ def compare(
     """
     with exit_codes():
         check_outputs(output, None)
-        a, b = _reports(first, second, {"data": data, "tokens": tokens, "lr": lr, "device": device}, quiet, verbose)
+        a, b = _reports(
+            first,
+            second,
+            {"data": data, "tokens": tokens, "lr": lr, "model": model, "loss": loss, "device": device},
+            quiet,
+            verbose,
+        )
         from curvcli.compare import compare as compared
         from curvcli.results import write_whole
 

@@ -7,12 +7,13 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import TensorInfo
@@ -97,6 +98,33 @@ def safetensors_header(path: Path) -> list[TensorInfo]:
             f"{path} cannot be read as safetensors: {_first_line(error)}",
             hint="the file is truncated or damaged: copy it again",
         ) from error
+
+
+def stored(files: Mapping[str, Path]) -> Mapping[str, Tensor]:
+    """Tensors of safetensors files by name, each read when it is asked for. Reading raises InputError."""
+    return _Stored(files)
+
+
+class _Stored(Mapping[str, Tensor]):
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self.files[name]
+        try:
+            with safe_open(path, framework="pt") as handle:
+                return handle.get_tensor(name)  # type: ignore[no-any-return]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be read as safetensors: {_first_line(error)}",
+                hint="the file is truncated or damaged: copy it again",
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from rich.console import Console, Group
 from rich.padding import Padding
@@ -110,13 +111,15 @@ def _depths(report: Report) -> Group | Text:
     table.add_column("depth", justify="right")
     for title in ("restricted lambda", "rho", "truncated lambda", "rho"):
         table.add_column(title, justify="right", no_wrap=True)
-    for kept, cut in zip(report.cumulative.restricted, report.cumulative.truncated, strict=True):
+    for kept, cut in zip_longest(report.cumulative.restricted, report.cumulative.truncated):
         table.add_row(
             str(kept.depth),
             *(
                 cell
                 for e in (kept, cut)
-                for cell in (number(e.eigenvalue), number(e.rho, 3) if e.status == "converged" else e.status)
+                for cell in (
+                    (number(e.eigenvalue), number(e.rho, 3) if e.status == "converged" else e.status) if e else ("", "")
+                )
             ),
         )
     return Group(Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table)
