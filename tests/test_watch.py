@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 
 from curvcli.cli import app
 from curvcli.errors import InputError
+from curvcli.report.fit import fitting, thin
 from curvcli.report.plot_log import plot_log, series
-from curvcli.report.watch import curve, draw, fitting, header, screen, thin
+from curvcli.report.watch import LEAST_NEEDED, TITLES, curve, draw, header, screen
 from curvcli.results import Follower, Log, Record, find_log, load_records
 
 CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
@@ -276,9 +277,9 @@ def test_a_frame_keeps_within_the_terminal(width: int, height: int) -> None:
 def test_a_narrow_table_loses_the_least_needed_columns() -> None:
     cells = [dict.fromkeys(("step", "loss", "lr", "lambda", "rho", "residual", "update", "depth"), "1234567")
              | dict.fromkeys(("HVPs", "seconds", "status"), "12345678")]  # fmt: skip
-    assert len(fitting(cells, 140)) == 11
-    assert "residual" not in fitting(cells, 80)
-    assert fitting(cells, 5) == ["step", "rho", "status"]
+    assert len(fitting(cells, 140, TITLES, LEAST_NEEDED)) == 11
+    assert "residual" not in fitting(cells, 80, TITLES, LEAST_NEEDED)
+    assert fitting(cells, 5, TITLES, LEAST_NEEDED) == ["step", "rho", "status"]
 
 
 def test_series_of_the_picture() -> None:

@@ -67,7 +67,6 @@ def _layers(report: Report, console: Console) -> Table:
     # The bar's end is the threshold unless something is past it: then the tick at 1 shows how far.
     limit = max([*(v for v in values if v is not None), 1.0 if use_rho else 0.0]) or 1.0
     width = max(8, min(40, console.width - 52))
-    solid, tick = ("█", "│") if (console.encoding or "").lower().startswith("utf") else ("#", "|")
     for (name, parameters, estimate), value in zip(rows, values, strict=True):
         style = "bold" if name == "full model" else ""
         table.add_row(
@@ -75,19 +74,21 @@ def _layers(report: Report, console: Console) -> Table:
             f"{parameters:,}" if parameters is not None else "",
             number(estimate.eigenvalue),
             number(estimate.rho, 3) if estimate.status == "converged" else Text(estimate.status, style="yellow"),
-            _bar(value, limit, width, 1.0 if use_rho else None, solid, tick),
+            bar(value, limit, width, 1.0 if use_rho else None, console),
         )
     return table
 
 
-def _bar(value: float | None, limit: float, width: int, edge: float | None, solid: str, tick: str) -> Text:
-    cells = round(max(0.0, value or 0.0) / limit * width)
+def bar(value: float | None, limit: float, width: int, edge: float | None, console: Console) -> Text:
+    """A bar of `width` cells that is full at `limit`, with a tick at the edge; ASCII where the terminal knows no more."""
+    solid, tick = ("█", "│") if (console.encoding or "").lower().startswith("utf") else ("#", "|")
+    cells = min(width, round(max(0.0, value or 0.0) / limit * width))
     colour = "cyan" if edge is None or value is None else "green" if value < 0.8 else "yellow" if value <= 1.25 else "red"
-    bar = Text(solid * cells, style=colour) + Text(" " * (width - cells))
+    drawn = Text(solid * cells, style=colour) + Text(" " * (width - cells))
     if edge is not None and edge <= limit:
         at = min(width, round(edge / limit * width))
-        bar = bar[:at] + Text(tick, style="dim") + bar[at:]
-    return bar
+        drawn = drawn[:at] + Text(tick, style="dim") + drawn[at:]
+    return drawn
 
 
 def _size(estimate: Estimate, use_rho: bool) -> float | None:

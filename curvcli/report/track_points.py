@@ -1,0 +1,97 @@
+"""A track's points as the rows that the table, the CSV, the picture and the page all draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from curvcli.results import Estimate, Report, Track, TrackPoint
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint's numbers. None is "not known"; what `certified` denies must not be relied on.
+
+    Args:
+        place: where it stands on the axis of steps; None where its step is not known and others' are.
+        certified: whether lambda and rho of the full model converged.
+        low, high: the bracket of rho on the data behind the shard.
+        ratio: learning rate over the critical one of the next update.
+    """
+
+    point: TrackPoint
+    place: int | None
+    certified: bool
+    eigenvalue: float | None = None
+    threshold: float | None = None
+    rho: float | None = None
+    low: float | None = None
+    high: float | None = None
+    ratio: float | None = None
+    lr: float | None = None
+
+    @property
+    def report(self) -> Report | None:
+        return self.point.report
+
+    @property
+    def verdict(self) -> str:
+        """The report's, or "failed"."""
+        return self.point.report.verdict if self.point.report else "failed"
+
+    @property
+    def label(self) -> str:
+        """What the row is called."""
+        return f"step {self.point.step:,}" if self.point.step is not None else self.point.checkpoint
+
+
+def rows(track: Track) -> list[Row]:
+    """A row per point, in the track's order."""
+    counted = axis(track) == "checkpoint"
+    return [_row(point, number if counted else point.step) for number, point in enumerate(track.points, 1)]
+
+
+def axis(track: Track) -> str:
+    """What points are drawn over: "step", or "checkpoint", their number, where a measured one has no step."""
+    unknown = any(point.step is None for point in track.points if point.report is not None)
+    return "checkpoint" if unknown or all(point.step is None for point in track.points) else "step"
+
+
+def newest(track: Track) -> TrackPoint | None:
+    """The last point that was measured; None where none was."""
+    return next((point for point in reversed(track.points) if point.report is not None), None)
+
+
+def layer_names(track: Track) -> list[str]:
+    """The layers of all reports, in order of depth, each name once."""
+    return list(dict.fromkeys(layer.name for point in track.points if point.report for layer in point.report.layers))
+
+
+def certified(estimate: Estimate) -> bool:
+    """Whether its value may be relied on."""
+    return estimate.status == "converged" and estimate.eigenvalue is not None
+
+
+def saved(track: Track) -> tuple[int, int, int] | None:
+    """What warm starts saved: products from them, products without, over how many checkpoints; None without any."""
+    counted = [point.warm_start for point in track.points if point.warm_start and point.warm_start.converged]
+    if not counted:
+        return None
+    return sum(start.hvps for start in counted), sum(start.cold_hvps for start in counted), len(counted)
+
+
+def _row(point: TrackPoint, place: int | None) -> Row:
+    report = point.report
+    if report is None:
+        return Row(point, place, certified=False)
+    return Row(
+        point,
+        place,
+        certified=certified(report.full),
+        eigenvalue=report.full.eigenvalue,
+        threshold=report.optimizer.threshold,
+        rho=report.full.rho,
+        low=report.generalisation.rho_low,
+        high=report.generalisation.rho_high,
+        ratio=report.update.ratio,
+        lr=report.optimizer.lr,
+    )
