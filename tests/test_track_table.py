@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from tracks import asset, at, course, failed, track
 
-from curvcli.report.track_plot import plot_track, series
+from curvcli.report.track_plot import plot_track
+from curvcli.report.track_points import series
 from curvcli.report.track_table import show, to_csv
 from curvcli.results import Track, TrackPoint, TrainingStep
 

@@ -13,10 +13,11 @@ from curvcli.cli.app import app, check_outputs, exit_codes
 @app.command(
     epilog="Examples:\n\n"
     "`curv report report.json -o report.html`\n\n"
+    "`curv report track.json -o track.html`\n\n"
     "`curv analyze ckpt/ -o report.json && curv report report.json > report.html`"
 )
 def report(
-    document: Annotated[Path, typer.Argument(help="What curv analyze -o wrote; a schedule too.")],
+    document: Annotated[Path, typer.Argument(help="What curv analyze, track or schedule wrote with -o.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here.  [default: stdout]")] = None,
 ) -> None:
     """Turn a document into one self-contained HTML file: no network, light and dark, fit for print."""

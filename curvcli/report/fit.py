@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 Points = list[tuple[int, float]]
+# Above this rho a linear axis would press the edge to the floor.
+LOG_ABOVE = 5.0
 
 
 def plain(text: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from math import nan
+from collections.abc import Sequence
 
 import matplotlib
 
@@ -13,56 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from curvcli.report.fit import thin
+from curvcli.report.fit import LOG_ABOVE
 from curvcli.report.frame import number
-from curvcli.report.track_points import Row, axis, newest, rows
+from curvcli.report.track_points import Series, axis, newest, series
 from curvcli.results import Track
 
 BLUE, ORANGE, RED, GREY = "#1f4e9c", "#c2641a", "#b3261e", "#5b6676"
-# Above this rho a linear axis would press the edge to the floor.
-LOG_ABOVE = 5.0
 LONGEST = 60  # characters of the list of surges
-Series = tuple[list[int], list[float]]
-
-
-def series(track: Track) -> dict[str, Series]:
-    """What is drawn, each as places on the axis and values.
-
-    Lines break (NaN) where there is no value, those of rho and lambda where it is not certified; "rho?" and
-    "lambda?" are those that are not to be relied on. "low" and "high" bracket rho on the data behind the shard,
-    "surges" are values of rho, and at the places of "failed" nothing could be measured. "lr" and "loss" are of the
-    run's log, and where it has none of the checkpoints.
-    """
-    found = [(row.place, row) for row in rows(track) if row.place is not None]
-
-    def line(value: Callable[[Row], float | None], certified: bool = True) -> Series:
-        values = [value(row) if row.certified is certified else None for _, row in found]
-        return [place for place, _ in found], [nan if y is None else y for y in values]
-
-    def pick(value: Callable[[Row], float | None], wanted: Callable[[Row], bool] = lambda row: True) -> Series:
-        kept = [(place, y) for place, row in found if wanted(row) and (y := value(row)) is not None]
-        return [place for place, _ in kept], [y for _, y in kept]
-
-    bracketed = [(place, row) for place, row in found if row.certified and row.low is not None and row.high is not None]
-    places = [place for place, _ in bracketed]
-    # The log counts steps: it has no place on an axis of checkpoints.
-    log = track.log if axis(track) == "step" else []
-    rates = [(entry.step, entry.lr) for entry in log if entry.lr is not None]
-    losses = [(entry.step, entry.loss) for entry in log if entry.loss is not None]
-    return {
-        "rho": line(lambda row: row.rho),
-        "rho?": pick(lambda row: row.rho, lambda row: not row.certified),
-        "low": (places, [row.low for _, row in bracketed if row.low is not None]),
-        "high": (places, [row.high for _, row in bracketed if row.high is not None]),
-        "surges": pick(lambda row: row.rho, lambda row: row.point.surged),
-        "failed": pick(lambda row: 0.0, lambda row: row.report is None),
-        "lambda": line(lambda row: row.eigenvalue),
-        "lambda?": pick(lambda row: row.eigenvalue, lambda row: not row.certified),
-        "threshold": pick(lambda row: row.threshold),
-        "ratio": ([place for place, _ in found], [nan if row.ratio is None else row.ratio for _, row in found]),
-        "lr": _unzip(rates) if rates else pick(lambda row: row.lr),
-        "loss": _unzip(losses) if losses else pick(lambda row: row.point.training_loss),
-    }
 
 
 def plot_track(track: Track, suffix: str) -> bytes:
@@ -164,8 +120,3 @@ def _surges(places: Sequence[int]) -> str:
         return ""
     text = f"{'surge' if len(places) == 1 else 'surges'} at {', '.join(f'{place:,}' for place in places)}"
     return text if len(text) <= LONGEST else f"{len(places)} surges, {places[0]:,} to {places[-1]:,}"
-
-
-def _unzip(points: list[tuple[int, float]]) -> Series:
-    kept = thin(points, 1000)
-    return [x for x, _ in kept], [y for _, y in kept]

@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.report.fit import Points, fitting, plain, thin
+from curvcli.report.fit import LOG_ABOVE, Points, fitting, plain, thin
 from curvcli.report.frame import number
 from curvcli.report.table import COLOURS
 from curvcli.results import Log, Record
@@ -20,8 +20,6 @@ from curvcli.verdict import STABLE_BELOW, UNSTABLE_ABOVE, classify
 # Columns of the table, and the order in which a narrow terminal loses them.
 TITLES = ("step", "loss", "lr", "lambda", "rho", "residual", "update", "depth", "HVPs", "seconds", "status")
 LEAST_NEEDED = ("residual", "HVPs", "seconds", "update", "lambda", "lr", "depth", "loss")
-# Above this rho a linear axis would press the edge to the floor.
-LOG_ABOVE = 5.0
 _ASCII = str.maketrans("┌┐└┘─│├┤┬┴┼", "++++-|+++++")
 
 
