@@ -86,7 +86,9 @@ def test_csv_and_markdown(samples: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(curv(*arguments, "csv").stdout)))
     assert [r["part"] for r in rows] == ["full"] + ["layer"] * 4 + ["restricted"] * 5 + ["truncated"] * 5
     assert all(float(r["eigenvalue"]) > 0 for r in rows)
-    text = curv(*arguments, "markdown").stdout
+    done = curv(*arguments, "markdown")
+    assert done.stderr == "", "--quiet"
+    text = done.stdout
     assert text.startswith("## curv: ")
     assert "| full | full model |" in text
 

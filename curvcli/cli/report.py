@@ -1,4 +1,4 @@
-"""`curv report`: a document as a page to read and to send."""
+"""`curv report` and `curv schema`: a document as a page to read and to send, and what documents look like."""
 
 from __future__ import annotations
 
@@ -31,3 +31,12 @@ def report(
             write_whole(output, text.encode())
         else:
             typer.echo(text, nl=False)
+
+
+@app.command(epilog="Example:\n\n`curv schema report > curv.report.schema.json`")
+def schema(document: Annotated[str, typer.Argument(help="report, track, schedule, curvature or gate")]) -> None:
+    """Print the JSON Schema of a document that curv writes."""
+    with exit_codes():
+        from curvcli.results import dumps, json_schema
+
+        typer.echo(dumps(json_schema(document)), nl=False)

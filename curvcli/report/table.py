@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group
-from rich.padding import Padding
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.report.fit import plain
 from curvcli.report.frame import number
-from curvcli.results import Estimate, Report
+from curvcli.results import Estimate, Finding, Report
 
 COLOURS = {"stable": "green", "edge": "yellow", "unstable": "red", "unresolved": "magenta"}
 SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}
@@ -16,14 +16,15 @@ SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}
 
 def show(report: Report, console: Console) -> None:
     """Print verdict, layers, depths, findings and cost; readable at 60 columns."""
-    console.print(_head(report), _layers(report, console), _depths(report), _findings(report), _foot(report), sep="\n")
+    findings = map(finding_line, report.findings)
+    console.print(_head(report), _layers(report, console), *_depths(report), Text(""), *findings, _foot(report), sep="\n")
 
 
 def _head(report: Report) -> Text:
     checkpoint, optimizer = report.checkpoint, report.optimizer
     colour = COLOURS[report.verdict]
     text = Text()
-    text.append(f"{checkpoint.path}", style="bold")
+    text.append(plain(checkpoint.path), style="bold")
     step = f"step {checkpoint.step:,}, " if checkpoint.step is not None else ""
     text.append(
         f"\n{step}{checkpoint.parameters:,} parameters, {report.data.tokens:,} tokens, loss {report.data.loss:.3f}\n"
@@ -70,7 +71,7 @@ def _layers(report: Report, console: Console) -> Table:
     for (name, parameters, estimate), value in zip(rows, values, strict=True):
         style = "bold" if name == "full model" else ""
         table.add_row(
-            Text(name, style=style),
+            Text(plain(name), style=style),
             f"{parameters:,}" if parameters is not None else "",
             number(estimate.eigenvalue),
             number(estimate.rho, 3) if estimate.status == "converged" else Text(estimate.status, style="yellow"),
@@ -95,9 +96,9 @@ def _size(estimate: Estimate, use_rho: bool) -> float | None:
     return estimate.rho if use_rho else estimate.eigenvalue
 
 
-def _depths(report: Report) -> Group | Text:
+def _depths(report: Report) -> list[Text | Table]:
     if not report.cumulative.restricted:
-        return Text("")
+        return []
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("depth", justify="right")
     for title in ("restricted lambda", "rho", "truncated lambda", "rho"):
@@ -111,15 +112,12 @@ def _depths(report: Report) -> Group | Text:
                 for cell in (number(e.eigenvalue), number(e.rho, 3) if e.status == "converged" else e.status)
             ),
         )
-    return Group(Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table)
+    return [Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table]
 
 
-def _findings(report: Report) -> Group:
-    lines = [Text("")]
-    for finding in report.findings:
-        head = Text(f"{finding.code}: ", style=SEVERITIES[finding.severity])
-        lines.append(Padding(head + Text(finding.message, style=""), (0, 0, 0, 0)))  # type: ignore[arg-type]
-    return Group(*lines)
+def finding_line(finding: Finding) -> Text:
+    """A finding's code in the colour of its severity, and what it says in the terminal's own."""
+    return Text.assemble((f"{plain(finding.code)}: ", SEVERITIES[finding.severity]), plain(finding.message))
 
 
 def _foot(report: Report) -> Text:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from curvcli.report.fit import fitting, plain
 from curvcli.report.frame import number
-from curvcli.report.table import COLOURS, SEVERITIES, bar
+from curvcli.report.table import COLOURS, bar, finding_line
 from curvcli.report.track_points import Row, certified, layer_names, newest, rows, saved
 from curvcli.results import Report, Track
 
@@ -27,7 +27,8 @@ LONGEST = 4.0
 def show(track: Track, console: Console) -> None:
     """Print where the run stands, a line per checkpoint, findings and cost; readable at 60 columns."""
     found = rows(track)
-    console.print(_head(track), _table(found, console), *_notes(found, track), *_findings(track), _foot(track), sep="\n")
+    findings = [Text(""), *map(finding_line, track.findings)] if track.findings else []
+    console.print(_head(track), _table(found, console), *_notes(found, track), *findings, _foot(track), sep="\n")
 
 
 def to_csv(track: Track) -> str:
@@ -162,14 +163,7 @@ def _notes(found: list[Row], track: Track) -> list[Text]:
     for row in found:
         if row.point.message:
             style = "red" if row.report is None else "yellow"
-            lines.append(Text(f"{plain(row.label)}: ", style=style) + Text(plain(row.point.message), style="not dim"))
-    return [Text(""), *lines] if lines else []
-
-
-def _findings(track: Track) -> list[Text]:
-    lines = [
-        Text(f"{plain(f.code)}: ", style=SEVERITIES[f.severity]) + Text(plain(f.message), style="") for f in track.findings
-    ]
+            lines.append(Text.assemble((f"{plain(row.label)}: ", style), plain(row.point.message)))
     return [Text(""), *lines] if lines else []
 
 
