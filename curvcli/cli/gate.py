@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvcli.cli.app import app, check_outputs, exit_codes
+from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -328,7 +327,7 @@ def _write(document: Gate, outputs: list[Path]) -> None:
 def _print(document: Gate, format: Format) -> None:  # noqa: A002
     from curvcli.report.gate import GATE
 
-    try:
+    with readers_may_leave():  # who must not turn a broken rule into exit code 0, nor a passed one into 1
         if format is Format.text:
             from rich.console import Console
 
@@ -337,8 +336,6 @@ def _print(document: Gate, format: Format) -> None:  # noqa: A002
             show(document, Console())
         else:
             typer.echo(GATE[format.value].render(document), nl=False)
-    except BrokenPipeError:  # a reader that has gone must not turn a broken rule into exit code 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if format is Format.github and summary:
         try:

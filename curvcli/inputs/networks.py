@@ -116,7 +116,7 @@ def build(configuration: Path, task: Task, weights: Path | None = None) -> nn.Mo
         )
     if weights is not None:
         check_finite(model)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def twice_differentiable(model: nn.Module) -> None:
