@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from curvcli.errors import CurvError, UsageError
 from curvcli.measurement import Directions
@@ -27,7 +26,7 @@ DEFAULT_SIZE = 2**30
 
 @dataclass(frozen=True)
 class Entry:
-    """A report and the eigenvectors that the next checkpoint starts from; None where they were too large to keep."""
+    """A report and the eigenvector that the next checkpoint starts from; None where it was too large to keep."""
 
     report: Report
     directions: Directions | None
@@ -89,7 +88,7 @@ class FileCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                content = _written(entry.directions) if entry.directions is not None else b""
+                content = _written(entry.directions) if entry.directions else b""
                 if content and len(content) <= self.size / 4:
                     write_whole(vectors, content)
                 write_whole(report, entry.report.to_json().encode())
@@ -137,20 +136,12 @@ def cache_key(**parts: Any) -> str:
 
 
 def _written(directions: Directions) -> bytes:
-    tensors: dict[str, Tensor] = {}
-    for part, direction in (("full", directions.full), *((str(i), layer) for i, layer in enumerate(directions.layers))):
-        tensors |= {f"{part}/{name}": tensor.detach().cpu().contiguous() for name, tensor in direction.items()}
-    return save(tensors, metadata={"layers": str(len(directions.layers))})
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in directions.items()})
 
 
 def _read(path: Path) -> Directions:
     with safe_open(path, framework="pt") as handle:
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key in handle.keys():  # noqa: SIM118 - not iterable itself
-            part, name = key.split("/", 1)
-            parts.setdefault(part, {})[name] = handle.get_tensor(key)
-        layers: list[Mapping[str, Tensor]] = [parts.get(str(i), {}) for i in range(int(handle.metadata()["layers"]))]
-    return Directions(parts.get("full", {}), tuple(layers))
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not iterable itself
 
 
 def _size(text: str | None) -> int:

@@ -57,7 +57,7 @@ class Opened:
     options: Options
 
     def measure(self, progress: Progress | None = None, start: Directions | None = None) -> Analysis:
-        """Build the model and measure, from the eigenvectors of another checkpoint where there are any. Raises CurvError."""
+        """Build the model and measure, from the eigenvector of another checkpoint where there are any. Raises CurvError."""
         checkpoint, shard, options = self.checkpoint, self.shard, self.options
         device = _device(options.device)
         model = checkpoint.model()

@@ -1,4 +1,4 @@
-"""A run over its checkpoints: each measured from the eigenvectors of the one before, or taken from the cache."""
+"""A run over its checkpoints: each measured from the eigenvector of the one before, or taken from the cache."""
 
 from __future__ import annotations
 

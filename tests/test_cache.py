@@ -11,17 +11,13 @@ import torch
 
 from curvcli.cache import Entry, FileCache, cache_key, checkpoint_digest
 from curvcli.errors import UsageError
-from curvcli.measurement import Directions
 from curvcli.results import load_report
 
 ASSET = next((Path(__file__).resolve().parent / "assets").glob("calm-60*.report.json"))
 
 
 def entry(size: int = 1000) -> Entry:
-    def direction() -> dict[str, torch.Tensor]:
-        return {"a.weight": torch.arange(size, dtype=torch.float32), "b": torch.ones(2, 3)}
-
-    return Entry(load_report(ASSET), Directions(direction(), (direction(), {})))
+    return Entry(load_report(ASSET), {"a.weight": torch.arange(size, dtype=torch.float32), "b": torch.ones(2, 3)})
 
 
 def test_what_is_kept_comes_back_bit_equal(tmp_path: Path) -> None:
@@ -33,12 +29,8 @@ def test_what_is_kept_comes_back_bit_equal(tmp_path: Path) -> None:
     assert found.report == kept.report
     assert found.directions is not None
     assert kept.directions is not None
-    assert len(found.directions.layers) == 2
-    before = (kept.directions.full, *kept.directions.layers)
-    after = (found.directions.full, *found.directions.layers)
-    for mine, theirs in zip(before, after, strict=True):
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    assert found.directions.keys() == kept.directions.keys()
+    assert all(torch.equal(found.directions[n], kept.directions[n]) for n in kept.directions)
     assert cache.get("other") is None
 
 

@@ -11,14 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from curvcli.cache import FileCache, NoCache
-from curvcli.checkpoints import Options, analyze_checkpoint
+from curvcli.checkpoints import Options, analyze_checkpoint, open_for_analysis
+from curvcli.curvature.hvp import HVP
 from curvcli.errors import InputError
 from curvcli.inputs import find_checkpoints
+from curvcli.measurement import Measurement, Solved
 from curvcli.readings import surge_of, track_readings
 from curvcli.report.track_plot import course, plot_track
 from curvcli.report.track_table import to_csv
@@ -81,6 +85,32 @@ def test_a_warm_start_finds_what_a_cold_one_does(tracked: tuple[Track, Path], ca
         assert a.status == b.status == "converged"
         # Layers are solved to 3 %: the value's error goes with the square of that over the gap.
         assert a.eigenvalue == pytest.approx(b.eigenvalue, rel=2e-2)
+
+
+def test_a_start_that_is_no_longer_the_top_is_found_out(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eigenvectors crossed: a solve that starts from the old one converges to the lower eigenvalue."""
+    solve = Measurement.solve
+    stuck: list[Solved] = []
+
+    def stay(self: Measurement, hvp: HVP, names: list[str], start: Any = ()) -> Solved:
+        found = solve(self, hvp, names, start)
+        if self.both is None and start and not stuck:
+            assert found.extremes is not None
+            assert found.extremes.top is not None
+            low = replace(found.extremes.top, value=found.extremes.top.value / 2)
+            found = replace(found, extremes=replace(found.extremes, top=low))
+            stuck.append(found)
+        return found
+
+    opened = open_for_analysis(calm / "checkpoint-10", OPTIONS)
+    cold = opened.measure()
+    monkeypatch.setattr(Measurement, "solve", stay)
+    warm = opened.measure(start=cold.directions)
+    assert len(stuck) == 1
+    assert warm.warm_start is not None
+    assert not warm.warm_start.converged
+    # The report goes on from the random start's, as if no other had been given.
+    assert warm.report.tokens == cold.report.tokens
 
 
 def test_a_second_call_measures_nothing(tracked: tuple[Track, Path], calm: Path) -> None:

@@ -124,7 +124,7 @@ def compare(
 ) -> None:
     """Show what changed between two checkpoints, layer by layer, as ratios of lambda.
 
-    Checkpoints are measured on the same tokens, the second from the eigenvectors of the first.
+    Checkpoints are measured on the same tokens, the second from the eigenvector of the first.
     """
     with exit_codes():
         check_outputs(output, None)
