@@ -126,8 +126,8 @@ def examine(
     provenance: Provenance | None = None,
 ) -> Analysis:
     """`analyze`, from the eigenvector of another checkpoint (`start`), with its own in the result."""
-    if tolerance <= 0 or max_hvps < 3:
-        raise UsageError("tolerance must be positive and max_hvps at least 3", hint="the defaults are 0.01 and 100")
+    if not 0 < tolerance < 1 or max_hvps < 3:  # NaN too; a residual of lambda's size certifies nothing
+        raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
     with measurable(module):
         problem = Problem.create(module, loss, batches, weights)

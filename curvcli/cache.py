@@ -111,8 +111,9 @@ class FileCache:
         kept = set()
         for report in reports:
             files = [p for p in self._files(report.stem) if p.is_file()]
-            total += sum(p.stat().st_size for p in files)
-            if total <= self.size:
+            size = sum(p.stat().st_size for p in files)
+            if total + size <= self.size:  # one that is larger than all takes no others with it
+                total += size
                 kept |= set(files)
         for file in self.folder.iterdir():
             if file not in kept and file.name != ".lock":
@@ -121,13 +122,33 @@ class FileCache:
 
 def checkpoint_digest(path: Path) -> str:
     """SHA-256 over the names and contents of a checkpoint's files, wherever it lies. Raises OSError."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     digest = hashlib.sha256()
-    for file in files:
-        name = file.name if file == path else file.relative_to(path).as_posix()
+    for name, file in _files_of(path):
         with file.open("rb") as stream:
             digest.update(json.dumps([name, hashlib.file_digest(stream, "sha256").hexdigest()]).encode())
     return digest.hexdigest()
+
+
+def checkpoint_stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a checkpoint's files: differs where one was written in between. Raises OSError."""
+    stats = [(name, file.stat()) for name, file in _files_of(path)]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _files_of(path: Path) -> list[tuple[str, Path]]:
+    """A checkpoint's files by their names inside it, linked directories too."""
+    if path.is_file():
+        return [(path.name, path)]
+    seen: set[Path] = set()
+    found = []
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:  # a link back
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in names]
+    return sorted((p.relative_to(path).as_posix(), p) for p in found if p.is_file())
 
 
 def cache_key(**parts: Any) -> str:

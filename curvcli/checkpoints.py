@@ -101,9 +101,9 @@ class Opened:
 
 def open_for_analysis(path: Path, options: Options) -> Opened:
     """Headers of a checkpoint, its configuration and its data. Raises CurvError."""
-    _device(options.device)
+    device = str(_device(options.device))
     checkpoint = open_checkpoint(path)
-    options, data = _configured(options, checkpoint)
+    options, data = _configured(replace(options, device=device), checkpoint)
     tokens = options.tokens or DEFAULT_TOKENS
     shard = read_shard(data, checkpoint, tokens=tokens, sequence_length=options.sequence_length)
     return Opened(checkpoint, shard, options)
