@@ -17,7 +17,7 @@ from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
 from curvcli.inputs.blocks import display, find_blocks, locate, survey
-from curvcli.measurement import Directions, Measured, Measurement, Progress, Solved
+from curvcli.measurement import Directions, Measured, Measurement, Progress, Solved, missed
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, override, prepare
 from curvcli.verdict import explain, judge
@@ -125,9 +125,9 @@ def examine(
     start: Directions | None = None,
     provenance: Provenance | None = None,
 ) -> Analysis:
-    """`analyze`, from the eigenvectors of another checkpoint (`start`), with its own in the result."""
-    if tolerance <= 0 or max_hvps < 3:
-        raise UsageError("tolerance must be positive and max_hvps at least 3", hint="the defaults are 0.01 and 100")
+    """`analyze`, from the eigenvector of another checkpoint (`start`), with its own in the result."""
+    if not 0 < tolerance < 1 or max_hvps < 3:  # NaN too; a residual of lambda's size certifies nothing
+        raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
     with measurable(module):
         problem = Problem.create(module, loss, batches, weights)
@@ -147,16 +147,16 @@ def examine(
 
 
 def _warm_start(found: Measured, report: results.Report) -> results.WarmStart | None:
-    if found.cold is None or found.cold.extremes is None:
+    if found.both is None:
         return None
-    share, warm = found.ladder[0]
-    if warm.extremes is None:
+    warm, cold = found.both
+    if warm.extremes is None or cold.extremes is None:
         return None
     return results.WarmStart(
-        tokens=round(share * report.data.tokens),
+        tokens=round(found.ladder[0][0] * report.data.tokens),
         hvps=warm.extremes.products,
-        cold_hvps=found.cold.extremes.products,
-        converged=warm.converged and found.cold.converged,
+        cold_hvps=cold.extremes.products,
+        converged=warm.converged and cold.converged and not missed(warm, cold),
     )
 
 

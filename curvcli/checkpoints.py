@@ -135,9 +135,9 @@ class Opened:
 
 def open_for_analysis(path: Path, options: Options) -> Opened:
     """Headers of a checkpoint, its configuration and its data. Raises CurvError."""
-    _device(options.device)
+    device = str(_device(options.device))
     checkpoint = open_checkpoint(path, _architecture(options.model))
-    options, data = _configured(options, checkpoint)
+    options, data = _configured(replace(options, device=device), checkpoint)
     task, loss = loss_for(options.loss, checkpoint.task)
     read = read_data(
         data,

@@ -131,3 +131,12 @@ def check_outputs(output: Path | None, plot: Path | None) -> None:
             raise UsageError(f"cannot write {path}: {reason}", hint="choose another place")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"cannot draw to {plot}", hint="end the name in .png, .svg or .pdf")
+
+
+def starts_as_json(path: Path) -> bool:
+    """Whether a file begins as a JSON object does; checkpoints are directories, zip archives or pickles."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(64).lstrip().startswith(b"{")
+    except OSError:
+        return False

@@ -169,7 +169,7 @@ class _Settings:
         self.tolerance: float = self.of("regression-tolerance", 1.0)[0]
         self.unresolved: Any = self.of("unresolved", "report")[0]
         compared = [rule.name for rule in self.rules if rule.name in ("max-surge", "max-regression")]
-        if subject is not None and _schema(subject) == TRACK and "max-surge" in compared:
+        if "max-surge" in compared and subject is not None and _schema(subject) == TRACK:
             compared.remove("max-surge")  # it has its own past to be compared with
         if compared and self.baseline is None:
             raise UsageError(f"{compared[0]} compares with a baseline, and none is named", hint="pass --baseline FILE")

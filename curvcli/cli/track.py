@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from curvcli.cli import options
-from curvcli.cli.app import app, check_outputs, exit_codes
+from curvcli.cli.app import app, check_outputs, exit_codes, starts_as_json
+from curvcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from curvcli.results import Comparison, Report, Track
@@ -54,7 +55,9 @@ def track(
     max_hvps: options.MaxHvps = 100,
     seed: options.Seed = None,
     last: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the newest N checkpoints.")] = None,
-    surge: Annotated[float, typer.Option(metavar="X", min=1.01, help="rho over the median before it that is marked.")] = 2.0,
+    surge: Annotated[
+        float, typer.Option(metavar="X", min=1.01, max=1e9, help="rho over the median before it that is marked.")
+    ] = 2.0,
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Certified points that the median is over.")] = 5,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure all, and keep nothing.")] = False,
     output: options.Output = None,
@@ -134,7 +137,7 @@ def compare(
 ) -> None:
     """Show what changed between two checkpoints, layer by layer, as ratios of lambda.
 
-    Checkpoints are measured on the same tokens, the second from the eigenvectors of the first.
+    Checkpoints are measured on the same tokens, the second from the eigenvector of the first.
     """
     with exit_codes():
         check_outputs(output, None)
@@ -155,30 +158,43 @@ def compare(
 
 
 def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verbose: bool) -> tuple[Report, Report]:
+    from curvcli.progress import reporting
     from curvcli.results import load_report
 
-    if first.suffix == ".json" and second.suffix == ".json":
+    documents = [_is_report(path) for path in (first, second)]
+    if all(documents):
+        if flag := next((name for name, value in given.items() if value not in (None, "auto")), None):
+            raise UsageError(f"--{flag} is for checkpoints, and both are reports", hint=f"drop --{flag}")
         return load_report(first), load_report(second)
-    from curvcli.progress import reporting
-
     with reporting(quiet, verbose) as progress:
         progress("importing torch", 0.0)
         from curvcli.checkpoints import Options, open_for_analysis
 
         start, reports = None, []
-        for i, path in enumerate((first, second)):
-            if path.suffix == ".json":
+        for i, (path, is_report) in enumerate(zip((first, second), documents, strict=True)):
+            if is_report:
                 reports.append(load_report(path))
                 continue
 
-            def within(stage: str, done: float, place: int = i) -> None:
-                progress(f"{(first, second)[place].name}: {stage}", (place + done) / 2)
+            def within(stage: str, done: float, place: int = i, name: str = path.name) -> None:
+                progress(f"{name}: {stage}", (place + done) / 2)
 
             within("reading", 0.0)
             analysis = open_for_analysis(path, Options(**given, depths=False)).measure(within, start)
             start = analysis.directions
             reports.append(analysis.report)
     return reports[0], reports[1]
+
+
+def _is_report(path: Path) -> bool:
+    """Whether this is a document, by its content or its name. Raises InputError where it is another than a report."""
+    from curvcli.results import schema_of
+
+    if path.is_dir() or not (path.suffix == ".json" or starts_as_json(path)):
+        return False
+    if (schema := schema_of(path)) != "curv.report/1":
+        raise InputError(f"{path} is {schema or 'no document of curv'}, no report", hint="give reports or checkpoints")
+    return True
 
 
 def _print_track(found: Track, format: TrackFormat) -> None:  # noqa: A002

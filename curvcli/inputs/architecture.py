@@ -19,9 +19,14 @@ _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 def beside(path: Path) -> Architecture | None:
     """The transformers architecture whose config.json lies in a checkpoint's directory or up to two above it."""
+    found = config_beside(path)
+    return configured(found.parent) if found else None
+
+
+def config_beside(path: Path) -> Path | None:
+    """The config.json that says which network a checkpoint is of, where it has none of its own in another form."""
     start = path if path.is_dir() else path.parent
-    found = next((d for d in (start, *start.absolute().parents[:2]) if (d / "config.json").is_file()), None)
-    return configured(found) if found else None
+    return next((d / "config.json" for d in (start, *start.absolute().parents[:2]) if (d / "config.json").is_file()), None)
 
 
 def named(spec: str) -> Architecture:

@@ -48,6 +48,7 @@ def to_csv(found: Comparison) -> str:
 def to_markdown(found: Comparison) -> str:
     """For a merge request."""
     lines = [f"## curv: {escape(found.first.path)} against {escape(found.second.path)}", ""]
+    lines += [f"- {letter}: {_facts(x)}, {x.verdict}" for letter, x in (("A", found.first), ("B", found.second))] + [""]
     lines += ["| part | lambda A | lambda B | ratio | rho A | rho B | ratio |", "|---|--:|--:|--:|--:|--:|--:|"]
     for change in found.changes:
         values = [number(change.first), number(change.second), _times(change.ratio)]
@@ -71,6 +72,11 @@ def _style(change: Change) -> str:
 
 def _side(letter: str, side: Side) -> Text:
     text = Text(f"{letter} ", style="bold").append(plain(side.path), style="bold")
-    step = f"step {side.step:,}, " if side.step is not None else ""
-    text.append(f"\n  {step}loss {number(side.loss)}, lr {number(side.lr, 3)}, ", style="not bold")
+    text.append(f"\n  {_facts(side)}, ", style="not bold")
     return text.append(side.verdict, style=COLOURS[side.verdict])
+
+
+def _facts(side: Side) -> str:
+    step = f"step {side.step:,}, " if side.step is not None else ""
+    update = f", update ratio {number(side.update_ratio, 3)}" if side.update_ratio is not None else ""
+    return f"{step}loss {number(side.loss)}, lr {number(side.lr, 3)}{update}"
