@@ -351,7 +351,7 @@ def test_killed_and_started_again(calm: Path, tmp_path: Path, tracked: tuple[Tra
     track = load_track(tmp_path / "track.json")
     assert [p.source for p in track.points] == ["cached", "measured"]
     assert without_cost(track) == without_cost(tracked[0])
-    assert "1 from the cache" in done.stdout
+    assert "1 measured, 1 cached" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     gate = subprocess.run(
         [*CURV, "gate", str(tmp_path / "track.json"), "--max-rho", "50", "--max-surge", "2", "--format", "json"],
