@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from curvcli.analysis import Estimated, analyze
     from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
+    from curvcli.inputs.optimizer_file import save_optimizer
     from curvcli.results import Report
     from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
@@ -28,12 +29,14 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "analyze",
+    "save_optimizer",
 ]
 
 _HOME = {
     "analyze": "analysis",
     "Estimated": "analysis",
     "Report": "results",
+    "save_optimizer": "inputs.optimizer_file",
     "ArchitectureWarmup": "training",
     "CurvatureTracker": "training",
     "CurvError": "errors",

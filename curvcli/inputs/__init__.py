@@ -8,20 +8,24 @@ from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint, CheckpointReader
 from curvcli.inputs.dcp import DCPReader
 from curvcli.inputs.dcp_safetensors import DCPSafetensorsReader
+from curvcli.inputs.deepspeed import DeepSpeedReader
 from curvcli.inputs.fsdp import FSDPReader
 from curvcli.inputs.huggingface import HuggingFaceReader
-from curvcli.inputs.nanogpt import NanoGPTReader
+from curvcli.inputs.megatron import MegatronReader
 from curvcli.inputs.runs import checkpoints_of, step_of
+from curvcli.inputs.torchfile import TorchFileReader
 
 __all__ = ["READERS", "find_checkpoints", "open_checkpoint", "step_of"]
 
 # The first that accepts a path reads it: what is recognised by more stands before what is recognised by less.
 READERS: tuple[CheckpointReader, ...] = (
+    MegatronReader(),
+    DeepSpeedReader(),
     FSDPReader(),
     DCPReader(),
     HuggingFaceReader(),
     DCPSafetensorsReader(),
-    NanoGPTReader(),
+    TorchFileReader(),
 )
 
 
@@ -30,8 +34,8 @@ def find_checkpoints(path: Path) -> list[Path]:
     found = checkpoints_of(path, lambda candidate: any(reader.accepts(candidate) for reader in READERS))
     if not found:
         raise InputError(
-            f"{path} holds no checkpoint (no checkpoint-N, no config.json, no ckpt.pt)",
-            hint="point at a transformers checkpoint, a run directory, or a nanoGPT ckpt.pt",
+            f"{path} holds no checkpoint that is known (no checkpoint-N, config.json, .metadata, global_stepN, .pt, .ckpt, ...)",
+            hint="docs/checkpoints.md has the formats; point at a checkpoint or a run directory",
         )
     return found
 
@@ -47,5 +51,5 @@ def open_checkpoint(path: Path, architecture: Architecture | None = None) -> Che
         if reader.accepts(found):
             return reader.read(found, architecture)
     raise InputError(
-        f"{found} is in no known checkpoint format", hint="known: transformers directories and nanoGPT .pt files"
+        f"{found} is in no known checkpoint format", hint="docs/checkpoints.md has the formats"
     )

@@ -15,6 +15,7 @@ from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile,
 from curvcli.inputs.bounds import inside
 from curvcli.inputs.mapping import map_state, matrix_order, single_order, summary, trainer_order
 from curvcli.inputs.networks import build
+from curvcli.inputs.optimizer_file import OPTIMIZER_FILE, read_optimizer
 from curvcli.inputs.safe import load_pickle, read_json, safetensors_header, stored
 
 INDEX = "model.safetensors.index.json"
@@ -48,6 +49,8 @@ class HuggingFaceReader:
                 lambda: summary(load_pickle(optimizer, meta=True), optimizer),
             )
             if optimizer.exists()
+            else read_optimizer(path / OPTIMIZER_FILE)
+            if (path / OPTIMIZER_FILE).exists()
             else None,
             step=integer(state, "global_step"),
             vocabulary=described.vocabulary,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from curvcli.errors import InputError
 from curvcli.inputs.base import TensorInfo
 from curvcli.inputs.bounds import check_document, check_legacy, check_zip
+from curvcli.inputs.foreign import stand_ins
 
 _JSON_LIMIT = 64 * 2**20
 
@@ -25,8 +26,10 @@ _JSON_LIMIT = 64 * 2**20
 def load_pickle(path: Path, *, meta: bool = False) -> Any:
     """A torch.save file, with weights_only always; `meta` reads shapes without data.
 
+    Settings and the like of well-known packages, which trainers put beside the weights, come as `foreign.Foreign`.
+
     Raises:
-        InputError: missing, truncated, not a torch file, or holding anything but tensors and plain data.
+        InputError: missing, truncated, not a torch file, or holding anything but tensors, plain data and those.
     """
     _refuse_pointer(path)
     zipped = _is_zip(path)
@@ -53,7 +56,7 @@ def load_bytes(data: bytes, where: object) -> Any:
 
 def _load(source: Path | io.BytesIO, where: object, size: int, **settings: Any) -> Any:
     try:
-        document = torch.load(source, weights_only=True, **settings)
+        document = _restricted(source, settings)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)|global:? ?[`']?([\w.]+)|type ([\w.]+)", str(error))
         what = next((g for g in named.groups() if g), None) if named else None
@@ -69,6 +72,19 @@ def _load(source: Path | io.BytesIO, where: object, size: int, **settings: Any) 
         ) from error
     check_document(document, where, size)
     return document
+
+
+def _restricted(source: Path | io.BytesIO, settings: dict[str, Any]) -> Any:
+    try:
+        return torch.load(source, weights_only=True, **settings)
+    except pickle.UnpicklingError:
+        inert = stand_ins(source)
+        if not inert:
+            raise
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    with torch.serialization.safe_globals(inert):
+        return torch.load(source, weights_only=True, **settings)
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,100 @@
+"""Objects of foreign classes in a pickle: read as inert records of what the file says of them, never as the objects."""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# Packages whose objects trainers put beside the weights: settings, enumerations, loss scalers, random states. Classes
+# of a training script itself are __main__'s.
+_PACKAGES = frozenset(
+    ("__main__", "accelerate", "deepspeed", "lightning", "lightning_fabric", "megatron", "numpy", "omegaconf", "pathlib")
+) | {"pytorch_lightning", "transformers"}
+# From modules that can act, single names. The built-in types are what a typed configuration says its entries are.
+_NAMES = frozenset(
+    ["argparse.Namespace", "types.SimpleNamespace", "typing.Any", "_codecs.encode"]
+    + [f"datetime.{name}" for name in ("date", "datetime", "timedelta", "timezone")]
+    + [f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")]
+)
+_MOST = 256
+
+
+class Foreign:
+    """What stands in a file where it has an object of a foreign class.
+
+    Whatever the file wants done with the class (call it, make an instance, set its state) makes one of these and runs
+    none of the class's code, for the class is never looked up.
+
+    Attributes:
+        arguments: what the file would have called the class with.
+        attributes: what it would have set on the instance.
+    """
+
+    name = "object"
+
+    def __new__(cls, *arguments: Any) -> Foreign:
+        made = object.__new__(cls)
+        made.arguments = arguments
+        made.attributes = {}
+        return made
+
+    arguments: tuple[Any, ...]
+    attributes: dict[Any, Any]
+
+    def __init__(self, *arguments: Any) -> None:
+        """Nothing more: pickle calls this or not, as the file likes."""
+
+    def __setstate__(self, state: Any) -> None:
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.attributes.update(part)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, not loaded>"
+
+
+def stand_ins(source: Path | io.BytesIO) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """An inert class for every foreign one that a torch file names, as `torch.serialization.safe_globals` takes them.
+
+    The rule: a class is stood in for where its package is one of those above, or its full name is. Everything else that
+    torch does not itself allow (os, subprocess, builtins.eval, functools, any package not listed) is left to torch, which
+    refuses the file. The rule protects nothing by itself, since a stand-in cannot act whatever its name; it keeps a file
+    that was made to act from being read as if it were a good one.
+    """
+    found = {name for name in _globals(source) if name.partition(".")[0] in _PACKAGES or name in _NAMES}
+    if len(found) > _MOST:
+        return []
+    return [(type("Foreign", (Foreign,), {"name": name}), name) for name in sorted(found)]
+
+
+def _globals(source: Path | io.BytesIO) -> set[str]:
+    """Names of all classes and functions in the pickles of a torch file, as torch understands them."""
+    found: set[str] = set()
+    try:
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                for record in archive.namelist():
+                    if record.endswith(".pkl"):
+                        _collect(io.BytesIO(archive.read(record)), found)
+        elif isinstance(source, Path):
+            with source.open("rb") as stream:
+                for _ in range(
+                    5
+                ):  # the form before zip: a magic number, a version, the system, the document, keys of its data
+                    _collect(stream, found)
+    except Exception:  # a damaged pickle: what torch said of it stands
+        return set()
+    return found
+
+
+def _collect(stream: BinaryIO, found: set[str]) -> None:
+    for operation, argument, _ in pickletools.genops(stream):
+        if operation.name == "GLOBAL" and isinstance(argument, str):
+            module, _, name = argument.partition(" ")
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            found.add(f"{module}.{name}")
