@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,10 @@ from curvcli.curvature.hvp import Mode
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
+from curvcli.inputs.evidence import Evidence, choose, contradictions, gather
+from curvcli.inputs.mapping import AmbiguousStateError
 from curvcli.inputs.shards import Shard, read_shard
+from curvcli.inputs.soundness import state_findings, weight_findings
 from curvcli.measurement import Progress
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import override
@@ -61,8 +65,15 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
         sequence_length=options.sequence_length,
     )
     model = checkpoint.model()
-    optimizer, lr_source, notes = _optimizer(checkpoint, model, options)
+    found = weight_findings(model)
     model.to(device)
+
+    def evidence() -> Evidence:
+        # Up to 32 gradients, of windows that are measured anyway.
+        windows = shard.windows[: max(1, 8192 // shard.sequence_length)]
+        return gather(model, causal_loss, [w.to(device) for w in windows.split(max(1, len(windows) // 32))])
+
+    optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
     batches = [b.to(device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
     return analyze(
         model,
@@ -93,6 +104,7 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
             ),
             lr_source=lr_source,
             notes={**checkpoint.notes, **notes},
+            findings=tuple(found),
         ),
     )
 
@@ -142,7 +154,11 @@ def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path
 
 
 def _optimizer(
-    checkpoint: Checkpoint, model: nn.Module, options: Options
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    options: Options,
+    evidence: Callable[[], Evidence],
+    found: list[results.Finding],
 ) -> tuple[OptimizerView | Estimated | None, Literal["checkpoint", "log", "option", "none"], dict[str, str]]:
     given: dict[str, Any] = {
         "lr": options.lr,
@@ -171,8 +187,15 @@ def _optimizer(
                 hint="give a checkpoint with optimizer state, or --optimizer adamw",
             )
         return Estimated({"betas": (0.9, 0.999), "eps": 1e-8, **given}), lr_source, {}
-    view = checkpoint.optimizer.view(model)
+    gradients = evidence()
+    try:
+        view = checkpoint.optimizer.view(model)
+    except AmbiguousStateError as error:
+        view, finding = choose(error, gradients)
+        found.append(finding)
     view = override(replace(view, name=name) if name else view, **given)
+    found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)
+    found += contradictions(view, gradients, checkpoint.optimizer.path)
     if options.lr is not None:
         return view, "option", {}
     rates = [group.number("lr") for group in view.groups]
