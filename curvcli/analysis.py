@@ -38,6 +38,7 @@ class Provenance:
     data: Callable[[float], results.Data] | None = None
     lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"] = "optimizer"
     notes: dict[str, str] = field(default_factory=dict)
+    findings: tuple[results.Finding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,13 @@ class _Writer:
             ),
             versions=results.Versions.installed(),
         )
-        findings = explain(report, idle=self.metric.idle, left_out=len(self.metric.left_out), notes=provenance.notes)
+        findings = explain(
+            report,
+            idle=self.metric.idle,
+            left_out=len(self.metric.left_out),
+            notes=provenance.notes,
+            given=provenance.findings,
+        )
         return report.model_copy(update={"findings": findings})
 
     def generalisation(self, full: results.Estimate) -> results.Generalisation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,12 @@ from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.architecture import named
 from curvcli.inputs.base import Architecture, Checkpoint, Task
+from curvcli.inputs.evidence import Evidence, choose, contradictions, gather
 from curvcli.inputs.examples import Examples
+from curvcli.inputs.mapping import AmbiguousStateError
 from curvcli.inputs.own import blamed
 from curvcli.inputs.shards import Sample, Shard, find_sources
+from curvcli.inputs.soundness import state_findings, weight_findings
 from curvcli.inputs.tasks import loss_for, predictions, prepared, read_data
 from curvcli.measurement import Directions, Progress
 from curvcli.optimizers.base import Group, OptimizerView
@@ -72,12 +75,20 @@ class Opened:
         checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
-        optimizer, lr_source, notes = _optimizer(checkpoint, model, options)
+        found = weight_findings(model)
         shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
         model.to(device)
+
+        def evidence() -> Evidence:
+            # Up to 32 gradients, of rows that are measured anyway.
+            rows = max(1, 8192 // (shard.sequence_length or 1))
+            parts = shard.batches(max(1, rows // 32))[:32]
+            return gather(model, self.loss, [_to(part, device) for part in parts])
+
         batches = [_to(b, device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
         with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
             self.loss(model, batches[0])
+        optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
         if isinstance(self.read, Shard) and isinstance(shard, Examples):
             positions = len(self.read.windows) * self.read.sequence_length
             notes["masked-positions"] = (
@@ -109,6 +120,7 @@ class Opened:
                 data=lambda loss: self.data(loss, shard.tokens),
                 lr_source=lr_source,
                 notes={**checkpoint.notes, **notes},
+                findings=tuple(found),
             ),
         )
 
@@ -195,7 +207,11 @@ def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path
 
 
 def _optimizer(
-    checkpoint: Checkpoint, model: nn.Module, options: Options
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    options: Options,
+    evidence: Callable[[], Evidence],
+    found: list[results.Finding],
 ) -> tuple[OptimizerView | Estimated | None, Literal["checkpoint", "log", "option", "none"], dict[str, str]]:
     given: dict[str, Any] = {
         "lr": options.lr,
@@ -224,8 +240,15 @@ def _optimizer(
                 hint="give a checkpoint with optimizer state, or --optimizer adamw",
             )
         return Estimated({"betas": (0.9, 0.999), "eps": 1e-8, **given}), lr_source, {}
-    view = checkpoint.optimizer.view(model)
+    gradients = evidence()
+    try:
+        view = checkpoint.optimizer.view(model)
+    except AmbiguousStateError as error:
+        view, finding = choose(error, gradients)
+        found.append(finding)
     view = override(replace(view, name=name) if name else view, **given)
+    found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)
+    found += contradictions(view, gradients, checkpoint.optimizer.path)
     if options.lr is not None:
         return view, "option", {}
     rates = [group.number("lr") for group in view.groups]

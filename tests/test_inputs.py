@@ -185,6 +185,7 @@ def test_a_layer_that_never_moved_is_empty_not_safe(run: Path) -> None:
     for index, name in enumerate(matrices + vectors):
         if ".layers.3." in name:
             document["state"][index]["exp_avg_sq"].zero_()
+            document["state"][index]["exp_avg"].zero_()
     torch.save(document, run / "optimizer.pt")
     report = analyze_checkpoint(run, Options())
     assert (report.layers[3].status, report.layers[3].eigenvalue) == ("empty", None)

@@ -34,7 +34,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     found = checkpoints_of(path, lambda candidate: any(reader.accepts(candidate) for reader in READERS))
     if not found:
         raise InputError(
-            f"{path} holds no checkpoint that is known (no checkpoint-N, config.json, .metadata, global_stepN, .pt, .ckpt, ...)",
+            f"{path} holds no checkpoint that is known (checkpoint-N, config.json, .metadata, .pt, .ckpt, ...)",
             hint="docs/checkpoints.md has the formats; point at a checkpoint or a run directory",
         )
     return found
@@ -50,6 +50,4 @@ def open_checkpoint(path: Path, architecture: Architecture | None = None) -> Che
     for reader in READERS:
         if reader.accepts(found):
             return reader.read(found, architecture)
-    raise InputError(
-        f"{found} is in no known checkpoint format", hint="docs/checkpoints.md has the formats"
-    )
+    raise InputError(f"{found} is in no known checkpoint format", hint="docs/checkpoints.md has the formats")
