@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import subprocess
 import sys
@@ -53,6 +52,13 @@ def _differences(problem: Problem, tangents: list[Tensor], step: float) -> Tenso
     for p, data in zip(parameters, kept, strict=True):
         p.data = data
     return (above - below) / (2 * step)
+
+
+def test_the_documentation_lists_what_is_tested() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs/models.md").read_text()
+    listed = re.search(r"included:\n\n(.*?)\n\n", text, re.DOTALL)
+    assert listed is not None
+    assert {name.strip() for name in listed[1].replace("\n", " ").split(",")} == set(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -230,7 +236,7 @@ class Indexed(nn.Module):
 def test_what_cannot_be_cut_has_no_truncated_curve() -> None:
     torch.manual_seed(0)
     case = CASES["llama"]()
-    report = analyze(Indexed(), LOSSES["causal-lm"], [case.batch(4, s) for s in (1, 2)])
+    report = analyze(Indexed(), lambda m, b: m(b).square().mean(), [case.batch(4, s) for s in (1, 2)])
     assert report.cumulative.truncated == []
     assert [e.status for e in report.cumulative.restricted] == ["converged"] * 3
     assert "no-truncation" in [f.code for f in report.findings]
@@ -308,7 +314,7 @@ def test_a_model_from_outside(tmp_path: Path) -> None:
             }
             stream.write(json.dumps(row) + "\n")
     report = analyze_checkpoint(folder, Options(data=tmp_path / "reactions.jsonl", optimizer="none"))
-    assert report.data.loss < 0.6 * math.log(591)
+    assert report.data.loss < 0.5  # ln 591 = 6.4 is chance
     assert (report.checkpoint.layers, round(report.checkpoint.parameters, -3)) == (1, 736_000)
     assert report.full.status == report.layers[0].status == "converged"
     assert "used 12 times" in next(f.message for f in report.findings if f.code == "shared-layers")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from curvcli.cli import app
+from curvcli.curvature.problem import Problem
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.architecture import named
@@ -53,6 +54,10 @@ def broken():
 
 def text():
     return "a network"
+
+class Raising(Net):
+    def forward(self, tokens):
+        raise KeyError("width")
 
 def small():
     net = Net()
@@ -98,6 +103,7 @@ def test_labels_of_a_causal_model_are_shifted_and_ignored() -> None:
         own = model(**columns).loss.item()
         assert causal_loss(model, columns).item() == pytest.approx(own, rel=1e-5)
     assert predictions(columns, "causal-lm") == 3 * 4
+    assert predictions({**columns, "labels": window}, "causal-lm") == 3 * 7
     assert predictions(window, "causal-lm") == 3 * 7
 
 
@@ -200,6 +206,18 @@ def test_padding_does_not_change_the_loss(tmp_path: Path) -> None:
 def _apart(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     """safetensors refuses tensors that share memory."""
     return {name: column.clone().contiguous() for name, column in columns.items()}
+
+
+def test_batches_count_by_their_labels(tmp_path: Path) -> None:
+    """One label in the first row and four in the second: the mean over batches is the mean over labels."""
+    case = CASES["bert"]()
+    ids = torch.randint(1, VOCABULARY, (2, 4), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, 1:] = -100
+    examples = read_examples(_save(input_ids=ids, labels=labels)(tmp_path), predictions=100)
+    batches = examples.batches(1)
+    problem = Problem.create(case.build(), labelled_loss, batches, [predictions(b, "masked-lm") for b in batches])
+    assert problem.mean_loss() == pytest.approx(labelled_loss(problem.model, examples.columns).item(), rel=1e-6)
 
 
 def _save(**columns: Tensor) -> Callable[[Path], Path]:
@@ -325,11 +343,12 @@ def test_masked_lm(tmp_path: Path) -> None:
 def test_seq2seq(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(1, VOCABULARY, (16, n), generator=draw) for n in (7, 5))
+    labels[:8, 2:] = -100  # batches of unequal weight
     case = CASES["t5"]()
     model, data = _saved(case, tmp_path, input_ids=ids, labels=labels)
     report = _analyze(model, "--data", data, "--optimizer", "none")
     _converged(report, 2)
-    assert (report["data"]["tokens"], report["data"]["sequence_length"]) == (80, 7)
+    assert (report["data"]["tokens"], report["data"]["sequence_length"]) == (56, 7)
     with torch.no_grad():
         own = case.build()(input_ids=ids, labels=labels).loss.item()
     assert report["data"]["loss"] == pytest.approx(own, rel=1e-4)
@@ -413,6 +432,7 @@ def test_inspect_names_the_task_and_builds_nothing(own: Path) -> None:
         (["--model", "mynets:constant"], "is a int"),
         (["--model", "mynets:broken"], "ValueError: no such size"),
         (["--model", "mynets:text"], "gave a str"),
+        (["--model", "mynets:Raising"], "the forward pass of mynets:Raising failed: KeyError: 'width'"),
         (["--model", "mynets:small"], "head.weight has shape (19, 8)"),
         (["--model", "mynets:nn.Identity"], "none of the model's"),
         (["--model", "mynets:tiny", "--loss", "mynets:no_loss"], "returned a float"),
