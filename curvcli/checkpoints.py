@@ -271,10 +271,12 @@ def _to(batch: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dic
 
 
 def _batch_size(shard: Shard | Examples, checkpoint: Checkpoint) -> int:
-    """Rows per batch: logits of at most 2^26 values, and at least 4 batches so that prefixes differ."""
-    rows = len(shard.windows) if isinstance(shard, Shard) else shard.rows
+    """Rows per batch: logits of at most 2^26 values, pixels of 2^22, and at least 4 batches so that prefixes differ."""
+    rows, pixels = len(shard.windows) if isinstance(shard, Shard) else shard.rows, 1
+    if isinstance(shard, Examples):
+        pixels = max([1, *(column[0].numel() for column in shard.columns.values() if column.is_floating_point())])
     by_memory = max(1, 2**26 // ((shard.sequence_length or 1) * (checkpoint.vocabulary or 2**16)))
-    return max(1, min(by_memory, rows // 4))
+    return max(1, min(by_memory, 2**22 // pixels, rows // 4))
 
 
 def _device(name: str) -> torch.device:

@@ -162,7 +162,15 @@ CASES: dict[str, Callable[[], Case]] = {
     "t5": lambda: _case(
         "T5",
         "decoder.block",
-        {"vocab_size": VOCABULARY, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2},
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 8,
+            "d_kv": 4,
+            "d_ff": 12,
+            "num_layers": 2,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        },
         head="ForConditionalGeneration",
         task="seq2seq",
     ),

@@ -6,6 +6,12 @@ The oracle is central differences of first-order gradients with all of the model
 from __future__ import annotations
 
 import io
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from curvcli import analyze
+from curvcli.checkpoints import Options, analyze_checkpoint
 from curvcli.curvature.hvp import MODES, build, choose, random_direction
 from curvcli.curvature.problem import Problem, gradient, measurable
 from curvcli.inputs.blocks import find_blocks, stacks, survey
@@ -45,6 +52,13 @@ def _differences(problem: Problem, tangents: list[Tensor], step: float) -> Tenso
     for p, data in zip(parameters, kept, strict=True):
         p.data = data
     return (above - below) / (2 * step)
+
+
+def test_the_documentation_lists_what_is_tested() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs/models.md").read_text()
+    listed = re.search(r"included:\n\n(.*?)\n\n", text, re.DOTALL)
+    assert listed is not None
+    assert {name.strip() for name in listed[1].replace("\n", " ").split(",")} == set(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -222,7 +236,7 @@ class Indexed(nn.Module):
 def test_what_cannot_be_cut_has_no_truncated_curve() -> None:
     torch.manual_seed(0)
     case = CASES["llama"]()
-    report = analyze(Indexed(), LOSSES["causal-lm"], [case.batch(4, s) for s in (1, 2)])
+    report = analyze(Indexed(), lambda m, b: m(b).square().mean(), [case.batch(4, s) for s in (1, 2)])
     assert report.cumulative.truncated == []
     assert [e.status for e in report.cumulative.restricted] == ["converged"] * 3
     assert "no-truncation" in [f.code for f in report.findings]
@@ -269,3 +283,39 @@ def test_analysis(name: str) -> None:
     codes = {f.code for f in report.findings}
     assert ("shared-layers" in codes) == (name == "albert")
     assert ("other-stacks" in codes) == (name == "t5")
+
+
+REACTIONS = (
+    "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F",
+    "C1COCCO1.CC(C)(C)OC(=O)CONC(=O)NCc1cccc2ccccc12.Cl>>O=C(O)CONC(=O)NCc1cccc2ccccc12",
+    "C=CCN=C=S.CNCc1ccc(C#N)cc1.NNC(=O)c1cn2c(n1)CCCC2>>C=CCN1C(C2=CN3CCCCC3=N2)=NN=C1N(C)CC1=CC=C(C#N)C=C1",
+    "CCO.CC(=O)O>>CCOC(C)=O",
+)
+SMILES = r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|\%[0-9]{2}|[0-9])"
+
+
+@pytest.mark.slow
+def test_a_model_from_outside(tmp_path: Path) -> None:
+    """The ALBERT of chemical reactions in the package rxnmapper: nobody here trained it, and it was saved years ago."""
+    command = [sys.executable, "-m", "pip", "download", "rxnmapper==0.4.3", "--no-deps", "-q", "-d", str(tmp_path)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("rxnmapper 0.4.3 could not be downloaded: no package registry")
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path, [n for n in wheel.namelist() if "/models/" in n])
+    folder = next(tmp_path.rglob("config.json")).parent
+    words = {word: i for i, word in enumerate((folder / "vocab.txt").read_text().split("\n"))}
+    with (tmp_path / "reactions.jsonl").open("w") as stream:
+        for reaction in REACTIONS:
+            ids = [words[w] for w in ("[CLS]", *re.findall(SMILES, reaction), "[SEP]")]
+            hidden = [0 < i < len(ids) - 1 and i % 7 == 3 for i in range(len(ids))]
+            row = {
+                "input_ids": [words["[MASK]"] if h else i for i, h in zip(ids, hidden, strict=True)],
+                "labels": [i if h else -100 for i, h in zip(ids, hidden, strict=True)],
+            }
+            stream.write(json.dumps(row) + "\n")
+    report = analyze_checkpoint(folder, Options(data=tmp_path / "reactions.jsonl", optimizer="none"))
+    assert report.data.loss < 0.5  # ln 591 = 6.4 is chance
+    assert (report.checkpoint.layers, round(report.checkpoint.parameters, -3)) == (1, 736_000)
+    assert report.full.status == report.layers[0].status == "converged"
+    assert "used 12 times" in next(f.message for f in report.findings if f.code == "shared-layers")
+    assert [e.status for e in report.cumulative.truncated] == ["converged"] * 2

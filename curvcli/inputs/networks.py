@@ -144,9 +144,9 @@ def _task(name: str | None, *, encoder_decoder: bool) -> Task:
     """
     if name is None or name.endswith("ForConditionalGeneration"):
         return "seq2seq" if encoder_decoder else "causal-lm"
-    if name.endswith("Classification"):
+    if "Classification" in name:
         return "classification"
-    if name.endswith("ForMaskedLM"):
+    if name.endswith(("ForMaskedLM", "WithLMHeadModel")):  # the latter are XLM and its kin
         return "masked-lm"
     return "seq2seq" if encoder_decoder and not name.endswith("ForCausalLM") else "causal-lm"
 

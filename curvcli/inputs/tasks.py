@@ -104,11 +104,11 @@ def read_data(
         if len(listed) > 1 or sample != "first":
             raise UsageError("examples are read from the beginning of one file", hint="give one --data, without --sample")
         path = listed[0]
+        examples = read_examples(path, predictions=tokens, shifted=task == "causal-lm")
         if sequence_length is not None:
             raise UsageError(
-                "--sequence-length cuts tokens, and these are examples", hint="drop it, or take it out of curv.toml"
+                f"--sequence-length cuts tokens, and {path} holds examples", hint="drop it, or take it out of curv.toml"
             )
-        examples = read_examples(path, predictions=tokens, shifted=task == "causal-lm")
         _in_range(examples, checkpoint.vocabulary, checkpoint.context, labels=task != "classification")
         return examples
     # Of a masked language model only some positions are predictions.
@@ -124,10 +124,9 @@ def prepared(data: Shard | Examples, task: Task, model: nn.Module, checkpoint: C
         else:
             found = masked(data, mask_token(model, checkpoint), seed)
     elif task == "seq2seq" and "decoder_input_ids" not in data.columns and "labels" in data.columns:
-        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if shift is None:
-            raise InputError(f"{data.path} has no column decoder_input_ids", hint="this model cannot make it from labels")
-        found = replace(data, columns={**data.columns, "decoder_input_ids": shift(labels=data.columns["labels"])})
+        found = replace(
+            data, columns={**data.columns, "decoder_input_ids": _shifted(model, data.columns["labels"], data.path)}
+        )
     else:
         found = data
     sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -176,6 +175,21 @@ def mask_token(model: nn.Module, checkpoint: Checkpoint) -> int:
         raise InputError(
             f"{checkpoint.path} does not say which token is the mask ({'none' if found is None else found})",
             hint="save the tokenizer beside it, or give examples with masked input_ids and labels (.safetensors, .jsonl)",
+        )
+    return found
+
+
+def _shifted(model: nn.Module, labels: Tensor, path: Path) -> Tensor:
+    """The decoder's inputs by the model's own rule: labels one place later, after its start token."""
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    try:
+        found = make(labels=labels) if make is not None else None
+    except (AttributeError, ValueError, TypeError):  # the configuration has no start token, or no padding token
+        found = None
+    if not isinstance(found, Tensor):
+        raise InputError(
+            f"{path} has no column decoder_input_ids, and the model cannot make it from labels",
+            hint="add the column, or decoder_start_token_id and pad_token_id to config.json",
         )
     return found
 
