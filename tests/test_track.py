@@ -195,6 +195,8 @@ def test_names_without_steps_are_sorted_by_what_the_checkpoints_say(samples: Pat
         (tmp_path / name).mkdir()
         torch.save({**content, "iter_num": step}, tmp_path / name / "ckpt.pt")
     assert [p.parent.name for p in _in_order(find_checkpoints(tmp_path / "*" / "ckpt.pt"))] == ["b", "c", "a"]
+    with pytest.raises(InputError, match=r"b/ckpt\.pt: no data shard"):  # the first that is tried
+        track_run(tmp_path / "*" / "ckpt.pt", Options(), NoCache())
 
 
 def test_a_checkpoint_written_meanwhile_is_not_kept(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +290,17 @@ def test_no_surge_is_over_what_does_not_compare() -> None:
     assert surge([1.0, 1.0, 3.0], data={"sha256": "0" * 64}) is None
 
 
+def test_the_bracket_of_a_surge_is_from_all_residuals() -> None:
+    track = course_of([1.0, 1.0, 3.0])
+    points = []
+    for point, residual in zip(track.points, (0.5, 0.5, 0.3), strict=True):
+        assert point.report is not None
+        full = point.report.full.model_copy(update={"residual": residual * (point.report.optimizer.threshold or 0)})
+        points.append(point.model_copy(update={"report": point.report.model_copy(update={"full": full})}))
+    reading = track_readings(track.model_copy(update={"points": points})).surge()
+    assert (reading.low, reading.high) == (pytest.approx(3.0 / 1.5), pytest.approx(3.3 / 1.0))
+
+
 def test_findings_reach_over_a_failed_point() -> None:
     first, gap, last = course_of([1.0, 1.0, 1.0]).points
     assert first.report is not None
@@ -303,7 +316,7 @@ def test_findings_reach_over_a_failed_point() -> None:
 def test_the_gate_holds_a_track_against_its_own_past() -> None:
     assert track_readings(course_of([1.0, 2.0, 100.0, 3.0])).surge().value == pytest.approx(1.5)
     # Only the window counts, and of it only what is certified.
-    assert track_readings(course_of([9.0, 1.0, 1.0, None, 1.0, 1.0, 1.0, 3.0])).surge().value == pytest.approx(3.0)
+    assert track_readings(course_of([9.0, 9.0, 9.0, 9.0, 1.0, 1.0, None, 1.0, 3.0])).surge().value == pytest.approx(3.0)
     assert "fewer than two" in track_readings(course_of([1.0, 3.0])).surge().reason
     assert "not converged" in track_readings(course_of([1.0, 1.0, 1.0, None])).surge().reason
 
