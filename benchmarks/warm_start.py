@@ -20,7 +20,7 @@ from curvcli.checkpoints import Options, open_for_analysis
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = HERE.parent / "sample_checkpoints"
-TOKENS = 1024
+TOKENS = 512
 
 
 def train(place: Path) -> list[Path]:

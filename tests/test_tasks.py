@@ -26,6 +26,7 @@ from curvcli.inputs.architecture import named
 from curvcli.inputs.examples import holds_examples, read_examples
 from curvcli.inputs.shards import Shard
 from curvcli.inputs.tasks import LOSSES, causal_loss, labelled_loss, masked, predictions
+from curvcli.inputs.tokens import Source
 
 OWN = '''
 import torch
@@ -142,7 +143,7 @@ def test_what_is_no_loss_is_said(output: Any, labels: Tensor, said: str) -> None
 
 def test_masking() -> None:
     ids = torch.randint(19, (40, 21), generator=torch.Generator().manual_seed(0))
-    shard = Shard(Path("s"), ids)
+    shard = Shard(ids, (Source(Path("s"), "tokens", None, lambda n: ids.numpy()),), "first", np.arange(len(ids)))
     first, again, other = (masked(shard, 18, seed) for seed in (0, 0, 1))
     chosen = first.columns["labels"] != -100
     assert (chosen.sum(1) == 3).all()  # 15 % of 20

@@ -92,6 +92,10 @@ def gate(
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="To average over.", rich_help_panel=MEASURING)] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.", rich_help_panel=MEASURING)] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NETWORK", help="As of curv analyze.", rich_help_panel=MEASURING)
+    ] = None,
+    loss: Annotated[str | None, typer.Option(metavar="LOSS", help="As of curv analyze.", rich_help_panel=MEASURING)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=MEASURING)] = None,
     max_hvps: Annotated[int | None, typer.Option(min=3, help="Products per estimate.", rich_help_panel=MEASURING)] = None,
     report: Annotated[
@@ -142,7 +146,15 @@ def gate(
             return
         if subject is None:
             raise UsageError("nothing to judge was given", hint="pass a checkpoint, a run directory or a report")
-        options = {"data": data, "tokens": tokens, "lr": lr, "device": device, "max_hvps": max_hvps}
+        options = {
+            "data": data,
+            "tokens": tokens,
+            "lr": lr,
+            "device": device,
+            "max_hvps": max_hvps,
+            "model": model,
+            "loss": loss,
+        }
         options = {name: value for name, value in options.items() if value is not None}
         outputs = output or []
         for path in [*outputs, *([report] if report else [])]:
