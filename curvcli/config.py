@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -15,6 +16,9 @@ from curvcli.errors import InputError
 Positive = Annotated[int, Field(gt=0)]
 Limit = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 Percent = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # pathlib has taken one of its slashes
 
 
 class _Table(BaseModel):
@@ -110,7 +114,9 @@ def _read(file: Path, table: tuple[str, ...]) -> Config | None:
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{file}: {where}: {first['msg']}", hint=known(error, Config)) from error
     # Only what is set, so that model_fields_set still says what the file holds.
-    update: dict[str, Any] = {"data": tuple(file.parent / path for path in config.data)} if config.data else {}
+    update: dict[str, Any] = (
+        {"data": tuple(p if _URL.match(str(p)) else file.parent / p for p in config.data)} if config.data else {}
+    )
     if config.gate and config.gate.baseline:
         update["gate"] = config.gate.model_copy(update={"baseline": file.parent / config.gate.baseline})
     return config.model_copy(update=update)

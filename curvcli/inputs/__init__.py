@@ -12,6 +12,7 @@ from curvcli.inputs.deepspeed import DeepSpeedReader
 from curvcli.inputs.fsdp import FSDPReader
 from curvcli.inputs.huggingface import HuggingFaceReader
 from curvcli.inputs.megatron import MegatronReader
+from curvcli.inputs.remote import fetched
 from curvcli.inputs.runs import checkpoints_of, step_of
 from curvcli.inputs.torchfile import TorchFileReader
 
@@ -31,6 +32,7 @@ READERS: tuple[CheckpointReader, ...] = (
 
 def find_checkpoints(path: Path) -> list[Path]:
     """The checkpoints of a run directory, a pattern, or the one checkpoint given, in step order. Raises InputError."""
+    path = fetched(path)
     found = checkpoints_of(path, lambda candidate: any(reader.accepts(candidate) for reader in READERS))
     if not found:
         raise InputError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs.base import Checkpoint
+from curvcli.inputs.remote import fetched
 from curvcli.inputs.tokens import Ids, Source, open_source
 
 Sample = Literal["first", "spread", "random"]
@@ -70,7 +71,8 @@ class Shard:
 def find_sources(paths: Path | Sequence[Path], checkpoint: Checkpoint) -> tuple[Source, ...]:
     """The sources that paths and patterns name, recognised by name and header. Raises InputError."""
     found: list[Path] = []
-    for path in [paths] if isinstance(paths, Path) else paths:
+    for given in [paths] if isinstance(paths, Path) else paths:
+        path = fetched(given)
         if path.exists():
             found.append(path)
             continue
