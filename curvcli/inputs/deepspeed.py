@@ -119,10 +119,14 @@ class _Model:
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """What the model's file holds itself: all of it at stage 0, else buffers."""
+        """What the model's file alone holds: all weights at stage 0, those that are frozen at stage 1, and buffers.
+
+        Not the second names of tied weights, which stand here in the precision of the forward pass.
+        """
+        shared = self.head.get("shared_params")
+        elsewhere = {*self.owner, *self.frozen, *(shared if isinstance(shared, dict) else {})}
         module = self.head["module"]
-        kept = self.head.get("buffer_names") if self.shapes else list(module)
-        return {n: module[n] for n in _list(kept) if isinstance(n, str) and isinstance(module.get(n), Tensor)}
+        return {n: t for n, t in module.items() if isinstance(n, str) and isinstance(t, Tensor) and n not in elsewhere}
 
     @property
     def tensors(self) -> list[TensorInfo]:

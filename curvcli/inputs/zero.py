@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,7 +126,11 @@ class Partitions:
 
     def gather(self, group: int, name: str, kind: str) -> Tensor:
         shape = self.shapes[group][name]
-        parts = [self._flat(rank, group, kind)[start : start + numel] for rank, start, numel in self._pieces[group, name]]
+        pieces = self._pieces[group, name]
+        parts = [self._flat(rank, group, kind)[start : start + numel] for rank, start, numel in pieces]
+        for (rank, start, length), (_, following, _) in pairwise([] if self.whole else pieces):
+            if following or start + length < self._flat(rank, group, kind).numel():
+                raise self._wrong(f"the pieces of {name} on its ranks do not meet")
         held, numel = sum(p.numel() for p in parts), prod(shape)
         if not numel <= held < numel + (len(self.files) if self.whole else 1):
             raise self._wrong(f"its files hold {held:,} values of {name}, which has {numel:,}")
