@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from curvcli.checkpoints import Options, analyze_checkpoint, causal_loss
+from curvcli.checkpoints import Options, analyze_checkpoint
 from curvcli.errors import InputError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.evidence import Evidence, choose, contradictions, gather
 from curvcli.inputs.mapping import AmbiguousStateError, map_state, single_order
 from curvcli.inputs.shards import read_shard
 from curvcli.inputs.soundness import state_findings, weight_findings
+from curvcli.inputs.tasks import causal_loss
 from curvcli.optimizers.base import Group, OptimizerView
 
 NAMES = [f"{run}/checkpoint-{step}" for run in ("calm", "hot") for step in (10, 60, 600)] + ["nanogpt/ckpt.pt"]
