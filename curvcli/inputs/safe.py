@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -27,13 +28,16 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
         InputError: missing, truncated, not a torch file, or holding anything but tensors and plain data.
     """
     _refuse_pointer(path)
-    zipped = zipfile.is_zipfile(path)
+    zipped, before = zipfile.is_zipfile(path), _stamp(path)
+    # A file that a running job cuts short while it is mapped kills whoever touches it (SIGBUS), so it is mapped only
+    # where its data is not read or would not fit.
+    mapped = zipped and (meta or before[0] > psutil.virtual_memory().available // 4)
     if zipped:
         check_zip(path)
     else:
         check_legacy(path)
     try:
-        document = torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=zipped or None)
+        document = torch.load(path, map_location="meta" if meta else "cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)|global:? ?[`']?([\w.]+)|type ([\w.]+)", str(error))
         what = next((g for g in named.groups() if g), None) if named else None
@@ -43,10 +47,12 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
             hint="save tensors, numbers and names only",
         ) from error
     except Exception as error:  # a damaged pickle reaches every line of torch's reader
+        _refuse_changed(path, before)
         raise InputError(
             f"{path} cannot be read as a torch file: {_first_line(error) or type(error).__name__}",
             hint="the file is truncated or damaged: copy it again",
         ) from error
+    _refuse_changed(path, before)
     check_document(document, path)
     return document
 
@@ -54,6 +60,8 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
 def read_json(path: Path) -> Any:
     """A JSON file. Raises InputError."""
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is not readable JSON: not a file", hint="check the path")
         if path.stat().st_size > _JSON_LIMIT:
             raise InputError(
                 f"{path} is larger than {_JSON_LIMIT >> 20} MiB", hint="no checkpoint's JSON is: check the file"
@@ -96,7 +104,19 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else ""
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _refuse_changed(path: Path, before: tuple[int, int]) -> None:
+    if not path.exists() or _stamp(path) != before:
+        raise InputError(f"{path} changed while it was read", hint="a job is writing it: run again when it is done")
+
+
 def _refuse_pointer(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a file", hint="check the path")
     try:
         with path.open("rb") as stream:
             head = stream.read(64)

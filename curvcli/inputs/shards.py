@@ -61,6 +61,8 @@ def read_shard(path: Path, checkpoint: Checkpoint, *, tokens: int, sequence_leng
     """
     if not path.exists():
         raise InputError(f"data shard {path} does not exist", hint="give one with --data or in curv.toml")
+    if not path.is_file() and not path.is_dir():
+        raise InputError(f"data shard {path} is not a file", hint="a pipe or device cannot be read twice: save it first")
     reader = _READERS.get(path.suffix.lower(), _text)
     wanted = tokens + tokens // max(1, (sequence_length or 1024)) + 2 * (sequence_length or 1024)
     try:
@@ -112,7 +114,9 @@ def _bin(path: Path, checkpoint: Checkpoint, wanted: int) -> Tokens:
 def _npy(path: Path, checkpoint: Checkpoint, wanted: int) -> Tokens:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python's tokens, and raises what that does
         raise InputError(f"{path} is not a plain .npy array: {error}", hint="save token ids with numpy.save") from error
     return _integers(array, path, wanted)
 
