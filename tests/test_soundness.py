@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from curvcli.analysis import Provenance
 from curvcli.checkpoints import Options, analyze_checkpoint
 from curvcli.errors import InputError
 from curvcli.inputs import open_checkpoint
@@ -206,6 +207,7 @@ DAMAGE = {
     "fractional step": (lambda e: e.__setitem__("step", torch.tensor(9.5)), "took"),
     "step NaN": (lambda e: e.__setitem__("step", torch.tensor(float("nan"))), "took"),
     "step negative": (lambda e: e.__setitem__("step", -3), "took"),
+    "step 0": (lambda e: e.__setitem__("step", torch.tensor(0.0)), "took no step"),
     "step text": (lambda e: e.__setitem__("step", "many"), "took"),
 }
 
@@ -242,6 +244,29 @@ def test_absurd_values_are_findings(run: Path) -> None:
     assert NAME in found[0].message
 
 
+def test_a_step_of_its_own_is_a_finding(run: Path) -> None:
+    _, view = _view(run)
+    view.state[NAME]["step"] = torch.tensor(12.0)
+    assert [f.code for f in state_findings(view, 12, "here")] == ["uneven-steps"]
+    view.state[NAME]["step"] = torch.tensor(3.0)  # so few steps allow less, and the bound itself says so
+    with pytest.raises(InputError, match="first moment that no gradients"):
+        state_findings(view, 10, "here")
+
+
+def test_findings_reach_the_measurement(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (run / "trainer_state.json").read_text()
+    (run / "trainer_state.json").write_text(re.sub(r'"global_step": \d+', '"global_step": 11', text))
+    given: list[object] = []
+
+    def measured(*_: object, provenance: Provenance, **__: object) -> None:
+        given.extend(f.code for f in provenance.findings)
+
+    monkeypatch.setattr("curvcli.checkpoints.analyze", measured)
+    analyze_checkpoint(run, Options())
+    assert given == ["step-mismatch"]
+
+
+@pytest.mark.slow
 def test_findings_reach_the_report(run: Path) -> None:
     text = (run / "trainer_state.json").read_text()
     (run / "trainer_state.json").write_text(re.sub(r'"global_step": \d+', '"global_step": 11', text))

@@ -73,6 +73,8 @@ def find_sources(paths: Path | Sequence[Path], checkpoint: Checkpoint) -> tuple[
     found: list[Path] = []
     for given in [paths] if isinstance(paths, Path) else paths:
         path = fetched(given)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"data shard {path} is not a file", hint="a pipe or device cannot be read twice: save it first")
         if path.exists():
             found.append(path)
             continue

@@ -62,13 +62,16 @@ def state_findings(view: OptimizerView, step: int | None, path: object) -> list[
         step: the checkpoint's own count, where it has one.
 
     Raises:
-        InputError: a second moment is negative, the bound is broken, or a step is no count.
+        InputError: a second moment is negative, the bound is broken, a step is no count, or 0 with moments.
     """
     absurd: list[str] = []
+    counts: set[int] = set()
     owners = [(group, name) for group in view.groups for name in group.names if name in view.state]
     for group, name in owners:
         entry = view.state[name]
         count = _step(entry.get("step"), name, path)
+        if count is not None:
+            counts.add(count)
         v = entry.get("exp_avg_sq")
         if not isinstance(v, Tensor) or not v.is_floating_point() or not v.numel():
             continue
@@ -78,6 +81,11 @@ def state_findings(view: OptimizerView, step: int | None, path: object) -> list[
                 hint="the optimizer state is damaged: use another checkpoint",
             )
         largest = float(v.max())
+        if count == 0 and largest > 0:
+            raise InputError(
+                f"optimizer state in {path} says that {name} took no step, and has its moments",
+                hint="the optimizer state is damaged: use another checkpoint",
+            )
         if largest > _MOMENT_RATIO * _median(v) > 0:
             absurd.append(f"{name} (largest {largest:.3g})")
         m = entry.get("exp_avg")
@@ -90,6 +98,14 @@ def state_findings(view: OptimizerView, step: int | None, path: object) -> list[
                 "absurd-moment",
                 f"{len(absurd)} second moments have entries 10^12 times their median, first {absurd[0]}: a damaged byte "
                 "looks so, and those weights count as frozen",
+            )
+        )
+    if len(counts) > 1:
+        found.append(
+            _finding(
+                "uneven-steps",
+                f"weights took between {min(counts)} and {max(counts)} steps, and each is corrected by its own: blocks that "
+                "joined later look so, and damaged counts",
             )
         )
     if step is not None and view.step is not None and view.step != step:

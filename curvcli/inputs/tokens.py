@@ -75,7 +75,9 @@ def open_source(path: Path, checkpoint: Checkpoint) -> Source:
 def _npy(path: Path) -> Ids:
     try:
         return _integers(np.load(path, mmap_mode="r", allow_pickle=False), path)
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python's tokens, and raises what that does
         raise InputError(f"{path} is not a plain .npy array: {error}", hint="save token ids with numpy.save") from error
 
 
