@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 
+from curvcli.analysis import Analysis
 from curvcli.cache import FileCache, NoCache
 from curvcli.checkpoints import Opened, Options, analyze_checkpoint, open_for_analysis
 from curvcli.curvature.hvp import HVP
 from curvcli.errors import InputError
 from curvcli.inputs import find_checkpoints
-from curvcli.measurement import Measurement, Solved
+from curvcli.measurement import Directions, Measurement, Solved
 from curvcli.readings import ReportReadings, certified, track_readings
 from curvcli.report.track_table import to_csv
 from curvcli.results import Track, TrackPoint, load_report, load_track
@@ -299,6 +300,37 @@ def test_the_bracket_of_a_surge_is_from_all_residuals() -> None:
         points.append(point.model_copy(update={"report": point.report.model_copy(update={"full": full})}))
     reading = track_readings(track.model_copy(update={"points": points})).surge()
     assert (reading.low, reading.high) == (pytest.approx(3.0 / 1.5), pytest.approx(3.3 / 1.0))
+
+
+def test_a_run_marks_surges_and_leaves_out_other_tokens(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measuring itself stood in for: 1, damaged, 1, other tokens, 1, 3."""
+    for step in range(1, 7):
+        shutil.copytree(calm / "checkpoint-10", tmp_path / "run" / f"checkpoint-{step}")
+        (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    shard = (calm.parent / "data" / "shard.bin").read_bytes()
+    (tmp_path / "shard.bin").write_bytes(shard)
+    (tmp_path / "other.bin").write_bytes(shard[1000:])
+    (tmp_path / "curv.toml").write_text('data = "shard.bin"\nsequence-length = 64\n')
+    (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "../../other.bin"\nsequence-length = 64\n')
+    (tmp_path / "run" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
+    rhos = [1.0, 1.0, 1.0, 3.0]
+    starts: list[Directions | None] = []
+
+    def measure(self: Opened, progress: Any = None, start: Directions | None = None) -> Analysis:
+        report = course_of(rhos).points[len(starts)].report
+        starts.append(start)
+        assert report is not None
+        return Analysis(report, {"of step": torch.tensor(self.checkpoint.step)}, None)
+
+    monkeypatch.setattr(Opened, "measure", measure)
+    track = track_run(tmp_path / "run", OPTIONS, NoCache())
+    assert [p.source for p in track.points] == ["measured", "failed", "measured", "failed", "measured", "measured"]
+    assert "tokens are not those" in (track.points[3].message or "")
+    # After a checkpoint that failed the next one starts cold.
+    assert [start["of step"].item() if start else None for start in starts] == [None, None, None, 5]
+    assert [p.surge for p in track.points] == [None, None, None, None, pytest.approx(1.0), pytest.approx(3.0)]
+    assert [p.surged for p in track.points] == [False] * 5 + [True]
+    assert next(f.code for f in track.findings if "step 6" in f.message) == "surge"
 
 
 def test_findings_reach_over_a_failed_point() -> None:
