@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from curvcli.analysis import Provenance
-from curvcli.checkpoints import Options, analyze_checkpoint
+from curvcli.checkpoints import Options, analyze_checkpoint, open_for_analysis
 from curvcli.errors import InputError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.evidence import Evidence, choose, contradictions, gather
@@ -261,8 +261,8 @@ def test_findings_reach_the_measurement(run: Path, monkeypatch: pytest.MonkeyPat
     def measured(*_: object, provenance: Provenance, **__: object) -> None:
         given.extend(f.code for f in provenance.findings)
 
-    monkeypatch.setattr("curvcli.checkpoints.analyze", measured)
-    analyze_checkpoint(run, Options())
+    monkeypatch.setattr("curvcli.checkpoints.examine", measured)
+    open_for_analysis(run, Options()).measure()
     assert given == ["step-mismatch"]
 
 
