@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvcli.checkpoints import causal_loss
 from curvcli.curvature.problem import Problem
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.shards import read_shard
+from curvcli.inputs.tasks import causal_loss
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = HERE.parent / "sample_checkpoints"

@@ -19,11 +19,11 @@ import torch
 from common import SAMPLES, arguments, machine, problem, save
 from torch import nn
 
-from curvcli.checkpoints import causal_loss
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import build
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Problem
+from curvcli.inputs.tasks import causal_loss
 
 COUNTS = (*range(2, 13), 15, 20, 25, 30, 40)  # the same for all
 

@@ -14,14 +14,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from curvcli.analysis import Analysis
 from curvcli.checkpoints import Options, open_for_analysis
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = HERE.parent / "sample_checkpoints"
-TOKENS = 2048
+TOKENS = 512
 
 
 def train(place: Path) -> list[Path]:
@@ -70,7 +69,6 @@ def compare(checkpoints: list[Path]) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as place:
         dense = compare(train(Path(place)))
     samples = {run: compare([SAMPLES / run / f"checkpoint-{step}" for step in (10, 60, 600)]) for run in ("calm", "hot")}

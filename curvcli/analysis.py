@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,8 @@ from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
-from curvcli.inputs.blocks import display, find_blocks, locate
-from curvcli.measurement import Directions, Measured, Measurement, Progress, Solved
+from curvcli.inputs.blocks import display, find_blocks, locate, survey
+from curvcli.measurement import Directions, Measured, Measurement, Progress, Solved, missed
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, override, prepare
 from curvcli.verdict import explain, judge
@@ -38,6 +38,7 @@ class Provenance:
     data: Callable[[float], results.Data] | None = None
     lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"] = "optimizer"
     notes: dict[str, str] = field(default_factory=dict)
+    findings: tuple[results.Finding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,33 +126,38 @@ def examine(
     start: Directions | None = None,
     provenance: Provenance | None = None,
 ) -> Analysis:
-    """`analyze`, from the eigenvectors of another checkpoint (`start`), with its own in the result."""
-    if tolerance <= 0 or max_hvps < 3:
-        raise UsageError("tolerance must be positive and max_hvps at least 3", hint="the defaults are 0.01 and 100")
+    """`analyze`, from the eigenvector of another checkpoint (`start`), with its own in the result."""
+    if not 0 < tolerance < 1 or max_hvps < 3:  # NaN too; a residual of lambda's size certifies nothing
+        raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
     with measurable(module):
         problem = Problem.create(module, loss, batches, weights)
         metric = _metric(problem, optimizer, lr)
         blocks = locate(module, layers) if layers is not None else find_blocks(module)
+        notes: dict[str, str] = {}
+        if blocks is not None:
+            blocks, notes = survey(problem, blocks)
         solver = Davidson(tolerance=tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
         say = progress or (lambda stage, done: None)
         work = Measurement(problem, metric, blocks, solver, mode, say, start=start, depths=depths)
         found = work.run()
-        report = _Writer(work, found).report(provenance or Provenance(), sum(weights) if weights else None)
+        said = provenance or Provenance()
+        said = replace(said, notes={**said.notes, **notes})
+        report = _Writer(work, found).report(said, sum(weights) if weights else None)
         return Analysis(report, found.directions, _warm_start(found, report))
 
 
 def _warm_start(found: Measured, report: results.Report) -> results.WarmStart | None:
-    if found.cold is None or found.cold.extremes is None:
+    if found.both is None:
         return None
-    share, warm = found.ladder[0]
-    if warm.extremes is None:
+    warm, cold = found.both
+    if warm.extremes is None or cold.extremes is None:
         return None
     return results.WarmStart(
-        tokens=round(share * report.data.tokens),
+        tokens=round(found.ladder[0][0] * report.data.tokens),
         hvps=warm.extremes.products,
-        cold_hvps=found.cold.extremes.products,
-        converged=warm.converged and found.cold.converged,
+        cold_hvps=cold.extremes.products,
+        converged=warm.converged and cold.converged and not missed(warm, cold),
     )
 
 
@@ -254,7 +260,13 @@ class _Writer:
             ),
             versions=results.Versions.installed(),
         )
-        findings = explain(report, idle=self.metric.idle, left_out=len(self.metric.left_out), notes=provenance.notes)
+        findings = explain(
+            report,
+            idle=self.metric.idle,
+            left_out=len(self.metric.left_out),
+            notes=provenance.notes,
+            given=provenance.findings,
+        )
         return report.model_copy(update={"findings": findings})
 
     def generalisation(self, full: results.Estimate) -> results.Generalisation:

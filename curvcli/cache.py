@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from curvcli.errors import CurvError, UsageError
 from curvcli.measurement import Directions
@@ -27,7 +26,7 @@ DEFAULT_SIZE = 2**30
 
 @dataclass(frozen=True)
 class Entry:
-    """A report and the eigenvectors that the next checkpoint starts from; None where they were too large to keep."""
+    """A report and the eigenvector that the next checkpoint starts from; None where it was too large to keep."""
 
     report: Report
     directions: Directions | None
@@ -89,7 +88,7 @@ class FileCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                content = _written(entry.directions) if entry.directions is not None else b""
+                content = _written(entry.directions) if entry.directions else b""
                 if content and len(content) <= self.size / 4:
                     write_whole(vectors, content)
                 write_whole(report, entry.report.to_json().encode())
@@ -112,8 +111,9 @@ class FileCache:
         kept = set()
         for report in reports:
             files = [p for p in self._files(report.stem) if p.is_file()]
-            total += sum(p.stat().st_size for p in files)
-            if total <= self.size:
+            size = sum(p.stat().st_size for p in files)
+            if total + size <= self.size:  # one that is larger than all takes no others with it
+                total += size
                 kept |= set(files)
         for file in self.folder.iterdir():
             if file not in kept and file.name != ".lock":
@@ -122,13 +122,33 @@ class FileCache:
 
 def checkpoint_digest(path: Path) -> str:
     """SHA-256 over the names and contents of a checkpoint's files, wherever it lies. Raises OSError."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     digest = hashlib.sha256()
-    for file in files:
-        name = file.name if file == path else file.relative_to(path).as_posix()
+    for name, file in _files_of(path):
         with file.open("rb") as stream:
             digest.update(json.dumps([name, hashlib.file_digest(stream, "sha256").hexdigest()]).encode())
     return digest.hexdigest()
+
+
+def checkpoint_stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a checkpoint's files: differs where one was written in between. Raises OSError."""
+    stats = [(name, file.stat()) for name, file in _files_of(path)]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _files_of(path: Path) -> list[tuple[str, Path]]:
+    """A checkpoint's files by their names inside it, linked directories too."""
+    if path.is_file():
+        return [(path.name, path)]
+    seen: set[Path] = set()
+    found = []
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:  # a link back
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in names]
+    return sorted((p.relative_to(path).as_posix(), p) for p in found if p.is_file())
 
 
 def cache_key(**parts: Any) -> str:
@@ -137,20 +157,12 @@ def cache_key(**parts: Any) -> str:
 
 
 def _written(directions: Directions) -> bytes:
-    tensors: dict[str, Tensor] = {}
-    for part, direction in (("full", directions.full), *((str(i), layer) for i, layer in enumerate(directions.layers))):
-        tensors |= {f"{part}/{name}": tensor.detach().cpu().contiguous() for name, tensor in direction.items()}
-    return save(tensors, metadata={"layers": str(len(directions.layers))})
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in directions.items()})
 
 
 def _read(path: Path) -> Directions:
     with safe_open(path, framework="pt") as handle:
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key in handle.keys():  # noqa: SIM118 - not iterable itself
-            part, name = key.split("/", 1)
-            parts.setdefault(part, {})[name] = handle.get_tensor(key)
-        layers: list[Mapping[str, Tensor]] = [parts.get(str(i), {}) for i in range(int(handle.metadata()["layers"]))]
-    return Directions(parts.get("full", {}), tuple(layers))
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not iterable itself
 
 
 def _size(text: str | None) -> int:

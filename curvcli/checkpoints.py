@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,18 @@ from curvcli import results
 from curvcli.analysis import Analysis, Estimated, Provenance, examine
 from curvcli.config import find_config
 from curvcli.curvature.hvp import Mode
+from curvcli.curvature.problem import Loss
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.shards import Shard, read_shard
+from curvcli.inputs.architecture import named
+from curvcli.inputs.base import Architecture, Checkpoint, Task
+from curvcli.inputs.evidence import Evidence, choose, contradictions, gather
+from curvcli.inputs.examples import Examples
+from curvcli.inputs.mapping import AmbiguousStateError
+from curvcli.inputs.own import blamed
+from curvcli.inputs.shards import Sample, Shard, find_sources
+from curvcli.inputs.soundness import state_findings, weight_findings
+from curvcli.inputs.tasks import loss_for, predictions, prepared, read_data
 from curvcli.measurement import Directions, Progress
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import override
@@ -29,12 +38,15 @@ OPTIMIZERS = ("Adam", "AdamW", "NAdam", "SGD", "RMSprop", "Adagrad", "none")
 class Options:
     """What the user may set; None means the configuration's value, the checkpoint's, or the default."""
 
-    data: Path | None = None
+    data: Path | Sequence[Path] | None = None
+    sample: Sample | None = None
     tokens: int | None = None
     sequence_length: int | None = None
     batch_size: int | None = None
     seed: int | None = None
     device: str = "auto"
+    model: str | None = None
+    loss: str = "auto"
     optimizer: str | None = None
     lr: float | None = None
     betas: tuple[float, float] | None = None
@@ -53,23 +65,42 @@ class Opened:
     """A checkpoint and its data, read and not yet measured. `options` have no configuration left to look up."""
 
     checkpoint: Checkpoint
-    shard: Shard
+    read: Shard | Examples
+    task: Task
+    loss: Loss
     options: Options
 
     def measure(self, progress: Progress | None = None, start: Directions | None = None) -> Analysis:
         """Build the model and measure, from the eigenvectors of another checkpoint where there are any. Raises CurvError."""
-        checkpoint, shard, options = self.checkpoint, self.shard, self.options
+        checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
-        optimizer, lr_source, notes = _optimizer(checkpoint, model, options)
+        found = weight_findings(model)
+        shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
         model.to(device)
-        batches = [b.to(device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+
+        def evidence() -> Evidence:
+            # Up to 32 gradients, of rows that are measured anyway.
+            rows = max(1, 8192 // (shard.sequence_length or 1))
+            parts = shard.batches(max(1, rows // 32))[:32]
+            return gather(model, self.loss, [_to(part, device) for part in parts])
+
+        batches = [_to(b, device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+        with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
+            self.loss(model, batches[0])
+        optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
+        if isinstance(self.read, Shard) and isinstance(shard, Examples):
+            positions = len(self.read.windows) * self.read.sequence_length
+            notes["masked-positions"] = (
+                f"{shard.tokens:,} of {positions:,} positions were replaced by the mask token, "
+                "by the seed, and are what the loss averages over; no special tokens were added"
+            )
         return examine(
             model,
-            causal_loss,
+            self.loss,
             batches,
             optimizer,
-            weights=[b.shape[0] * shard.sequence_length for b in batches],
+            weights=[predictions(b, self.task) for b in batches],
             mode=options.mode,
             tolerance=options.tolerance,
             max_hvps=options.max_hvps,
@@ -86,27 +117,50 @@ class Opened:
                     parameters=parameters,
                     layers=layers,
                 ),
-                data=lambda loss: results.Data(
-                    path=str(shard.path),
-                    tokens=shard.tokens,
-                    sequence_length=shard.sequence_length,
-                    sha256=shard.sha256,
-                    loss=loss,
-                ),
+                data=lambda loss: self.data(loss, shard.tokens),
                 lr_source=lr_source,
                 notes={**checkpoint.notes, **notes},
+                findings=tuple(found),
             ),
+        )
+
+    def data(self, loss: float, tokens: int) -> results.Data:
+        """What the report says of the data.
+
+        Args:
+            tokens: predictions, which are fewer than the tokens read where only masked ones count.
+        """
+        read = self.read
+        stream = read if isinstance(read, Shard) else None
+        sources = stream.sources if stream else ()
+        return results.Data(
+            path=str(read.path),
+            files=[results.DataFile(path=str(s.path), kind=s.kind, tokens=s.tokens) for s in sources],
+            sample=stream.sample if stream else "first",
+            offsets=stream.offsets if stream else [],
+            tokens=tokens,
+            sequence_length=read.sequence_length,
+            sha256=read.sha256,
+            loss=loss,
         )
 
 
 def open_for_analysis(path: Path, options: Options) -> Opened:
     """Headers of a checkpoint, its configuration and its data. Raises CurvError."""
-    _device(options.device)
-    checkpoint = open_checkpoint(path)
-    options, data = _configured(options, checkpoint)
-    tokens = options.tokens or DEFAULT_TOKENS
-    shard = read_shard(data, checkpoint, tokens=tokens, sequence_length=options.sequence_length)
-    return Opened(checkpoint, shard, options)
+    device = str(_device(options.device))
+    checkpoint = open_checkpoint(path, _architecture(options.model))
+    options, data = _configured(replace(options, device=device), checkpoint)
+    task, loss = loss_for(options.loss, checkpoint.task)
+    read = read_data(
+        data,
+        checkpoint,
+        task,
+        tokens=options.tokens or DEFAULT_TOKENS,
+        sequence_length=options.sequence_length,
+        sample=options.sample or "first",
+        seed=options.seed or 0,
+    )
+    return Opened(checkpoint, read, task, loss, options)
 
 
 def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> results.Report:
@@ -115,25 +169,18 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
     return open_for_analysis(path, options).measure(progress).report
 
 
-def causal_loss(model: nn.Module, window: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token over windows of shape (batch, sequence + 1), in nats.
-
-    Not the models' own loss: some divide by another count of tokens, and they average batches.
-    """
-    logits = model(input_ids=window[:, :-1], use_cache=False).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-
-
-def inspect_checkpoint(path: Path, data: Path | None = None) -> dict[str, Any]:
+def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: str | None = None) -> dict[str, Any]:
     """`curv inspect`: what would be read, from headers alone. Raises CurvError."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, _architecture(model))
     config, file = find_config(checkpoint.path)
     shard = data or config.data
+    sources = find_sources(shard, checkpoint) if shard else ()
     sizes = {t.name: _numel(t.shape) for t in checkpoint.tensors}
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "architecture": checkpoint.architecture,
+        "task": checkpoint.task,
         "step": checkpoint.step,
         "tensors": len(sizes),
         "values": sum(sizes.values()),
@@ -142,12 +189,12 @@ def inspect_checkpoint(path: Path, data: Path | None = None) -> dict[str, Any]:
         "context": checkpoint.context,
         "optimizer": checkpoint.optimizer.summary() if checkpoint.optimizer else None,
         "configuration": str(file) if file else None,
-        "data": {"path": str(shard), "bytes": shard.stat().st_size if shard.exists() else None} if shard else None,
+        "data": [{"path": str(s.path), "kind": s.kind, "tokens": s.tokens} for s in sources],
         "notes": checkpoint.notes,
     }
 
 
-def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path]:
+def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path | Sequence[Path]]:
     config, file = find_config(checkpoint.path)
     merged = replace(
         options,
@@ -160,7 +207,11 @@ def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path
 
 
 def _optimizer(
-    checkpoint: Checkpoint, model: nn.Module, options: Options
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    options: Options,
+    evidence: Callable[[], Evidence],
+    found: list[results.Finding],
 ) -> tuple[OptimizerView | Estimated | None, Literal["checkpoint", "log", "option", "none"], dict[str, str]]:
     given: dict[str, Any] = {
         "lr": options.lr,
@@ -189,8 +240,15 @@ def _optimizer(
                 hint="give a checkpoint with optimizer state, or --optimizer adamw",
             )
         return Estimated({"betas": (0.9, 0.999), "eps": 1e-8, **given}), lr_source, {}
-    view = checkpoint.optimizer.view(model)
+    gradients = evidence()
+    try:
+        view = checkpoint.optimizer.view(model)
+    except AmbiguousStateError as error:
+        view, finding = choose(error, gradients)
+        found.append(finding)
     view = override(replace(view, name=name) if name else view, **given)
+    found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)
+    found += contradictions(view, gradients, checkpoint.optimizer.path)
     if options.lr is not None:
         return view, "option", {}
     rates = [group.number("lr") for group in view.groups]
@@ -204,11 +262,21 @@ def _optimizer(
     return override(view, lr=checkpoint.last_lr), "log", {}
 
 
-def _batch_size(shard: Shard, checkpoint: Checkpoint) -> int:
-    """Windows per batch: logits of at most 2^26 values, and at least 4 batches so that prefixes differ."""
-    rows = len(shard.windows)
-    by_memory = max(1, 2**26 // (shard.sequence_length * (checkpoint.vocabulary or 2**16)))
-    return max(1, min(by_memory, rows // 4))
+def _architecture(model: str | None) -> Architecture | None:
+    return named(model) if model is not None else None
+
+
+def _to(batch: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    return batch.to(device) if isinstance(batch, Tensor) else {name: column.to(device) for name, column in batch.items()}
+
+
+def _batch_size(shard: Shard | Examples, checkpoint: Checkpoint) -> int:
+    """Rows per batch: logits of at most 2^26 values, pixels of 2^22, and at least 4 batches so that prefixes differ."""
+    rows, pixels = len(shard.windows) if isinstance(shard, Shard) else shard.rows, 1
+    if isinstance(shard, Examples):
+        pixels = max([1, *(column[0].numel() for column in shard.columns.values() if column.is_floating_point())])
+    by_memory = max(1, 2**26 // ((shard.sequence_length or 1) * (checkpoint.vocabulary or 2**16)))
+    return max(1, min(by_memory, 2**22 // pixels, rows // 4))
 
 
 def _device(name: str) -> torch.device:

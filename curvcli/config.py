@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from curvcli.errors import InputError
 
 Positive = Annotated[int, Field(gt=0)]
 Limit = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 Percent = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # pathlib has taken one of its slashes
 
 
 class _Table(BaseModel):
@@ -39,7 +43,8 @@ class GateTable(_Table):
 class Config(_Table):
     """Defaults for the command line. Paths are relative to the file."""
 
-    data: Path | None = None
+    data: Annotated[tuple[Path, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] | None = None
+    sample: Literal["first", "spread", "random"] | None = None
     tokens: Positive | None = None
     sequence_length: Positive | None = None
     batch_size: Positive | None = None
@@ -109,7 +114,9 @@ def _read(file: Path, table: tuple[str, ...]) -> Config | None:
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{file}: {where}: {first['msg']}", hint=known(error, Config)) from error
     # Only what is set, so that model_fields_set still says what the file holds.
-    update: dict[str, Any] = {"data": file.parent / config.data} if config.data else {}
+    update: dict[str, Any] = (
+        {"data": tuple(p if _URL.match(str(p)) else file.parent / p for p in config.data)} if config.data else {}
+    )
     if config.gate and config.gate.baseline:
         update["gate"] = config.gate.model_copy(update={"baseline": file.parent / config.gate.baseline})
     return config.model_copy(update=update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -22,16 +22,10 @@ from curvcli.results import Update
 Progress = Callable[[str, float], None]
 
 
-@dataclass(frozen=True)
-class Directions:
-    """Top eigenvectors to start from, as directions of the weights by name: the full model's, and each layer's.
-
-    The bottom ones are not carried: from checkpoint to checkpoint they turn so far that each costs a product and
-    saves none (docs/track.md).
-    """
-
-    full: Mapping[str, Tensor] = field(default_factory=dict)
-    layers: tuple[Mapping[str, Tensor], ...] = ()
+# The full model's top eigenvector as a direction of the weights by name: what the next checkpoint starts from. Bottom ones
+# and layers' own are not carried: they save no product, and a layer that starts from what was its top eigenvector can
+# converge to what no longer is (docs/track.md).
+Directions = Mapping[str, Tensor]
 
 
 @dataclass
@@ -71,7 +65,7 @@ class Measured:
     restricted: list[Solved]
     truncated: list[Solved]
     directions: Directions
-    cold: Solved | None = None  # the ladder's first solve once more, without the given start
+    both: tuple[Solved, Solved] | None = None  # the ladder's first solve from the given start, and from a random one
 
 
 class Measurement:
@@ -98,8 +92,8 @@ class Measurement:
         self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
         inside = {n for names in self.layer_names for n in names}
         self.outer = [n for n in self.names if n not in inside]
-        self.start = start or Directions()
-        self.cold: Solved | None = None
+        self.start = start
+        self.both: tuple[Solved, Solved] | None = None
         device = next(iter(problem.parameters.values())).device
         resources.reset_peak(device)
         self.stages.enter("choosing how to multiply")
@@ -144,22 +138,10 @@ class Measurement:
         found = [(s.names, s.extremes) for s in solved if s.extremes]
         return [(names, pair.vector) for names, e in found for pair in (e.top, e.bottom) if pair]
 
-    def given(
-        self, hvp: HVP, names: list[str], directions: Sequence[Mapping[str, Tensor]]
-    ) -> list[tuple[list[str], Tensor]]:
-        """Start vectors over `names` from directions of the weights."""
-        known = [direction for direction in directions if direction]
-        operator = self.operator(hvp, names) if names and known else None
-        return [(names, operator.lower(direction)) for direction in known] if operator else []
-
-    def found(self, full: Solved, layers: list[Solved]) -> Directions:
-        """The eigenvectors found, for the next checkpoint to start from."""
-
-        def direction(solved: Solved) -> Mapping[str, Tensor]:
-            top = solved.extremes.top if solved.extremes else None
-            return lift(top.vector, solved.names, self.metric.scale) if top else {}
-
-        return Directions(direction(full), tuple(direction(solved) for solved in layers))
+    def direction(self, full: Solved) -> Directions:
+        """The top eigenvector found, for the next checkpoint to start from; empty where there is none."""
+        top = full.extremes.top if full.extremes else None
+        return lift(top.vector, full.names, self.metric.scale) if top else {}
 
     # --- the parts ---------------------------------------------------------------------------
 
@@ -193,16 +175,15 @@ class Measurement:
         full = self.best(full, layers, restricted)
         ladder.append((1.0, full))
         self.skip(layers, restricted, truncated, full)
-        directions = self.found(full, layers)
-        return Measured(loss, ladder, held_out, full, update, layers, restricted, truncated, directions, self.cold)
+        directions = self.direction(full)
+        return Measured(loss, ladder, held_out, full, update, layers, restricted, truncated, directions, self.both)
 
     def full(self, hvp: HVP, hint: Solved | None) -> Solved:
         """The full model on its own, to the tolerance itself."""
         self.stages.enter("full model")
         self.in_time()
         operator = self.operator(_Counting(hvp, self), self.names)
-        ends = self.ends(hint) if hint else self.given(hvp, self.names, [self.start.full])
-        start = [self.carry(operator, *end) for end in ends]
+        start = [self.carry(operator, *end) for end in (self.ends(hint) if hint else [])]
         return Solved(self.names, self.solver.extremes(operator, start) if self.names else None)
 
     def best(self, full: Solved | None, layers: list[Solved], restricted: list[Solved]) -> Solved:
@@ -220,7 +201,7 @@ class Measurement:
         if not self.depths:
             return
         restricted += [Solved(self.upto(k), None, skipped=True) for k in range(len(restricted), depths + 1)]
-        if self.blocks:
+        if self.blocks and self.blocks.cut:
             truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), depths)]
             truncated.append(full)
 
@@ -233,12 +214,9 @@ class Measurement:
         for prefix in sorted({-(-count // 4), half} - {count}):
             self.stages.enter("full model on part of the shard")
             part = hvp.subset(range(prefix))
-            if solved:
-                answer = self.solve(part, self.names, self.ends(solved[-1][1]))
-            else:
-                start = self.given(part, self.names, [self.start.full])
-                answer = self.solve(part, self.names, start)
-                self.cold = self.solve(part, self.names) if start else None
+            answer = self.solve(part, self.names, self.ends(*[s for _, s in solved[-1:]]))
+            if not solved and self.start and self.names:
+                answer = self.from_both(part, answer)
             solved.append((sum(self.problem.weights[:prefix]), answer))
             if prefix == half and answer.extremes and answer.extremes.top:
                 rest = self.operator(_Counting(hvp.subset(range(prefix, count)), self), self.names)
@@ -246,6 +224,17 @@ class Measurement:
                 quotient = float(vector @ rest.matvec(vector))
                 held_out = quotient if abs(quotient) < float("inf") else None
         return solved, held_out
+
+    def from_both(self, hvp: HVP, cold: Solved) -> Solved:
+        """A solve once more from the given start; of the two, the one to go on from.
+
+        Of two Ritz values the greater is nearer the top. Where the random start's is greater by more than the other's
+        residual, that one has converged to what was the top eigenvector at the checkpoint before and is not now.
+        """
+        start = self.operator(hvp, self.names).lower(self.start or {})
+        warm = self.solve(hvp, self.names, [(self.names, start)])
+        self.both = warm, cold
+        return cold if missed(warm, cold) else warm
 
     def update(self, hvp: HVP, gradients: list[Tensor]) -> Update:
         """Curvature along the optimizer's own next step (one product)."""
@@ -256,9 +245,7 @@ class Measurement:
         """Each block alone, the rest of the network held still."""
         for i, names in enumerate(self.layer_names):
             self.stages.enter(f"layer {i}")
-            own = self.given(hvp, names, self.start.layers[i : i + 1])
-            # Its own of the checkpoint before serves a layer better than its part of the full model's now.
-            yield self.solve(hvp, names, own or self.ends(*([hint] if hint else [])))
+            yield self.solve(hvp, names, self.ends(*([hint] if hint else [])))
 
     def restricted(self, hvp: HVP, hint: Solved | None, layers: list[Solved]) -> Iterator[Solved]:
         """Embedding, head and the first k blocks of the intact network; the last is the full model.
@@ -288,7 +275,7 @@ class Measurement:
 
     def truncated(self, full: Solved) -> Iterator[Solved]:
         """The network of the first k blocks alone, up to the full model."""
-        if not self.blocks:
+        if not self.blocks or not self.blocks.cut:
             return
         last: list[Solved] = []
         for depth in range(len(self.layer_names)):
@@ -349,3 +336,8 @@ def violates(lower: Solved, upper: Solved) -> bool:
     if lower.extremes is None or upper.extremes is None or lower.inconsistent:
         return False
     return upper.value < lower.value - upper.slack - 1e-5 * abs(lower.value)
+
+
+def missed(warm: Solved, cold: Solved) -> bool:
+    """Whether the warm-started solve found another eigenvalue than the greatest, or none."""
+    return cold.value > warm.value + warm.slack

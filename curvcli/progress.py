@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def reporting(quiet: bool) -> Iterator[Callable[[str, float], None]]:
+def reporting(quiet: bool, verbose: bool = False) -> Iterator[Callable[[str, float], None]]:
     """A callback taking what is being done and the fraction done, for the length of the context."""
-    if quiet:
+    if verbose:
+        yield _Log()
+    elif quiet:
         yield lambda stage, done: None
     elif sys.stderr.isatty():
         from rich.console import Console
@@ -40,3 +42,16 @@ class _Lines:
         self.last = now
         left = f", about {(now - self.start) * (1 - done) / done:.0f} s left" if done > 0.05 else ""
         print(f"curv: {done:4.0%} {stage}{left}", file=sys.stderr, flush=True)
+
+
+class _Log:
+    """A line for each thing begun, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.stage = ""
+
+    def __call__(self, stage: str, done: float) -> None:
+        if stage != self.stage:
+            self.stage = stage
+            print(f"curv: {time.monotonic() - self.start:8.1f} s {done:4.0%} {stage}", file=sys.stderr, flush=True)

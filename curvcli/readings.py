@@ -124,8 +124,8 @@ class ReportReadings:
         if len(self.history) < 2:
             return Reading(what, reason="fewer than two certified points stand before it")
         for old in self.history:
-            if reason := self._incomparable(report, old):
-                return Reading(what, reason=reason)
+            if reason := incomparable(report, old):
+                return Reading(what, reason=f"the baseline does not compare: {reason}")
             if _shard(old) != _shard(report):
                 return Reading(what, reason="the shards differ; measure the whole run on one")
         brackets = [_on_shard(r.full.rho, r.full.residual, r.optimizer.threshold) for r in (report, *self.history)]
@@ -153,8 +153,8 @@ class ReportReadings:
         """A number of the report over the baseline's, with `unit` eigenvalues to it."""
         if self.baseline is None:
             return Reading(what, reason="there is nothing to compare with; pass --baseline")
-        if reason := self._incomparable(self.report, self.baseline):
-            return Reading(what, reason=reason)
+        if reason := incomparable(self.report, self.baseline):
+            return Reading(what, reason=f"the baseline does not compare: {reason}")
         same = _shard(self.report) == _shard(self.baseline)
         pairs = []
         for name, report in (("", self.report), ("the baseline's ", self.baseline)):
@@ -190,18 +190,6 @@ class ReportReadings:
         threshold = report.optimizer.threshold
         return "" if threshold is not None and threshold > 0 and report.full.rho is not None else _NO_RHO
 
-    @staticmethod
-    def _incomparable(report: Report, baseline: Report) -> str:
-        """Why two lambdas are not of the same thing."""
-        for what, mine, theirs in (
-            ("layers", report.checkpoint.layers, baseline.checkpoint.layers),
-            ("optimizer", report.optimizer.name, baseline.optimizer.name),
-            ("preconditioner", report.optimizer.preconditioner, baseline.optimizer.preconditioner),
-        ):
-            if mine != theirs:
-                return f"the baseline does not compare: {what} {theirs}, here {mine}"
-        return ""
-
 
 def track_readings(track: Track, baseline: Report | None = None) -> Readings:
     """Readings of a track's newest point, whose surge is over the certified points before it."""
@@ -217,12 +205,17 @@ def certified(points: Sequence[TrackPoint], window: int) -> list[Report]:
     return known[-window:]
 
 
-def surge_of(rho: float, before: Sequence[float]) -> float | None:
-    """rho over the median of what it was; None with fewer than two points, or where that median is no positive number."""
-    if len(before) < 2:
-        return None
-    middle = median(before)
-    return rho / middle if middle > 0 else None
+def incomparable(report: Report, before: Report) -> str:
+    """Why two lambdas are not of the same thing; empty where they are."""
+    for what, mine, theirs in (
+        ("layers", report.checkpoint.layers, before.checkpoint.layers),
+        ("parameters", report.checkpoint.parameters, before.checkpoint.parameters),
+        ("optimizer", report.optimizer.name, before.optimizer.name),
+        ("preconditioner", report.optimizer.preconditioner, before.optimizer.preconditioner),
+    ):
+        if mine != theirs:
+            return f"{what} {theirs}, here {mine}"
+    return ""
 
 
 @dataclass(frozen=True)

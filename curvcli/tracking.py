@@ -1,21 +1,23 @@
-"""A run over its checkpoints: each measured from the eigenvectors of the one before, or taken from the cache."""
+"""A run over its checkpoints: each measured from the eigenvector of the one before, or taken from the cache."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from curvcli import __version__
-from curvcli.cache import Cache, Entry, cache_key, checkpoint_digest
+from curvcli.cache import Cache, Entry, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.checkpoints import Opened, Options, open_for_analysis
 from curvcli.errors import CurvError, InputError
-from curvcli.inputs import find_checkpoints, step_of
+from curvcli.inputs import find_checkpoints, open_checkpoint, step_of
+from curvcli.inputs.architecture import config_beside
 from curvcli.measurement import Directions, Progress
-from curvcli.readings import certified, surge_of
+from curvcli.readings import ReportReadings, certified, incomparable
 from curvcli.results import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart
 
 WINDOW, SURGE = 5, 2.0
@@ -46,12 +48,14 @@ def track_run(
         InputError: there is no checkpoint, or none of them could be measured.
     """
     started = time.monotonic()
+    if any(":" in spec for spec in (options.model or "", options.loss)):
+        cache = NoCache()  # the user's own code may have changed, and nothing in a key would say so
     say = progress or (lambda stage, done: None)
-    found = find_checkpoints(path)[-last if last else 0 :]
+    found = _in_order(find_checkpoints(path))[-last if last else 0 :]
     points: list[TrackPoint] = []
     log: list[TrainingStep] = []
     before: Directions | None = None
-    shard: str | None = None
+    shard: tuple[str, int | None] | None = None
     for i, checkpoint in enumerate(found):
 
         def within(stage: str, done: float, place: int = i) -> None:
@@ -59,14 +63,16 @@ def track_run(
 
         try:
             within("reading", 0.0)
+            stamp = _stamp(checkpoint)
             opened = open_for_analysis(checkpoint, options)
             log = [TrainingStep(step=e.step, loss=e.loss, lr=e.lr) for e in opened.checkpoint.log] or log
-            if shard not in (None, opened.shard.sha256):
+            tokens = opened.read.sha256, opened.read.sequence_length
+            if shard not in (None, tokens):
                 raise InputError(
                     "its tokens are not those of the checkpoints before", hint="give one --data for the whole run"
                 )
-            entry, source, warm = _measured(opened, cache, before, within)
-            shard, before = opened.shard.sha256, entry.directions
+            entry, source, warm = _measured(opened, cache, before, stamp, within)
+            shard, before = tokens, entry.directions
             points.append(_point(opened, entry.report, source, warm, points, window, surge_limit))
         except CurvError as error:
             points.append(_failed(checkpoint, error))
@@ -91,17 +97,38 @@ def track_run(
     )
 
 
+def _in_order(found: list[Path]) -> list[Path]:
+    """By the step in the names where all have one, else by the step that the checkpoints themselves have."""
+    if all(step_of(path) is not None for path in found):
+        return found
+
+    def step(path: Path) -> int:
+        with suppress(CurvError):
+            return open_checkpoint(path).step or 0
+        return -1
+
+    return sorted(found, key=step)
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    try:
+        return checkpoint_stamp(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from error
+
+
 def key_of(opened: Opened) -> str:
     """The cache's name for a measurement: what it is of and how it is made, not where it lies. Raises InputError."""
-    checkpoint, shard = opened.checkpoint, opened.shard
+    checkpoint, shard = opened.checkpoint, opened.read
+    config = config_beside(checkpoint.path)
     try:
-        content = checkpoint_digest(checkpoint.path)
+        content = [checkpoint_digest(p) for p in (checkpoint.path, config) if p]
     except OSError as error:
         raise InputError(f"cannot read {checkpoint.path}: {error.strerror}", hint="check its permissions") from error
     how = {k: v for k, v in asdict(opened.options).items() if k not in ("data", "deadline")}
     versions = Versions.installed()
     return cache_key(
-        checkpoint=content,
+        checkpoint=[*content, checkpoint.step],  # the step may be from the directory's name
         tokens=[shard.sha256, shard.sequence_length],
         how=how,
         versions=[__version__, versions.torch, versions.transformers],
@@ -109,19 +136,18 @@ def key_of(opened: Opened) -> str:
 
 
 def _measured(
-    opened: Opened, cache: Cache, before: Directions | None, progress: Progress
+    opened: Opened, cache: Cache, before: Directions | None, stamp: list[tuple[str, int, int]], progress: Progress
 ) -> tuple[Entry, Literal["measured", "cached"], WarmStart | None]:
     key = key_of(opened)
     if (entry := cache.get(key)) is not None:
         # The same content may have been measured elsewhere.
         place = {"path": str(opened.checkpoint.path)}
-        data = {"path": str(opened.shard.path)}
-        moved = {
-            "checkpoint": entry.report.checkpoint.model_copy(update=place),
-            "data": entry.report.data.model_copy(update=data),
-        }
+        data = opened.data(entry.report.data.loss, entry.report.data.tokens)
+        moved = {"checkpoint": entry.report.checkpoint.model_copy(update=place), "data": data}
         return Entry(entry.report.model_copy(update=moved), entry.directions), "cached", None
     analysis = opened.measure(progress, before)
+    if _stamp(opened.checkpoint.path) != stamp:
+        raise InputError("it changed while it was measured", hint="call again once it is written")
     entry = Entry(analysis.report, analysis.directions)
     cache.put(key, entry)
     return entry, "measured", analysis.warm_start
@@ -136,9 +162,8 @@ def _point(
     window: int,
     limit: float,
 ) -> TrackPoint:
-    rho = report.full.rho if report.full.status == "converged" else None
-    before = [r.full.rho for r in certified(points, window) if r.full.rho is not None]
-    surge = surge_of(rho, before) if rho is not None else None
+    reading = ReportReadings(report, history=certified(points, window)).surge()
+    surge = None if reading.reason else reading.value
     return TrackPoint(
         checkpoint=str(opened.checkpoint.path),
         step=opened.checkpoint.step,
@@ -174,11 +199,16 @@ def _findings(points: Sequence[TrackPoint], limit: float) -> list[Finding]:
             found.append(Finding(code="surge", severity="warning", message=message))
         if point.source == "failed":
             found.append(Finding(code="not-measured", severity="warning", message=f"{where}: {point.message}"))
-    for earlier, later in pairwise(points):
-        if earlier.report and later.report and earlier.report.verdict != later.report.verdict:
-            message = f"{earlier.report.verdict} at step {earlier.step}, {later.report.verdict} at step {later.step}"
-            severity: Literal["error", "info"] = "error" if later.report.verdict == "unstable" else "info"
+    measured = [point.report for point in points if point.report]
+    for earlier, later in pairwise(measured):
+        steps = f"step {earlier.checkpoint.step} to {later.checkpoint.step}"
+        if earlier.verdict != later.verdict:
+            message = f"{steps}: {earlier.verdict} before, {later.verdict} then"
+            severity: Literal["error", "info"] = "error" if later.verdict == "unstable" else "info"
             found.append(Finding(code="verdict-changed", severity=severity, message=message))
+        if reason := incomparable(later, earlier):
+            message = f"{steps}: the two do not compare ({reason}), and no surge is over both"
+            found.append(Finding(code="not-comparable", severity="warning", message=message))
     return [*found, *_saved(points)]
 
 

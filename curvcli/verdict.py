@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from curvcli.results import (
     Cumulative,
     Estimate,
@@ -36,15 +38,19 @@ def judge(full: Estimate, generalisation: Generalisation) -> VerdictName:
     return low if low == high else "unresolved"
 
 
-def explain(report: Report, *, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:
+def explain(
+    report: Report, *, idle: int, left_out: int, notes: dict[str, str], given: Sequence[Finding] = ()
+) -> list[Finding]:
     """Findings in plain words, the verdict's own first, the others by severity.
 
     Args:
         report: complete but for its findings.
         idle: weights that never had a gradient; left_out: tensors that the optimizer does not move.
         notes: what the checkpoint's reader knows, by code.
+        given: findings made before the measurement, on the files themselves.
     """
-    found = _metric(report.optimizer, idle, left_out, notes)
+    found = [*given]
+    found += _metric(report.optimizer, idle, left_out, notes)
     found += _update(report.update)
     found += _shape(report.full, report.layers, report.cumulative, report.attribution)
     found += _quality(report)

@@ -115,8 +115,12 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "negative moment": (lambda r: _state(r, lambda d: d["state"][1]["exp_avg_sq"].sub_(1)), "negative entries"),
     "all moments zero": (
-        lambda r: _state(r, lambda d: [s["exp_avg_sq"].zero_() for s in d["state"].values()]),
+        lambda r: _state(r, lambda d: [s[k].zero_() for s in d["state"].values() for k in ("exp_avg", "exp_avg_sq")]),
         "second moment of every weight is 0",
+    ),
+    "second moments zero": (
+        lambda r: _state(r, lambda d: [s["exp_avg_sq"].zero_() for s in d["state"].values()]),
+        "first moment that no gradients",
     ),
     "state of another order": (lambda r: _state(r, _swap), "does not fit the model"),
     "state of another model": (
@@ -134,7 +138,8 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         "--lr",
     ),
     "unknown architecture": (lambda r: _config(r, model_type="zorro", architectures=["Zorro"]), "zorro"),
-    "no causal language model": (lambda r: _config(r, architectures=["LlamaForSequenceClassification"]), "causal"),
+    "no loss known": (lambda r: _config(r, architectures=["LlamaForQuestionAnswering"]), "no loss is known"),
+    "class of another task": (lambda r: _config(r, architectures=["LlamaForSequenceClassification"]), "examples"),
     "code of its own": (
         lambda r: _config(r, model_type="zorro", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}),
         "cannot build",

@@ -9,19 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from curvcli.cache import Entry, FileCache, cache_key, checkpoint_digest
+from curvcli.cache import Entry, FileCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.errors import UsageError
-from curvcli.measurement import Directions
 from curvcli.results import load_report
 
 ASSET = next((Path(__file__).resolve().parent / "assets").glob("calm-60*.report.json"))
 
 
 def entry(size: int = 1000) -> Entry:
-    def direction() -> dict[str, torch.Tensor]:
-        return {"a.weight": torch.arange(size, dtype=torch.float32), "b": torch.ones(2, 3)}
-
-    return Entry(load_report(ASSET), Directions(direction(), (direction(), {})))
+    return Entry(load_report(ASSET), {"a.weight": torch.arange(size, dtype=torch.float32), "b": torch.ones(2, 3)})
 
 
 def test_what_is_kept_comes_back_bit_equal(tmp_path: Path) -> None:
@@ -33,12 +29,8 @@ def test_what_is_kept_comes_back_bit_equal(tmp_path: Path) -> None:
     assert found.report == kept.report
     assert found.directions is not None
     assert kept.directions is not None
-    assert len(found.directions.layers) == 2
-    before = (kept.directions.full, *kept.directions.layers)
-    after = (found.directions.full, *found.directions.layers)
-    for mine, theirs in zip(before, after, strict=True):
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    assert found.directions.keys() == kept.directions.keys()
+    assert all(torch.equal(found.directions[n], kept.directions[n]) for n in kept.directions)
     assert cache.get("other") is None
 
 
@@ -53,6 +45,17 @@ def test_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert cache.get("b") is None
     assert cache.get("a") is not None
     assert cache.get("c") is not None
+
+
+def test_an_entry_larger_than_all_takes_no_others_with_it(tmp_path: Path) -> None:
+    size = ASSET.stat().st_size
+    FileCache(tmp_path).put("small", Entry(load_report(ASSET), None))
+    FileCache(tmp_path).put("large", entry(size))  # as from before the bound was lowered
+    for i, key in enumerate(("small", "large")):
+        os.utime(tmp_path / f"{key}.json", (i, i))
+    cache = FileCache(tmp_path, size=3 * size)
+    cache.put("new", Entry(load_report(ASSET), None))
+    assert [cache.get(key) is not None for key in ("small", "large", "new")] == [True, False, True]
 
 
 def test_vectors_too_large_for_a_quarter_are_left_out(tmp_path: Path) -> None:
@@ -93,6 +96,19 @@ def test_digests_go_by_content_and_names_not_by_place(samples: Path, tmp_path: P
     weights.write_bytes(data)
     assert checkpoint_digest(original) != checkpoint_digest(tmp_path / "elsewhere")
     assert cache_key(a=1, b=2) == cache_key(b=2, a=1) != cache_key(a=1, b=3)
+
+
+def test_what_lies_behind_links_counts(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weights").write_bytes(b"1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / "back").symlink_to(tmp_path / "run")
+    before = checkpoint_digest(tmp_path / "run"), checkpoint_stamp(tmp_path / "run")
+    (tmp_path / "elsewhere" / "weights").write_bytes(b"22")
+    assert checkpoint_digest(tmp_path / "run") != before[0]
+    assert checkpoint_stamp(tmp_path / "run") != before[1]
+    assert [name for name, *_ in before[1]] == ["linked/weights"]
 
 
 def test_the_place_and_the_bound_follow_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,28 @@ def test_the_command(tmp_path: Path) -> None:
     assert len(bad.stderr.splitlines()) == 1
 
 
+def test_documents_go_by_content(tmp_path: Path) -> None:
+    bare = tmp_path / "report"
+    bare.write_bytes(CALM.read_bytes())
+    assert curv("compare", bare, HOT).returncode == 0
+    other = tmp_path / "other.json"
+    other.write_text('{"schema": "curv.track/1"}')
+    for arguments, said in (
+        ((other, HOT), "is curv.track/1, no report"),
+        ((CALM, HOT, "--lr", 1), "--lr is for checkpoints"),
+    ):
+        refused = curv("compare", *arguments)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+
+
+def test_markdown_says_what_the_two_are(calm: Report, hot: Report) -> None:
+    text = to_markdown(compare(calm, hot, names=("a", "b")))
+    assert "- A: step 60, loss " in text
+    assert text.count("update ratio ") == sum(r.update.ratio is not None for r in (calm, hot)) > 0
+    assert text.count(", unstable\n") == 1
+
+
 def test_a_checkpoint_against_a_report(run: Path, tmp_path: Path) -> None:
     done = curv("compare", run, run, "--tokens", 256, "--format", "json", "-q")
     assert done.returncode == 0, done.stderr

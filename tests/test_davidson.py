@@ -56,6 +56,19 @@ def test_budget_spent_is_a_status_not_a_number() -> None:
     assert (found.status, found.products) == ("max-hvps", 5)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-4])
+def test_a_start_that_is_an_eigenvector_is_no_proof_of_either_end(noise: float) -> None:
+    """Alone in the basis its pair is top and bottom at once, with a residual of nothing: 2 was once both ends here."""
+    diagonal = torch.linspace(-1, 0.5, 400)
+    diagonal[:3] = torch.tensor([-3.0, 2.0, 5.0])
+    start = torch.nn.functional.one_hot(torch.tensor(1), 400) + noise * torch.randn(400)
+    found = Davidson().extremes(DenseOperator(torch.diag(diagonal)), [start])
+    assert found.top is not None
+    assert found.bottom is not None
+    assert found.top.value == pytest.approx(5.0, rel=1e-3)
+    assert found.bottom.value == pytest.approx(-3.0, rel=1e-2)
+
+
 def test_nan_in_a_product_is_a_status() -> None:
     matrix = torch.full((10, 10), float("nan"))
     found = Davidson().extremes(DenseOperator(matrix))

@@ -414,3 +414,7 @@ def test_a_track_is_a_baseline(track: Path, tmp_path: Path) -> None:
     values = {o["rule"]: o["value"] for o in json.loads(done.stdout)["outcomes"]}
     assert values["max-surge"] == pytest.approx(6.0)  # over the median 1
     assert values["max-regression"] == pytest.approx(100.0)  # over the newest, 3
+
+
+def test_rules_are_explained_without_looking_at_the_subject(tmp_path: Path) -> None:
+    assert curv(tmp_path / "not there yet", "--max-rho", 1, "--explain").returncode == 0

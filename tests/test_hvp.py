@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from curvcli import analyze
-from curvcli.checkpoints import causal_loss
 from curvcli.curvature.hvp import MODES, build, choose
 from curvcli.curvature.problem import Problem
 from curvcli.errors import UnsupportedError, UsageError
 from curvcli.inputs.blocks import find_blocks
+from curvcli.inputs.tasks import causal_loss
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=19, n_positions=16, n_embd=8, n_layer=2, n_head=2)),

@@ -10,13 +10,14 @@ import torch
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from curvcli.checkpoints import Options, analyze_checkpoint, causal_loss
+from curvcli.checkpoints import Options, analyze_checkpoint
 from curvcli.config import find_config
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
 from curvcli.inputs.blocks import find_blocks
 from curvcli.inputs.shards import read_shard
+from curvcli.inputs.tasks import causal_loss
 
 
 def _gradients(checkpoint: Checkpoint, samples: Path) -> tuple[dict, dict]:
@@ -160,7 +161,7 @@ def test_text_needs_and_uses_the_tokenizer(llama: Path, tmp_path: Path) -> None:
 def test_config_is_found_upward_and_flags_win(samples: Path, tmp_path: Path, run: Path) -> None:
     config, file = find_config(run)
     assert file is not None
-    assert (config.tokens, config.data) == (256, file.parent / "data/shard.bin")
+    assert (config.tokens, config.data) == (256, (file.parent / "data/shard.bin",))
     (run.parent / "pyproject.toml").write_text('[tool.curv]\ntokens = 128\ndata = "../data/shard.bin"\n')
     assert find_config(run)[0].tokens == 128
     report = analyze_checkpoint(run, Options(tokens=192, sequence_length=32, max_hvps=3))
@@ -184,6 +185,7 @@ def test_a_layer_that_never_moved_is_empty_not_safe(run: Path) -> None:
     for index, name in enumerate(matrices + vectors):
         if ".layers.3." in name:
             document["state"][index]["exp_avg_sq"].zero_()
+            document["state"][index]["exp_avg"].zero_()
     torch.save(document, run / "optimizer.pt")
     report = analyze_checkpoint(run, Options())
     assert (report.layers[3].status, report.layers[3].eigenvalue) == ("empty", None)

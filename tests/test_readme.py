@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.main import get_command
@@ -12,7 +14,8 @@ from typer.testing import CliRunner
 
 from curvcli.cli import app
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 SHOWN = re.findall(r"^(?:\$ )?(curv .*)$", README, re.MULTILINE)
 COMMANDS = sorted({line.split("#")[0].split("|")[0].strip() for line in SHOWN})
 
@@ -30,8 +33,43 @@ def test_shown_commands_exist(line: str) -> None:
     assert {a for a in arguments if a.startswith("-")} <= known
 
 
-@pytest.mark.parametrize("verb", ["analyze", "compare", "gate", "inspect", "report", "schedule", "schema", "track", "watch"])
+VERBS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_has_examples(verb: str) -> None:
     result = CliRunner().invoke(app, [verb, "--help"])
     assert result.exit_code == 0
     assert f"curv {verb} " in result.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_readme_shows_every_verb(verb: str) -> None:
+    assert any(line.split()[1] == verb for line in COMMANDS), f"README.md says nothing of curv {verb}"
+
+
+@pytest.fixture(scope="module")
+def writer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("write_cli", ROOT / "docs" / "write_cli.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def bag(text: str) -> list[str]:
+    """The words alone: another version of typer or rich may set frames and line breaks elsewhere."""
+    kept = re.sub(r"[^\w\s.,:;`'\"<>()\[\]{}|/=+*-]|\s\|\s", " ", text)
+    return sorted(kept.split())
+
+
+def test_the_page_of_help_texts_is_up_to_date(writer: ModuleType) -> None:
+    page = writer.PAGE.read_text(encoding="utf-8")
+    assert ["schedule", "verify"] in writer.verbs()
+    for verb in [[], *writer.verbs()]:
+        title = " ".join(["curv", *verb])
+        section = re.search(rf"^## {title}\n\n```\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
+        assert section, f"docs/cli.md has no {title}: run python docs/write_cli.py"
+        assert bag(section[1]) == bag(writer.help_of(*verb)), f"{title} has changed: run python docs/write_cli.py"
+    assert page.count("\n## ") == len(writer.verbs()) + 1

@@ -11,19 +11,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from curvcli.analysis import Analysis
 from curvcli.cache import FileCache, NoCache
-from curvcli.checkpoints import Options, analyze_checkpoint
+from curvcli.checkpoints import Opened, Options, analyze_checkpoint, open_for_analysis
+from curvcli.curvature.hvp import HVP
 from curvcli.errors import InputError
 from curvcli.inputs import find_checkpoints
-from curvcli.readings import surge_of, track_readings
-from curvcli.report.track_plot import course, plot_track
+from curvcli.measurement import Directions, Measurement, Solved
+from curvcli.readings import ReportReadings, certified, track_readings
 from curvcli.report.track_table import to_csv
 from curvcli.results import Track, TrackPoint, load_report, load_track
-from curvcli.tracking import track_run
+from curvcli.tracking import _findings, _in_order, key_of, track_run
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 OPTIONS = Options(tokens=256, depths=False, max_hvps=40)
@@ -81,6 +86,32 @@ def test_a_warm_start_finds_what_a_cold_one_does(tracked: tuple[Track, Path], ca
         assert a.status == b.status == "converged"
         # Layers are solved to 3 %: the value's error goes with the square of that over the gap.
         assert a.eigenvalue == pytest.approx(b.eigenvalue, rel=2e-2)
+
+
+def test_a_start_that_is_no_longer_the_top_is_found_out(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eigenvectors crossed: a solve that starts from the old one converges to the lower eigenvalue."""
+    solve = Measurement.solve
+    stuck: list[Solved] = []
+
+    def stay(self: Measurement, hvp: HVP, names: list[str], start: Any = ()) -> Solved:
+        found = solve(self, hvp, names, start)
+        if self.both is None and start and not stuck:
+            assert found.extremes is not None
+            assert found.extremes.top is not None
+            low = replace(found.extremes.top, value=found.extremes.top.value / 2)
+            found = replace(found, extremes=replace(found.extremes, top=low))
+            stuck.append(found)
+        return found
+
+    opened = open_for_analysis(calm / "checkpoint-10", OPTIONS)
+    cold = opened.measure()
+    monkeypatch.setattr(Measurement, "solve", stay)
+    warm = opened.measure(start=cold.directions)
+    assert len(stuck) == 1
+    assert warm.warm_start is not None
+    assert not warm.warm_start.converged
+    # The report goes on from the random start's, as if no other had been given.
+    assert warm.report.tokens == cold.report.tokens
 
 
 def test_a_second_call_measures_nothing(tracked: tuple[Track, Path], calm: Path) -> None:
@@ -159,6 +190,52 @@ def test_patterns_and_nanogpt_files(samples: Path, tmp_path: Path) -> None:
         find_checkpoints(tmp_path / "other*.pt")
 
 
+def test_names_without_steps_are_sorted_by_what_the_checkpoints_say(samples: Path, tmp_path: Path) -> None:
+    for name, step in (("a", 300), ("b", 20), ("c", 100)):
+        content = torch.load(samples / "nanogpt" / "ckpt.pt", weights_only=True)
+        (tmp_path / name).mkdir()
+        torch.save({**content, "iter_num": step}, tmp_path / name / "ckpt.pt")
+    assert [p.parent.name for p in _in_order(find_checkpoints(tmp_path / "*" / "ckpt.pt"))] == ["b", "c", "a"]
+    with pytest.raises(InputError, match=r"b/ckpt\.pt: no data shard"):  # the first that is tried
+        track_run(tmp_path / "*" / "ckpt.pt", Options(), NoCache())
+
+
+def test_a_checkpoint_written_meanwhile_is_not_kept(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a training job is still writing it: the key would be of other content than the numbers."""
+    copy = tmp_path / "copy"
+    shutil.copytree(calm.parent, copy)
+    measure = Opened.measure
+
+    def meanwhile(self: Opened, *arguments: Any) -> Any:
+        if self.checkpoint.step == 60:
+            os.utime(self.checkpoint.path / "optimizer.pt")
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Opened, "measure", meanwhile)
+    cache = tmp_path / "cache"
+    track = track_run(copy / "run", OPTIONS, FileCache(cache))
+    assert [p.source for p in track.points] == ["measured", "failed"]
+    assert "changed while" in (track.points[1].message or "")
+    assert len(list(cache.glob("*.json"))) == 1
+
+
+def test_keys_hold_what_the_report_depends_on(calm: Path, tmp_path: Path) -> None:
+    opened = open_for_analysis(calm / "checkpoint-10", OPTIONS)
+    assert opened.options.device in ("cpu", "cuda")  # "auto" is another device on another day
+    renumbered = replace(opened, checkpoint=replace(opened.checkpoint, step=11))
+    assert key_of(renumbered) != key_of(opened)
+    # A distributed checkpoint's network is described above it: as many heads more change no shape.
+    bare = tmp_path / "run" / "step-10"
+    bare.mkdir(parents=True)
+    (bare / "weights").write_bytes(b"1")
+    moved = replace(opened, checkpoint=replace(opened.checkpoint, path=bare))
+    keys = set()
+    for config in ('{"heads": 4}', '{"heads": 8}'):
+        (tmp_path / "run" / "config.json").write_text(config)
+        keys.add(key_of(moved))
+    assert len(keys) == 2
+
+
 # --- surge -------------------------------------------------------------------------------------
 
 
@@ -193,16 +270,85 @@ def course_of(rhos: list[float | None]) -> Track:
     )
 
 
+def surge(rhos: list[float | None], **changed: Any) -> float | None:
+    """The newest point's surge as a run would have it, where the newest report's parts are `changed`."""
+    *before, newest = course_of(rhos).points
+    assert newest.report is not None
+    parts = {name: getattr(newest.report, name).model_copy(update=update) for name, update in changed.items()}
+    return ReportReadings(newest.report.model_copy(update=parts), history=certified(before, 5)).surge().value
+
+
 def test_surge_is_over_the_median_before() -> None:
-    assert surge_of(3.0, [1.0]) is None
-    assert surge_of(3.0, [1.0, 2.0, 100.0]) == 1.5
-    assert surge_of(3.0, [-1.0, 1.0]) is None
+    assert surge([1.0, 3.0]) is None
+    assert surge([1.0, 2.0, 100.0, 3.0]) == 1.5
+    assert surge([-1.0, 1.0, 3.0]) is None
+
+
+def test_no_surge_is_over_what_does_not_compare() -> None:
+    assert surge([1.0, 1.0, 3.0], optimizer={"preconditioner": "estimated"}) is None
+    assert surge([1.0, 1.0, 3.0], optimizer={"name": "SGD"}) is None
+    assert surge([1.0, 1.0, 3.0], checkpoint={"parameters": 7}) is None
+    assert surge([1.0, 1.0, 3.0], data={"sha256": "0" * 64}) is None
+
+
+def test_the_bracket_of_a_surge_is_from_all_residuals() -> None:
+    track = course_of([1.0, 1.0, 3.0])
+    points = []
+    for point, residual in zip(track.points, (0.5, 0.5, 0.3), strict=True):
+        assert point.report is not None
+        full = point.report.full.model_copy(update={"residual": residual * (point.report.optimizer.threshold or 0)})
+        points.append(point.model_copy(update={"report": point.report.model_copy(update={"full": full})}))
+    reading = track_readings(track.model_copy(update={"points": points})).surge()
+    assert (reading.low, reading.high) == (pytest.approx(3.0 / 1.5), pytest.approx(3.3 / 1.0))
+
+
+def test_a_run_marks_surges_and_leaves_out_other_tokens(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measuring itself stood in for: 1, damaged, 1, other tokens, 1, 3."""
+    for step in range(1, 7):
+        shutil.copytree(calm / "checkpoint-10", tmp_path / "run" / f"checkpoint-{step}")
+        (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    shard = (calm.parent / "data" / "shard.bin").read_bytes()
+    (tmp_path / "shard.bin").write_bytes(shard)
+    (tmp_path / "other.bin").write_bytes(shard[1000:])
+    (tmp_path / "curv.toml").write_text('data = "shard.bin"\nsequence-length = 64\n')
+    (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "../../other.bin"\nsequence-length = 64\n')
+    (tmp_path / "run" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
+    rhos = [1.0, 1.0, 1.0, 3.0]
+    starts: list[Directions | None] = []
+
+    def measure(self: Opened, progress: Any = None, start: Directions | None = None) -> Analysis:
+        report = course_of(rhos).points[len(starts)].report
+        starts.append(start)
+        assert report is not None
+        return Analysis(report, {"of step": torch.tensor(self.checkpoint.step)}, None)
+
+    monkeypatch.setattr(Opened, "measure", measure)
+    track = track_run(tmp_path / "run", OPTIONS, NoCache())
+    assert [p.source for p in track.points] == ["measured", "failed", "measured", "failed", "measured", "measured"]
+    assert "tokens are not those" in (track.points[3].message or "")
+    # After a checkpoint that failed the next one starts cold.
+    assert [start["of step"].item() if start else None for start in starts] == [None, None, None, 5]
+    assert [p.surge for p in track.points] == [None, None, None, None, pytest.approx(1.0), pytest.approx(3.0)]
+    assert [p.surged for p in track.points] == [False] * 5 + [True]
+    assert next(f.code for f in track.findings if "step 6" in f.message) == "surge"
+
+
+def test_findings_reach_over_a_failed_point() -> None:
+    first, gap, last = course_of([1.0, 1.0, 1.0]).points
+    assert first.report is not None
+    assert last.report is not None
+    gap = gap.model_copy(update={"source": "failed", "report": None, "message": "damaged"})
+    size = last.report.checkpoint.model_copy(update={"parameters": 7})
+    last = last.model_copy(update={"report": last.report.model_copy(update={"verdict": "unstable", "checkpoint": size})})
+    found = {f.code: f.message for f in _findings([first, gap, last], 2.0)}
+    assert "step 0 to 2" in found["verdict-changed"]
+    assert "parameters" in found["not-comparable"]
 
 
 def test_the_gate_holds_a_track_against_its_own_past() -> None:
     assert track_readings(course_of([1.0, 2.0, 100.0, 3.0])).surge().value == pytest.approx(1.5)
     # Only the window counts, and of it only what is certified.
-    assert track_readings(course_of([9.0, 1.0, 1.0, None, 1.0, 1.0, 1.0, 3.0])).surge().value == pytest.approx(3.0)
+    assert track_readings(course_of([9.0, 9.0, 9.0, 9.0, 1.0, 1.0, None, 1.0, 3.0])).surge().value == pytest.approx(3.0)
     assert "fewer than two" in track_readings(course_of([1.0, 3.0])).surge().reason
     assert "not converged" in track_readings(course_of([1.0, 1.0, 1.0, None])).surge().reason
 
@@ -219,17 +365,19 @@ def test_csv_has_a_row_a_point(tracked: tuple[Track, Path]) -> None:
     assert float(rows[1]["lambda model.layers.7"]) == report.layers[7].eigenvalue
 
 
-def test_the_picture_draws_only_what_is_certified() -> None:
-    track = course_of([0.5, None, 2.0])
-    assert course(track)["rho"] == ([0.0, 2.0], [0.5, 2.0])
-    for suffix, head in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
-        assert plot_track(track, suffix).startswith(head)
-    assert plot_track(course_of([None]), "png").startswith(b"\x89PNG")
-
-
 # --- the real command --------------------------------------------------------------------------
 
 CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
+
+
+@pytest.mark.parametrize("option", [("--surge", "inf"), ("--surge", "nan"), ("--tolerance", "nan"), ("--tolerance", "1")])
+def test_numbers_that_are_none_are_refused(calm: Path, option: tuple[str, str], tmp_path: Path) -> None:
+    command = [*CURV, "track", str(calm), "--tokens", "256", *option]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "internal error" not in done.stderr
+    assert option[0].strip("-") in done.stderr
 
 
 def test_killed_and_started_again(calm: Path, tmp_path: Path, tracked: tuple[Track, Path]) -> None:
@@ -248,7 +396,7 @@ def test_killed_and_started_again(calm: Path, tmp_path: Path, tracked: tuple[Tra
     track = load_track(tmp_path / "track.json")
     assert [p.source for p in track.points] == ["cached", "measured"]
     assert without_cost(track) == without_cost(tracked[0])
-    assert "1 from the cache" in done.stdout
+    assert "1 measured, 1 cached" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     gate = subprocess.run(
         [*CURV, "gate", str(tmp_path / "track.json"), "--max-rho", "50", "--max-surge", "2", "--format", "json"],

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
-from fcntl import ioctl
 from pathlib import Path
 
-import pyte
 import pytest
 from rich.console import Console
+from terminal import CURV, Terminal
 from typer.testing import CliRunner
 
 from curvcli.cli import app
 from curvcli.errors import InputError
+from curvcli.report.fit import fitting, thin
 from curvcli.report.plot_log import plot_log, series
-from curvcli.report.watch import curve, draw, fitting, header, screen, thin
+from curvcli.report.watch import LEAST_NEEDED, TITLES, curve, draw, header, screen
 from curvcli.results import Follower, Log, Record, find_log, load_records
-
-CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
 
 
 def record(step: int, rho: float | None = 0.5, **changes: object) -> Record:
@@ -276,9 +270,9 @@ def test_a_frame_keeps_within_the_terminal(width: int, height: int) -> None:
 def test_a_narrow_table_loses_the_least_needed_columns() -> None:
     cells = [dict.fromkeys(("step", "loss", "lr", "lambda", "rho", "residual", "update", "depth"), "1234567")
              | dict.fromkeys(("HVPs", "seconds", "status"), "12345678")]  # fmt: skip
-    assert len(fitting(cells, 140)) == 11
-    assert "residual" not in fitting(cells, 80)
-    assert fitting(cells, 5) == ["step", "rho", "status"]
+    assert len(fitting(cells, 140, TITLES, LEAST_NEEDED)) == 11
+    assert "residual" not in fitting(cells, 80, TITLES, LEAST_NEEDED)
+    assert fitting(cells, 5, TITLES, LEAST_NEEDED) == ["step", "rho", "status"]
 
 
 def test_series_of_the_picture() -> None:
@@ -341,61 +335,6 @@ def test_imports_no_torch(path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
-
-
-class Terminal:
-    """curv in a pseudo-terminal, its output fed to a terminal emulator."""
-
-    def __init__(self, columns: int, lines: int, *arguments: str, **environment: str) -> None:
-        self.master, slave = pty.openpty()
-        self.size(columns, lines, slave)
-        self.raw = b""
-        self.screen = pyte.Screen(columns, lines)
-        self._stream = pyte.ByteStream(self.screen)
-        drop = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
-        kept = {k: v for k, v in os.environ.items() if k not in drop}
-        self.process = subprocess.Popen(
-            [*CURV, *arguments], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env={**kept, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environment},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-        os.close(slave)
-
-    def size(self, columns: int, lines: int, handle: int | None = None) -> None:
-        ioctl(self.master if handle is None else handle, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-
-    def resize(self, columns: int, lines: int) -> None:
-        self.size(columns, lines)
-        self.screen.resize(lines, columns)
-
-    def until(self, wanted: str, seconds: float = 30) -> str:
-        """Read until the screen shows it."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if wanted in (shown := "\n".join(self.screen.display)):
-                return shown
-            self.read()
-        raise AssertionError(f"{wanted!r} never came:\n" + "\n".join(self.screen.display))
-
-    def read(self, seconds: float = 0.2) -> bool:
-        if not select.select([self.master], [], [], seconds)[0]:
-            return True
-        try:
-            data = os.read(self.master, 65536)
-        except OSError:
-            return False
-        self.raw += data
-        self._stream.feed(data)
-        return bool(data)
-
-    def interrupt(self, sent: signal.Signals = signal.SIGINT) -> int:
-        self.process.send_signal(sent)
-        while self.read(1.0) and self.process.poll() is None:
-            pass
-        while self.read(0.1) and select.select([self.master], [], [], 0.1)[0]:
-            pass
-        os.close(self.master)
-        return self.process.wait(timeout=20)
 
 
 @pytest.mark.parametrize("columns", [60, 80, 140])

@@ -6,12 +6,20 @@ or a bug), 3 a gate unresolved, 130 interrupted.
 
 from __future__ import annotations
 
+import shutil
+import signal
+
 from curvcli.cli import analyze, gate, report, schedule, track, watch  # noqa: F401  (each registers its verbs)
-from curvcli.cli.app import app
+from curvcli.cli.app import app, interrupt, readers_may_leave
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
     """Entry point of `curv`."""
-    app(prog_name="curv")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    if shutil.get_terminal_size().columns < 80:
+        app.rich_markup_mode = None  # the help's panels would cut the names of options
+    with readers_may_leave():
+        app(prog_name="curv")

@@ -35,6 +35,7 @@ def analyze(
         Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
     ],
     data: options.Data = None,
+    sample: options.SampleOption = None,
     tokens: options.Tokens = None,
     sequence_length: options.SequenceLength = None,
     batch_size: options.BatchSize = None,
@@ -46,6 +47,8 @@ def analyze(
     momentum: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's (SGD, RMSprop).")
     ] = None,
+    model: options.Network = None,
+    loss: options.LossOption = "auto",
     device: options.Device = "auto",
     mode: options.ModeOption = options.HvpMode.auto,
     tolerance: options.Tolerance = 0.01,
@@ -60,6 +63,7 @@ def analyze(
         Format, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
     ] = Format.table,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure a checkpoint's curvature: in full, per layer and over depth, against its edge of stability.
 
@@ -70,12 +74,13 @@ def analyze(
         check_outputs(output, plot)
         from curvcli.progress import reporting
 
-        with reporting(quiet) as progress:
+        with reporting(quiet, verbose) as progress:
             progress("importing torch", 0.0)
             report = _measure(
                 checkpoint,
                 progress,
                 data=data,
+                sample=sample.value if sample else None,
                 tokens=tokens,
                 sequence_length=sequence_length,
                 batch_size=batch_size,
@@ -85,6 +90,8 @@ def analyze(
                 eps=eps,
                 weight_decay=weight_decay,
                 momentum=momentum,
+                model=model,
+                loss=loss,
                 device=device,
                 mode=mode.value,
                 tolerance=tolerance,
@@ -108,16 +115,15 @@ def inspect(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
     ],
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Shard of training data. Default: from curv.toml.")
-    ] = None,
+    data: options.Data = None,
+    model: options.Network = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what `curv analyze` would read. Reads headers, computes nothing."""
     with exit_codes():
         from curvcli.checkpoints import inspect_checkpoint
 
-        found = inspect_checkpoint(checkpoint, data)
+        found = inspect_checkpoint(checkpoint, data, model)
         if json:
             from curvcli.results import dumps
 

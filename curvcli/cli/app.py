@@ -6,11 +6,14 @@ Exit codes: 0 done, 2 could not run (usage, input, or a bug), 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -33,15 +36,13 @@ def exit_codes() -> Iterator[None]:
         with warnings.catch_warnings():
             # Deprecations inside libraries are not the user's to act on, and would stand before the result.
             warnings.simplefilter("ignore")
-            yield
+            with readers_may_leave(), _interruptible():
+                yield
+                return
     except CurvError as error:
         _fail(f"curv: error: {error}", 2)
     except KeyboardInterrupt:
         _fail("curv: interrupted", 130)
-    except BrokenPipeError:
-        # The reader of stdout has gone (curv ... | head): nothing is left to say, and no flush may try.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
     except MemoryError:
         _fail("curv: error: out of memory; use --mode fresh, a smaller --batch-size or fewer --tokens", 2)
     except Exception as error:
@@ -51,6 +52,50 @@ def exit_codes() -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             _fail("curv: error: the device is out of memory; use --mode fresh, a smaller --batch-size or fewer --tokens", 2)
         _fail(f"curv: internal error: {type(error).__name__}: {text}; set CURV_TRACEBACK=1 and report it", 2)
+    raise typer.Exit(0)  # the reader of stdout has gone
+
+
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Ends the block where the reader of stdout has gone (curv ... | head): nothing is left to say, and no flush may try."""
+    try:
+        yield
+    except (BrokenPipeError, SystemExit) as error:
+        # rich and typer end the process with 1 in its place, which would read as a gate's broken rule.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt, whatever a library makes of it: an import in C that is broken into reports an error."""
+    noticed = False
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        nonlocal noticed
+        noticed = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    # A job in the background ignores it, and whoever embeds the verbs may have a handler of their own.
+    ours = before in (signal.default_int_handler, interrupt) and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, notice)
+    try:
+        yield
+    except Exception as error:
+        if noticed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C outside a verb's own work: while options are parsed, and at the end."""
+    raise SystemExit(130)
 
 
 def _fail(line: str, code: int) -> None:
@@ -75,15 +120,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(epilog="Example:\n\n`curv schema report > curv.report.schema.json`")
-def schema(document: Annotated[str, typer.Argument(help="report, track, compare, schedule, curvature or gate")]) -> None:
-    """Print the JSON Schema of a document that curv writes."""
-    with exit_codes():
-        from curvcli.results import dumps, json_schema
-
-        typer.echo(dumps(json_schema(document)), nl=False)
-
-
 def check_outputs(output: Path | None, plot: Path | None) -> None:
     """Fail before the minute of work, not after it."""
     for path in (output, plot):
@@ -95,3 +131,12 @@ def check_outputs(output: Path | None, plot: Path | None) -> None:
             raise UsageError(f"cannot write {path}: {reason}", hint="choose another place")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"cannot draw to {plot}", hint="end the name in .png, .svg or .pdf")
+
+
+def starts_as_json(path: Path) -> bool:
+    """Whether a file begins as a JSON object does; checkpoints are directories, zip archives or pickles."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(64).lstrip().startswith(b"{")
+    except OSError:
+        return False

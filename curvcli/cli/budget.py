@@ -24,7 +24,7 @@ GRACE = 2.0  # seconds for the product in hand to end
 
 
 def measure(
-    checkpoint: Path, options: dict[str, Any], started: float, seconds: float | None, quiet: bool
+    checkpoint: Path, options: dict[str, Any], started: float, seconds: float | None, quiet: bool, verbose: bool
 ) -> tuple[Report | None, str]:
     """The report of a checkpoint, or None and why, where not even the full model was reached in time.
 
@@ -38,7 +38,7 @@ def measure(
     deadline = float("inf") if seconds is None else started + seconds
     doing = "starting"
     try:
-        with _alarm(deadline + GRACE) as disarm, reporting(quiet) as tell:
+        with _alarm(deadline + GRACE) as disarm, reporting(quiet, verbose) as tell:
 
             def progress(stage: str, done: float) -> None:
                 nonlocal doing

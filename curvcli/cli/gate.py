@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvcli.cli.app import app, check_outputs, exit_codes
+from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -88,9 +87,15 @@ def gate(
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="As 90, 120s or 2m; imports count.", rich_help_panel=MEASURING)
     ] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Data shard.", rich_help_panel=MEASURING)] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Training data; repeatable.", rich_help_panel=MEASURING)
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="To average over.", rich_help_panel=MEASURING)] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.", rich_help_panel=MEASURING)] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NETWORK", help="As of curv analyze.", rich_help_panel=MEASURING)
+    ] = None,
+    loss: Annotated[str | None, typer.Option(metavar="LOSS", help="As of curv analyze.", rich_help_panel=MEASURING)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=MEASURING)] = None,
     max_hvps: Annotated[int | None, typer.Option(min=3, help="Products per estimate.", rich_help_panel=MEASURING)] = None,
     report: Annotated[
@@ -105,6 +110,9 @@ def gate(
     ] = None,
     format: Annotated[Format, typer.Option(help="What stdout gets.", rich_help_panel=OUTPUT)] = Format.text,  # noqa: A002
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=OUTPUT)] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Each step with its time on stderr.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """Hold a checkpoint or a report against rules, for CI: passed, broken or unresolved.
 
@@ -138,14 +146,22 @@ def gate(
             return
         if subject is None:
             raise UsageError("nothing to judge was given", hint="pass a checkpoint, a run directory or a report")
-        options = {"data": data, "tokens": tokens, "lr": lr, "device": device, "max_hvps": max_hvps}
+        options = {
+            "data": data,
+            "tokens": tokens,
+            "lr": lr,
+            "device": device,
+            "max_hvps": max_hvps,
+            "model": model,
+            "loss": loss,
+        }
         options = {name: value for name, value in options.items() if value is not None}
         outputs = output or []
         for path in [*outputs, *([report] if report else [])]:
             check_outputs(path, None)
         _check_suffixes(outputs)
         seconds = None if budget is None else _seconds(budget)
-        document = _judge(subject, settings, options, report, started, seconds, quiet)
+        document = _judge(subject, settings, options, report, started, seconds, quiet, verbose)
         _write(document, outputs)
         _print(document, format)
         code = document.exit_code
@@ -165,7 +181,7 @@ class _Settings:
         self.tolerance: float = self.of("regression-tolerance", 1.0)[0]
         self.unresolved: Any = self.of("unresolved", "report")[0]
         compared = [rule.name for rule in self.rules if rule.name in ("max-surge", "max-regression")]
-        if subject is not None and _schema(subject) == TRACK and "max-surge" in compared:
+        if "max-surge" in compared and subject is not None and _schema(subject) == TRACK:
             compared.remove("max-surge")  # it has its own past to be compared with
         if compared and self.baseline is None:
             raise UsageError(f"{compared[0]} compares with a baseline, and none is named", hint="pass --baseline FILE")
@@ -238,6 +254,7 @@ def _judge(
     started: float,
     seconds: float | None,
     quiet: bool,
+    verbose: bool,
 ) -> Gate:
     from curvcli.gate import decide
     from curvcli.readings import NoReadings, Readings, ReportReadings, track_readings
@@ -260,7 +277,7 @@ def _judge(
     else:
         from curvcli.cli.budget import measure
 
-        report, reason = measure(subject, options, started, seconds, quiet)
+        report, reason = measure(subject, options, started, seconds, quiet, verbose)
         if report is not None and report_to is not None:
             write_whole(report_to, report.to_json().encode())
         readings = NoReadings(reason) if report is None else ReportReadings(report, against, history)
@@ -322,7 +339,7 @@ def _write(document: Gate, outputs: list[Path]) -> None:
 def _print(document: Gate, format: Format) -> None:  # noqa: A002
     from curvcli.report.gate import GATE
 
-    try:
+    with readers_may_leave():  # who must not turn a broken rule into exit code 0, nor a passed one into 1
         if format is Format.text:
             from rich.console import Console
 
@@ -331,8 +348,6 @@ def _print(document: Gate, format: Format) -> None:  # noqa: A002
             show(document, Console())
         else:
             typer.echo(GATE[format.value].render(document), nl=False)
-    except BrokenPipeError:  # a reader that has gone must not turn a broken rule into exit code 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if format is Format.github and summary:
         try:

@@ -1,4 +1,4 @@
-"""`curv report`: a document as a page to read and to send."""
+"""`curv report` and `curv schema`: a document as a page to read and to send, and what documents look like."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from curvcli.cli.app import app, check_outputs, exit_codes
 @app.command(
     epilog="Examples:\n\n"
     "`curv report report.json -o report.html`\n\n"
+    "`curv report track.json -o track.html`\n\n"
     "`curv analyze ckpt/ -o report.json && curv report report.json > report.html`"
 )
 def report(
-    document: Annotated[Path, typer.Argument(help="What curv analyze -o wrote; a schedule too.")],
+    document: Annotated[Path, typer.Argument(help="What curv analyze, track or schedule wrote with -o.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here.  [default: stdout]")] = None,
 ) -> None:
     """Turn a document into one self-contained HTML file: no network, light and dark, fit for print."""
@@ -30,3 +31,12 @@ def report(
             write_whole(output, text.encode())
         else:
             typer.echo(text, nl=False)
+
+
+@app.command(epilog="Example:\n\n`curv schema report > curv.report.schema.json`")
+def schema(document: Annotated[str, typer.Argument(help="report, track, compare, schedule, curvature or gate")]) -> None:
+    """Print the JSON Schema of a document that curv writes."""
+    with exit_codes():
+        from curvcli.results import dumps, json_schema
+
+        typer.echo(dumps(json_schema(document)), nl=False)

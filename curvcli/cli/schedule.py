@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvcli.cli.app import app, check_outputs, exit_codes
+from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -133,10 +133,11 @@ def verify(
         from curvcli.verify import problems
 
         found = problems(plan, checkpoint)
-        for problem in found:
-            typer.echo(f"{problem.code}: {problem.message}")
-        if not found:
-            typer.echo(f"{schedule} fits {checkpoint}: {plan.depth} blocks, {len(plan.phases)} phases")
+        with readers_may_leave():
+            for problem in found:
+                typer.echo(f"{problem.code}: {problem.message}")
+            if not found:
+                typer.echo(f"{schedule} fits {checkpoint}: {plan.depth} blocks, {len(plan.phases)} phases")
     if found:
         raise typer.Exit(1)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from curvcli.cli import options
-from curvcli.cli.app import app, check_outputs, exit_codes
+from curvcli.cli.app import app, check_outputs, exit_codes, starts_as_json
+from curvcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from curvcli.results import Comparison, Report, Track
@@ -40,18 +41,23 @@ class CompareFormat(StrEnum):
 def track(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or a pattern in quotes.")],
     data: options.Data = None,
+    sample: options.SampleOption = None,
     tokens: options.Tokens = None,
     sequence_length: options.SequenceLength = None,
     batch_size: options.BatchSize = None,
     optimizer: options.OptimizerName = None,
     lr: options.Lr = None,
+    model: options.Network = None,
+    loss: options.LossOption = "auto",
     device: options.Device = "auto",
     mode: options.ModeOption = options.HvpMode.auto,
     tolerance: options.Tolerance = 0.01,
     max_hvps: options.MaxHvps = 100,
     seed: options.Seed = None,
     last: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the newest N checkpoints.")] = None,
-    surge: Annotated[float, typer.Option(metavar="X", min=1.01, help="rho over the median before it that is marked.")] = 2.0,
+    surge: Annotated[
+        float, typer.Option(metavar="X", min=1.01, max=1e9, help="rho over the median before it that is marked.")
+    ] = 2.0,
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Certified points that the median is over.")] = 5,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure all, and keep nothing.")] = False,
     output: options.Output = None,
@@ -60,6 +66,7 @@ def track(
         TrackFormat, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv.")
     ] = TrackFormat.table,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure all checkpoints of a run in step order, and mark where curvature surges.
 
@@ -69,7 +76,7 @@ def track(
         check_outputs(output, plot)
         from curvcli.progress import reporting
 
-        with reporting(quiet) as progress:
+        with reporting(quiet, verbose) as progress:
             progress("importing torch", 0.0)
             from curvcli.cache import FileCache, NoCache
             from curvcli.checkpoints import Options
@@ -77,11 +84,14 @@ def track(
 
             how = Options(
                 data=data,
+                sample=sample.value if sample else None,
                 tokens=tokens,
                 sequence_length=sequence_length,
                 batch_size=batch_size,
                 optimizer=optimizer,
                 lr=lr,
+                model=model,
+                loss=loss,
                 device=device,
                 mode=mode.value,
                 tolerance=tolerance,
@@ -115,20 +125,29 @@ def compare(
     data: options.Data = None,
     tokens: options.Tokens = None,
     lr: options.Lr = None,
+    model: options.Network = None,
+    loss: options.LossOption = "auto",
     device: options.Device = "auto",
     output: options.Output = None,
     format: Annotated[  # noqa: A002
         CompareFormat, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
     ] = CompareFormat.table,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Show what changed between two checkpoints, layer by layer, as ratios of lambda.
 
-    Checkpoints are measured on the same tokens, the second from the eigenvectors of the first.
+    Checkpoints are measured on the same tokens, the second from the eigenvector of the first.
     """
     with exit_codes():
         check_outputs(output, None)
-        a, b = _reports(first, second, {"data": data, "tokens": tokens, "lr": lr, "device": device}, quiet)
+        a, b = _reports(
+            first,
+            second,
+            {"data": data, "tokens": tokens, "lr": lr, "model": model, "loss": loss, "device": device},
+            quiet,
+            verbose,
+        )
         from curvcli.compare import compare as compared
         from curvcli.results import write_whole
 
@@ -138,31 +157,44 @@ def compare(
         _print_comparison(found, format)
 
 
-def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool) -> tuple[Report, Report]:
+def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verbose: bool) -> tuple[Report, Report]:
+    from curvcli.progress import reporting
     from curvcli.results import load_report
 
-    if first.suffix == ".json" and second.suffix == ".json":
+    documents = [_is_report(path) for path in (first, second)]
+    if all(documents):
+        if flag := next((name for name, value in given.items() if value not in (None, "auto")), None):
+            raise UsageError(f"--{flag} is for checkpoints, and both are reports", hint=f"drop --{flag}")
         return load_report(first), load_report(second)
-    from curvcli.progress import reporting
-
-    with reporting(quiet) as progress:
+    with reporting(quiet, verbose) as progress:
         progress("importing torch", 0.0)
         from curvcli.checkpoints import Options, open_for_analysis
 
         start, reports = None, []
-        for i, path in enumerate((first, second)):
-            if path.suffix == ".json":
+        for i, (path, is_report) in enumerate(zip((first, second), documents, strict=True)):
+            if is_report:
                 reports.append(load_report(path))
                 continue
 
-            def within(stage: str, done: float, place: int = i) -> None:
-                progress(f"{(first, second)[place].name}: {stage}", (place + done) / 2)
+            def within(stage: str, done: float, place: int = i, name: str = path.name) -> None:
+                progress(f"{name}: {stage}", (place + done) / 2)
 
             within("reading", 0.0)
             analysis = open_for_analysis(path, Options(**given, depths=False)).measure(within, start)
             start = analysis.directions
             reports.append(analysis.report)
     return reports[0], reports[1]
+
+
+def _is_report(path: Path) -> bool:
+    """Whether this is a document, by its content or its name. Raises InputError where it is another than a report."""
+    from curvcli.results import schema_of
+
+    if path.is_dir() or not (path.suffix == ".json" or starts_as_json(path)):
+        return False
+    if (schema := schema_of(path)) != "curv.report/1":
+        raise InputError(f"{path} is {schema or 'no document of curv'}, no report", hint="give reports or checkpoints")
+    return True
 
 
 def _print_track(found: Track, format: TrackFormat) -> None:  # noqa: A002

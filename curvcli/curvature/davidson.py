@@ -114,6 +114,9 @@ class Davidson:
             top_done = top.residual <= self.tolerance * abs(top.value)
             # Of a positive operator the far end is rounding, without digits of its own: against the top it is 0.
             bottom_done = bottom.residual <= self.bottom_tolerance * max(abs(bottom.value), abs(top.value) / 2)
+            # One vector, as from a warm start that is an eigenvector still, says nothing of the other end, nor that
+            # nothing lies above it.
+            bottom_done = bottom_done and (space.count > 1 or space.complete or self.bottom_tolerance == float("inf"))
             products = space.products - before
             status: Status = "converged" if top_done or space.complete else "max-hvps"
             if space.skew > self.asymmetry * space.norm:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from inspect import unwrap
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,30 +21,41 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class Blocks:
     """The stack of layers of a model: `parent.<attribute>` holds `modules` in order of depth.
 
-    `prefix` is the stack's dotted module path, without the wrappers' `_orig_mod.` and `module.`.
+    `prefix` is the stack's dotted module path, without the wrappers' `_orig_mod.` and `module.`. `cut` is how the
+    network is cut short: by a shorter list; by identities in the place of blocks that the model asks for by index; or
+    not at all, where neither gives a network that runs.
     """
 
     parent: nn.Module
     attribute: str
     modules: tuple[nn.Module, ...]
     prefix: str
+    cut: Literal["list", "identities"] | None = "list"
 
     @contextmanager
     def truncated(self, depth: int) -> Iterator[None]:
         """Within the context the model has its first `depth` blocks only; the rest are identities.
 
-        The list is shortened rather than its members replaced: models read attributes of their
+        The list is shortened rather than its members replaced where that runs: models read attributes of their
         blocks while they loop, and blocks differ in what they return.
         """
         stack = getattr(self.parent, self.attribute)
-        short = (
-            type(stack)(*self.modules[:depth]) if isinstance(stack, nn.Sequential) else nn.ModuleList(self.modules[:depth])
-        )
+        kept = self.modules[:depth]
+        if self.cut == "identities":
+            kept = (*kept, *(Skip() for _ in self.modules[depth:]))
+        short = type(stack)(*kept) if isinstance(stack, nn.Sequential) else nn.ModuleList(kept)
         setattr(self.parent, self.attribute, short)
         try:
             yield
         finally:
             setattr(self.parent, self.attribute, stack)
+
+
+class Skip(nn.Module):
+    """In the place of a block that maps hidden states to hidden states: gives them back."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
 
 
 @dataclass(frozen=True)
@@ -122,19 +134,35 @@ class Problem:
 
 @contextmanager
 def measurable(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient checkpointing within, the user's modes restored after."""
+    """Evaluation mode, no gradient checkpointing and no padding rows within, the user's settings restored after.
+
+    An embedding's `padding_idx` zeroes one row of the gradient and leaves the loss as it is. Such a gradient is that of
+    no function: its derivative is not symmetric, and double backward and forward mode give products that differ.
+    """
     modes = {m: m.training for m in model.modules()}
     checkpointing = {m: m.gradient_checkpointing for m in model.modules() if getattr(m, "gradient_checkpointing", False)}
     for module in checkpointing:
         module.gradient_checkpointing = False  # type: ignore[assignment]
+    padded = {m: m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and _only_masks(m)}
+    for embedding in padded:
+        embedding.padding_idx = None
     try:
         with torch.enable_grad():
             yield
     finally:
+        for embedding, index in padded.items():
+            embedding.padding_idx = index
         for module, training in modes.items():
             module.training = training
         for module in checkpointing:
             module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _only_masks(embedding: nn.Embedding) -> bool:
+    """Whether `padding_idx` does no more than zero a gradient: a subclass may compute positions from it."""
+    forward = unwrap(type(embedding).forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ("padding_idx",))
+    return forward is nn.Embedding.forward or "padding_idx" not in names
 
 
 def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from curvcli.inputs.deepspeed import DeepSpeedReader
 from curvcli.inputs.fsdp import FSDPReader
 from curvcli.inputs.huggingface import HuggingFaceReader
 from curvcli.inputs.megatron import MegatronReader
+from curvcli.inputs.remote import fetched
 from curvcli.inputs.runs import checkpoints_of, step_of
 from curvcli.inputs.torchfile import TorchFileReader
 
@@ -31,11 +32,12 @@ READERS: tuple[CheckpointReader, ...] = (
 
 def find_checkpoints(path: Path) -> list[Path]:
     """The checkpoints of a run directory, a pattern, or the one checkpoint given, in step order. Raises InputError."""
+    path = fetched(path)
     found = checkpoints_of(path, lambda candidate: any(reader.accepts(candidate) for reader in READERS))
     if not found:
         raise InputError(
-            f"{path} holds no checkpoint (no checkpoint-N, global_stepN or step-N, no config.json, no ckpt.pt)",
-            hint="give a checkpoint or run directory of transformers, DeepSpeed, torch.distributed or Lightning, or a file",
+            f"{path} holds no checkpoint that is known (checkpoint-N, config.json, .metadata, .pt, .ckpt, ...)",
+            hint="docs/checkpoints.md has the formats; point at a checkpoint or a run directory",
         )
     return found
 
@@ -50,7 +52,4 @@ def open_checkpoint(path: Path, architecture: Architecture | None = None) -> Che
     for reader in READERS:
         if reader.accepts(found):
             return reader.read(found, architecture)
-    raise InputError(
-        f"{found} is in no known checkpoint format",
-        hint="known: directories of transformers, DeepSpeed, FSDP and torch.distributed; .pt, .pth, .ckpt and .bin files",
-    )
+    raise InputError(f"{found} is in no known checkpoint format", hint="docs/checkpoints.md has the formats")

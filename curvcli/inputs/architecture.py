@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import InputError
+from curvcli.errors import InputError, UsageError
 from curvcli.inputs.base import Architecture
-from curvcli.inputs.huggingface import configured
+from curvcli.inputs.networks import configured, twice_differentiable
+from curvcli.inputs.own import blamed, imported
 from curvcli.inputs.safe import check_finite
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -18,9 +19,46 @@ _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 def beside(path: Path) -> Architecture | None:
     """The transformers architecture whose config.json lies in a checkpoint's directory or up to two above it."""
+    found = config_beside(path)
+    return configured(found.parent) if found else None
+
+
+def config_beside(path: Path) -> Path | None:
+    """The config.json that says which network a checkpoint is of, where it has none of its own in another form."""
     start = path if path.is_dir() else path.parent
-    found = next((d for d in (start, *start.absolute().parents[:2]) if (d / "config.json").is_file()), None)
-    return configured(found) if found else None
+    return next((d / "config.json" for d in (start, *start.absolute().parents[:2]) if (d / "config.json").is_file()), None)
+
+
+def named(spec: str) -> Architecture:
+    """The architecture that --model names: package.module:factory, or a transformers configuration.
+
+    A factory, or a class, takes no arguments and gives the network as it was trained, in any state: its weights are
+    filled in. It is the user's own code and is imported here.
+
+    Raises:
+        UsageError: neither, or the user's code fails.
+        InputError: the configuration is not readable.
+    """
+    place = Path(spec)
+    if place.is_dir() or place.suffix == ".json":
+        return configured(place)
+    if ":" not in spec:
+        raise UsageError(
+            f"--model {spec} is neither a directory with a config.json nor package.module:factory",
+            hint="name one of the two",
+        )
+    factory = imported(spec, "--model")
+
+    def build() -> nn.Module:
+        with blamed(f"--model {spec}"):
+            model = factory()
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"--model {spec} gave a {type(model).__name__}", hint="return a torch.nn.Module")
+        model = model.float().cpu()
+        twice_differentiable(model)
+        return model
+
+    return Architecture(name=spec, build=build)
 
 
 def needed(architecture: Architecture | None, path: Path) -> Architecture:

@@ -43,6 +43,7 @@ class Architecture:
         vocabulary: token ids lie below it; None where that is not known beforehand.
         context: longest sequence it takes, where known.
         tokenizer: directory of its tokenizer, where there is one.
+        configuration: transformers' config.json that it is built from, where it is.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Architecture:
     vocabulary: int | None = None
     context: int | None = None
     tokenizer: Path | None = None
+    configuration: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from curvcli.curvature.problem import Blocks
+from curvcli.curvature.problem import Blocks, Problem
 from curvcli.errors import UnsupportedError
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
-    """The model's stack of layers, or None where it has none.
+    """The model's stack of layers, or None where it has none."""
+    return next(iter(stacks(model)), None)
+
+
+def stacks(model: nn.Module) -> list[Blocks]:
+    """All stacks of layers of a model, the one whose depth is measured first.
 
     From the root down, the outermost container whose children are numbered and mostly of one
     composite class is a stack. Stacks of transformers' checkpointable layers rank first, then by size.
     """
-    stacks: list[tuple[tuple[bool, int], Blocks]] = []
+    found: list[tuple[tuple[bool, int], Blocks]] = []
 
     def walk(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
@@ -24,12 +32,70 @@ def find_blocks(model: nn.Module) -> Blocks | None:
             if _is_stack(child):
                 layered = all(_checkpointable(c) for c in child.children())
                 rank = (layered, sum(p.numel() for p in child.parameters()))
-                stacks.append((rank, Blocks(module, name, tuple(child.children()), display(where))))
+                found.append((rank, Blocks(module, name, tuple(child.children()), display(where))))
             else:
                 walk(child, where)
 
     walk(model, "")
-    return max(stacks, key=lambda s: s[0])[1] if stacks else None
+    return [blocks for _, blocks in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
+    """How the network can be cut short, and what a reader of its layers should know; two forward passes.
+
+    Returns:
+        The blocks with `cut` set, and notes by code: blocks used several times, other stacks, no cut networks.
+    """
+    uses = Counter[int]()
+    plain: set[bool] = set()
+
+    def seen(index: int, arguments: tuple[Any, ...], output: Any) -> None:
+        uses[index] += 1
+        first = arguments[0] if arguments else None
+        plain.add(isinstance(first, Tensor) and isinstance(output, Tensor) and first.shape == output.shape)
+
+    def hook(index: int) -> Any:
+        return lambda module, arguments, output: seen(index, arguments, output)
+
+    runs = Counter[str]()
+    handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(blocks.modules)]
+    handles.append(problem.model.register_forward_hook(lambda *_: runs.update(["model"])))
+    try:
+        with torch.no_grad():
+            problem.batch_loss(0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A block that gives anything but hidden states cannot be told from an identity by running: its caller may index.
+    ways = [replace(blocks, cut="list"), replace(blocks, cut="identities" if plain == {True} else None)]
+    cut = next((way.cut for way in ways if way.cut and _runs(problem, way)), None)
+    notes: dict[str, str] = {}
+    passes = max(runs["model"], 1)
+    if shared := {i: n // passes for i, n in uses.items() if n // passes > 1}:
+        index, times = next(iter(shared.items()))
+        notes["shared-layers"] = (
+            f"{blocks.prefix}.{index} is used {times} times in a forward pass: its curvature is that of all uses "
+            "together, and depths count it once"
+        )
+    others = [f"{b.prefix} ({len(b.modules)})" for b in stacks(problem.model) if b.prefix != blocks.prefix]
+    if others:
+        notes["other-stacks"] = (
+            f"layers and depths are those of {blocks.prefix}; {', '.join(others)} count with embedding and head, whole "
+            "at every depth"
+        )
+    if cut is None:
+        notes["no-truncation"] = f"the network does not run with fewer blocks in {blocks.prefix}: no cut networks measured"
+    return replace(blocks, cut=cut), notes
+
+
+def _runs(problem: Problem, blocks: Blocks) -> bool:
+    """Whether the network without any block gives a loss."""
+    try:
+        with torch.no_grad():
+            problem.truncated(blocks, 0).batch_loss(0)
+    except Exception:  # whatever a model's own code raises
+        return False
+    return True
 
 
 def locate(model: nn.Module, layers: nn.ModuleList | nn.Sequential) -> Blocks:

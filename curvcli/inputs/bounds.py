@@ -38,8 +38,10 @@ def inside(directory: Path, name: object) -> Path:
     Links of the Hugging Face cache, from snapshots/<revision> into the blobs beside, count as inside.
     """
     path = directory / name if isinstance(name, str) and name and "\0" not in name else directory
-    home = directory.resolve()
-    real = path.resolve()
+    try:
+        home, real = directory.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise InputError(f"cannot follow {str(path)[:400]}: {str(error)[:100]}", hint="copy the file again") from error
     cached = home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs"
     plain = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
     if path == directory or not plain or not (real.is_relative_to(home) or cached):

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import psutil
-from torch import nn
+from torch import Tensor, nn
 
-from curvcli.errors import InputError, UnsupportedError
+from curvcli.errors import InputError
+from curvcli.inputs.architecture import fill, needed
 from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo
-from curvcli.inputs.bounds import check_config, check_size, inside
+from curvcli.inputs.bounds import inside
 from curvcli.inputs.mapping import map_state, matrix_order, single_order, summary, trainer_order
+from curvcli.inputs.networks import build
 from curvcli.inputs.optimizer_file import OPTIMIZER_FILE, read_optimizer
-from curvcli.inputs.safe import check_finite, load_pickle, read_json, safetensors_header
+from curvcli.inputs.safe import load_pickle, read_json, safetensors_header, stored
 
 INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")
 
 
 class HuggingFaceReader:
-    """config.json with model.safetensors (or shards and an index, or an old pytorch_model.bin)."""
+    """model.safetensors (or shards and an index, or an old pytorch_model.bin), usually with a config.json.
+
+    The Trainer saves a model that is none of transformers' without one; --model then names the network.
+    """
 
     def accepts(self, path: Path) -> bool:
-        return path.is_dir() and (path / "config.json").exists()
+        return path.is_dir() and any((path / name).exists() for name in ("config.json", *_WEIGHTS))
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
-        described = configured(path)
+        described = needed(architecture, path)
         state = trainer_state(path)
         optimizer = path / "optimizer.pt"
         return Checkpoint(
@@ -35,7 +40,7 @@ class HuggingFaceReader:
             format="trainer" if state is not None or optimizer.exists() else "pretrained",
             architecture=described.name,
             tensors=tuple(self.tensors(path)),
-            model=lambda: _build(path, weights=True),
+            model=lambda: self._model(path, described),
             optimizer=OptimizerFile(
                 optimizer,
                 lambda model: map_state(
@@ -50,6 +55,7 @@ class HuggingFaceReader:
             step=integer(state, "global_step"),
             vocabulary=described.vocabulary,
             context=described.context,
+            task=described.task,
             log=run_log(state),
             tokenizer=described.tokenizer,
             notes=clipping(state),
@@ -57,30 +63,48 @@ class HuggingFaceReader:
 
     def tensors(self, path: Path) -> list[TensorInfo]:
         """The weights in a directory, from headers and index alone. Raises InputError."""
+        return [tensor for tensors in self._files(path).values() for tensor in tensors]
+
+    def _model(self, path: Path, described: Architecture) -> nn.Module:
+        if described.configuration is not None:
+            # transformers knows which stored names became which parameters (experts, renamed layers).
+            return build(described.configuration, described.task, weights=path)
+        model = described.build()
+        weights: Mapping[str, Tensor]
+        if (path / "pytorch_model.bin") in (files := self._files(path)):
+            weights = load_pickle(path / "pytorch_model.bin")
+        else:
+            weights = stored({tensor.name: file for file, tensors in files.items() for tensor in tensors})
+        fill(model, weights, path)
+        return model
+
+    def _files(self, path: Path) -> dict[Path, list[TensorInfo]]:
+        """The weights by file, from headers."""
         if (path / INDEX).exists():
             index = read_json(path / INDEX)
             shards = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
                 raise InputError(f"{path / INDEX} has no weight_map", hint="copy the file again")
-            found: list[TensorInfo] = []
+            found: dict[Path, list[TensorInfo]] = {}
             for shard in sorted(set(shards.values())):
                 file = inside(path, shard)
                 if not file.is_file():
                     raise InputError(f"{file} is named in {INDEX} and missing", hint="copy the missing shard")
-                found += safetensors_header(file)
-            missing = sorted(set(shards) - {t.name for t in found})
+                found[file] = safetensors_header(file)
+            missing = sorted(set(shards) - {t.name for tensors in found.values() for t in tensors})
             if missing:
                 raise InputError(f"{missing[0]} is named in {INDEX} and in no shard", hint="copy the shards again")
             return found
         if (path / "model.safetensors").exists():
-            return safetensors_header(path / "model.safetensors")
+            return {path / "model.safetensors": safetensors_header(path / "model.safetensors")}
         if (path / "pytorch_model.bin").exists():
             weights = load_pickle(path / "pytorch_model.bin", meta=True)
             if not isinstance(weights, dict) or not all(hasattr(t, "shape") for t in weights.values()):
                 raise InputError(f"{path / 'pytorch_model.bin'} holds no weights by name", hint="use another checkpoint")
-            return [TensorInfo(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in weights.items()]
+            tensors = [TensorInfo(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in weights.items()]
+            return {path / "pytorch_model.bin": tensors}
         raise InputError(
-            f"{path} has a config.json and no weights (model.safetensors, {INDEX}, pytorch_model.bin)",
+            f"{path} has a config.json and no weights ({', '.join(_WEIGHTS)})",
             hint="copy the weights beside it",
         )
 
@@ -94,99 +118,6 @@ def trainer_state(path: Path) -> dict[str, Any] | None:
     if not isinstance(state, dict):
         raise InputError(f"{file} is not a trainer state", hint="copy the file again")
     return state
-
-
-def configured(directory: Path) -> Architecture:
-    """The network that a directory's config.json describes. Raises InputError, UnsupportedError."""
-    config = read_json(directory / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise InputError(f"{directory / 'config.json'} names no model_type", hint="it is not a transformers configuration")
-    check_config(config, directory / "config.json")
-    named = config.get("architectures")
-    nested = config.get("text_config")
-    text: dict[str, Any] = nested if isinstance(nested, dict) else config
-    context = text.get("max_position_embeddings") or text.get("n_positions")
-    has_tokenizer = any((directory / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-    return Architecture(
-        name=str(named[0] if isinstance(named, list) and named else config["model_type"])[:200],
-        build=lambda: _build(directory, weights=False),
-        vocabulary=integer(text, "vocab_size"),
-        context=context if isinstance(context, int) and context > 0 else None,
-        tokenizer=directory if has_tokenizer else None,
-    )
-
-
-def causal_lm(config: Any, where: object) -> type[Any]:
-    """transformers' causal language model class for a configuration. Raises UnsupportedError."""
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    named = (getattr(config, "architectures", None) or [None])[0]
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if known is None or (named is not None and named not in known):
-        raise UnsupportedError(
-            f"{where} is a {named or config.model_type}, no causal language model that transformers knows",
-            hint="use curvcli.analyze(model, loss, batches, optimizer) from Python for other models",
-        )
-    return AutoModelForCausalLM
-
-
-def _build(path: Path, *, weights: bool) -> nn.Module:
-    """The model of a directory; without weights its own are random, and all of them are still to be filled in."""
-    import torch
-    import transformers
-    from transformers import AutoConfig
-
-    previous = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        kind = causal_lm(config, path)
-
-        def empty() -> nn.Module:
-            return kind.from_config(config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)  # type: ignore[no-any-return]
-
-        check_size(empty, values=2 * _stored(path) if weights else psutil.virtual_memory().total // 4, where=path)
-        if weights:
-            model, info = kind.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        else:
-            model, info = empty(), {}
-    except (InputError, UnsupportedError):
-        raise
-    except Exception as error:  # transformers raises every kind there is; all mean the same to the user
-        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"transformers cannot build the model in {path}: {text[:240]}",
-            hint="check config.json and the weights, or the installed transformers' version",
-        ) from error
-    finally:
-        transformers.logging.set_verbosity(previous)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info.get(problem):
-            name = sorted(str(k) for k in info[problem])[0]
-            raise InputError(
-                f"{len(info[problem])} weights of {path} are {problem.split('_')[0]}, first {name}",
-                hint="transformers would fill them with random numbers: complete the checkpoint",
-            )
-    model.config.use_cache = False
-    model.eval()
-    if weights:
-        check_finite(model)
-    return model  # type: ignore[no-any-return]
-
-
-def _stored(path: Path) -> int:
-    """Bytes of a directory's weight files."""
-    return sum(f.stat().st_size for pattern in ("*.safetensors", "*.bin") for f in path.glob(pattern) if f.is_file())
 
 
 def integer(state: dict[str, Any] | None, key: str) -> int | None:

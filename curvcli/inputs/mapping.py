@@ -53,7 +53,8 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
     state shape fit, and orders that fit must agree.
 
     Raises:
-        InputError: no order fits, or two fit and differ; says what was tried.
+        AmbiguousStateError: orders that fit differ; it has the views, between which gradients may decide.
+        InputError: no order fits; says what was tried.
         UnsupportedError: the optimizer is one that no number is given for.
     """
     groups, state = check_document(document, path)
@@ -62,6 +63,7 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     tried: list[str] = []
     fits: list[list[list[str]]] = []
+    labels: list[str] = []
     if all("param_names" in g for g in groups):
         candidates: list[tuple[str, list[list[str]]]] = [("names in the file", [list(g["param_names"]) for g in groups])]
     else:
@@ -72,22 +74,44 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
             tried.append(f"{label}: {problem}")
         elif names not in fits:
             fits.append(names)
+            labels.append(label)
     if not fits:
         raise InputError(
             f"optimizer state in {path} does not fit the model ({'; '.join(tried)})",
             hint="it belongs to another model, or its parameters were grouped in a way that is not known here",
         )
-    if len(fits) > 1:
-        raise InputError(
-            f"optimizer state in {path} fits the model in {len(fits)} orders of parameters, and a guess could be wrong",
+    views = tuple(_view(names, groups, state) for names in fits)
+    if len(views) > 1:
+        raise AmbiguousStateError(
+            f"optimizer state in {path} fits the model in {len(fits)} orders of parameters ({', '.join(labels)}), and a "
+            "guess could be wrong",
             hint="save the optimizer built from model.named_parameters(), so that the file has the names",
+            views=views,
+            labels=tuple(labels),
         )
-    names = fits[0]
-    entries: dict[str, Any] = {}
-    for group, members in zip(groups, names, strict=True):
-        for index, name in zip(group["params"], members, strict=True):
-            if index in state:
-                entries[name] = state[index]
+    return views[0]
+
+
+class AmbiguousStateError(InputError):
+    """State that fits a model in more than one order.
+
+    Attributes:
+        views: the state with names, in each of them.
+        labels: what each is called.
+    """
+
+    def __init__(self, message: str, *, hint: str, views: tuple[OptimizerView, ...], labels: tuple[str, ...]) -> None:
+        super().__init__(message, hint=hint)
+        self.views, self.labels = views, labels
+
+
+def _view(names: list[list[str]], groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> OptimizerView:
+    entries = {
+        name: state[index]
+        for group, members in zip(groups, names, strict=True)
+        for index, name in zip(group["params"], members, strict=True)
+        if index in state
+    }
     return OptimizerView(
         tuple(
             Group(tuple(members), {k: v for k, v in group.items() if k not in ("params", "param_names")})

@@ -35,9 +35,9 @@ def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
 
 
 def step_order(path: Path) -> tuple[int, str]:
-    """What checkpoints are sorted by: the step in the name, then the name."""
+    """What checkpoints are sorted by: the step in the name, then the path."""
     step = step_of(path)
-    return (-1 if step is None else step, path.name)
+    return (-1 if step is None else step, str(path))
 
 
 def step_of(path: Path) -> int | None:

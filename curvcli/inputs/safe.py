@@ -7,12 +7,14 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import TensorInfo
@@ -31,12 +33,21 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
         InputError: missing, truncated, not a torch file, or holding anything but tensors, plain data and those.
     """
     _refuse_pointer(path)
-    zipped = _is_zip(path)
+    zipped, before = _is_zip(path), _stamp(path)
+    # A file that a running job cuts short while it is mapped kills whoever touches it (SIGBUS), so it is mapped only
+    # where its data is not read or would not fit.
+    mapped = zipped and (meta or before[0] > psutil.virtual_memory().available // 4)
     if zipped:
-        check_zip(path, path, path.stat().st_size)
+        check_zip(path, path, before[0])
     else:
         check_legacy(path)
-    return _load(path, path, path.stat().st_size, map_location="meta" if meta else "cpu", mmap=zipped or None)
+    try:
+        document = _load(path, path, before[0], map_location="meta" if meta else "cpu", mmap=mapped or None)
+    except InputError:
+        _refuse_changed(path, before)
+        raise
+    _refuse_changed(path, before)
+    return document
 
 
 def load_bytes(data: bytes, where: object) -> Any:
@@ -89,6 +100,8 @@ def _restricted(source: Path | io.BytesIO, settings: dict[str, Any]) -> Any:
 def read_json(path: Path) -> Any:
     """A JSON file. Raises InputError."""
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is not readable JSON: not a file", hint="check the path")
         if path.stat().st_size > _JSON_LIMIT:
             raise InputError(
                 f"{path} is larger than {_JSON_LIMIT >> 20} MiB", hint="no checkpoint's JSON is: check the file"
@@ -115,6 +128,33 @@ def safetensors_header(path: Path) -> list[TensorInfo]:
         ) from error
 
 
+def stored(files: Mapping[str, Path]) -> Mapping[str, Tensor]:
+    """Tensors of safetensors files by name, each read when it is asked for. Reading raises InputError."""
+    return _Stored(files)
+
+
+class _Stored(Mapping[str, Tensor]):
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self.files[name]
+        try:
+            with safe_open(path, framework="pt") as handle:
+                return handle.get_tensor(name)  # type: ignore[no-any-return]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be read as safetensors: {_first_line(error)}",
+                hint="the file is truncated or damaged: copy it again",
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise InputError naming the first weight that is NaN or infinite."""
     for name, tensor in model.state_dict().items():
@@ -131,7 +171,19 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else ""
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _refuse_changed(path: Path, before: tuple[int, int]) -> None:
+    if not path.exists() or _stamp(path) != before:
+        raise InputError(f"{path} changed while it was read", hint="a job is writing it: run again when it is done")
+
+
 def _refuse_pointer(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a file", hint="check the path")
     try:
         with path.open("rb") as stream:
             head = stream.read(64)

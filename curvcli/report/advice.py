@@ -6,7 +6,8 @@ import shlex
 from dataclasses import dataclass
 
 from curvcli.report.frame import number
-from curvcli.results import Report
+from curvcli.report.track_points import newest
+from curvcli.results import Report, Track
 from curvcli.verdict import STABLE_BELOW
 
 
@@ -21,6 +22,28 @@ class Step:
 def advice(report: Report) -> list[Step]:
     """Steps, the verdict's own first."""
     return [*_verdict(report), *_findings(report)]
+
+
+def track_advice(track: Track) -> list[Step]:
+    """Steps for a run: the newest checkpoint's own, after what the run itself asks for."""
+    points = track.points
+    steps = []
+    surged = [index for index, point in enumerate(points) if point.surged]
+    if surged:
+        here = points[surged[-1]].checkpoint
+        before = next((p.checkpoint for p in reversed(points[: surged[-1]]) if p.report is not None), None)
+        command = f"curv compare {shlex.quote(before)} {shlex.quote(here)}" if before is not None else None
+        steps.append(Step("See layer by layer what changed at the last surge.", command))
+    if failed := [point for point in points if point.report is None]:
+        steps.append(
+            Step(
+                f"{len(failed)} of {len(points)} checkpoints could not be measured: the reasons are below their table. "
+                "Once mended, run it again; what was measured is kept.",
+                f"curv track {shlex.quote(track.run)}",
+            )
+        )
+    last = newest(track)
+    return [*steps, *advice(last.report)] if last and last.report else steps
 
 
 def _verdict(report: Report) -> list[Step]:

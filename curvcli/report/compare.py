@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.report.fit import plain
 from curvcli.report.frame import number
 from curvcli.report.markdown import escape
-from curvcli.report.table import COLOURS, findings_text
+from curvcli.report.table import COLOURS, finding_line
 from curvcli.results import Change, Comparison, Side
 
 
@@ -23,7 +24,7 @@ def show(found: Comparison, console: Console) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for change in [*found.changes[1:], found.changes[0]]:
         table.add_row(
-            Text(change.name, style="bold" if change.part == "full" else ""),
+            Text(plain(change.name), style="bold" if change.part == "full" else ""),
             number(change.first),
             number(change.second),
             _times(change.ratio),
@@ -31,7 +32,8 @@ def show(found: Comparison, console: Console) -> None:
             number(change.second_rho, 3),
             Text(_times(change.rho_ratio), style=_style(change)),
         )
-    console.print(_side("A", found.first), _side("B", found.second), Text(), table, findings_text(found.findings), sep="\n")
+    findings = map(finding_line, found.findings)
+    console.print(_side("A", found.first), _side("B", found.second), Text(), table, Text(), *findings, sep="\n")
 
 
 def to_csv(found: Comparison) -> str:
@@ -46,6 +48,7 @@ def to_csv(found: Comparison) -> str:
 def to_markdown(found: Comparison) -> str:
     """For a merge request."""
     lines = [f"## curv: {escape(found.first.path)} against {escape(found.second.path)}", ""]
+    lines += [f"- {letter}: {_facts(x)}, {x.verdict}" for letter, x in (("A", found.first), ("B", found.second))] + [""]
     lines += ["| part | lambda A | lambda B | ratio | rho A | rho B | ratio |", "|---|--:|--:|--:|--:|--:|--:|"]
     for change in found.changes:
         values = [number(change.first), number(change.second), _times(change.ratio)]
@@ -68,7 +71,12 @@ def _style(change: Change) -> str:
 
 
 def _side(letter: str, side: Side) -> Text:
-    text = Text(f"{letter} ", style="bold").append(side.path, style="bold")
-    step = f"step {side.step:,}, " if side.step is not None else ""
-    text.append(f"\n  {step}loss {number(side.loss)}, lr {number(side.lr, 3)}, ", style="not bold")
+    text = Text(f"{letter} ", style="bold").append(plain(side.path), style="bold")
+    text.append(f"\n  {_facts(side)}, ", style="not bold")
     return text.append(side.verdict, style=COLOURS[side.verdict])
+
+
+def _facts(side: Side) -> str:
+    step = f"step {side.step:,}, " if side.step is not None else ""
+    update = f", update ratio {number(side.update_ratio, 3)}" if side.update_ratio is not None else ""
+    return f"{step}loss {number(side.loss)}, lr {number(side.lr, 3)}{update}"

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.report.fit import plain
+
 
 def show_facts(facts: Mapping[str, Any], console: Console | None = None) -> None:
     """Print nested facts as two columns."""
@@ -21,14 +23,16 @@ def show_facts(facts: Mapping[str, Any], console: Console | None = None) -> None
 
 def _rows(table: Table, facts: Mapping[str, Any], indent: str) -> None:
     for key, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            table.add_row(f"{indent}{key}", "")
-            _rows(table, value, f"{indent}  ")
+        parts = [value] if isinstance(value, Mapping) and value else value if isinstance(value, list) else []
+        if parts and all(isinstance(part, Mapping) for part in parts):
+            table.add_row(Text(f"{indent}{plain(key)}"), "")
+            for part in parts:
+                _rows(table, part, f"{indent}  ")
         else:
-            table.add_row(f"{indent}{key}", Text(_plain(value)))
+            table.add_row(Text(f"{indent}{plain(key)}"), Text(plain(_shown(value))))
 
 
-def _plain(value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is None or value == {}:
         return "none"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Every estimate of a report as one pandas table, and numbers as people read them."""
+"""Every estimate of a report as one table, and numbers as people read them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ if TYPE_CHECKING:
 
 
 def frame(report: Report) -> pd.DataFrame:
-    """One row per estimate: part (full, layer, restricted, truncated), index, name, parameters, and E."""
-
+    """`records` as a table: columns part, index, name, parameters, and an Estimate's."""
     import pandas as pd  # here, because numbers are shown by verbs that need no table
+
+    return pd.DataFrame(records(report)).astype({"index": "Int64", "parameters": "Int64", "hvps": "Int64"})
+
+
+def records(report: Report) -> list[dict[str, Any]]:
+    """A record per estimate: part (full, layer, restricted, truncated), index, name, parameters, and its fields."""
 
     def row(part: str, index: int | None, name: str, parameters: int | None, estimate: Estimate) -> dict[str, Any]:
         values = {key: getattr(estimate, key) for key in Estimate.model_fields}
@@ -23,8 +28,7 @@ def frame(report: Report) -> pd.DataFrame:
     rows = [row("full", None, "full model", report.checkpoint.parameters, report.full)]
     rows += [row("layer", e.index, e.name, e.parameters, e) for e in report.layers]
     rows += [row("restricted", e.depth, f"depth {e.depth}", None, e) for e in report.cumulative.restricted]
-    rows += [row("truncated", e.depth, f"depth {e.depth}", None, e) for e in report.cumulative.truncated]
-    return pd.DataFrame(rows).astype({"index": "Int64", "parameters": "Int64", "hvps": "Int64"})
+    return rows + [row("truncated", e.depth, f"depth {e.depth}", None, e) for e in report.cumulative.truncated]
 
 
 def number(value: float | None, digits: int = 4) -> str:

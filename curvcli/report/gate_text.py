@@ -38,9 +38,9 @@ def show(gate: Gate, console: Console) -> None:
     head.append(f"  {count} of {len(gate.outcomes)} rules{taken}, exit code {gate.exit_code}\n", style="")
     console.print(head, _table(gate.outcomes), Text(""), sep="\n")
     for outcome in gate.outcomes:
-        console.print(Text(f"{outcome.rule}: ", style=COLOURS[outcome.outcome]) + Text(_plain(outcome.message)))
+        console.print(Text.assemble((f"{outcome.rule}: ", COLOURS[outcome.outcome]), _plain(outcome.message)))
     for finding in gate.findings:
-        console.print(Text(f"{_plain(finding.code)}: ", style="yellow") + Text(_plain(finding.message)))
+        console.print(Text.assemble((f"{_plain(finding.code)}: ", "yellow"), _plain(finding.message)))
 
 
 def text(gate: Gate) -> str:

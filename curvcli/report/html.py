@@ -13,11 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from curvcli.errors import InputError
-from curvcli.report.advice import advice
-from curvcli.report.chart import log_chart
-from curvcli.report.frame import frame, number
-from curvcli.report.plot import curves
-from curvcli.results import Document, Report, Schedule, load_report, load_schedule, schema_of
+from curvcli.report.advice import advice, track_advice
+from curvcli.report.chart import curves, log_chart
+from curvcli.report.frame import number, records
+from curvcli.report.track_chart import CLASSES, heat, panels
+from curvcli.report.track_points import axis, newest, rows, saved
+from curvcli.results import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
 
 
 def page(path: Path) -> str:
@@ -32,8 +33,7 @@ def page(path: Path) -> str:
 def report_page(report: Report) -> str:
     """Verdict, findings, next steps, curves over depth, where the sharpest direction lives, numbers, provenance."""
     chart = log_chart(curves(report), report.optimizer.threshold, report.checkpoint.layers)
-    rows = frame(report).astype(object).where(lambda table: table.notna(), None).to_dict("records")
-    return _render("report.html", document=report, report=report, steps=advice(report), chart=chart, rows=rows)
+    return _render("report.html", document=report, report=report, steps=advice(report), chart=chart, rows=records(report))
 
 
 def schedule_page(schedule: Schedule) -> str:
@@ -41,10 +41,32 @@ def schedule_page(schedule: Schedule) -> str:
     return _render("schedule.html", document=schedule, schedule=schedule)
 
 
+def track_page(track: Track) -> str:
+    """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
+    last, found = newest(track), rows(track)
+    layers = [r for r in records(last.report) if r["part"] in ("full", "layer")] if last and last.report else []
+    return _render(
+        "track.html",
+        document=track,
+        track=track,
+        newest=last,
+        newest_label=next((row.label for row in found if row.point is last), ""),
+        steps=track_advice(track),
+        axis=axis(track),
+        panels=panels(track),
+        heat=heat(track),
+        classes=CLASSES,
+        rows=found,
+        records=layers,
+        saved=saved(track),
+    )
+
+
 # A document's page: how it is read, how it is drawn. A further document is a further line.
 PAGES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], str]]] = {
     "curv.report/1": (load_report, report_page),
     "curv.schedule/1": (load_schedule, schedule_page),
+    "curv.track/1": (load_track, track_page),
 }
 
 

@@ -10,24 +10,11 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from curvcli.report.chart import curves
 from curvcli.report.frame import number
-from curvcli.results import Estimate, Report
+from curvcli.results import Report
 
 FORMATS = ("png", "svg", "pdf")
-
-
-def curves(report: Report) -> dict[str, tuple[list[float], list[float]]]:
-    """What is drawn: depth and positive converged lambda of each curve. A log axis has no place for others."""
-
-    def pick(items: list[tuple[float, Estimate]]) -> tuple[list[float], list[float]]:
-        kept = [(x, e.eigenvalue) for x, e in items if e.status == "converged" and e.eigenvalue and e.eigenvalue > 0]
-        return [x for x, _ in kept], [y for _, y in kept]
-
-    return {
-        "layer alone": pick([(e.index + 0.5, e) for e in report.layers]),
-        "restricted to depth": pick([(float(e.depth), e) for e in report.cumulative.restricted]),
-        "cut at depth": pick([(float(e.depth), e) for e in report.cumulative.truncated]),
-    }
 
 
 def plot(report: Report, suffix: str) -> bytes:

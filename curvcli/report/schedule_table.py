@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.report.fit import plain
 from curvcli.report.frame import number
-from curvcli.report.table import SEVERITIES
+from curvcli.report.table import finding_line
 from curvcli.results import LrSchedule, Schedule
 
 ORDERS = {
@@ -22,7 +23,7 @@ LOCKED = {"grow": "locked blocks are the identity until they join", "freeze": "l
 
 def show(schedule: Schedule, console: Console) -> None:
     """Print what is planned, its phases and findings; readable at 80 columns."""
-    console.print(_head(schedule), _phases(schedule), _note(schedule), *_findings(schedule), sep="\n")
+    console.print(_head(schedule), _phases(schedule), _note(schedule), *map(finding_line, schedule.findings), sep="\n")
 
 
 def ranges(blocks: Sequence[int]) -> str:
@@ -55,7 +56,9 @@ def _head(schedule: Schedule) -> Text:
         text.append(f"\npredicted rho at most {schedule.margin:g}", style="not bold")
     source = schedule.provenance.report or schedule.provenance.checkpoint
     if source:
-        text.append(f", from {source}" if schedule.margin is not None else f"\nfrom {source}", style="not bold")
+        text.append(
+            f", from {plain(source)}" if schedule.margin is not None else f"\nfrom {plain(source)}", style="not bold"
+        )
     return text.append("\n")
 
 
@@ -95,7 +98,3 @@ def _note(schedule: Schedule) -> Text:
     if schedule.margin is None:
         return Text("")
     return Text("the first phase's rho is at the highest learning rate ahead of it\n", style="dim")
-
-
-def _findings(schedule: Schedule) -> list[Text]:
-    return [Text(f"{f.code}: ", style=SEVERITIES[f.severity]) + Text(f.message, style="not dim") for f in schedule.findings]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import zip_longest
 
-from rich.console import Console, Group
-from rich.padding import Padding
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.report.fit import plain
 from curvcli.report.frame import number
 from curvcli.results import Estimate, Finding, Report
 
@@ -18,16 +18,15 @@ SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}
 
 def show(report: Report, console: Console) -> None:
     """Print verdict, layers, depths, findings and cost; readable at 60 columns."""
-    console.print(
-        _head(report), _layers(report, console), _depths(report), findings_text(report.findings), _foot(report), sep="\n"
-    )
+    findings = map(finding_line, report.findings)
+    console.print(_head(report), _layers(report, console), *_depths(report), Text(""), *findings, _foot(report), sep="\n")
 
 
 def _head(report: Report) -> Text:
     checkpoint, optimizer = report.checkpoint, report.optimizer
     colour = COLOURS[report.verdict]
     text = Text()
-    text.append(f"{checkpoint.path}", style="bold")
+    text.append(plain(checkpoint.path), style="bold")
     step = f"step {checkpoint.step:,}, " if checkpoint.step is not None else ""
     text.append(
         f"\n{step}{checkpoint.parameters:,} parameters, {report.data.tokens:,} tokens, loss {report.data.loss:.3f}\n"
@@ -74,61 +73,55 @@ def _layers(report: Report, console: Console) -> Table:
     for (name, parameters, estimate), value in zip(rows, values, strict=True):
         style = "bold" if name == "full model" else ""
         table.add_row(
-            Text(name, style=style),
+            Text(plain(name), style=style),
             f"{parameters:,}" if parameters is not None else "",
             number(estimate.eigenvalue),
             number(estimate.rho, 3) if estimate.status == "converged" else Text(estimate.status, style="yellow"),
-            _bar(value, limit, width, 1.0 if use_rho else None, console),
+            bar(value, limit, width, 1.0 if use_rho else None, console),
         )
     return table
 
 
-def rho_bar(value: float | None, limit: float, width: int, console: Console) -> Text:
-    """A bar of rho of `width` cells up to `limit`, with a tick at the edge of stability."""
-    return _bar(value, limit, width, 1.0, console)
-
-
-def _bar(value: float | None, limit: float, width: int, edge: float | None, console: Console) -> Text:
+def bar(value: float | None, limit: float, width: int, edge: float | None, console: Console) -> Text:
+    """A bar of `width` cells that is full at `limit`, with a tick at the edge; ASCII where the terminal knows no more."""
     solid, tick = ("█", "│") if (console.encoding or "").lower().startswith("utf") else ("#", "|")
-    cells = round(max(0.0, value or 0.0) / limit * width)
+    cells = min(width, round(max(0.0, value or 0.0) / limit * width))
     colour = "cyan" if edge is None or value is None else "green" if value < 0.8 else "yellow" if value <= 1.25 else "red"
-    bar = Text(solid * cells, style=colour) + Text(" " * (width - cells))
+    drawn = Text(solid * cells, style=colour) + Text(" " * (width - cells))
     if edge is not None and edge <= limit:
         at = min(width, round(edge / limit * width))
-        bar = bar[:at] + Text(tick, style="dim") + bar[at:]
-    return bar
+        drawn = drawn[:at] + Text(tick, style="dim") + drawn[at:]
+    return drawn
 
 
 def _size(estimate: Estimate, use_rho: bool) -> float | None:
     return estimate.rho if use_rho else estimate.eigenvalue
 
 
-def _depths(report: Report) -> Group | Text:
+def _depths(report: Report) -> list[Text | Table]:
     if not report.cumulative.restricted:
-        return Text("")
+        return []
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("depth", justify="right")
     for title in ("restricted lambda", "rho", "truncated lambda", "rho"):
         table.add_column(title, justify="right", no_wrap=True)
-    for kept, cut in zip(report.cumulative.restricted, report.cumulative.truncated, strict=True):
+    for kept, cut in zip_longest(report.cumulative.restricted, report.cumulative.truncated):
         table.add_row(
             str(kept.depth),
             *(
                 cell
                 for e in (kept, cut)
-                for cell in (number(e.eigenvalue), number(e.rho, 3) if e.status == "converged" else e.status)
+                for cell in (
+                    (number(e.eigenvalue), number(e.rho, 3) if e.status == "converged" else e.status) if e else ("", "")
+                )
             ),
         )
-    return Group(Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table)
+    return [Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table]
 
 
-def findings_text(findings: Sequence[Finding]) -> Group:
-    """Findings, one a paragraph, coloured by severity."""
-    lines = [Text("")]
-    for finding in findings:
-        head = Text(f"{finding.code}: ", style=SEVERITIES[finding.severity])
-        lines.append(Padding(head + Text(finding.message, style=""), (0, 0, 0, 0)))  # type: ignore[arg-type]
-    return Group(*lines)
+def finding_line(finding: Finding) -> Text:
+    """A finding's code in the colour of its severity, and what it says in the terminal's own."""
+    return Text.assemble((f"{plain(finding.code)}: ", SEVERITIES[finding.severity]), plain(finding.message))
 
 
 def _foot(report: Report) -> Text:

@@ -1,111 +1,176 @@
-"""The terminal view and the CSV of a track."""
+"""The terminal view of a track, and its CSV."""
 
 from __future__ import annotations
 
 import csv
-import io
+from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.report.fit import fitting, plain
 from curvcli.report.frame import number
-from curvcli.report.table import COLOURS, findings_text, rho_bar
-from curvcli.results import Track, TrackPoint
+from curvcli.report.table import COLOURS, bar, finding_line
+from curvcli.report.track_points import Row, certified, layer_names, newest, rows, saved
+from curvcli.results import Report, Track
+
+RATIO = "lr/critical"
+# The table's columns, and the order in which a narrow terminal loses them.
+TITLES = ("step", "rho", "surge", "lambda", RATIO, "lr", "loss", "verdict", "source")
+LEAST_NEEDED = ("source", "lr", "lambda", RATIO)
+SOURCES = {"measured": "", "cached": "dim", "failed": "red"}
+# A bar as long as this says "far past the edge", and leaves the others readable.
+LONGEST = 4.0
 
 
 def show(track: Track, console: Console) -> None:
-    """Print the run step by step, its findings and its cost; readable at 60 columns."""
-    console.print(_head(track), _points(track, console), findings_text(track.findings), _foot(track), sep="\n")
+    """Print where the run stands, a line per checkpoint, findings and cost; readable at 60 columns."""
+    found = rows(track)
+    findings = [Text(""), *map(finding_line, track.findings)] if track.findings else []
+    console.print(_head(track), _table(found, console), *_notes(found, track), *findings, _foot(track), sep="\n")
 
 
 def to_csv(track: Track) -> str:
-    """One row per point, with a column for each layer's lambda; empty where a value is not certified."""
-    layers = sorted({(e.index, e.name) for p in track.points if p.report for e in p.report.layers})
-    columns = [
-        "checkpoint", "step", "source", "status", "lambda", "rho", "residual", "threshold", "rho_low", "rho_high",
-        "update_ratio", "lr", "shard_loss", "training_loss", "verdict", "surge", "surged", "hvps", "seconds",
-    ]  # fmt: skip
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*columns, *(f"lambda {name}" for _, name in layers), "message"], lineterminator="\r\n")
+    """One row per checkpoint, RFC 4180, numbers at full precision; empty where there is no value.
+
+    Columns "lambda NAME" are the layers'; one that has not converged is empty.
+    """
+    layers = layer_names(track)
+    text = StringIO()
+    writer = csv.DictWriter(text, [*_record(rows(track)[0]), *(f"lambda {name}" for name in layers)], lineterminator="\r\n")
     writer.writeheader()
-    writer.writerows(_row(point) for point in track.points)
-    return buffer.getvalue()
+    for row in rows(track):
+        writer.writerow({**_record(row), **_lambdas(row.report)})
+    return text.getvalue()
 
 
-def _row(point: TrackPoint) -> dict[str, object]:
-    row: dict[str, object] = {
+def _record(row: Row) -> dict[str, object]:
+    point, report = row.point, row.report
+    return {
         "checkpoint": point.checkpoint,
         "step": point.step,
         "source": point.source,
+        "verdict": report.verdict if report else None,
+        "status": report.full.status if report else None,
+        "rho": row.rho,
+        "rho_low": row.low,
+        "rho_high": row.high,
+        "lambda": row.eigenvalue,
+        "residual": report.full.residual if report else None,
+        "threshold": row.threshold,
+        "update_ratio": row.ratio,
+        "critical_lr": report.update.critical_lr if report else None,
+        "lr": row.lr,
         "training_loss": point.training_loss,
+        "shard_loss": report.data.loss if report else None,
+        "tokens": report.data.tokens if report else None,
         "surge": point.surge,
-        "surged": point.surged,
+        "surged": str(point.surged).lower(),
         "message": point.message,
     }
-    if (report := point.report) is not None:
-        full = report.full
-        sure = full.status == "converged"
-        row |= {
-            "status": full.status,
-            "lambda": full.eigenvalue if sure else None,
-            "rho": full.rho if sure else None,
-            "residual": full.residual,
-            "threshold": report.optimizer.threshold,
-            "rho_low": report.generalisation.rho_low,
-            "rho_high": report.generalisation.rho_high,
-            "update_ratio": report.update.ratio,
-            "lr": report.optimizer.lr,
-            "shard_loss": report.data.loss,
-            "verdict": report.verdict,
-            "hvps": report.cost.hvps,
-            "seconds": report.cost.seconds,
-        }
-        row |= {f"lambda {e.name}": e.eigenvalue for e in report.layers if e.status == "converged"}
-    return row
+
+
+def _lambdas(report: Report | None) -> dict[str, float | None]:
+    if report is None:
+        return {}
+    return {f"lambda {layer.name}": layer.eigenvalue if certified(layer) else None for layer in report.layers}
 
 
 def _head(track: Track) -> Text:
-    text = Text(track.run, style="bold")
-    newest = track.points[-1]
-    measured = sum(p.source == "measured" for p in track.points)
-    cached = sum(p.source == "cached" for p in track.points)
-    failed = sum(p.source == "failed" for p in track.points)
-    counts = [f"{measured} measured", f"{cached} from the cache", *([f"{failed} failed"] if failed else [])]
-    text.append(f"\n{len(track.points)} checkpoints: {', '.join(counts)}\n", style="not bold")
-    if newest.report is not None:
-        verdict = newest.report.verdict
-        text.append("\n").append(f" {verdict.upper()} ", style=f"bold reverse {COLOURS[verdict]}")
-        step = f" at step {newest.step:,}" if newest.step is not None else ""
-        text.append(f"  rho {number(newest.report.full.rho, 3)}{step}, the newest\n", style="bold")
-    return text
+    text = Text(plain(track.run), style="bold")
+    sources = [point.source for point in track.points]
+    counts = [f"{sources.count(source)} {source}" for source in SOURCES if source in sources]
+    noun = "checkpoint" if len(sources) == 1 else "checkpoints"
+    text.append(f"\n{len(sources)} {noun}: {', '.join(counts)}\n\n", style="not bold")
+    last = newest(track)
+    if last is None or last.report is None:
+        return text.append(" nothing could be measured\n", style="not bold red")
+    report = last.report
+    text.append(f" {report.verdict.upper()} ", style=f"bold reverse {COLOURS[report.verdict]}")
+    value = f"rho {number(report.full.rho, 3)}" if report.full.rho is not None else "no rho"
+    text.append(f"  {value}", style="bold")
+    text.append(f"  at {plain(last.checkpoint) if last.step is None else f'step {last.step:,}'}", style="not bold")
+    if report.full.status != "converged":
+        text.append(f"  {report.full.status}: not to be relied on", style="not bold yellow")
+    if last is not track.points[-1]:
+        text.append("\n the newest checkpoint could not be measured: see below", style="not bold yellow")
+    return text.append("\n")
 
 
-def _points(track: Track, console: Console) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
-    wide = console.width >= 100
-    titles = ["step", "rho", *(["lambda", "of critical lr"] if wide else []), "lr", "loss", "verdict"]
+def _table(found: list[Row], console: Console) -> Table:
+    cells = [_cells(row) for row in found]
+    if not any(row.point.surge is not None for row in found):
+        cells = [{title: cell for title, cell in row.items() if title != "surge"} for row in cells]
+    titles = fitting(cells, console.width, TITLES, LEAST_NEEDED)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1), collapse_padding=True)
     for title in titles:
-        table.add_column(title, justify="left" if title == "verdict" else "right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    values = [p.report.full.rho if p.report and p.report.full.status == "converged" else None for p in track.points]
-    limit = max([*(v for v in values if v is not None), 1.0])
-    width = max(6, min(40, console.width - (78 if wide else 58)))
-    for point, value in zip(track.points, values, strict=True):
-        step = f"{point.step:,}" if point.step is not None else point.checkpoint
-        report = point.report
-        if report is None:
-            table.add_row(step, Text("failed", style="red"), *[""] * len(titles[2:]), "")
-            continue
-        rho = number(value, 3) if value is not None else Text(report.full.status, style="yellow")
-        more = [number(report.full.eigenvalue), number(report.update.ratio, 3)] if wide else []
-        loss = point.training_loss if point.training_loss is not None else report.data.loss
-        bar = rho_bar(value, limit, width, console)
-        mark = Text(f" surge x{number(point.surge, 2)}", style="bold yellow") if point.surged else Text("")
-        verdict = Text(report.verdict, style=COLOURS[report.verdict])
-        table.add_row(step, rho, *more, number(report.optimizer.lr, 2), number(loss, 4), verdict, bar + mark)
+        table.add_column(title, justify="left" if title in ("verdict", "source") else "right", no_wrap=True)
+    used = sum(1 + max(len(title), *(len(row[title]) for row in cells)) for title in titles)
+    width = min(40, console.width - used - 1)
+    values = [row.rho for row in found if row.rho is not None]
+    bars = width >= 8 and bool(values)
+    if bars:
+        table.add_column("", no_wrap=True)
+    limit = max(1.0, min(LONGEST, max(values, default=1.0)))
+    for row, cell in zip(found, cells, strict=True):
+        line = [Text(cell[title], style=_style(title, row)) for title in titles]
+        table.add_row(*line, *([_bar(row, limit, width, console)] if bars else []))
     return table
 
 
+def _bar(row: Row, limit: float, width: int, console: Console) -> Text:
+    if row.rho is None:
+        return Text("")
+    if not row.certified:
+        return Text("?", style="yellow")
+    drawn = bar(row.rho, limit, width, 1.0, console)
+    return drawn[:-1] + Text(">", style="bold red") if row.rho > limit else drawn
+
+
+def _cells(row: Row) -> dict[str, str]:
+    point = row.point
+    return {
+        "step": "-" if point.step is None else f"{point.step:,}",
+        "rho": number(row.rho, 3) + ("?" if row.rho is not None and not row.certified else ""),
+        "surge": "-" if point.surge is None else f"{number(point.surge, 2)}{' !' if point.surged else ''}",
+        "lambda": number(row.eigenvalue) + ("?" if row.eigenvalue is not None and not row.certified else ""),
+        RATIO: number(row.ratio, 3),
+        "lr": number(row.lr, 3),
+        "loss": number(point.training_loss),
+        "verdict": row.verdict,
+        "source": point.source,
+    }
+
+
+def _style(title: str, row: Row) -> str:
+    if title == "surge":
+        return "bold red" if row.point.surged else ""
+    if title == "source":
+        return SOURCES[row.point.source]
+    if title in ("rho", "verdict"):
+        return COLOURS.get(row.verdict, "red")
+    return ""
+
+
+def _notes(found: list[Row], track: Track) -> list[Text]:
+    notes = []
+    if any(row.point.surged for row in found):
+        notes.append(f"! rho is more than {track.surge_limit:g} times the median of up to {track.window} checkpoints before")
+    if any(row.report is not None and row.eigenvalue is not None and not row.certified for row in found):
+        notes.append("? not converged, and not to be relied on")
+    lines = [Text(note, style="dim") for note in notes]
+    for row in found:
+        if row.point.message:
+            style = "red" if row.report is None else "yellow"
+            lines.append(Text.assemble((f"{plain(row.label)}: ", style), plain(row.point.message)))
+    return [Text(""), *lines] if lines else []
+
+
 def _foot(track: Track) -> Text:
-    return Text(f"\n{track.hvps} Hessian-vector products, {track.seconds:.1f} s", style="dim")
+    text = Text("\n", style="dim")
+    if found := saved(track):
+        warm, cold, count = found
+        starts = "1 warm start" if count == 1 else f"{count} warm starts"
+        text.append(f"{starts}, measured against cold ones: {warm:,} products instead of {cold:,}\n")
+    return text.append(f"{track.hvps:,} Hessian-vector products, {track.seconds:.1f} s")

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.report.fit import LOG_ABOVE, Points, fitting, plain, thin
 from curvcli.report.frame import number
 from curvcli.report.table import COLOURS
 from curvcli.results import Log, Record
@@ -19,11 +20,7 @@ from curvcli.verdict import STABLE_BELOW, UNSTABLE_ABOVE, classify
 # Columns of the table, and the order in which a narrow terminal loses them.
 TITLES = ("step", "loss", "lr", "lambda", "rho", "residual", "update", "depth", "HVPs", "seconds", "status")
 LEAST_NEEDED = ("residual", "HVPs", "seconds", "update", "lambda", "lr", "depth", "loss")
-# Above this rho a linear axis would press the edge to the floor.
-LOG_ABOVE = 5.0
 _ASCII = str.maketrans("┌┐└┘─│├┤┬┴┼", "++++-|+++++")
-
-Points = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -70,20 +67,6 @@ def unlocks(records: tuple[Record, ...]) -> list[tuple[int, int]]:
     """Where the number of training blocks changed: (first step of the new depth, new depth)."""
     known = [(r.step, r.active_depth) for r in records if r.active_depth is not None]
     return [(step, depth) for (_, before), (step, depth) in pairwise(known) if depth != before]
-
-
-def thin(points: Points, columns: int) -> Points:
-    """At most four points a column: first, least, greatest, last. A spike of one record stays."""
-    if len(points) <= 4 * columns:
-        return points
-    first, span = points[0][0], points[-1][0] - points[0][0] + 1
-    bins: dict[int, Points] = {}
-    for point in points:
-        bins.setdefault((point[0] - first) * columns // span, []).append(point)
-    kept: set[tuple[int, float]] = set()
-    for members in bins.values():
-        kept |= {members[0], members[-1], min(members, key=lambda p: p[1]), max(members, key=lambda p: p[1])}
-    return sorted(kept)
 
 
 def screen(log: Log, console: Console, *, tail: int, height: int | None = None) -> RenderableType:
@@ -218,7 +201,7 @@ def _axis(values: list[float], logarithmic: bool) -> tuple[float, float, list[fl
 def table(records: tuple[Record, ...], width: int) -> Table:
     """The records that are given, in the columns that fit."""
     cells = [_row(record) for record in records]
-    titles = fitting(cells, width)
+    titles = fitting(cells, width, TITLES, LEAST_NEEDED)
     drawn = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1), collapse_padding=True)
     for title in titles:
         drawn.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
@@ -227,17 +210,6 @@ def table(records: tuple[Record, ...], width: int) -> Table:
         styles = {"rho": COLOURS[verdict], "status": "" if record.status == "converged" else "yellow"}
         drawn.add_row(*(Text(row[title], style=styles.get(title, "")) for title in titles))
     return drawn
-
-
-def fitting(cells: list[dict[str, str]], width: int) -> list[str]:
-    """Titles of the columns that a line of that width holds, the least needed left out first."""
-    titles = list(TITLES)
-    room = {title: max(len(title), *(len(row[title]) for row in cells)) for title in titles}
-    for title in LEAST_NEEDED:
-        if sum(room[kept] + 1 for kept in titles) - 1 <= width:
-            break
-        titles.remove(title)
-    return titles
 
 
 def _row(record: Record) -> dict[str, str]:
@@ -254,11 +226,6 @@ def _row(record: Record) -> dict[str, str]:
         "seconds": f"{record.seconds:.1f}",
         "status": record.status,
     }
-
-
-def plain(text: str) -> str:
-    """One line without control characters: a log is anybody's text, and a terminal obeys escapes."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 def _ago(seconds: float) -> str:

@@ -64,8 +64,20 @@ class Checkpoint(Document):
     layers: int
 
 
+class DataFile(Document):
+    path: str
+    kind: str = Field(description="what the file was recognised as")
+    tokens: int | None = Field(description="that it holds; null where only reading it would tell")
+
+
 class Data(Document):
     path: str
+    files: list[DataFile] = Field(default=[], description="in the order in which their tokens are counted")
+    sample: Literal["first", "spread", "random"] = "first"
+    offsets: list[tuple[int, int]] = Field(
+        default=[],
+        description="windows used, as [first token over all files, how many windows of sequence_length + 1 follow on]",
+    )
     tokens: int = Field(description="predictions that the loss averages over")
     sequence_length: int | None
     sha256: str = Field(description="of the token ids used, as little-endian int64, in order")

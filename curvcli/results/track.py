@@ -17,7 +17,7 @@ class WarmStart(Document):
     tokens: int = Field(description="of the solve that was made twice, on the first part of the shard")
     hvps: Annotated[int, Field(ge=0, description="products from the checkpoint before's eigenvectors")]
     cold_hvps: Annotated[int, Field(ge=0, description="products from a random start")]
-    converged: bool = Field(description="whether both solves converged; the counts mean nothing where not")
+    converged: bool = Field(description="whether both solves converged to the same; the counts mean nothing where not")
 
 
 class TrackPoint(Document):

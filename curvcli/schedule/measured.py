@@ -96,7 +96,9 @@ def read_curve(measured: Measured, kind: Literal["restricted", "truncated"], lea
     if bad:
         raise InputError(
             f"{measured.name} has no converged {kind} rho at depth {', '.join(bad[:6])}{' ...' if len(bad) > 6 else ''}",
-            hint="analyze again with a larger --max-hvps",
+            hint="analyze again with a larger --max-hvps"
+            if found
+            else "analyze again without --no-depths; of a network that cannot be cut short there is none (see the findings)",
         )
     return Curve(rho, lr)
 

@@ -1,0 +1,46 @@
+"""Making things fit: text onto a line, columns into a terminal, points into a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Points = list[tuple[int, float]]
+# Above this rho a linear axis would press the edge to the floor.
+LOG_ABOVE = 5.0
+
+
+def plain(text: str) -> str:
+    """One line without control characters: a file is anybody's text, and a terminal obeys escapes."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+
+
+def fitting(cells: Sequence[dict[str, str]], width: int, titles: Sequence[str], least_needed: Sequence[str]) -> list[str]:
+    """Titles of the columns that a line of that width holds, the least needed left out first.
+
+    Args:
+        cells: a row each, by title; a row may lack a column, which is then left out.
+        titles: all of them, in order; columns stand one blank apart.
+        least_needed: those that may be left out, the first one first.
+    """
+    kept = [title for title in titles if all(title in row for row in cells)]
+    room = {title: max(len(title), *(len(row[title]) for row in cells)) for title in kept}
+    for title in least_needed:
+        if sum(room[title] + 1 for title in kept) - 1 <= width:
+            break
+        if title in kept:
+            kept.remove(title)
+    return kept
+
+
+def thin(points: Points, columns: int) -> Points:
+    """At most four points a column: first, least, greatest, last. A spike of one record stays."""
+    if len(points) <= 4 * columns:
+        return points
+    first, span = points[0][0], points[-1][0] - points[0][0] + 1
+    bins: dict[int, Points] = {}
+    for point in points:
+        bins.setdefault((point[0] - first) * columns // span, []).append(point)
+    kept: set[tuple[int, float]] = set()
+    for members in bins.values():
+        kept |= {members[0], members[-1], min(members, key=lambda p: p[1]), max(members, key=lambda p: p[1])}
+    return sorted(kept)

@@ -1,0 +1,112 @@
+"""Small valid checkpoints, one writer per format, for tests that damage them. A new format is one function and one line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _llama() -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
+    """A Llama after three steps of AdamW, grouped as the Trainer does."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    named = list(model.named_parameters())
+    groups = [[p for n, p in named if ("norm" in n) is norm] for norm in (False, True)]
+    optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-3)
+    for _ in range(3):
+        ids = torch.randint(64, (4, 17))
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def _trainer(path: Path, **how: object) -> Path:
+    model, optimizer = _llama()
+    model.save_pretrained(path, **how)
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    state = '{"global_step": 3, "log_history": [{"step": 3, "loss": 4.1, "learning_rate": 0.001, "grad_norm": 2.0}]}'
+    (path / "trainer_state.json").write_text(state)
+    return path
+
+
+def trainer(path: Path) -> Path:
+    return _trainer(path)
+
+
+def sharded(path: Path) -> Path:
+    return _trainer(path, max_shard_size="8KB")
+
+
+def old_bin(path: Path) -> Path:
+    """pytorch_model.bin and an optimizer file of the form before zip."""
+    model, optimizer = _llama()
+    model.config.save_pretrained(path)
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    torch.save(optimizer.state_dict(), path / "optimizer.pt", _use_new_zipfile_serialization=False)
+    return path
+
+
+def pretrained(path: Path) -> Path:
+    _llama()[0].save_pretrained(path)
+    return path
+
+
+def nanogpt(path: Path) -> Path:
+    path.mkdir(parents=True)
+    shutil.copy(ROOT / "sample_checkpoints" / "nanogpt" / "ckpt.pt", path)
+    return path / "ckpt.pt"
+
+
+# Writes a checkpoint under the path and returns what the user would name.
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+    "transformers Trainer": trainer,
+    "transformers, sharded": sharded,
+    "transformers, pytorch_model.bin": old_bin,
+    "transformers, no optimizer": pretrained,
+    "nanoGPT": nanogpt,
+}
+
+_IDS = np.arange(4000) % 64
+
+
+def _write(path: Path, name: str, write: Callable[[Path], object]) -> Path:
+    path.mkdir(parents=True)
+    write(path / name)
+    return path / name
+
+
+# Writes 4,000 token ids below 64 under the path and returns the file.
+DATA: dict[str, Callable[[Path], Path]] = {
+    "nanoGPT .bin": lambda p: _write(p, "a.bin", lambda f: _IDS.astype("<u2").tofile(f)),
+    ".npy": lambda p: _write(p, "a.npy", lambda f: np.save(f, _IDS.astype(np.int32))),
+    "safetensors": lambda p: _write(p, "a.safetensors", lambda f: save_file({"input_ids": _IDS.astype(np.int32)}, f)),
+}
+
+
+@cache
+def _master(kind: str, name: str, root: Path) -> Path:
+    table = CHECKPOINTS if kind == "checkpoint" else DATA
+    return table[name](root / kind / "".join(c if c.isalnum() else "-" for c in name))
+
+
+def fresh(kind: str, name: str, root: Path, target: Path) -> Path:
+    """A copy of a format's sample, under `target`, free to damage; written once per root by its library."""
+    master = _master(kind, name, root)
+    home = master if master.is_dir() else master.parent
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(home, target)
+    return target / master.relative_to(home)

@@ -1,0 +1,116 @@
+"""Checkpoints and data behind URLs: fsspec's memory file system here, a real HTTP server in a real subprocess."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from curvcli.errors import InputError
+from curvcli.inputs import find_checkpoints, open_checkpoint, remote
+from curvcli.inputs.remote import fetched, is_remote
+
+CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
+
+
+@pytest.fixture
+def memory(samples: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    system = fsspec.filesystem("memory")
+    system.put(str(samples / "calm"), "/bucket/calm", recursive=True)
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+def test_what_is_a_url() -> None:
+    assert is_remote(Path("s3://bucket/run"))
+    assert is_remote(Path("hf://org/model"))
+    assert not is_remote(Path("run/checkpoint-10"))
+    assert not is_remote(Path("/abs/run"))
+    assert not is_remote(Path("C:/run"))
+
+
+def test_the_newest_checkpoint_of_a_run_is_fetched_once(memory, samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = open_checkpoint(Path("memory://bucket/calm"))
+    assert checkpoint.step == 600
+    assert "fetching" in capsys.readouterr().err
+    names = {p.name for p in checkpoint.path.iterdir()}
+    assert names == {p.name for p in (samples / "calm" / "checkpoint-600").iterdir()}
+    assert (checkpoint.path / "model.safetensors").read_bytes() == (
+        samples / "calm" / "checkpoint-600" / "model.safetensors"
+    ).read_bytes()
+    assert open_checkpoint(Path("memory://bucket/calm")).path == checkpoint.path
+    assert capsys.readouterr().err == ""
+    assert open_checkpoint(Path("memory://bucket/calm/checkpoint-10")).step == 10
+
+
+def test_what_changed_is_fetched_again(memory) -> None:
+    memory.pipe("/bucket/data/shard.bin", b"\x01\x00" * 100)
+    first = fetched(Path("memory://bucket/data/shard.bin"))
+    assert first.read_bytes() == b"\x01\x00" * 100
+    memory.pipe("/bucket/data/shard.bin", b"\x02\x00" * 101)
+    assert fetched(Path("memory://bucket/data/shard.bin")).read_bytes() == b"\x02\x00" * 101
+
+
+def test_a_broken_transfer_leaves_nothing(memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, far: str, near: str, **kwargs: object) -> None:
+        Path(near).write_bytes(b"half")
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(type(memory), "get_file", fail)
+    with pytest.raises(InputError, match="gone"):
+        fetched(Path("memory://bucket/calm/checkpoint-10"), tmp_path / "copies")
+    assert not [p for p in (tmp_path / "copies").rglob("*") if p.is_file()]
+
+
+def test_the_oldest_copies_go(memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "MOST", 300)
+    for i in range(4):
+        memory.pipe(f"/bucket/{i}.bin", bytes(100))
+        copy = fetched(Path(f"memory://bucket/{i}.bin"), tmp_path)
+        os.utime(copy.parent, (i, i))
+    assert sorted(p.name for p in tmp_path.rglob("*.bin")) == ["1.bin", "2.bin", "3.bin"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("memory://bucket/nowhere", "memory://bucket/nowhere"), ("nonsense://bucket/run", "nonsense")],
+)
+def test_what_cannot_be_read_is_one_line(memory, url: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        find_checkpoints(Path(url))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_backend_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(InputError, match="pip install s3fs"):
+        fetched(Path("s3://bucket/run"))
+
+
+def test_data_over_http_by_the_real_command(samples: Path, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(samples)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/data/shard.bin"
+        done = subprocess.run(
+            [*CURV, "inspect", str(samples / "calm"), "--data", url, "--json"],
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["data"][0]["tokens"] == 65_536
+    assert "fetching 1 files, 0.1 MB" in done.stderr

@@ -1,0 +1,268 @@
+"""The page of a track: what it says, the geometry of its pictures, and how it behaves in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from browser import BINARY, Browser
+from test_html import CONTRAST, HOSTILE, Text, troubles
+from tracks import asset, at, course, failed, long, track
+from typer.testing import CliRunner
+
+from curvcli.cli import app
+from curvcli.report.advice import track_advice
+from curvcli.report.chart import linear_ticks
+from curvcli.report.html import page, track_page
+from curvcli.report.track_chart import heat, panels
+from curvcli.results import Track, load_track
+
+
+def text(document: Track) -> str:
+    return " ".join(Text(track_page(document)).text.split())
+
+
+def test_says_what_the_track_says(tmp_path: Path) -> None:
+    path = tmp_path / "track.json"
+    path.write_text(course().to_json())
+    assert load_track(path) == course()
+    out = tmp_path / "track.html"
+    result = CliRunner().invoke(app, ["report", str(path), "-o", str(out)])
+    assert (result.exit_code, result.stdout) == (0, "")
+    said = " ".join(Text(out.read_text()).text.split())
+    assert out.read_text() == page(path)
+    for wanted in (
+        "9 checkpoints, steps 10 to 90, 6 measured, 2 cached, 1 failed", "stable rho 0.594",
+        "At step 90, the newest checkpoint:",
+        "between 0.592 and 0.597. It is 0.90 times the median of the checkpoints before.",
+        "surge (warning): rho at step 60 is 3.1 times", "Findings at step 90", "idle-entries",
+        "curv compare run/checkpoint-40 run/checkpoint-60", "curv track run", "5.1 !", "0.989 ?",
+        "step 50: optimizer.pt is truncated; copy it again", "And 55 more, each with less.",
+        "21 products instead of 36 cold, measured at 3 checkpoints", "curv.track/1",
+        "719cd3565dd9aa8f2bac7e977c7d9af962249b",
+        *(f"run/checkpoint-{step}" for step in range(10, 100, 10)), "torch 2.13.0",
+    ):  # fmt: skip
+        assert wanted in said, wanted
+
+
+def test_the_newest_that_could_be_measured_is_said_to_be_that() -> None:
+    said = text(track([at(asset("hot"), 60), failed(70)]))
+    assert "unstable rho 1.51 At step 60, the newest checkpoint that could be measured: lambda" in said
+    assert "1 of 2 checkpoints could not be measured" in said
+    said = text(track([at(asset("hot"), 60, status="unconverged")]))
+    assert "It is unconverged, and not to be relied on." in said
+
+
+def test_nothing_measured_is_no_number() -> None:
+    said = text(track([failed(10), failed(None, "damaged")]))
+    assert "nothing measured None of the checkpoints could be measured" in said
+    assert "Over " not in said
+    assert "rho of each layer" not in said
+    no_lr = asset("hot")
+    bare = {"eigenvalue": None, "rho": None, "residual": None, "status": "non-finite", "most_negative": None}
+    gone = [layer.model_copy(update=bare) for layer in no_lr.layers]
+    nothing = no_lr.model_copy(update={"full": no_lr.full.model_copy(update=bare), "layers": gone, "verdict": "unresolved"})
+    for document in (track([failed(1)]), track([nothing]), track([nothing, at(no_lr, 70)])):
+        said = text(document)
+        assert not re.search(r"\b[nN]a[nN]\b|\bNone,|: None|rho -,", said)
+    assert "No estimate: non-finite." in text(track([nothing]))
+
+
+def test_advice_names_the_checkpoint_before_that_was_measured() -> None:
+    steps = track_advice(track([at(asset("calm"), 10, 0.1), at(asset("calm"), 20, 0.1), failed(30), at(asset("hot"), 40)]))
+    assert steps[0].command == "curv compare run/checkpoint-20 run/checkpoint-40"
+    assert steps[1].command == "curv track run"
+    assert "Lower the learning rate" in steps[2].text
+    assert track_advice(track([failed(1)]))[0].command == "curv track run"
+
+
+def test_the_curves_lie_where_the_numbers_say() -> None:
+    rho, sharp, ratio, rate, loss = panels(course())
+    sure = [dot for dot in rho.dots if dot.kind == "sure"]
+    assert [dot.label.split(":")[0] for dot in sure] == [f"step {step}" for step in (10, 20, 30, 40, 60, 80, 90)]
+    assert rho.edge is not None
+    foot = next(tick for tick in rho.y_ticks if tick.label == "0").y
+    for dot, value in zip(sure, (0.09893, 0.19785, 0.3957, 0.6595, 1.505, 0.7914, 0.5936), strict=True):
+        assert (foot - dot.y) / (foot - rho.edge) == pytest.approx(value, rel=1e-3)
+    assert [(dot.kind, dot.label) for dot in rho.dots if dot.kind == "failed"] == [
+        ("failed", "step 50: could not be measured")
+    ]
+    assert [dot.label.partition(";")[0] for dot in rho.dots if dot.kind == "doubtful"] == [
+        "step 70: rho 0.989, lambda 20,882, unresolved"
+    ]
+    assert sum(dot.kind == "surge" for dot in rho.dots) == len(rho.surges) == 3
+    # Two stretches: what failed and what is not certified break the line, and so does the lone point between.
+    assert [line.count(",") for _, line in rho.lines] == [4, 2]
+    assert [kind for kind, _ in sharp.lines] == ["limit", "one", "one"]
+    assert ratio.edge is None, "its limit lies far outside what is drawn"
+    assert [len(p.dots) for p in (rate, loss)] == [0, 0]
+    for panel in (rho, sharp, ratio, rate, loss):
+        for dot in panel.dots:
+            assert panel.left < dot.x < panel.right
+            assert panel.top <= dot.y <= panel.bottom
+        assert len(panel.y_ticks) >= 2
+        assert len({tick.label for tick in panel.y_ticks}) == len(panel.y_ticks)
+
+
+def test_odd_tracks_have_pictures() -> None:
+    hot = asset("hot")
+    held = hot.generalisation.model_copy(update={"rho_low": -17.0})
+    tall = track([hot.model_copy(update={"generalisation": held}), at(hot, 70, 9.0), at(hot, 80, -1.0)])
+    rho = panels(tall)[0]
+    assert all(rho.top <= upper <= lower <= rho.bottom for _, upper, lower in rho.bars)
+    assert panels(track([hot]))[0].dots
+    # Without a log the rate and the loss are the checkpoints' own, one dot each.
+    assert [dot.kind for dot in panels(track([hot, at(hot, 70)]))[-1].dots] == ["own", "own"]
+    assert heat(track([failed(3)])) is None
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.62), (3, 3000), (-0.4, 0.1), (1.999, 2.001), (0, 200_000)])
+def test_ticks_are_round_few_and_inside(low: float, high: float) -> None:
+    ticks = linear_ticks(low, high, 5)
+    assert 2 <= len(ticks) <= 5
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+
+
+def test_the_map_has_a_cell_per_value_in_the_class_of_its_rho() -> None:
+    document = course()
+    found = heat(document)
+    assert found is not None
+    assert [len(cells) for _, cells in found.rows] == [8] * 9
+    hot = document.points[5].report
+    assert hot is not None
+    column = found.left + 5 * found.cell_width
+    cells = {cell.label: cell.kind for _, row in found.rows for cell in row if cell.x == pytest.approx(column)}
+    classes = [(0.1, "h0"), (0.2, "h1"), (0.4, "h2"), (0.8, "h3"), (1.25, "h4"), (2.5, "h5")]
+    wanted = {"full model, step 60: rho 1.51": "h5"}
+    for layer in hot.layers:
+        assert layer.rho is not None
+        wanted[f"{layer.name}, step 60: rho {layer.rho:.3g}"] = next(kind for limit, kind in classes if layer.rho < limit)
+    assert {k: v for k, v in cells.items() if "0.0" not in k} == {k: v for k, v in wanted.items() if "0.0" not in k}
+    weak = [cell for _, row in found.rows for cell in row if cell.kind == "weak"]
+    assert [cell.label for cell in weak] == ["full model, step 70: rho 0.989, unconverged"]
+
+
+def hostile() -> Track:
+    report = at(asset("hot"), 60)
+    evil = "".join(HOSTILE)
+    layers = [layer.model_copy(update={"name": f"{evil}{layer.index}"}) for layer in report.layers]
+    data = report.data.model_copy(update={"path": evil, "sha256": HOSTILE[3]})
+    bad = report.model_copy(update={"layers": layers, "data": data})
+    first = track([at(asset("calm"), 10, 0.1)]).points[0]
+    document = track([first, bad, failed(70, evil)], run=evil)
+    changes = {"checkpoint": evil, "message": evil, "step": None, "surged": True, "surge": 3.0}
+    points = [document.points[0], *(point.model_copy(update=changes) for point in document.points[1:])]
+    return document.model_copy(update={"points": points})
+
+
+def test_nothing_hostile_is_markup() -> None:
+    html = track_page(hostile())
+    parsed = Text(html)
+    assert parsed.tags.count("script") == 1
+    assert "img" not in parsed.tags
+    names = {name for _, name, _ in parsed.attributes}
+    assert not {name for name in names if name.startswith("on")} | ({"src", "href", "style", "action"} & names)
+    assert "".join(HOSTILE) in parsed.text
+    assert "jajajajaja" not in html
+    assert "http" not in re.sub(r'http-equiv="Content-Security-Policy"', "", html)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if BINARY is None:
+        pytest.skip("no chromium is installed: the page was not seen in a browser (apt-get install chromium)")
+    with Browser(tmp_path_factory.mktemp("profile")) as tab:
+        yield tab
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "track.html"
+    out.write_text(track_page(course()))
+    return out
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 1280])
+def test_in_a_browser(browser: Browser, shown: Path, width: int, scheme: str) -> None:
+    browser.open(shown, width=width, scheme=scheme)
+    assert troubles(browser) == []
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.run(CONTRAST) >= 4.5
+    assert browser.run("document.querySelectorAll('svg.heat rect').length") == 72
+    assert browser.run("document.querySelectorAll('svg.steps').length") == 5
+    # The map's classes go one way in lightness, so that they can be told apart in grey, away from the page's own.
+    shades = browser.run(
+        "[...Array(7).keys()].map(n => getComputedStyle(document.querySelector('.key .h' + n)).fill"
+        ".match(/\\d+/g).slice(0, 3).reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0))"
+    )
+    assert shades == sorted(shades, reverse=scheme == "light")
+    assert min(abs(a - b) for a, b in pairwise(shades)) > 10
+    # Not converged is hatched and no colour: the pattern is found, and what it draws shows.
+    assert "hatch" in browser.run("getComputedStyle(document.querySelector('svg.heat rect.weak')).fill")
+    assert browser.run("getComputedStyle(document.querySelector('.hatch')).stroke") != "none"
+    assert browser.run("document.querySelector('svg.heat rect.weak title').textContent").endswith("unconverged")
+
+
+NO_OVERLAP = """(() => {
+  const boxes = (svg) => [...svg.querySelectorAll('text')].map((e) => e.getBoundingClientRect());
+  const meet = (a, b) => a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+  const bad = [];
+  for (const svg of document.querySelectorAll('svg.steps, svg.heat')) {
+    const all = boxes(svg), frame = svg.getBoundingClientRect();
+    all.forEach((a, i) => {
+      if (a.left < frame.left || a.right > frame.right || a.bottom > frame.bottom) bad.push('outside');
+      all.slice(i + 1).forEach((b) => { if (meet(a, b)) bad.push('overlap'); });
+    });
+  }
+  return bad;
+})()"""
+
+
+def test_a_long_run_of_a_deep_model_stays_usable(browser: Browser, tmp_path: Path) -> None:
+    out = tmp_path / "long.html"
+    out.write_text(track_page(long()))
+    assert out.stat().st_size < 5e6
+    browser.open(out)
+    assert troubles(browser) == []
+    assert browser.run("document.documentElement.scrollWidth") <= 1280
+    assert browser.run("document.querySelectorAll('svg.heat rect').length") == 200 * 97
+    assert browser.run(NO_OVERLAP) == []
+    heading = "document.querySelector('table.sortable').tHead.rows[0].cells[2]"
+    browser.run(f"{heading}.querySelector('button').click()")
+    values = browser.run("[...document.querySelector('table.sortable').tBodies[0].rows].map(r => +r.cells[2].dataset.value)")
+    assert len(values) == 200
+    assert values == sorted(values)
+
+
+def test_labels_keep_apart_on_a_short_run_too(browser: Browser, shown: Path) -> None:
+    browser.open(shown)
+    assert browser.run(NO_OVERLAP) == []
+
+
+def test_print_is_light_and_whole(browser: Browser, shown: Path) -> None:
+    browser.open(shown, width=700, scheme="dark", media="print")
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.run("getComputedStyle(document.querySelector('.h0')).fill") == "rgb(246, 240, 200)"
+    assert browser.run("document.documentElement.scrollWidth") <= 700
+
+
+def test_hostile_values_do_not_run(browser: Browser, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    out.write_text(track_page(hostile()))
+    browser.open(out)
+    assert browser.run("document.documentElement.dataset.owned ?? null") is None
+    assert troubles(browser) == []
+    assert browser.run("document.documentElement.scrollWidth") <= 1280
+
+
+def test_other_json_has_no_page(tmp_path: Path) -> None:
+    path = tmp_path / "track.json"
+    path.write_text(json.dumps({**json.loads(course().to_json()), "points": []}))
+    result = CliRunner().invoke(app, ["report", str(path)])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "is not a curv.track/1 document" in result.stderr
