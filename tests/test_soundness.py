@@ -237,11 +237,13 @@ def test_absurd_values_are_findings(run: Path) -> None:
     with torch.no_grad():
         model.get_parameter(NAME).view(-1)[5] *= 2.0**100
         model.get_parameter("model.layers.1.mlp.up_proj.weight").zero_()
-    assert [f.code for f in weight_findings(model)] == ["absurd-weight", "zero-weights"]
+    assert [f.code for f in weight_findings(model)] == ["absurd-weight", "constant-weights"]
     view.state[NAME]["exp_avg_sq"].view(-1)[5] *= 2.0**64
     found = state_findings(view, 11, "here")
     assert [f.code for f in found] == ["absurd-moment", "step-mismatch"]
     assert NAME in found[0].message
+    view.state[NAME]["exp_avg_sq"].fill_(1e30)
+    assert "median 1e+30" in state_findings(view, 10, "here")[0].message
 
 
 def test_a_step_of_its_own_is_a_finding(run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +21,29 @@ _PIECE = 2**24  # entries looked at at once: a bound on memory
 
 
 def weight_findings(model: nn.Module) -> list[Finding]:
-    """Entries far beyond their tensor's others, and matrices of nothing but zeros."""
+    """Entries far beyond their tensor's others, and matrices of one value, as 0."""
     found: list[Finding] = []
-    zero: list[str] = []
+    flat: list[str] = []
     for name, weight in model.named_parameters():
         if not weight.requires_grad or weight.dim() < 2:
             continue
-        largest, median = float(weight.detach().abs().max()), _median(weight)
-        if largest == 0:
-            zero.append(name)
-        elif largest > _WEIGHT and largest > _WEIGHT_RATIO * median:
+        largest, usual = float(weight.detach().abs().max()), _median(weight)
+        if float(weight.detach().max()) == float(weight.detach().min()) and weight.numel() > 1:
+            flat.append(name)
+        elif largest > _WEIGHT and largest > _WEIGHT_RATIO * usual:
             found.append(
                 _finding(
                     "absurd-weight",
-                    f"{name} holds {largest:.3g} where half of its entries are below {median:.3g}: a damaged byte looks so, "
+                    f"{name} holds {largest:.3g} where half of its entries are below {usual:.3g}: a damaged byte looks so, "
                     "and every number here depends on it",
                 )
             )
-    if zero:
+    if flat:
         found.append(
             _finding(
-                "zero-weights",
-                f"{len(zero)} weight matrices are 0 throughout, first {zero[0]}: blocks still locked by a schedule look so, "
-                "and damaged files",
+                "constant-weights",
+                f"{len(flat)} weight matrices hold one value throughout, first {flat[0]}: blocks still locked by a schedule "
+                "look so (0), and damaged files",
             )
         )
     return found
@@ -65,6 +66,7 @@ def state_findings(view: OptimizerView, step: int | None, path: object) -> list[
         InputError: a second moment is negative, the bound is broken, a step is no count, or 0 with moments.
     """
     absurd: list[str] = []
+    medians: dict[str, float] = {}
     counts: set[int] = set()
     owners = [(group, name) for group in view.groups for name in group.names if name in view.state]
     for group, name in owners:
@@ -80,24 +82,26 @@ def state_findings(view: OptimizerView, step: int | None, path: object) -> list[
                 f"exp_avg_sq of {name} in {path} has negative entries (least {float(v.min()):.3g})",
                 hint="the optimizer state is damaged: use another checkpoint",
             )
-        largest = float(v.max())
+        largest, medians[name] = float(v.max()), _median(v)
         if count == 0 and largest > 0:
             raise InputError(
                 f"optimizer state in {path} says that {name} took no step, and has its moments",
                 hint="the optimizer state is damaged: use another checkpoint",
             )
-        if largest > _MOMENT_RATIO * _median(v) > 0:
+        if largest > _MOMENT_RATIO * medians[name] > 0:
             absurd.append(f"{name} (largest {largest:.3g})")
         m = entry.get("exp_avg")
         if isinstance(m, Tensor) and m.shape == v.shape:
             _check_bound(m, v, _constant(group, count), name, path)
+    middle = median([value for value in medians.values() if value > 0] or [0.0])
+    absurd += [f"{name} (median {value:.3g})" for name, value in medians.items() if value > _MOMENT_RATIO * middle > 0]
     found = []
     if absurd:
         found.append(
             _finding(
                 "absurd-moment",
-                f"{len(absurd)} second moments have entries 10^12 times their median, first {absurd[0]}: a damaged byte "
-                "looks so, and those weights count as frozen",
+                f"{len(absurd)} second moments are 10^12 times their tensor's or the model's median, first {absurd[0]}: a "
+                "damaged byte looks so, and those weights count as frozen",
             )
         )
     if len(counts) > 1:
