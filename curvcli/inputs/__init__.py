@@ -24,8 +24,8 @@ READERS: tuple[CheckpointReader, ...] = (
     DeepSpeedReader(),
     FSDPReader(),
     DCPReader(),
-    HuggingFaceReader(),
     DCPSafetensorsReader(),
+    HuggingFaceReader(),
     TorchFileReader(),
 )
 

@@ -15,6 +15,8 @@ from curvcli.inputs.huggingface import INDEX, HuggingFaceReader
 from curvcli.inputs.runs import step_order
 from curvcli.inputs.safe import read_json
 
+# The Trainer's own, which also saves weights without a config.json where the model is none of transformers'.
+_OTHERS = ("config.json", "trainer_state.json", "optimizer.pt", "optimizer.safetensors")
 _RANKS = "shard-*-model-*.safetensors"
 
 
@@ -22,7 +24,9 @@ class DCPSafetensorsReader:
     """model.safetensors.index.json and its shards without a config.json. The writer saves no optimizer."""
 
     def accepts(self, path: Path) -> bool:
-        return path.is_dir() and ((path / INDEX).is_file() or any(path.glob(_RANKS)))
+        if not path.is_dir() or any((path / name).exists() for name in _OTHERS):
+            return False
+        return (path / INDEX).is_file() or any(path.glob(_RANKS))
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
         if not (path / INDEX).is_file():
