@@ -101,6 +101,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         "git lfs pull",
     ),
     "no weights": (_no_weights, "no weights"),
+    "weights with a key that is no name": (
+        lambda r: (_no_weights(r), torch.save({("a", 1): torch.ones(2), "b": torch.ones(2)}, r / "pytorch_model.bin")),
+        "no weights by name",
+    ),
     "missing tensor": (_drop_tensor, "model.layers.3.mlp.up_proj.weight"),
     "path out of the directory": (_escape, "outside its directory"),
     "compressed zip": (_compress, "compressed records"),
@@ -128,6 +132,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         "does not fit the model",
     ),
     "Adafactor": (lambda r: _state(r, _factored), "Adafactor: its second moment is factored"),
+    "state with a key that is no name": (
+        lambda r: _state(r, lambda d: d["state"][1].__setitem__(("exp", 1), 1.0)),
+        "no torch optimizer state",
+    ),
     "no optimizer document": (lambda r: torch.save({"lr": 1.0}, r / "optimizer.pt"), "no torch optimizer state"),
     "zero lr, no log": (
         lambda r: (

@@ -58,7 +58,7 @@ class HuggingFaceReader:
             task=described.task,
             log=run_log(state),
             tokenizer=described.tokenizer,
-            notes=clipping(state),
+            notes=clipping(state) | (_normaliser(described.name) if state is not None else {}),
         )
 
     def tensors(self, path: Path) -> list[TensorInfo]:
@@ -99,7 +99,9 @@ class HuggingFaceReader:
             return {path / "model.safetensors": safetensors_header(path / "model.safetensors")}
         if (path / "pytorch_model.bin").exists():
             weights = load_pickle(path / "pytorch_model.bin", meta=True)
-            if not isinstance(weights, dict) or not all(hasattr(t, "shape") for t in weights.values()):
+            if not isinstance(weights, dict) or not all(
+                isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()
+            ):
                 raise InputError(f"{path / 'pytorch_model.bin'} holds no weights by name", hint="use another checkpoint")
             tensors = [TensorInfo(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in weights.items()]
             return {path / "pytorch_model.bin": tensors}
@@ -151,4 +153,13 @@ def clipping(state: dict[str, Any] | None) -> dict[str, str]:
     return {
         "clipped-moments": f"{over} of {len(norms)} logged gradient norms exceed 1.0, the Trainer's default max_grad_norm: "
         "with clipping on, the second moment is of clipped gradients, which raises lambda as the optimizer sees it"
+    }
+
+
+def _normaliser(architecture: str) -> dict[str, str]:
+    if not architecture.startswith("GPT2"):
+        return {}
+    return {
+        "loss-normaliser": "transformers' Trainer divides GPT-2's loss by all tokens of a window, the first too, which is "
+        "no prediction: gradients and their moments are smaller by (n - 1)/n than of the loss that is measured here"
     }

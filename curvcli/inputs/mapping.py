@@ -194,6 +194,7 @@ def check_document(document: Any, path: object) -> tuple[list[dict[str, Any]], d
             and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
             and isinstance(state, dict)
             and all(isinstance(s, dict) for s in state.values())
+            and all(isinstance(key, str) for part in (*groups, *state.values()) for key in part)
         )
     except (TypeError, KeyError, IndexError):
         fine = False
