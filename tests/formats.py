@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
+import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.numpy import save_file
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from curvcli import save_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,6 +80,30 @@ def nanogpt(path: Path) -> Path:
     return path / "ckpt.pt"
 
 
+def plain(path: Path) -> Path:
+    """A training script's own torch.save, with the network's config.json beside it."""
+    model, optimizer = _llama()
+    model.config.save_pretrained(path)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 3}, path / "plain.pt")
+    return path / "plain.pt"
+
+
+def ours(path: Path) -> Path:
+    model, optimizer = _llama()
+    model.save_pretrained(path)
+    save_optimizer(path, optimizer, model)
+    return path
+
+
+def distributed(path: Path) -> Path:
+    """torch.distributed.checkpoint, nested."""
+    model, optimizer = _llama()
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=path / "step-3", no_dist=True)
+    model.config.save_pretrained(path / "step-3")
+    return path / "step-3"
+
+
 # Writes a checkpoint under the path and returns what the user would name.
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "transformers Trainer": trainer,
@@ -78,6 +111,9 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "transformers, pytorch_model.bin": old_bin,
     "transformers, no optimizer": pretrained,
     "nanoGPT": nanogpt,
+    "plain torch.save": plain,
+    "optimizer.safetensors": ours,
+    "torch.distributed.checkpoint": distributed,
 }
 
 _IDS = np.arange(4000) % 64
@@ -89,11 +125,33 @@ def _write(path: Path, name: str, write: Callable[[Path], object]) -> Path:
     return path / name
 
 
+def _llm_c(file: Path) -> None:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(_IDS)
+    file.write_bytes(header.tobytes() + _IDS.astype("<u2").tobytes())
+
+
+def _megatron(file: Path) -> None:
+    """Two documents, by hand after Megatron-LM's indexed_dataset.py."""
+    file.with_suffix(".bin").write_bytes(_IDS.astype("<i4").tobytes())
+    half = len(_IDS) // 2
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 2, 3)
+    lengths, pointers = np.array([half, half], dtype="<i4"), np.array([0, 4 * half], dtype="<i8")
+    file.write_bytes(head + lengths.tobytes() + pointers.tobytes() + np.arange(3, dtype="<i8").tobytes())
+
+
 # Writes 4,000 token ids below 64 under the path and returns the file.
 DATA: dict[str, Callable[[Path], Path]] = {
     "nanoGPT .bin": lambda p: _write(p, "a.bin", lambda f: _IDS.astype("<u2").tofile(f)),
     ".npy": lambda p: _write(p, "a.npy", lambda f: np.save(f, _IDS.astype(np.int32))),
     "safetensors": lambda p: _write(p, "a.safetensors", lambda f: save_file({"input_ids": _IDS.astype(np.int32)}, f)),
+    "llm.c .bin": lambda p: _write(p, "a.bin", _llm_c),
+    "Megatron .idx": lambda p: _write(p, "a.idx", _megatron),
+    "parquet": lambda p: _write(p, "a.parquet", lambda f: pq.write_table(pa.table({"input_ids": [_IDS.tolist()]}), f)),
+    "jsonl": lambda p: _write(p, "a.jsonl", lambda f: f.write_text(json.dumps({"input_ids": _IDS.tolist()}))),
+    "jsonl.gz": lambda p: _write(
+        p, "a.jsonl.gz", lambda f: f.write_bytes(gzip.compress(json.dumps({"input_ids": _IDS.tolist()}).encode()))
+    ),
 }
 
 

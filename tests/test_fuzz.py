@@ -200,9 +200,9 @@ def _limit() -> Iterator[None]:
 def _stored(home: Path) -> dict[str, torch.Tensor]:
     """The weights that the files hold now, as the libraries read them."""
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(home.glob("*.safetensors")):
+    for file in sorted(home.glob("model*.safetensors")):
         found |= load_file(file)
-    for file in (home / "pytorch_model.bin", home / "ckpt.pt"):
+    for file in (home / "pytorch_model.bin", home / "ckpt.pt", home / "plain.pt"):
         if file.is_file() and not found:
             document = torch.load(file, weights_only=True)
             found = document.get("model", document)
@@ -216,7 +216,7 @@ def _read(path: Path) -> str:
     model = checkpoint.model()
     # A wrong number is worse than none: what was loaded is what the file holds.
     stored, own = _stored(path if path.is_dir() else path.parent), model.state_dict()
-    assert stored
+    assert stored or (path / ".metadata").exists()  # DCP's own reader would run what a damaged file says
     for name, value in stored.items():
         mine = own[name]
         assert torch.equal(mine, value.float()) or torch.equal(mine, value.float().t()), name

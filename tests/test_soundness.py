@@ -23,6 +23,7 @@ from curvcli.inputs.shards import read_shard
 from curvcli.inputs.soundness import state_findings, weight_findings
 from curvcli.inputs.tasks import causal_loss
 from curvcli.optimizers.base import Group, OptimizerView
+from curvcli.optimizers.preconditioner import prepare
 
 NAMES = [f"{run}/checkpoint-{step}" for run in ("calm", "hot") for step in (10, 60, 600)] + ["nanogpt/ckpt.pt"]
 Sample = tuple[nn.Module, OptimizerView, Evidence, int | None]
@@ -274,3 +275,14 @@ def test_findings_reach_the_report(run: Path) -> None:
     (run / "trainer_state.json").write_text(re.sub(r'"global_step": \d+', '"global_step": 11', text))
     report = analyze_checkpoint(run, Options(max_hvps=3, tokens=64, sequence_length=16))
     assert "step-mismatch" in [f.code for f in report.findings if f.severity == "warning"]
+
+
+def test_an_entry_that_one_parameter_lacks_is_refused(run: Path) -> None:
+    document = torch.load(run / "optimizer.pt", weights_only=True)
+    del document["state"][3]["step"]
+    torch.save(document, run / "optimizer.pt")
+    checkpoint = open_checkpoint(run)
+    model = checkpoint.model()
+    assert checkpoint.optimizer is not None
+    with pytest.raises(InputError, match="has no 'step'"):
+        prepare(checkpoint.optimizer.view(model), dict(model.named_parameters()))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from curvcli.errors import InputError
+from curvcli.inputs.bounds import inside
 from curvcli.inputs.safe import load_bytes
 
 METADATA = ".metadata"
@@ -273,9 +274,7 @@ class _Entries:
 
     def _size(self, name: str) -> int:
         if name not in self.sizes:
-            file = self.directory / name
-            if Path(name).name != name or file.resolve().parent != self.directory.resolve():
-                raise InputError(f"{self._file} points outside its directory: {name!r}", hint="do not trust this checkpoint")
+            file = inside(self.directory, name)
             if not file.is_file():
                 raise InputError(f"{file} is named in {METADATA} and missing", hint="copy every rank's files")
             self.sizes[name] = file.stat().st_size

@@ -72,8 +72,17 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     ]
     if not members:
         raise InputError("the optimizer moves no parameter of this model", hint="check that model and state belong together")
-    for name, _ in members:
-        _check(name, parameters[name], view.state.get(name, {}))
+    keys: dict[int, set[str]] = {}
+    for name, group in members:
+        keys.setdefault(id(group), set()).update(view.state.get(name, {}))
+    for name, group in members:
+        entry = view.state.get(name, {})
+        if missing := sorted(keys[id(group)] - set(entry)):
+            raise InputError(
+                f"optimizer state of {name} has no {missing[0]!r}, which other parameters of its group have",
+                hint="the optimizer state is damaged: use another checkpoint",
+            )
+        _check(name, parameters[name], entry)
     sizes: dict[int, int] = {}
     for name, group in members:
         sizes[id(group)] = sizes.get(id(group), 0) + parameters[name].numel()
