@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 could not run (usage, input, or a bug), 130 interrupted.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -36,6 +37,8 @@ def exit_codes() -> Iterator[None]:
         with warnings.catch_warnings():
             # Deprecations inside libraries are not the user's to act on, and would stand before the result.
             warnings.simplefilter("ignore")
+            # Nor is a font that another environment's matplotlib put into the shared list of fonts.
+            logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
             with readers_may_leave(), _interruptible():
                 yield
                 return
