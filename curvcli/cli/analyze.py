@@ -32,7 +32,7 @@ class Format(StrEnum):
 )
 def analyze(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
+        Path, typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/checkpoints.md.")
     ],
     data: options.Data = None,
     sample: options.SampleOption = None,
@@ -113,7 +113,7 @@ def analyze(
 @app.command(epilog="Example:\n\n`curv inspect sample_checkpoints/hot`")
 def inspect(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint directory, run directory (its newest checkpoint), or nanoGPT ckpt.pt.")
+        Path, typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/checkpoints.md.")
     ],
     data: options.Data = None,
     model: options.Network = None,

@@ -114,7 +114,7 @@ def gate(
         bool, typer.Option("--verbose", "-v", help="Each step with its time on stderr.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Hold a checkpoint or a report against rules, for CI: passed, broken or unresolved.
+    """Hold a checkpoint, a report or a track against rules, for CI: passed, broken or unresolved.
 
     Rules are flags, or keys of `[gate]` in curv.toml (`[tool.curv.gate]` in pyproject.toml); flags win.
     A number that is not certified is unresolved, never passed.
