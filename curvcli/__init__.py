@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from curvcli.analysis import Estimated, analyze
     from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
-    from curvcli.inputs.optimizer_file import save_optimizer
+    from curvcli.inputs.formats.optimizer_file import save_optimizer
     from curvcli.results import Report
     from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
@@ -36,7 +36,7 @@ _HOME = {
     "analyze": "analysis",
     "Estimated": "analysis",
     "Report": "results",
-    "save_optimizer": "inputs.optimizer_file",
+    "save_optimizer": "inputs.formats.optimizer_file",
     "ArchitectureWarmup": "training",
     "CurvatureTracker": "training",
     "CurvError": "errors",

@@ -16,7 +16,7 @@ from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
-from curvcli.inputs.blocks import display, find_blocks, locate, survey
+from curvcli.inputs.networks.blocks import display, find_blocks, locate, survey
 from curvcli.measurement import Directions, Measured, Measurement, Progress, Solved, missed
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, override, prepare

@@ -17,15 +17,15 @@ from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
-from curvcli.inputs.architecture import named
 from curvcli.inputs.base import Architecture, Checkpoint, Task
-from curvcli.inputs.evidence import Evidence, choose, contradictions, gather
-from curvcli.inputs.examples import Examples
-from curvcli.inputs.mapping import AmbiguousStateError
+from curvcli.inputs.data.examples import Examples
+from curvcli.inputs.data.shards import Sample, Shard, find_sources
+from curvcli.inputs.data.tasks import loss_for, predictions, prepared, read_data
+from curvcli.inputs.networks.architecture import named
 from curvcli.inputs.own import blamed
-from curvcli.inputs.shards import Sample, Shard, find_sources
-from curvcli.inputs.soundness import state_findings, weight_findings
-from curvcli.inputs.tasks import loss_for, predictions, prepared, read_data
+from curvcli.inputs.state.evidence import Evidence, choose, contradictions, gather
+from curvcli.inputs.state.mapping import AmbiguousStateError
+from curvcli.inputs.state.soundness import state_findings, weight_findings
 from curvcli.measurement import Directions, Progress
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import override

@@ -15,7 +15,7 @@ from curvcli.cache import Cache, Entry, NoCache, cache_key, checkpoint_digest, c
 from curvcli.checkpoints import Opened, Options, open_for_analysis
 from curvcli.errors import CurvError, InputError
 from curvcli.inputs import find_checkpoints, open_checkpoint, step_of
-from curvcli.inputs.architecture import config_beside
+from curvcli.inputs.networks.architecture import config_beside
 from curvcli.measurement import Directions, Progress
 from curvcli.readings import ReportReadings, certified, incomparable
 from curvcli.results import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart

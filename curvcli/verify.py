@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from curvcli.errors import CurvError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.blocks import find_blocks
-from curvcli.inputs.tasks import causal_loss
+from curvcli.inputs.data.tasks import causal_loss
+from curvcli.inputs.networks.blocks import find_blocks
 from curvcli.results import Finding, Schedule
 from curvcli.training.warmup import ArchitectureWarmup
 

@@ -24,9 +24,9 @@ from curvcli import analyze
 from curvcli.checkpoints import Options, analyze_checkpoint
 from curvcli.curvature.hvp import MODES, build, choose, random_direction
 from curvcli.curvature.problem import Problem, gradient, measurable
-from curvcli.inputs.blocks import find_blocks, stacks, survey
-from curvcli.inputs.networks import twice_differentiable
-from curvcli.inputs.tasks import LOSSES, predictions
+from curvcli.inputs.data.tasks import LOSSES, predictions
+from curvcli.inputs.networks.blocks import find_blocks, stacks, survey
+from curvcli.inputs.networks.registered import twice_differentiable
 from curvcli.report.table import show
 
 

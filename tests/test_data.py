@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.shards import Shard, find_sources, read_shard
+from curvcli.inputs.data.shards import Shard, find_sources, read_shard
 
 IDS = (np.arange(1000) * 37 % 251).astype(np.int64)
 

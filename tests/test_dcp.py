@@ -26,8 +26,8 @@ from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import InputError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Architecture
-from curvcli.inputs.dcp_files import read_metadata
-from curvcli.inputs.mapping import map_named
+from curvcli.inputs.formats.dcp_files import read_metadata
+from curvcli.inputs.state.mapping import map_named
 from curvcli.optimizers.base import OptimizerView
 
 STEPS = 3

@@ -17,7 +17,7 @@ from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import CurvError, InputError, UnsupportedError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Architecture, Checkpoint
-from curvcli.inputs.zero import Partitions, rank_files
+from curvcli.inputs.formats.zero import Partitions, rank_files
 
 pytest.importorskip("deepspeed")
 NET = Architecture("Net", build, vocabulary=11)

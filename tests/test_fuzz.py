@@ -31,8 +31,8 @@ from curvcli.checkpoints import inspect_checkpoint
 from curvcli.errors import CurvError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.shards import read_shard
-from curvcli.inputs.soundness import state_findings, weight_findings
+from curvcli.inputs.data.shards import read_shard
+from curvcli.inputs.state.soundness import state_findings, weight_findings
 from curvcli.optimizers.preconditioner import prepare
 
 EXAMPLES = int(os.environ.get("CURV_FUZZ", "12"))

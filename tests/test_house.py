@@ -74,6 +74,19 @@ def test_imports_go_one_way(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
+# Inside inputs: formats know networks and optimizer state; data, networks and state do not know each other.
+INSIDE_INPUTS = {"formats": {"networks", "state"}, "networks": set(), "state": set(), "data": set()}
+
+
+@pytest.mark.parametrize("room", INSIDE_INPUTS)
+def test_rooms_of_inputs_do_not_know_each_other(room: str) -> None:
+    for path in (PACKAGE / "inputs" / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            _, _, rest = module.partition("curvcli.inputs.")
+            assert rest.split(".")[0] in INSIDE_INPUTS[room] | {room} or rest.split(".")[0] not in INSIDE_INPUTS, path
+
+
 def _estimate(rho: float | None, status: str = "converged") -> Estimate:
     return Estimate(
         eigenvalue=rho, rho=rho, residual=0.0, most_negative=None, most_negative_residual=None,

@@ -15,9 +15,9 @@ from curvcli.config import find_config
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.blocks import find_blocks
-from curvcli.inputs.shards import read_shard
-from curvcli.inputs.tasks import causal_loss
+from curvcli.inputs.data.shards import read_shard
+from curvcli.inputs.data.tasks import causal_loss
+from curvcli.inputs.networks.blocks import find_blocks
 
 
 def _gradients(checkpoint: Checkpoint, samples: Path) -> tuple[dict, dict]:

@@ -17,11 +17,11 @@ from curvcli.analysis import Provenance
 from curvcli.checkpoints import Options, analyze_checkpoint, open_for_analysis
 from curvcli.errors import InputError
 from curvcli.inputs import open_checkpoint
-from curvcli.inputs.evidence import Evidence, choose, contradictions, gather
-from curvcli.inputs.mapping import AmbiguousStateError, map_state, single_order
-from curvcli.inputs.shards import read_shard
-from curvcli.inputs.soundness import state_findings, weight_findings
-from curvcli.inputs.tasks import causal_loss
+from curvcli.inputs.data.shards import read_shard
+from curvcli.inputs.data.tasks import causal_loss
+from curvcli.inputs.state.evidence import Evidence, choose, contradictions, gather
+from curvcli.inputs.state.mapping import AmbiguousStateError, map_state, single_order
+from curvcli.inputs.state.soundness import state_findings, weight_findings
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import prepare
 

@@ -5,29 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from curvcli.errors import InputError
-from curvcli.inputs.base import Architecture, Checkpoint, CheckpointReader
-from curvcli.inputs.dcp import DCPReader
-from curvcli.inputs.dcp_safetensors import DCPSafetensorsReader
-from curvcli.inputs.deepspeed import DeepSpeedReader
-from curvcli.inputs.fsdp import FSDPReader
-from curvcli.inputs.huggingface import HuggingFaceReader
-from curvcli.inputs.megatron import MegatronReader
+from curvcli.inputs.base import Architecture, Checkpoint
+from curvcli.inputs.formats import READERS
 from curvcli.inputs.remote import fetched
 from curvcli.inputs.runs import checkpoints_of, step_of
-from curvcli.inputs.torchfile import TorchFileReader
 
-__all__ = ["READERS", "find_checkpoints", "open_checkpoint", "step_of"]
-
-# The first that accepts a path reads it: what is recognised by more stands before what is recognised by less.
-READERS: tuple[CheckpointReader, ...] = (
-    MegatronReader(),
-    DeepSpeedReader(),
-    FSDPReader(),
-    DCPReader(),
-    DCPSafetensorsReader(),
-    HuggingFaceReader(),
-    TorchFileReader(),
-)
+__all__ = ["find_checkpoints", "open_checkpoint", "step_of"]
 
 
 def find_checkpoints(path: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.errors import CurvError, UnsupportedError, UsageError
-from curvcli.inputs.blocks import find_blocks, locate
+from curvcli.inputs.networks.blocks import find_blocks, locate
 from curvcli.results import Schedule, load_schedule
 from curvcli.training.locks import Lock, find_locks, local
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint, OptimizerFile, TensorInfo
 from curvcli.inputs.bounds import check_size
-from curvcli.inputs.mapping import map_state, matrix_order, summary
 from curvcli.inputs.safe import check_finite, load_pickle
+from curvcli.inputs.state.mapping import map_state, matrix_order, summary
 from curvcli.optimizers.base import OptimizerView
 
 # transformers keeps these as Conv1D, transposed against nn.Linear: weights and moments alike.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from curvcli.curvature.problem import Loss
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs.base import Checkpoint, Task
-from curvcli.inputs.examples import IGNORED, Examples, holds_examples, labelled, read_examples
+from curvcli.inputs.data.examples import IGNORED, Examples, holds_examples, labelled, read_examples
+from curvcli.inputs.data.shards import Sample, Shard, read_shard
 from curvcli.inputs.own import blamed, imported
-from curvcli.inputs.shards import Sample, Shard, read_shard
 
 MASKED_SHARE = 0.15  # of positions, as BERT was trained
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.errors import InputError
-from curvcli.inputs.mapping import AmbiguousStateError
+from curvcli.inputs.state.mapping import AmbiguousStateError
 from curvcli.optimizers.base import OptimizerView
 from curvcli.results import Finding
 

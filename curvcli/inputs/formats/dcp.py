@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.errors import InputError
-from curvcli.inputs.architecture import beside, fill, match, needed
 from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo
-from curvcli.inputs.dcp_files import METADATA, Entry, Lazy, read_metadata
-from curvcli.inputs.mapping import map_named, map_state, matrix_order, single_order, summary, trainer_order
+from curvcli.inputs.formats.dcp_files import METADATA, Entry, Lazy, read_metadata
+from curvcli.inputs.networks.architecture import beside, fill, match, needed
 from curvcli.inputs.runs import step_order
+from curvcli.inputs.state.mapping import map_named, map_state, matrix_order, single_order, summary, trainer_order
 from curvcli.optimizers.base import OptimizerView
 
 # What people call the part of a saved state that holds the weights; torchtitan and others save them at the top.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint
-from curvcli.inputs.dcp import assemble
-from curvcli.inputs.huggingface import INDEX, HuggingFaceReader
+from curvcli.inputs.formats.dcp import assemble
+from curvcli.inputs.formats.huggingface import INDEX, HuggingFaceReader
 from curvcli.inputs.runs import step_order
 from curvcli.inputs.safe import read_json
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs.base import OptimizerFile
-from curvcli.inputs.blocks import display
-from curvcli.inputs.mapping import map_named, summary
+from curvcli.inputs.networks.blocks import display
 from curvcli.inputs.safe import safetensors_header
+from curvcli.inputs.state.mapping import map_named, summary
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live
 

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvcli.errors import InputError
-from curvcli.inputs.architecture import fill, needed
 from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo
 from curvcli.inputs.bounds import inside
-from curvcli.inputs.mapping import map_state, matrix_order, single_order, summary, trainer_order
-from curvcli.inputs.networks import build
-from curvcli.inputs.optimizer_file import OPTIMIZER_FILE, read_optimizer
+from curvcli.inputs.formats.optimizer_file import OPTIMIZER_FILE, read_optimizer
+from curvcli.inputs.networks.architecture import fill, needed
+from curvcli.inputs.networks.registered import build
 from curvcli.inputs.safe import load_pickle, read_json, safetensors_header, stored
+from curvcli.inputs.state.mapping import map_state, matrix_order, single_order, summary, trainer_order
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")

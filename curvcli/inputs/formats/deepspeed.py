@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.inputs.base import Architecture, Checkpoint, TensorInfo
-from curvcli.inputs.dcp import NamedOptimizer, assemble
-from curvcli.inputs.huggingface import clipping, integer, run_log, trainer_state
-from curvcli.inputs.mapping import map_named, summary
+from curvcli.inputs.formats.dcp import NamedOptimizer, assemble
+from curvcli.inputs.formats.huggingface import clipping, integer, run_log, trainer_state
+from curvcli.inputs.formats.torchfile import named
+from curvcli.inputs.formats.zero import WEIGHTS, Lazy, Partitions, Shapes, Source, Universal
 from curvcli.inputs.runs import step_order
 from curvcli.inputs.safe import load_pickle
-from curvcli.inputs.torchfile import named
-from curvcli.inputs.zero import WEIGHTS, Lazy, Partitions, Shapes, Source, Universal
+from curvcli.inputs.state.mapping import map_named, summary
 from curvcli.optimizers.base import OptimizerView
 
 _MODEL = "*_model_states.pt"

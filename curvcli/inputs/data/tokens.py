@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.binary import open_bin, open_idx
 from curvcli.inputs.bounds import inside
+from curvcli.inputs.data.binary import open_bin, open_idx
 from curvcli.inputs.safe import read_json
 
 Ids = NDArray[np.generic]

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint, TensorInfo
-from curvcli.inputs.dcp import NamedOptimizer, Saved, assemble
-from curvcli.inputs.dcp_files import METADATA, Lazy
-from curvcli.inputs.huggingface import clipping, integer, run_log, trainer_state
-from curvcli.inputs.mapping import map_named, summary
+from curvcli.inputs.formats.dcp import NamedOptimizer, Saved, assemble
+from curvcli.inputs.formats.dcp_files import METADATA, Lazy
+from curvcli.inputs.formats.huggingface import clipping, integer, run_log, trainer_state
 from curvcli.inputs.runs import step_order
 from curvcli.inputs.safe import load_pickle
+from curvcli.inputs.state.mapping import map_named, summary
 
 _FULL, _SHARDED, _PER_RANK = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0", "pytorch_model_fsdp*_rank*.bin"
 _FULL_OPTIMIZER, _SHARDED_OPTIMIZER, _PER_RANK_OPTIMIZER = "optimizer.bin", "optimizer_0", "optimizer*_rank*.bin"

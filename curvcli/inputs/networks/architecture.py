@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs.base import Architecture
-from curvcli.inputs.networks import configured, twice_differentiable
+from curvcli.inputs.networks.registered import configured, twice_differentiable
 from curvcli.inputs.own import blamed, imported
 from curvcli.inputs.safe import check_finite
 

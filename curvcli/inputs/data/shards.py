@@ -17,8 +17,8 @@ from torch import Tensor
 
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs.base import Checkpoint
+from curvcli.inputs.data.tokens import Ids, Source, open_source
 from curvcli.inputs.remote import fetched
-from curvcli.inputs.tokens import Ids, Source, open_source
 
 Sample = Literal["first", "spread", "random"]
 

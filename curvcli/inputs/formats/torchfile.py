@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.inputs.base import Architecture, Checkpoint, TensorInfo
-from curvcli.inputs.dcp import NamedOptimizer, assemble
-from curvcli.inputs.mapping import check_document, map_named, map_state, matrix_order, single_order, summary, trainer_order
-from curvcli.inputs.nanogpt import NanoGPTReader
+from curvcli.inputs.formats.dcp import NamedOptimizer, assemble
+from curvcli.inputs.formats.nanogpt import NanoGPTReader
 from curvcli.inputs.runs import step_of
 from curvcli.inputs.safe import load_pickle
+from curvcli.inputs.state.mapping import (
+    check_document,
+    map_named,
+    map_state,
+    matrix_order,
+    single_order,
+    summary,
+    trainer_order,
+)
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.refused import refuse
 
