@@ -37,6 +37,26 @@ def test_small_eigenvalue_beside_a_huge_negative_one_in_float32_is_not_called_co
     assert found.status != "converged" or found.top.value == pytest.approx(0.5, rel=0.1)
 
 
+def test_a_bottom_that_was_not_waited_for_is_not_called_converged() -> None:
+    # A trained layer's spectrum: a top that stands alone, and a bottom that is small beside it and close to the bulk.
+    # Once -8 with a residual of 218 passed for converged where the smallest eigenvalue was -438.
+    matrix = spectrum([-438.0, *torch.linspace(-400, 400, 300).tolist(), 3_847.0])
+    found = Davidson(tolerance=3e-2, bottom_tolerance=2e-1).extremes(DenseOperator(matrix))
+    assert found.status == "converged"
+    assert found.bottom is not None
+    assert found.bottom.value > -400
+    assert not found.bottom_converged
+    found = Davidson(tolerance=3e-2, bottom_tolerance=1e-3).extremes(DenseOperator(matrix))
+    assert found.bottom_converged
+
+
+def test_a_positive_operator_has_a_converged_bottom_of_nothing() -> None:
+    found = Davidson().extremes(DenseOperator(spectrum([*[0.0] * 30, 1.0, 5.0])))
+    assert found.bottom is not None
+    assert found.bottom.value == pytest.approx(0.0, abs=1e-9)
+    assert found.bottom_converged
+
+
 def test_negative_definite_operator_has_a_negative_top() -> None:
     found = Davidson(tolerance=1e-8).extremes(DenseOperator(spectrum([-5.0, -4.0, -3.0, -1.0])))
     assert found.top is not None

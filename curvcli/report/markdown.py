@@ -25,7 +25,10 @@ def markdown(report: Report) -> str:
     for row in frame(report).astype(object).to_dict("records"):
         values = [None if pd.isna(row[key]) else row[key] for key in ("eigenvalue", "rho", "residual", "most_negative")]
         parameters = "" if pd.isna(row["parameters"]) else f"{row['parameters']:,}"
-        cells = " | ".join(number(value) for value in values)
+        cells = " | ".join(number(value) for value in values[:3])
+        # A Ritz value is an upper bound of the smallest eigenvalue, and no more than that before it has converged.
+        bound = "≤ " if row["most_negative_status"] == "unconverged" else ""
+        cells += f" | {bound}{number(values[3])}"
         lines.append(f"| {row['part']} | {escape(row['name'])} | {parameters} | {cells} | {row['status']} |")
     cost = report.cost
     lines += ["", f"{cost.hvps} Hessian-vector products, {cost.seconds:.1f} s on {cost.device}", ""]
