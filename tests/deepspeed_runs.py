@@ -6,11 +6,8 @@ beside each as the truth.
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +71,6 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 def batch(step: int) -> Tensor:
     return torch.randint(11, (4, 8), generator=torch.Generator().manual_seed(step))
-
-
-def launch(work: Callable[[int, Path], None], path: Path) -> None:
-    """Run on two ranks. Not test_distributed's, whose module takes each rank seconds to import."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(work, path, port), nprocs=2)
-
-
-def _rank(rank: int, work: Callable[[int, Path], None], path: Path, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    try:
-        work(rank, path)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def prepared() -> Any:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from ranks import launch
 from test_bad_input import Evil, _one_line
-from test_distributed import launch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -515,7 +515,7 @@ def test_pieces_by_rank_are_refused_with_the_remedy(ranks: Path, tmp_path: Path)
 
 
 def _trainer(rank: int, path: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
     from transformers import Trainer, TrainingArguments

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deepspeed_runs import RUNS, STEPS, adamw, batch, build, launch, loss, write, write_trainer
+from deepspeed_runs import RUNS, STEPS, adamw, batch, build, loss, write, write_trainer
+from ranks import launch
 from test_bad_input import Evil, _one_line, _truncate
 from torch import nn
 
@@ -28,7 +29,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("deepspeed")
-    launch(write, path)
+    launch(write, path, initialize=False)
     return path
 
 
@@ -252,7 +253,7 @@ def test_latest_leads_nowhere_else(stage2: Path) -> None:
 
 @pytest.mark.slow
 def test_inside_a_trainers_checkpoint(tmp_path: Path) -> None:
-    launch(write_trainer, tmp_path)
+    launch(write_trainer, tmp_path, initialize=False)
     run = tmp_path / "run"
     found = inspect_checkpoint(run)
     assert (found["format"], found["step"], found["architecture"]) == ("deepspeed", 4, "LlamaForCausalLM")

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import WORLD, launch
 from test_warmup import DEPTH, GROW, TOTAL, Job, batch, block_of, build
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
-WORLD = 2
 pytestmark = pytest.mark.slow
-
-
-def launch(work: Callable[[int, Path], None], path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(work, path, port), nprocs=WORLD)
-
-
-def _rank(rank: int, work: Callable[[int, Path], None], path: Path, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        work(rank, path)
-    finally:
-        dist.destroy_process_group()
 
 
 class Ranked(Job):

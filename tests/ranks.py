@@ -1,0 +1,42 @@
+"""Work on two gloo ranks, each a process of its own. Imports nothing heavy, for each rank imports it again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+WORLD = 2
+
+
+def launch(work: Callable[[int, Path], None], path: Path, *, initialize: bool = True) -> None:
+    """Run `work(rank, path)` on every rank; raises what a rank raised.
+
+    Args:
+        initialize: make the process group here; else `work` has its library do it.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(work, path, port, initialize), nprocs=WORLD)
+
+
+def _rank(rank: int, work: Callable[[int, Path], None], path: Path, port: int, initialize: bool) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    if initialize:
+        dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    work(rank, path)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    # Not through the interpreter's end, where gloo's threads now and then abort a rank whose work is done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
