@@ -342,8 +342,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "entry not stored": (_edit(lambda d: d.storage_data.clear()), "does not say where"),
     "compressed": (_edit(lambda d: setattr(_place(d), "transform_descriptors", ["stream.zstd/1"])), "stored compressed"),
     # The three that take memory or forever in Python's own C unpickler or a plain one.
-    "memo of 32 GiB": (_write(b"\x80\x04Nr" + struct.pack("<I", 2**31) + b"."), ".metadata is not a checkpoint's metadata"),
-    "bytearray of 1 TiB": (_write(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"."), "damaged pickle (KeyError)"),
+    "memo of 32 GiB": (_write(b"\x80\x04Nr" + struct.pack("<I", 2**31) + b"."), ".metadata is a damaged pickle"),
+    "bytearray of 1 TiB": (_write(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"."), "damaged pickle (ValueError)"),
     "key that is never hashed": (_write(_NESTED_KEY), "damaged pickle (ValueError)"),
 }  # fmt: skip
 

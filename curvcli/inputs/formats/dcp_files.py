@@ -1,13 +1,12 @@
 """Files of torch.distributed.checkpoint, read without torch's own reader, which unpickles what it is given.
 
 `.metadata` is a pickle of which tensors there are and where their pieces lie; the pieces are torch.save records inside
-`.distcp` files. Here the pickle is read with an allow-list of inert stand-ins, so that no class of torch's is touched, and
-every claim in it is checked against the files' sizes before memory is asked for. No process group is needed.
+`.distcp` files. Here the pickle is read by dcp_pickle, so that no class of torch's is touched, and every claim in it is
+checked against the files' sizes before memory is asked for. No process group is needed.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from curvcli.errors import InputError
 from curvcli.inputs.bounds import inside
+from curvcli.inputs.formats import dcp_pickle
 from curvcli.inputs.safe import load_bytes
 
 METADATA = ".metadata"
@@ -29,19 +29,8 @@ _PLAIN_LIMIT = 64 * 2**20
 _DIMENSIONS = 64
 _DAMAGED = "the checkpoint is incomplete or damaged: copy it again"
 
-_META = "torch.distributed.checkpoint.metadata"
-_SHARDED = "torch.distributed._shard.sharded_tensor.metadata"  # where releases before 2.3 kept the same classes
-_RECORDS = {
-    *((_META, name) for name in ("Metadata", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata")),
-    *((_META, name) for name in ("TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    *((_SHARDED, name) for name in ("TensorProperties", "MEM_FORMAT_ENCODING")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "PurePosixPath")),
-}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of a tensor, or plain data: `length` bytes of `file` from `offset` on."""
 
@@ -125,66 +114,10 @@ def read_metadata(directory: Path) -> tuple[Entry, ...]:
     file = directory / METADATA
     document = _unpickle(file)
     try:
-        return _Entries(directory, document).all()
+        with dcp_pickle.without_collection():
+            return _Entries(directory, document).all()
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise InputError(f"{file} is not a checkpoint's metadata ({type(error).__name__})", hint=_DAMAGED) from error
-
-
-class _Record:
-    """Stands in for every class that `.metadata` may name. Holds what it is given and does nothing."""
-
-    fields: Any = None
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        self.fields = state
-
-    def __getitem__(self, name: str) -> Any:
-        return self.fields[name]
-
-
-_PYTHONS: Any = pickle._Unpickler
-_EXCLUDED = (
-    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.DICT),
-    *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
-)
-
-
-class _Reader(_PYTHONS):  # type: ignore[misc]
-    """Python's own unpickler, for the one in C allocates what an opcode claims; reduced to what `.metadata` needs.
-
-    Without bytearrays, whose claimed size is allocated, and without sets and keys of tuples, whose hash can take forever.
-    """
-
-    dispatch = {code: load for code, load in _PYTHONS.dispatch.items() if code not in {o[0] for o in _EXCLUDED}}  # noqa: RUF012
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        # Not getattr, which would have torch import modules by name.
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
-            return vars(torch)[name]
-        if (module, name) in _RECORDS:
-            return type(name, (_Record,), {})  # a class of this load's own
-        raise pickle.UnpicklingError(f"{module}.{name}"[:120])
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._put(self.stack[-1], key, value)
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self._put(self.stack[-1], key, value)
-
-    def _put(self, target: Any, key: Any, value: Any) -> None:
-        if type(target) is not dict or not isinstance(key, (str, int, _Record)):
-            raise ValueError("a dictionary's key is no name")
-        target[key] = value
-
-    dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
 
 
 def _unpickle(file: Path) -> Any:
@@ -195,7 +128,7 @@ def _unpickle(file: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}", hint="check the path and its permissions") from error
     try:
-        return _Reader(io.BytesIO(data)).load()
+        return dcp_pickle.load(data)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{file} names {error}, which no checkpoint's metadata does; nothing in it was run",
@@ -210,7 +143,7 @@ class _Entries:
 
     def __init__(self, directory: Path, document: Any) -> None:
         self.directory = directory
-        self.described: dict[str, _Record] = document["state_dict_metadata"]
+        self.described: dict[str, dcp_pickle.Record] = document["state_dict_metadata"]
         self.paths = document["planner_data"]
         self.sizes: dict[str, int] = {}
         self.stored = {
@@ -221,7 +154,7 @@ class _Entries:
     def all(self) -> tuple[Entry, ...]:
         return tuple(self._entry(_text(key), value) for key, value in self.described.items())
 
-    def _entry(self, key: str, described: _Record) -> Entry:
+    def _entry(self, key: str, described: dcp_pickle.Record) -> Entry:
         path = self._path(key)
         if type(described).__name__ == "BytesStorageMetadata":
             chunk = self._chunk(key, None, (), ())
