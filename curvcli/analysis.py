@@ -127,8 +127,7 @@ def examine(
     provenance: Provenance | None = None,
 ) -> Analysis:
     """`analyze`, from the eigenvector of another checkpoint (`start`), with its own in the result."""
-    if not 0 < tolerance < 1 or max_hvps < 3:  # NaN too; a residual of lambda's size certifies nothing
-        raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
+    check_effort(tolerance, max_hvps)
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
     with measurable(module):
         problem = Problem.create(module, loss, batches, weights)
@@ -145,6 +144,12 @@ def examine(
         said = replace(said, notes={**said.notes, **notes})
         report = _Writer(work, found).report(said, sum(weights) if weights else None)
         return Analysis(report, found.directions, _warm_start(found, report))
+
+
+def check_effort(tolerance: float, max_hvps: int) -> None:
+    """Raises UsageError where no number could come out certified."""
+    if not 0 < tolerance < 1 or max_hvps < 3:  # NaN too; a residual of lambda's size certifies nothing
+        raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
 
 
 def _warm_start(found: Measured, report: results.Report) -> results.WarmStart | None:

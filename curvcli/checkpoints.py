@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli import results
-from curvcli.analysis import Analysis, Estimated, Provenance, examine
+from curvcli.analysis import Analysis, Estimated, Provenance, check_effort, examine
 from curvcli.config import find_config
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss
@@ -147,6 +147,7 @@ class Opened:
 
 def open_for_analysis(path: Path, options: Options) -> Opened:
     """Headers of a checkpoint, its configuration and its data. Raises CurvError."""
+    check_effort(options.tolerance, options.max_hvps)
     device = str(_device(options.device))
     checkpoint = open_checkpoint(path, _architecture(options.model))
     options, data = _configured(replace(options, device=device), checkpoint)

@@ -111,7 +111,8 @@ def test_markdown_says_what_the_two_are(calm: Report, hot: Report) -> None:
 
 
 def test_a_checkpoint_against_a_report(run: Path, tmp_path: Path) -> None:
-    done = curv("compare", run, run, "--tokens", 256, "--format", "json", "-q")
+    checkpoint = tmp_path / "nanogpt" / "ckpt.pt"
+    done = curv("compare", checkpoint, checkpoint, "--tokens", 256, "--format", "json", "-q")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     # The second is solved from the first one's eigenvectors, and finds the same.

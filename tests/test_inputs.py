@@ -65,7 +65,7 @@ def test_nanogpt_is_the_same_function(samples: Path) -> None:
 
 
 def test_loss_is_what_the_trainer_logged(samples: Path) -> None:
-    report = analyze_checkpoint(samples / "calm" / "checkpoint-10", Options(tokens=1024, max_hvps=3))
+    report = analyze_checkpoint(samples / "calm" / "checkpoint-10", Options(tokens=1024, max_hvps=3, depths=False))
     assert report.data.loss == pytest.approx(5.40, abs=0.2)
     assert report.optimizer.lr == pytest.approx(3e-4)
     assert report.optimizer.step == 10
@@ -93,7 +93,9 @@ def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> Non
     codes = [f.code for f in report.findings]
     assert "no-threshold" in codes
     assert "estimated-preconditioner" in codes
-    with_lr = analyze_checkpoint(llama, Options(data=llama / "ids.npy", tokens=512, sequence_length=16, lr=1e-3))
+    with_lr = analyze_checkpoint(
+        llama, Options(data=llama / "ids.npy", tokens=512, sequence_length=16, lr=1e-3, depths=False)
+    )
     assert with_lr.full.eigenvalue == pytest.approx(report.full.eigenvalue, rel=1e-2)
     assert with_lr.full.rho == pytest.approx(with_lr.full.eigenvalue / 38e3)
 
@@ -164,13 +166,13 @@ def test_config_is_found_upward_and_flags_win(samples: Path, tmp_path: Path, run
     assert (config.tokens, config.data) == (256, (file.parent / "data/shard.bin",))
     (run.parent / "pyproject.toml").write_text('[tool.curv]\ntokens = 128\ndata = "../data/shard.bin"\n')
     assert find_config(run)[0].tokens == 128
-    report = analyze_checkpoint(run, Options(tokens=192, sequence_length=32, max_hvps=3))
+    report = analyze_checkpoint(run, Options(tokens=192, sequence_length=32, max_hvps=3, depths=False))
     assert (report.data.tokens, report.data.sequence_length) == (192, 32)
 
 
 def test_one_batch_of_a_file_is_not_all_of_the_data(samples: Path) -> None:
     """Nothing can be held out of one window: 64 tokens of the calm run once read as unstable."""
-    report = analyze_checkpoint(samples / "calm", Options(tokens=64))
+    report = analyze_checkpoint(samples / "calm", Options(tokens=64, depths=False))
     assert report.generalisation.held_out is None
     assert report.verdict == "unresolved"
     assert report.findings[0].code == "unresolved-tokens"
@@ -187,7 +189,7 @@ def test_a_layer_that_never_moved_is_empty_not_safe(run: Path) -> None:
             document["state"][index]["exp_avg_sq"].zero_()
             document["state"][index]["exp_avg"].zero_()
     torch.save(document, run / "optimizer.pt")
-    report = analyze_checkpoint(run, Options())
+    report = analyze_checkpoint(run, Options(depths=False))
     assert (report.layers[3].status, report.layers[3].eigenvalue) == ("empty", None)
     assert report.layers[2].status == "converged"
     assert "frozen-tensors" in [f.code for f in report.findings]
@@ -206,11 +208,11 @@ def test_lr_zero_falls_back_to_the_log(run: Path) -> None:
     for group in document["param_groups"]:
         group["lr"] = 0.0
     torch.save(document, run / "optimizer.pt")
-    report = analyze_checkpoint(run, Options(max_hvps=3))
+    report = analyze_checkpoint(run, Options(max_hvps=3, depths=False))
     assert report.optimizer.lr_source == "log"
     assert report.optimizer.lr == pytest.approx(2.7e-4)
     assert "lr-from-log" in [f.code for f in report.findings]
-    assert analyze_checkpoint(run, Options(lr=1e-3, max_hvps=3)).optimizer.lr_source == "option"
+    assert analyze_checkpoint(run, Options(lr=1e-3, max_hvps=3, depths=False)).optimizer.lr_source == "option"
 
 
 def test_blocks_are_found(samples: Path) -> None:

@@ -176,8 +176,12 @@ def test_ctrl_c_at_a_terminal(samples: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [ImportError("numpy is half imported"), InputError("x", hint="y"), RuntimeError("C")])
-def test_ctrl_c_that_a_library_turned_into_an_error_is_130(wrong: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT)
+def test_ctrl_c_that_a_library_turned_into_an_error_is_130(
+    wrong: Exception, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    # A test run in the background has it ignored, which is kept (the test below).
+    before, ours = signal.default_int_handler, signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
 
     def loading() -> None:
         try:

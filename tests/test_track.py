@@ -380,6 +380,7 @@ def test_numbers_that_are_none_are_refused(calm: Path, option: tuple[str, str], 
     assert option[0].strip("-") in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(calm: Path, tmp_path: Path, tracked: tuple[Track, Path]) -> None:
     """SIGKILL once the first checkpoint is kept: nothing is broken, and the next call pays for the rest alone."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "COLUMNS": "80", "NO_COLOR": "1"}
