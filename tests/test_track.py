@@ -31,7 +31,7 @@ from curvcli.results import Track, TrackPoint, load_report, load_track
 from curvcli.tracking import _findings, _in_order, key_of, track_run
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-OPTIONS = Options(tokens=256, depths=False, max_hvps=40)
+OPTIONS = Options(tokens=128, depths=False, max_hvps=40)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def calm(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(samples / "calm" / f"checkpoint-{step}", place / "run" / f"checkpoint-{step}")
     (place / "data").mkdir()
     shutil.copy(samples / "data" / "shard.bin", place / "data")
-    (place / "curv.toml").write_text('data = "data/shard.bin"\nsequence-length = 64\n')
+    (place / "curv.toml").write_text('data = "data/shard.bin"\nsequence-length = 32\n')
     return place / "run"
 
 
@@ -69,7 +69,7 @@ def test_points_are_in_step_order_and_warm(tracked: tuple[Track, Path]) -> None:
     assert first.warm_start is None
     assert second.warm_start is not None
     assert second.warm_start.converged
-    assert second.warm_start.tokens == 64
+    assert second.warm_start.tokens == 32
     assert [e.step for e in track.log][:3] == [1, 2, 3]
     assert second.training_loss == track.log[59].loss
     assert track.points[0].report is not None
@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(tracked: tuple[Track, 
     only = tmp_path / "only"
     shutil.copytree(calm / "checkpoint-10", only / "checkpoint-10")
     track_run(
-        only, Options(**{**OPTIONS.__dict__, "data": calm.parent / "data" / "shard.bin", "sequence_length": 64}), cache
+        only, Options(**{**OPTIONS.__dict__, "data": calm.parent / "data" / "shard.bin", "sequence_length": 32}), cache
     )
     rest = track_run(calm, OPTIONS, cache)
     assert [p.source for p in rest.points] == ["cached", "measured"]
@@ -310,8 +310,8 @@ def test_a_run_marks_surges_and_leaves_out_other_tokens(calm: Path, tmp_path: Pa
     shard = (calm.parent / "data" / "shard.bin").read_bytes()
     (tmp_path / "shard.bin").write_bytes(shard)
     (tmp_path / "other.bin").write_bytes(shard[1000:])
-    (tmp_path / "curv.toml").write_text('data = "shard.bin"\nsequence-length = 64\n')
-    (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "../../other.bin"\nsequence-length = 64\n')
+    (tmp_path / "curv.toml").write_text('data = "shard.bin"\nsequence-length = 32\n')
+    (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "../../other.bin"\nsequence-length = 32\n')
     (tmp_path / "run" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
     rhos = [1.0, 1.0, 1.0, 3.0]
     starts: list[Directions | None] = []
@@ -372,7 +372,7 @@ CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
 
 @pytest.mark.parametrize("option", [("--surge", "inf"), ("--surge", "nan"), ("--tolerance", "nan"), ("--tolerance", "1")])
 def test_numbers_that_are_none_are_refused(calm: Path, option: tuple[str, str], tmp_path: Path) -> None:
-    command = [*CURV, "track", str(calm), "--tokens", "256", *option]
+    command = [*CURV, "track", str(calm), "--tokens", "128", *option]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
@@ -384,7 +384,7 @@ def test_numbers_that_are_none_are_refused(calm: Path, option: tuple[str, str], 
 def test_killed_and_started_again(calm: Path, tmp_path: Path, tracked: tuple[Track, Path]) -> None:
     """SIGKILL once the first checkpoint is kept: nothing is broken, and the next call pays for the rest alone."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "COLUMNS": "80", "NO_COLOR": "1"}
-    command = [*CURV, "track", str(calm), "--tokens", "256", "--max-hvps", "40", "-o", str(tmp_path / "track.json")]
+    command = [*CURV, "track", str(calm), "--tokens", "128", "--max-hvps", "40", "-o", str(tmp_path / "track.json")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("curv/reports/*.json")) and time.monotonic() < deadline and process.poll() is None:
