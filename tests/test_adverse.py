@@ -176,3 +176,28 @@ def test_kill_an_analysis_at_any_moment(tmp_path: Path) -> None:
         assert json.loads((out / "report.json").read_text())["full"] == first["full"]
     subprocess.run(command, check=True, capture_output=True)
     assert json.loads((out / "report.json").read_text())["full"] == first["full"]
+
+
+CUT_SHORT = """
+import sys
+from pathlib import Path
+from curvcli.errors import InputError
+from curvcli.inputs.tensors import stored
+path = Path(sys.argv[1])
+tensors = stored({"model.norm.weight": path, "model.embed_tokens.weight": path})
+first = tensors["model.embed_tokens.weight"]
+with path.open("r+b") as stream:
+    stream.truncate(4096)  # what writing the next checkpoint over this one begins with
+assert float(first.abs().sum()) > 0
+try:
+    tensors["model.norm.weight"]
+except InputError as error:
+    print(error)
+"""
+
+
+def test_weights_that_are_written_over_while_they_are_read(run: Path) -> None:
+    """Mapped, the tensor read first would kill the process as soon as it is touched."""
+    done = subprocess.run([sys.executable, "-c", CUT_SHORT, str(run / "model.safetensors")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors changed while it was read" in done.stdout

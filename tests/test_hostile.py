@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from curvcli.errors import CurvError, InputError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.bounds import inside
-from curvcli.inputs.safe import load_pickle, read_json, safetensors_header
+from curvcli.inputs.safe import load_pickle, read_json
+from curvcli.inputs.tensors import safetensors_header
 
 MANY = 10**12
 

@@ -7,17 +7,14 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from curvcli.errors import InputError
-from curvcli.inputs.base import TensorInfo
 from curvcli.inputs.bounds import check_document, check_legacy, check_zip
 from curvcli.inputs.foreign import stand_ins
 
@@ -32,8 +29,8 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
     Raises:
         InputError: missing, truncated, not a torch file, or holding anything but tensors, plain data and those.
     """
-    _refuse_pointer(path)
-    zipped, before = _is_zip(path), _stamp(path)
+    refuse_pointer(path)
+    zipped, before = _is_zip(path), stamp(path)
     # A file that a running job cuts short while it is mapped kills whoever touches it (SIGBUS), so it is mapped only
     # where its data is not read or would not fit.
     mapped = zipped and (meta or before[0] > psutil.virtual_memory().available // 4)
@@ -44,9 +41,9 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
     try:
         document = _load(path, path, before[0], map_location="meta" if meta else "cpu", mmap=mapped or None)
     except InputError:
-        _refuse_changed(path, before)
+        refuse_changed(path, before)
         raise
-    _refuse_changed(path, before)
+    refuse_changed(path, before)
     return document
 
 
@@ -77,7 +74,7 @@ def _load(source: Path | io.BytesIO, where: object, size: int, **settings: Any) 
         ) from error
     except Exception as error:  # a damaged pickle reaches every line of torch's reader
         raise InputError(
-            f"{where} cannot be read as a torch file: {_first_line(error) or type(error).__name__}",
+            f"{where} cannot be read as a torch file: {first_line(error) or type(error).__name__}",
             hint="the file is truncated or damaged: copy it again",
         ) from error
     check_document(document, where, size)
@@ -108,51 +105,7 @@ def read_json(path: Path) -> Any:
             )
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON: {_first_line(error)}", hint="copy the file again") from error
-
-
-def safetensors_header(path: Path) -> list[TensorInfo]:
-    """Names, shapes and types of the tensors in a safetensors file; no data is read. Raises InputError."""
-    _refuse_pointer(path)
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return [
-                TensorInfo(name, tuple(piece.get_shape()), piece.get_dtype())
-                for name in handle.keys()  # noqa: SIM118 - not iterable itself
-                for piece in [handle.get_slice(name)]
-            ]
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{path} cannot be read as safetensors: {_first_line(error)}",
-            hint="the file is truncated or damaged: copy it again",
-        ) from error
-
-
-def stored(files: Mapping[str, Path]) -> Mapping[str, Tensor]:
-    """Tensors of safetensors files by name, each read when it is asked for. Reading raises InputError."""
-    return _Stored(files)
-
-
-class _Stored(Mapping[str, Tensor]):
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self.files = files
-
-    def __getitem__(self, name: str) -> Tensor:
-        path = self.files[name]
-        try:
-            with safe_open(path, framework="pt") as handle:
-                return handle.get_tensor(name)  # type: ignore[no-any-return]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(
-                f"{path} cannot be read as safetensors: {_first_line(error)}",
-                hint="the file is truncated or damaged: copy it again",
-            ) from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
+        raise InputError(f"{path} is not readable JSON: {first_line(error)}", hint="copy the file again") from error
 
 
 def check_finite(model: nn.Module) -> None:
@@ -166,22 +119,26 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a line of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else ""
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file is written: its size and time."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 
 
-def _refuse_changed(path: Path, before: tuple[int, int]) -> None:
-    if not path.exists() or _stamp(path) != before:
+def refuse_changed(path: Path, before: tuple[int, int]) -> None:
+    """Raises InputError where the file is not as `stamp` found it."""
+    if not path.exists() or stamp(path) != before:
         raise InputError(f"{path} changed while it was read", hint="a job is writing it: run again when it is done")
 
 
-def _refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path) -> None:
+    """Raises InputError for what cannot be any file of tensors: a directory, an empty file, a git-LFS pointer."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is not a file", hint="check the path")
     try:

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from curvcli.errors import InputError
-from curvcli.inputs.safe import safetensors_header
+from curvcli.inputs.tensors import leading, safetensors_header
 
 IGNORED = -100  # torch's and transformers' label for "no prediction here"
 _MARKS = frozenset({"labels", "pixel_values", "decoder_input_ids"})
@@ -109,13 +108,7 @@ def labelled(columns: Mapping[str, Tensor], *, shifted: bool) -> Tensor:
 
 
 def _safetensors(path: Path, limit: int) -> dict[str, Tensor]:
-    headers = safetensors_header(path)
-    try:
-        with safe_open(path, framework="pt") as handle:
-            found = {t.name: handle.get_slice(t.name)[:limit] if t.shape else handle.get_tensor(t.name) for t in headers}
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}", hint="copy the file again") from error
-    return {name: _typed(name, tensor, path) for name, tensor in found.items()}
+    return {name: _typed(name, tensor, path) for name, tensor in leading(path, limit).items()}
 
 
 def _typed(name: str, tensor: Tensor, path: Path) -> Tensor:

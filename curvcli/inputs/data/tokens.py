@@ -15,13 +15,13 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import Checkpoint
 from curvcli.inputs.bounds import inside
 from curvcli.inputs.data.binary import open_bin, open_idx
 from curvcli.inputs.safe import read_json
+from curvcli.inputs.tensors import safetensors_header, stored
 
 Ids = NDArray[np.generic]
 
@@ -82,13 +82,10 @@ def _npy(path: Path) -> Ids:
 
 
 def _safetensors(path: Path) -> Ids:
-    try:
-        with safe_open(path, framework="np") as handle:
-            if "input_ids" not in handle.keys():  # noqa: SIM118 - not iterable itself
-                raise InputError(f"{path} has no tensor input_ids", hint=f"it has {sorted(handle.keys())[:5]}")
-            return _integers(handle.get_tensor("input_ids"), path)
-    except SafetensorError as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}", hint="copy the file again") from error
+    names = sorted(tensor.name for tensor in safetensors_header(path))
+    if "input_ids" not in names:
+        raise InputError(f"{path} has no tensor input_ids", hint=f"it has {names[:5]}")
+    return _integers(stored({"input_ids": path})["input_ids"].numpy(), path)
 
 
 def _integers(array: Ids, path: Path) -> Ids:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint
@@ -14,6 +10,7 @@ from curvcli.inputs.formats.dcp import assemble
 from curvcli.inputs.formats.huggingface import INDEX, HuggingFaceReader
 from curvcli.inputs.runs import step_order
 from curvcli.inputs.safe import read_json
+from curvcli.inputs.tensors import stored
 
 # The Trainer's own, which also saves weights without a config.json where the model is none of transformers'.
 _OTHERS = ("config.json", "trainer_state.json", "optimizer.pt", "optimizer.safetensors")
@@ -42,27 +39,7 @@ class DCPSafetensorsReader:
             architecture,
             format="dcp-safetensors",
             tensors=tensors,
-            weights=lambda: _Shards(files),
+            weights=lambda: stored(files),
             optimizer=None,
             step=step if step >= 0 else None,
         )
-
-
-class _Shards(Mapping[str, Tensor]):
-    """Tensors of several files, read one at a time."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
-
-    def __getitem__(self, name: str) -> Tensor:
-        try:
-            with safe_open(self._files[name], framework="pt") as handle:
-                return handle.get_tensor(name)  # type: ignore[no-any-return]
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self._files[name]}: {name} cannot be read: {error}", hint="copy the file again") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)

@@ -15,8 +15,9 @@ from curvcli.inputs.bounds import inside
 from curvcli.inputs.formats.optimizer_file import OPTIMIZER_FILE, read_optimizer
 from curvcli.inputs.networks.architecture import fill, needed
 from curvcli.inputs.networks.registered import build
-from curvcli.inputs.safe import load_pickle, read_json, safetensors_header, stored
+from curvcli.inputs.safe import load_pickle, read_json
 from curvcli.inputs.state.mapping import map_state, matrix_order, single_order, summary, trainer_order
+from curvcli.inputs.tensors import safetensors_header, stored
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")

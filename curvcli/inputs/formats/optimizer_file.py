@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs.base import OptimizerFile
 from curvcli.inputs.networks.blocks import display
-from curvcli.inputs.safe import safetensors_header
 from curvcli.inputs.state.mapping import map_named, summary
+from curvcli.inputs.tensors import safetensors_header, safetensors_metadata, stored
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live
 
@@ -92,23 +92,23 @@ def read_optimizer(path: Path) -> OptimizerFile:
 
 def _view(path: Path, model: nn.Module) -> OptimizerView:
     document, name = _document(path)
-    view = map_named(document, model, {}, path=path, read=lambda owner: _Entry(path, owner, document["state"][owner]))
+    tensors = stored({tensor.name: path for tensor in safetensors_header(path)})
+    view = map_named(document, model, {}, path=path, read=lambda owner: _Entry(tensors, owner, document["state"][owner]))
     return replace(view, name=name)
 
 
 def _document(path: Path) -> tuple[dict[str, Any], str | None]:
     """A torch optimizer's state_dict keyed by names, with shapes in the place of tensors, and the optimizer's class."""
     header = safetensors_header(path)
+    metadata = safetensors_metadata(path)
     try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
         if metadata.get("schema") != _SCHEMA:
             raise InputError(f"{path} was not written by curvcli.save_optimizer", hint="write it with that function")
         said = json.loads(metadata["optimizer"])
         groups = [{**{k: v for k, v in g.items() if k != "names"}, "params": list(g["names"])} for g in said["groups"]]
         state: dict[str, dict[str, Any]] = {name: dict(numbers) for name, numbers in said["numbers"].items()}
         name = None if said["name"] is None else str(said["name"])
-    except (SafetensorError, OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} has damaged metadata: {str(error)[:200]}", hint="copy the file again") from error
     for tensor in header:
         key, _, owner = tensor.name.partition(".")
@@ -119,18 +119,12 @@ def _document(path: Path) -> tuple[dict[str, Any], str | None]:
 class _Entry(Mapping[str, Any]):
     """State of one parameter; its tensors are read when they are asked for."""
 
-    def __init__(self, path: Path, owner: str, shapes: Mapping[str, Any]) -> None:
-        self._path, self._owner, self._shapes = path, owner, shapes
+    def __init__(self, tensors: Mapping[str, Tensor], owner: str, shapes: Mapping[str, Any]) -> None:
+        self._tensors, self._owner, self._shapes = tensors, owner, shapes
 
     def __getitem__(self, key: str) -> Any:
         value = self._shapes[key]
-        if not isinstance(value, Tensor):
-            return value
-        try:
-            with safe_open(self._path, framework="pt") as handle:
-                return handle.get_tensor(f"{key}.{self._owner}")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self._path} cannot be read: {str(error)[:200]}", hint="copy the file again") from error
+        return self._tensors[f"{key}.{self._owner}"] if isinstance(value, Tensor) else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
