@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes
 
 if TYPE_CHECKING:
-    from curvcli.measurement import Progress
+    from curvcli.results import Report
 
 
 class Format(StrEnum):
@@ -30,30 +30,12 @@ class Format(StrEnum):
     "`curv analyze ckpt/ --data train.bin --tokens 32768 -o report.json --plot curv.png`\n\n"
     "`curv analyze ckpt/ --format json | jq .full.rho`"
 )
+@options.measuring
 def analyze(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/checkpoints.md.")
     ],
-    data: options.Data = None,
-    sample: options.SampleOption = None,
-    tokens: options.Tokens = None,
-    sequence_length: options.SequenceLength = None,
-    batch_size: options.BatchSize = None,
-    optimizer: options.OptimizerName = None,
-    lr: options.Lr = None,
-    betas: Annotated[str | None, typer.Option(metavar="B1,B2", help="Instead of the checkpoint's.")] = None,
-    eps: Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's.")] = None,
-    momentum: Annotated[
-        float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's (SGD, RMSprop).")
-    ] = None,
-    model: options.Network = None,
-    loss: options.LossOption = "auto",
-    device: options.Device = "auto",
-    mode: options.ModeOption = options.HvpMode.auto,
-    tolerance: options.Tolerance = 0.01,
-    max_hvps: options.MaxHvps = 100,
-    seed: options.Seed = None,
+    given: dict[str, Any],
     no_depths: Annotated[
         bool, typer.Option("--no-depths", help="Leave out the curves over depth, half of the work.")
     ] = False,
@@ -70,35 +52,15 @@ def analyze(
     rho is the top eigenvalue of the preconditioned Hessian over the optimizer's threshold: 1 is the edge.
     """
     with exit_codes():
-        both = options.parse_betas(betas)
+        settings = options.settings(given)
         check_outputs(output, plot)
         from curvcli.progress import reporting
 
         with reporting(quiet, verbose) as progress:
             progress("importing torch", 0.0)
-            report = _measure(
-                checkpoint,
-                progress,
-                data=data,
-                sample=sample.value if sample else None,
-                tokens=tokens,
-                sequence_length=sequence_length,
-                batch_size=batch_size,
-                optimizer=optimizer,
-                lr=lr,
-                betas=both,
-                eps=eps,
-                weight_decay=weight_decay,
-                momentum=momentum,
-                model=model,
-                loss=loss,
-                device=device,
-                mode=mode.value,
-                tolerance=tolerance,
-                max_hvps=max_hvps,
-                seed=seed,
-                depths=not no_depths,
-            )
+            from curvcli.checkpoints import Options, analyze_checkpoint
+
+            report = analyze_checkpoint(checkpoint, Options(**settings, depths=not no_depths), progress)
         from curvcli.results import write_whole
 
         if output:
@@ -134,13 +96,7 @@ def inspect(
             show_facts(found)
 
 
-def _measure(checkpoint: Path, progress: Progress, **given: object):  # type: ignore[no-untyped-def]
-    from curvcli.checkpoints import Options, analyze_checkpoint
-
-    return analyze_checkpoint(checkpoint, Options(**given), progress)  # type: ignore[arg-type]
-
-
-def _print(report, format: Format) -> None:  # type: ignore[no-untyped-def]  # noqa: A002
+def _print(report: Report, format: Format) -> None:  # noqa: A002
     if format is Format.table:
         from rich.console import Console
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Callable
+from enum import Enum, StrEnum
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -45,6 +48,10 @@ OptimizerName = Annotated[
     str | None, typer.Option(metavar="NAME", help="Adam, AdamW, NAdam, SGD, RMSprop, Adagrad, or none for the bare Hessian.")
 ]
 Lr = Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's learning rate.")]
+Betas = Annotated[str | None, typer.Option(metavar="B1,B2", help="Instead of the checkpoint's.")]
+Eps = Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's.")]
+WeightDecay = Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's.")]
+Momentum = Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's (SGD, RMSprop).")]
 Network = Annotated[
     str | None,
     typer.Option(
@@ -75,8 +82,53 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Each step with i
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
-def parse_betas(text: str | None) -> tuple[float, float] | None:
-    """Two numbers with a comma between them. Raises UsageError."""
+def _measuring(
+    data: Data = None,
+    sample: SampleOption = None,
+    tokens: Tokens = None,
+    sequence_length: SequenceLength = None,
+    batch_size: BatchSize = None,
+    optimizer: OptimizerName = None,
+    lr: Lr = None,
+    betas: Betas = None,
+    eps: Eps = None,
+    weight_decay: WeightDecay = None,
+    momentum: Momentum = None,
+    model: Network = None,
+    loss: LossOption = "auto",
+    device: Device = "auto",
+    mode: ModeOption = HvpMode.auto,
+    tolerance: Tolerance = 0.01,
+    max_hvps: MaxHvps = 100,
+    seed: Seed = None,
+) -> None:
+    """The options of every verb that measures in full, in the order of its help."""
+
+
+def measuring(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_measuring`, after its argument; it takes their values as a dict, `given`."""
+    hints = get_type_hints(_measuring, include_extras=True)
+    shared = [p.replace(annotation=hints[p.name]) for p in signature(_measuring).parameters.values()]
+    hints = get_type_hints(command, include_extras=True)
+    own = [p.replace(annotation=hints[p.name]) for p in signature(command).parameters.values() if p.name != "given"]
+
+    @wraps(command)
+    def with_options(**values: Any) -> None:
+        command(given={p.name: values.pop(p.name) for p in shared}, **values)
+
+    parameters = [own[0], *shared, *own[1:]]
+    with_options.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+    return with_options
+
+
+def settings(given: dict[str, Any]) -> dict[str, Any]:
+    """What `checkpoints.Options` takes, of options as they were typed. Raises UsageError."""
+    plain = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
+    return {**plain, "betas": _betas(given["betas"])}
+
+
+def _betas(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
     try:

@@ -38,22 +38,10 @@ class CompareFormat(StrEnum):
     "`curv track sample_checkpoints/hot --plot hot.png`\n\n"
     "`curv track 'out/ckpt*.pt' --data train.bin -o track.json && curv gate track.json --max-surge 2`"
 )
+@options.measuring
 def track(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or a pattern in quotes.")],
-    data: options.Data = None,
-    sample: options.SampleOption = None,
-    tokens: options.Tokens = None,
-    sequence_length: options.SequenceLength = None,
-    batch_size: options.BatchSize = None,
-    optimizer: options.OptimizerName = None,
-    lr: options.Lr = None,
-    model: options.Network = None,
-    loss: options.LossOption = "auto",
-    device: options.Device = "auto",
-    mode: options.ModeOption = options.HvpMode.auto,
-    tolerance: options.Tolerance = 0.01,
-    max_hvps: options.MaxHvps = 100,
-    seed: options.Seed = None,
+    given: dict[str, Any],
     last: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the newest N checkpoints.")] = None,
     surge: Annotated[
         float, typer.Option(metavar="X", min=1.01, max=1e9, help="rho over the median before it that is marked.")
@@ -73,6 +61,7 @@ def track(
     Reports are kept by content: a second call pays only for what is new, and an interrupted one goes on.
     """
     with exit_codes():
+        settings = options.settings(given)
         check_outputs(output, plot)
         from curvcli.progress import reporting
 
@@ -82,23 +71,7 @@ def track(
             from curvcli.checkpoints import Options
             from curvcli.tracking import track_run
 
-            how = Options(
-                data=data,
-                sample=sample.value if sample else None,
-                tokens=tokens,
-                sequence_length=sequence_length,
-                batch_size=batch_size,
-                optimizer=optimizer,
-                lr=lr,
-                model=model,
-                loss=loss,
-                device=device,
-                mode=mode.value,
-                tolerance=tolerance,
-                max_hvps=max_hvps,
-                seed=seed,
-                depths=False,
-            )
+            how = Options(**settings, depths=False)
             store = NoCache() if no_cache else FileCache()
             found = track_run(run, how, store, last=last, window=window, surge_limit=surge, progress=progress)
         if isinstance(store, FileCache) and store.complaint:
