@@ -16,6 +16,7 @@ from curvcli.checkpoints import Opened, Options, open_for_analysis
 from curvcli.errors import CurvError, InputError
 from curvcli.inputs import find_checkpoints, open_checkpoint, step_of
 from curvcli.inputs.networks.architecture import config_beside
+from curvcli.inputs.own import source_digest
 from curvcli.measurement import Directions, Progress
 from curvcli.readings import ReportReadings, certified, incomparable
 from curvcli.results import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart
@@ -131,6 +132,7 @@ def key_of(opened: Opened) -> str:
         checkpoint=[*content, checkpoint.step],  # the step may be from the directory's name
         tokens=[shard.sha256, shard.sequence_length],
         how=how,
+        code=[source_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec],
         versions=[__version__, versions.torch, versions.transformers],
     )
 

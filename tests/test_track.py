@@ -236,6 +236,16 @@ def test_keys_hold_what_the_report_depends_on(calm: Path, tmp_path: Path) -> Non
     assert len(keys) == 2
 
 
+def test_the_users_own_code_is_part_of_the_key(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    body = "def loss(model, batch):\n    return {} * model(**batch).loss\n"
+    keys = set()
+    for factor in (1, 1, 2):
+        (tmp_path / "ours_to_key.py").write_text(body.format(factor))
+        keys.add(key_of(open_for_analysis(calm / "checkpoint-10", replace(OPTIONS, loss="ours_to_key:loss"))))
+    assert len(keys) == 2
+
+
 # --- surge -------------------------------------------------------------------------------------
 
 
