@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isclose
 from statistics import median
 from typing import Protocol
 
@@ -203,6 +204,20 @@ def certified(points: Sequence[TrackPoint], window: int) -> list[Report]:
     """Reports of the last `window` points whose rho is known and converged."""
     known = [p.report for p in points if p.report and p.report.full.rho is not None and p.report.full.status == "converged"]
     return known[-window:]
+
+
+def others(known: Sequence[Report], report: Report) -> list[Report]:
+    """Those of other checkpoints than the report's: a track that has it already would compare it with itself."""
+    return [other for other in known if not _same_checkpoint(other, report)]
+
+
+def _same_checkpoint(a: Report, b: Report) -> bool:
+    # A path can be written over by a later step, and a copy lies elsewhere: that is known by its loss on the same tokens.
+    if a.checkpoint.step != b.checkpoint.step:
+        return False
+    return a.checkpoint.path == b.checkpoint.path or (
+        _shard(a) == _shard(b) and isclose(a.data.loss, b.data.loss, rel_tol=1e-6)
+    )
 
 
 def incomparable(report: Report, before: Report) -> str:

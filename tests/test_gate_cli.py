@@ -409,11 +409,22 @@ def test_a_track_is_judged_at_its_newest_point(track: Path) -> None:
 
 def test_a_track_is_a_baseline(track: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    report.write_text(course_of([6.0]).points[0].report.to_json())  # type: ignore[union-attr]
+    report.write_text(course_of([None] * 4 + [6.0]).points[-1].report.to_json())  # type: ignore[union-attr]
     done = curv(report, "--max-surge", 5, "--max-regression", 50, "--baseline", track, "--format", "json")
     values = {o["rule"]: o["value"] for o in json.loads(done.stdout)["outcomes"]}
     assert values["max-surge"] == pytest.approx(6.0)  # over the median 1
     assert values["max-regression"] == pytest.approx(100.0)  # over the newest, 3
+
+
+def test_a_track_that_already_has_the_checkpoint_does_not_compare_it_with_itself(track: Path, tmp_path: Path) -> None:
+    """As where a nightly `curv track` ran first: 0 % regression, whatever the run did."""
+    newest = json.loads(track.read_text())["points"][-1]["report"]
+    for path in (newest["checkpoint"]["path"], "elsewhere/checkpoint-3"):
+        newest["checkpoint"]["path"] = path
+        (tmp_path / "report.json").write_text(json.dumps(newest))
+        done = curv(tmp_path / "report.json", "--max-regression", 50, "--baseline", track, "--format", "json")
+        assert done.returncode == 1, done.stderr
+        assert json.loads(done.stdout)["outcomes"][0]["value"] == pytest.approx(200.0)  # over the one before, 1
 
 
 def test_rules_are_explained_without_looking_at_the_subject(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def _judge(
     from curvcli.readings import NoReadings, Readings, ReportReadings, track_readings
     from curvcli.results import load_report, load_track, write_whole
 
-    against, history = _baseline(settings.baseline)
+    baseline = _baseline(settings.baseline)  # before minutes are spent
     report: Report | None
     readings: Readings
     if schema := _schema(subject):
@@ -270,17 +270,18 @@ def _judge(
             raise UsageError(f"--{flag} is for checkpoints, and {subject} is a document", hint=f"drop --{flag}")
         if schema == TRACK:
             track = load_track(subject)
-            report, readings = track.points[-1].report, track_readings(track, against)
+            report = track.points[-1].report
+            readings = track_readings(track, _compared(baseline, report)[0])
         else:
             report = load_report(subject)
-            readings = ReportReadings(report, against, history)
+            readings = ReportReadings(report, *_compared(baseline, report))
     else:
         from curvcli.cli.budget import measure
 
         report, reason = measure(subject, options, started, seconds, quiet, verbose)
         if report is not None and report_to is not None:
             write_whole(report_to, report.to_json().encode())
-        readings = NoReadings(reason) if report is None else ReportReadings(report, against, history)
+        readings = NoReadings(reason) if report is None else ReportReadings(report, *_compared(baseline, report))
     return decide(
         settings.rules,
         readings,
@@ -293,20 +294,29 @@ def _judge(
     )
 
 
-def _baseline(path: Path | None) -> tuple[Report | None, list[Report]]:
-    """What lambda is compared with, and what rho is: a report, or the newest and all certified points of a track."""
+def _baseline(path: Path | None) -> Report | list[Report] | None:
+    """What the baseline holds: a report, or the certified points of a track."""
     from curvcli.readings import certified
     from curvcli.results import load_report, load_track
 
     if path is None:
-        return None, []
+        return None
     if _schema(path) != TRACK:
-        return load_report(path), []
+        return load_report(path)
     track = load_track(path)
-    known = certified(track.points, track.window)
-    if not known:
+    if not (known := certified(track.points, track.window)):
         raise InputError(f"{path} has no certified point to compare with", hint="give another --baseline")
-    return known[-1], known
+    return known
+
+
+def _compared(baseline: Report | list[Report] | None, report: Report | None) -> tuple[Report | None, list[Report]]:
+    """What lambda is held against, and what rho is, where there is a run: never the judged checkpoint itself."""
+    from curvcli.readings import others
+
+    if not isinstance(baseline, list) or report is None:
+        return (None if isinstance(baseline, list) else baseline), []
+    known = others(baseline, report)
+    return (known[-1] if known else None), known
 
 
 def _name(path: Path) -> str:
