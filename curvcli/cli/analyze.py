@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,18 +9,10 @@ import typer
 
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes
+from curvcli.cli.options import Format
 
 if TYPE_CHECKING:
     from curvcli.results import Report
-
-
-class Format(StrEnum):
-    """What stdout gets."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-    markdown = "markdown"
 
 
 @app.command(
@@ -41,9 +32,7 @@ def analyze(
     ] = False,
     output: options.Output = None,
     plot: options.Plot = None,
-    format: Annotated[  # noqa: A002
-        Format, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
-    ] = Format.table,
+    format: options.FormatOption = Format.table,  # noqa: A002
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:

@@ -31,6 +31,15 @@ class Sample(StrEnum):
     random = "random"
 
 
+class Format(StrEnum):
+    """What stdout gets."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    markdown = "markdown"
+
+
 Data = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="Training data, a file or a pattern; repeatable.  [default: from curv.toml]"),
@@ -78,6 +87,9 @@ MaxHvps = Annotated[int, typer.Option(metavar="N", min=3, help="Hessian-vector p
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Of the eigensolver's random start.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the document (JSON) here.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (.png, .svg, .pdf).")]
+FormatOption = Annotated[
+    Format, typer.Option("--format", metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Each step with its time on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 

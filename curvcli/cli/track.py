@@ -10,6 +10,7 @@ import typer
 
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes, starts_as_json
+from curvcli.cli.options import Format
 from curvcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -22,15 +23,6 @@ class TrackFormat(StrEnum):
     table = "table"
     json = "json"
     csv = "csv"
-
-
-class CompareFormat(StrEnum):
-    """What stdout gets."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-    markdown = "markdown"
 
 
 @app.command(
@@ -102,9 +94,7 @@ def compare(
     loss: options.LossOption = "auto",
     device: options.Device = "auto",
     output: options.Output = None,
-    format: Annotated[  # noqa: A002
-        CompareFormat, typer.Option(metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
-    ] = CompareFormat.table,
+    format: options.FormatOption = Format.table,  # noqa: A002
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -185,14 +175,14 @@ def _print_track(found: Track, format: TrackFormat) -> None:  # noqa: A002
         typer.echo(found.to_json(), nl=False)
 
 
-def _print_comparison(found: Comparison, format: CompareFormat) -> None:  # noqa: A002
+def _print_comparison(found: Comparison, format: Format) -> None:  # noqa: A002
     from curvcli.report.compare import show, to_csv, to_markdown
 
-    if format is CompareFormat.table:
+    if format is Format.table:
         from rich.console import Console
 
         show(found, Console())
-    elif format is CompareFormat.json:
+    elif format is Format.json:
         typer.echo(found.to_json(), nl=False)
     else:
-        typer.echo({CompareFormat.csv: to_csv, CompareFormat.markdown: to_markdown}[format](found), nl=False)
+        typer.echo({Format.csv: to_csv, Format.markdown: to_markdown}[format](found), nl=False)

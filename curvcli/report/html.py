@@ -17,7 +17,7 @@ from curvcli.report.advice import advice, track_advice
 from curvcli.report.chart import curves, log_chart
 from curvcli.report.frame import number, records
 from curvcli.report.track_chart import CLASSES, heat, panels
-from curvcli.report.track_points import axis, newest, rows, saved
+from curvcli.report.track_points import axis, newest, rows
 from curvcli.results import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
 
 
@@ -58,7 +58,6 @@ def track_page(track: Track) -> str:
         classes=CLASSES,
         rows=found,
         records=layers,
-        saved=saved(track),
     )
 
 

@@ -116,14 +116,6 @@ def certified(estimate: Estimate) -> bool:
     return estimate.status == "converged" and estimate.eigenvalue is not None
 
 
-def saved(track: Track) -> tuple[int, int, int] | None:
-    """What warm starts saved: products from them, products without, over how many checkpoints; None without any."""
-    counted = [point.warm_start for point in track.points if point.warm_start and point.warm_start.converged]
-    if not counted:
-        return None
-    return sum(start.hvps for start in counted), sum(start.cold_hvps for start in counted), len(counted)
-
-
 def _row(point: TrackPoint, place: int | None) -> Row:
     report = point.report
     if report is None:

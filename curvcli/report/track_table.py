@@ -12,7 +12,7 @@ from rich.text import Text
 from curvcli.report.fit import fitting, plain
 from curvcli.report.frame import number
 from curvcli.report.table import COLOURS, bar, finding_line
-from curvcli.report.track_points import Row, certified, layer_names, newest, rows, saved
+from curvcli.report.track_points import Row, certified, layer_names, newest, rows
 from curvcli.results import Report, Track
 
 RATIO = "lr/critical"
@@ -168,9 +168,4 @@ def _notes(found: list[Row], track: Track) -> list[Text]:
 
 
 def _foot(track: Track) -> Text:
-    text = Text("\n", style="dim")
-    if found := saved(track):
-        warm, cold, count = found
-        starts = "1 warm start" if count == 1 else f"{count} warm starts"
-        text.append(f"{starts}, measured against cold ones: {warm:,} products instead of {cold:,}\n")
-    return text.append(f"{track.hvps:,} Hessian-vector products, {track.seconds:.1f} s")
+    return Text(f"\n{track.hvps:,} Hessian-vector products, {track.seconds:.1f} s", style="dim")

@@ -80,7 +80,9 @@ class Data(Document):
     )
     tokens: int = Field(description="predictions that the loss averages over")
     sequence_length: int | None
-    sha256: str = Field(description="of the token ids used, as little-endian int64, in order")
+    sha256: str = Field(
+        description="of the token ids used, as little-endian int64, in order; of examples: of the columns and their shapes"
+    )
     loss: float = Field(description="mean loss over the shard, in nats per token")
 
 
