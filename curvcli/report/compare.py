@@ -9,31 +9,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.report.fit import plain
+from curvcli.report.fit import fitting, plain
 from curvcli.report.frame import number
 from curvcli.report.markdown import escape
 from curvcli.report.table import COLOURS, finding_line
 from curvcli.results import Change, Comparison, Side
 
+TITLES = ("layer", "lambda A", "lambda B", "B/A", "rho A", "rho B", "B/A rho")
+LEAST_NEEDED = ("lambda A", "rho A", "B/A", "lambda B")
+
 
 def show(found: Comparison, console: Console) -> None:
-    """Print both sides, the change of each part, and findings; readable at 60 columns."""
+    """Print both sides, the change of each part, and findings; on a narrow terminal ratios stay and values go."""
+    changes = [*found.changes[1:], found.changes[0]]
+    rows = [_cells(change) for change in changes]
+    titles = fitting(rows, console.width - len(TITLES), TITLES, LEAST_NEEDED)  # two blanks between columns
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
-    table.add_column("layer", overflow="fold")
-    for title in ("lambda A", "lambda B", "ratio", "rho A", "rho B", "ratio"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for change in [*found.changes[1:], found.changes[0]]:
-        table.add_row(
-            Text(plain(change.name), style="bold" if change.part == "full" else ""),
-            number(change.first),
-            number(change.second),
-            _times(change.ratio),
-            number(change.first_rho, 3),
-            number(change.second_rho, 3),
-            Text(_times(change.rho_ratio), style=_style(change)),
-        )
+    for title in titles:
+        table.add_column(title, justify="left" if title == "layer" else "right", no_wrap=title != "layer", overflow="fold")
+    for change, cells in zip(changes, rows, strict=True):
+        styles = {"layer": "bold" if change.part == "full" else "", "B/A rho": _style(change)}
+        table.add_row(*(Text(cells[title], style=styles.get(title, "")) for title in titles))
     findings = map(finding_line, found.findings)
     console.print(_side("A", found.first), _side("B", found.second), Text(), table, Text(), *findings, sep="\n")
+
+
+def _cells(change: Change) -> dict[str, str]:
+    values = (number(change.first), number(change.second), _times(change.ratio))
+    rhos = (number(change.first_rho, 3), number(change.second_rho, 3), _times(change.rho_ratio))
+    return dict(zip(TITLES, (plain(change.name), *values, *rhos), strict=True))
 
 
 def to_csv(found: Comparison) -> str:
@@ -49,11 +53,9 @@ def to_markdown(found: Comparison) -> str:
     """For a merge request."""
     lines = [f"## curv: {escape(found.first.path)} against {escape(found.second.path)}", ""]
     lines += [f"- {letter}: {_facts(x)}, {x.verdict}" for letter, x in (("A", found.first), ("B", found.second))] + [""]
-    lines += ["| part | lambda A | lambda B | ratio | rho A | rho B | ratio |", "|---|--:|--:|--:|--:|--:|--:|"]
+    lines += ["| part | lambda A | lambda B | B/A | rho A | rho B | B/A rho |", "|---|--:|--:|--:|--:|--:|--:|"]
     for change in found.changes:
-        values = [number(change.first), number(change.second), _times(change.ratio)]
-        values += [number(change.first_rho, 3), number(change.second_rho, 3), _times(change.rho_ratio)]
-        lines.append(f"| {escape(change.name)} | {' | '.join(values)} |")
+        lines.append(f"| {' | '.join(map(escape, _cells(change).values()))} |")
     lines += ["", *(f"- {finding.severity} `{finding.code}`: {escape(finding.message)}" for finding in found.findings)]
     return "\n".join(lines).rstrip() + "\n"
 
