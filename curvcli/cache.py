@@ -89,7 +89,12 @@ class FileCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 content = _written(entry.directions) if entry.directions else b""
-                if content and len(content) <= self.size / 4:
+                if len(content) > self.size / 4:
+                    self.complaint = (
+                        f"the cache of {self.size / 1e9:.3g} GB is too small for the eigenvector that the next checkpoint starts "
+                        f"from ({len(content) / 1e9:.3g} GB), so only reports are kept; set CURV_CACHE_SIZE"
+                    )
+                elif content:
                     write_whole(vectors, content)
                 write_whole(report, entry.report.to_json().encode())
                 self._evict()

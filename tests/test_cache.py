@@ -64,6 +64,7 @@ def test_vectors_too_large_for_a_quarter_are_left_out(tmp_path: Path) -> None:
     found = cache.get("k")
     assert found is not None
     assert found.directions is None
+    assert "set CURV_CACHE_SIZE" in (cache.complaint or "")
 
 
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
