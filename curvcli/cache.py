@@ -91,8 +91,8 @@ class FileCache:
                 content = _written(entry.directions) if entry.directions else b""
                 if len(content) > self.size / 4:
                     self.complaint = (
-                        f"the cache of {self.size / 1e9:.3g} GB is too small for the eigenvector that the next checkpoint starts "
-                        f"from ({len(content) / 1e9:.3g} GB), so only reports are kept; set CURV_CACHE_SIZE"
+                        f"the cache of {self.size / 1e9:.3g} GB is too small for the eigenvector that the next checkpoint "
+                        f"starts from ({len(content) / 1e9:.3g} GB), so only reports are kept; set CURV_CACHE_SIZE"
                     )
                 elif content:
                     write_whole(vectors, content)
