@@ -93,3 +93,35 @@ class Browser:
 
     def screenshot(self) -> bytes:
         return b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+
+
+def troubles(browser: Browser) -> list[str]:
+    """Errors in the console, blocked contents, and requests for anything but the page itself."""
+    browser.run("1")
+    found = []
+    for event in browser.events:
+        method, parameters = event.get("method"), event.get("params", {})
+        if method == "Log.entryAdded" or method == "Runtime.exceptionThrown":
+            found.append(json.dumps(parameters)[:300])
+        if method == "Network.requestWillBeSent" and parameters["type"] != "Document":
+            found.append(parameters["request"]["url"])
+    return found
+
+
+# The least contrast (WCAG) of any text on the page with what is behind it.
+CONTRAST = """(() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+    .map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+  const behind = (e) => { while (e) {
+    const c = parse(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3]) return c;
+    e = e.parentElement; } return [255, 255, 255]; };
+  let least = 99;
+  for (const e of document.querySelectorAll('h1,h2,p,b,span,strong,td,th,dt,dd,li,code,svg text')) {
+    const style = getComputedStyle(e), a = light(parse(e.closest('svg') ? style.fill : style.color)), b = light(behind(e));
+    least = Math.min(least, (Math.max(a, b) + .05) / (Math.min(a, b) + .05));
+  }
+  return least;
+})()"""

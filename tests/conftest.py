@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
+
+from browser import BINARY, Browser  # noqa: E402 - from beside this file
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,11 @@ def run(samples: Path, tmp_path: Path) -> Path:
     shutil.copy(samples / "data" / "shard.bin", tmp_path / "data")
     (tmp_path / "curv.toml").write_text('data = "data/shard.bin"\nsequence-length = 64\ntokens = 256\n')
     return tmp_path / "run" / "checkpoint-10"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if BINARY is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH: install one to test pages in a browser")
+    with Browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found

@@ -6,12 +6,11 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browser import BINARY, Browser
+from browser import CONTRAST, Browser, troubles
 from typer.testing import CliRunner
 
 from curvcli.cli import app
@@ -218,32 +217,11 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
 # --- in a real browser -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if BINARY is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH: install one to test pages in a browser")
-    with Browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
 @pytest.fixture
 def shown(tmp_path: Path) -> Path:
     path = tmp_path / "page.html"
     path.write_text(report_page(load_report(ASSET)))
     return path
-
-
-def troubles(browser: Browser) -> list[str]:
-    """Errors in the console, blocked contents, and requests for anything but the page itself."""
-    browser.run("1")
-    found = []
-    for event in browser.events:
-        method, parameters = event.get("method"), event.get("params", {})
-        if method == "Log.entryAdded" or method == "Runtime.exceptionThrown":
-            found.append(json.dumps(parameters)[:300])
-        if method == "Network.requestWillBeSent" and parameters["type"] != "Document":
-            found.append(parameters["request"]["url"])
-    return found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -257,25 +235,6 @@ def test_the_page_fits_and_adapts(browser: Browser, shown: Path, width: int, sch
     line = browser.run("getComputedStyle(document.querySelector('polyline.one')).stroke")
     assert line == {"light": "rgb(31, 78, 156)", "dark": "rgb(134, 179, 255)"}[scheme]
     assert browser.run(CONTRAST) >= 4.5
-
-
-# The least contrast (WCAG) of any text on the page with what is behind it.
-CONTRAST = """(() => {
-  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
-  const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
-    .map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
-  const behind = (e) => { while (e) {
-    const c = parse(getComputedStyle(e).backgroundColor);
-    if (c.length < 4 || c[3]) return c;
-    e = e.parentElement; } return [255, 255, 255]; };
-  let least = 99;
-  for (const e of document.querySelectorAll('h1,h2,p,b,span,strong,td,th,dt,dd,li,code,svg text')) {
-    const style = getComputedStyle(e), a = light(parse(e.closest('svg') ? style.fill : style.color)), b = light(behind(e));
-    least = Math.min(least, (Math.max(a, b) + .05) / (Math.min(a, b) + .05));
-  }
-  return least;
-})()"""
 
 
 def test_tables_sort_by_keyboard(browser: Browser, shown: Path) -> None:

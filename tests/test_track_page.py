@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from browser import BINARY, Browser
-from test_html import CONTRAST, HOSTILE, Text, troubles
+from browser import CONTRAST, Browser, troubles
+from test_html import HOSTILE, Text
 from tracks import asset, at, course, failed, long, track
 from typer.testing import CliRunner
 
@@ -169,14 +168,6 @@ def test_nothing_hostile_is_markup() -> None:
     assert "".join(HOSTILE) in parsed.text
     assert "jajajajaja" not in html
     assert "http" not in re.sub(r'http-equiv="Content-Security-Policy"', "", html)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if BINARY is None:
-        pytest.skip("no chromium is installed: the page was not seen in a browser (apt-get install chromium)")
-    with Browser(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture(scope="module")
