@@ -201,3 +201,27 @@ def test_weights_that_are_written_over_while_they_are_read(run: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CUT_SHORT, str(run / "model.safetensors")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "model.safetensors changed while it was read" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "{pipe}"),
+        ("analyze", "{pipe}"),
+        ("track", "{pipe}"),
+        ("compare", "{pipe}", "{pipe}"),
+        ("gate", "{pipe}", "--max-rho", "1"),
+        ("gate", "{report}", "--max-regression", "1", "--baseline", "{pipe}"),
+        ("report", "{pipe}", "-o", "{pipe}.html"),
+        ("schedule", "--from", "{pipe}"),
+    ],
+    ids=" ".join,
+)
+def test_a_pipe_is_refused_and_not_waited_for(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    report = Path(__file__).parent / "assets" / "calm-60.gate.report.json"
+    given = [argument.format(pipe=tmp_path / "pipe", report=report) for argument in arguments]
+    command = [sys.executable, "-c", "from curvcli.cli import main; main()", *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "is no regular file" in done.stderr

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -96,21 +97,31 @@ def test_a_missing_backend_names_its_package(monkeypatch: pytest.MonkeyPatch) ->
         fetched(Path("s3://bucket/run"))
 
 
-def test_data_over_http_by_the_real_command(samples: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def served(samples: Path) -> Iterator[str]:
+    """The samples behind a web server."""
     pytest.importorskip("aiohttp")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(samples)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}/data/shard.bin"
-        done = subprocess.run(
-            [*CURV, "inspect", str(samples / "calm"), "--data", url, "--json"],
-            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    finally:
-        server.shutdown()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def curv(cache: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    command = [*CURV, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_data_over_http_by_the_real_command(samples: Path, served: str, tmp_path: Path) -> None:
+    done = curv(tmp_path, "inspect", samples / "calm", "--data", f"{served}/data/shard.bin", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["data"][0]["tokens"] == 65_536
     assert "fetching 1 files, 0.1 MB" in done.stderr
+
+
+def test_a_gate_on_a_checkpoint_over_http(samples: Path, served: str, tmp_path: Path) -> None:
+    data = ("--data", samples / "data" / "shard.bin", "--tokens", 128)
+    done = curv(tmp_path, "gate", f"{served}/nanogpt/ckpt.pt", "--max-rho", 50, *data, "--format", "json", "-q")
+    assert done.returncode in (0, 3), done.stderr
+    assert json.loads(done.stdout)["subject"]["step"] == 300

@@ -139,6 +139,8 @@ def check_outputs(output: Path | None, plot: Path | None) -> None:
 def starts_as_json(path: Path) -> bool:
     """Whether a file begins as a JSON object does; checkpoints are directories, zip archives or pickles."""
     try:
+        if not path.is_file():  # a pipe would wait for its other end
+            return False
         with path.open("rb") as stream:
             return stream.read(64).lstrip().startswith(b"{")
     except OSError:

@@ -325,10 +325,12 @@ def _name(path: Path) -> str:
 
 
 def _schema(path: Path) -> str | None:
-    """The schema of a document; None for checkpoints, which are directories, zip archives or pickles, not JSON."""
+    """The schema of a document; None for checkpoints: directories, URLs, zip archives or pickles, not JSON."""
     from curvcli.results import schema_of
 
-    if path.is_dir():
+    if not path.is_file():
+        if not path.exists() and not set(":*?[") & set(str(path)):  # no URL and no pattern: known without minutes of work
+            raise InputError(f"{path} does not exist", hint="give a checkpoint, a run, a report or a track")
         return None
     try:
         with path.open("rb") as stream:

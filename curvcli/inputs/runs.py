@@ -25,6 +25,8 @@ def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
         return sorted((p for p in found if accepts(p)), key=step_order)
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise InputError(f"{path} is no regular file", hint="a pipe or device cannot be read twice: save it first")
     numbered = [p for p in _listing(path) if step_of(p) is not None and accepts(p)]
     if numbered:
         return sorted(numbered, key=step_order)

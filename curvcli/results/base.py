@@ -54,10 +54,22 @@ class Versions(Document):
         return cls.model_validate({**found, "python": platform.python_version()})
 
 
+_LIMIT = 2**30
+
+
+def _content(path: Path) -> bytes:
+    """Raises InputError for what is no file, which might never end or be gone at the second look, and OSError."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file", hint="a pipe or device cannot be read twice: save it first")
+    if path.stat().st_size > _LIMIT:
+        raise InputError(f"{path} is larger than {_LIMIT >> 30} GiB", hint="no document of curv is: check the file")
+    return path.read_bytes()
+
+
 def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:
     """Read a document of one kind. Raises InputError where the file is something else."""
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(_content(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a {name} document: {str(error).splitlines()[0]}", hint=hint) from error
 
@@ -69,7 +81,7 @@ def schema_of(path: Path) -> str | None:
         InputError: the file is no JSON.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(_content(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON document: {error}", hint="write one with curv analyze -o") from error
     name = document.get("schema") if isinstance(document, dict) else None
