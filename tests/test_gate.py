@@ -69,6 +69,14 @@ def test_layers_are_held_against_their_residuals(hot: Report) -> None:
     assert "; broken too: model.layers.7" in several.message
 
 
+def test_others_are_named_only_where_they_are_no_pass(hot: Report) -> None:
+    assert " too:" not in one(hot, "max-layer-rho", 1e6).message
+    sharpest = max(layer.rho or 0 for layer in hot.layers)
+    alone = one(hot, "max-layer-rho", sharpest * 0.99)
+    assert alone.outcome == "broken"
+    assert " too:" not in alone.message
+
+
 def test_one_layer_without_a_number_is_enough_to_be_unresolved(hot: Report) -> None:
     weak = one(with_layers(hot, l3="unconverged"), "max-layer-rho", 5.0)
     assert (weak.outcome, weak.part) == ("unresolved", "model.layers.3")
