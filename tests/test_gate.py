@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from curvcli.gate import decide, exit_code, judge, overall
 from curvcli.readings import NoReadings, Reading, ReportReadings
-from curvcli.results import Outcome, Report, Rule, RuleName, Status, load_report
+from curvcli.results import Finding, Outcome, Report, Rule, RuleName, Status, load_report
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -156,6 +156,17 @@ def test_a_baseline_that_may_be_zero_divides_nothing(hot: Report, calm: Report) 
     tiny = change(calm, "full", rho=5e-324, eigenvalue=5e-324, residual=0.0)
     outcome = one(hot, "max-surge", 1e300, tiny)  # the ratio is not finite
     assert (outcome.outcome, outcome.value) == ("unresolved", None)
+
+
+def test_a_number_without_a_bracket_is_shown_without_one(hot: Report) -> None:
+    assert "(" not in one(hot, "max-update-ratio", 1e6).message
+    assert "(" in one(hot, "max-rho", 1e6).message
+
+
+def test_findings_that_only_inform_are_left_to_the_report(hot: Report) -> None:
+    found = [Finding(code=severity, severity=severity, message="x") for severity in ("info", "warning", "error")]
+    gate = decide([], ReportReadings(hot), hot.model_copy(update={"findings": found}), path="x", kind="report")
+    assert [finding.code for finding in gate.findings] == ["warning", "error"]
 
 
 def test_tokens_and_verdict(hot: Report) -> None:
