@@ -165,7 +165,8 @@ def test_a_number_without_a_bracket_is_shown_without_one(hot: Report) -> None:
 
 def test_findings_that_only_inform_are_left_to_the_report(hot: Report) -> None:
     found = [Finding(code=severity, severity=severity, message="x") for severity in ("info", "warning", "error")]
-    gate = decide([], ReportReadings(hot), hot.model_copy(update={"findings": found}), path="x", kind="report")
+    rule = Rule(name="max-rho", limit=9.0, source="test")
+    gate = decide([rule], ReportReadings(hot), hot.model_copy(update={"findings": found}), path="x", kind="report")
     assert [finding.code for finding in gate.findings] == ["warning", "error"]
 
 
