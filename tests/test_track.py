@@ -301,6 +301,15 @@ def test_no_surge_is_over_what_does_not_compare() -> None:
     assert surge([1.0, 1.0, 3.0], data={"sha256": "0" * 64}) is None
 
 
+def test_an_unconverged_value_is_no_past() -> None:
+    points = list(course_of([1.0, 2.0, 3.0]).points)
+    report = points[1].report
+    assert report is not None
+    full = report.full.model_copy(update={"status": "unconverged"})  # its rho stands in the report, not to be relied on
+    points[1] = points[1].model_copy(update={"report": report.model_copy(update={"full": full})})
+    assert [known.full.rho for known in certified(points, 5)] == [1.0, 3.0]
+
+
 def test_the_bracket_of_a_surge_is_from_all_residuals() -> None:
     track = course_of([1.0, 1.0, 3.0])
     points = []
