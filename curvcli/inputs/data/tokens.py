@@ -115,7 +115,7 @@ def _parquet(path: Path, checkpoint: Checkpoint) -> Source:
 def _dataset(path: Path, checkpoint: Checkpoint) -> Source:
     """What `datasets.save_to_disk` wrote: Arrow streams and the list of their names."""
     if (path / "dataset_dict.json").is_file():
-        splits = (read_json(path / "dataset_dict.json") or {}).get("splits")
+        splits = _object(path / "dataset_dict.json").get("splits")
         names = [s for s in splits if isinstance(s, str)] if isinstance(splits, list) else []
         chosen = "train" if "train" in names else names[0] if len(names) == 1 else None
         if chosen is None:
@@ -127,10 +127,14 @@ def _dataset(path: Path, checkpoint: Checkpoint) -> Source:
             hint="give files, or a pattern in quotes",
         )
     ipc = _needs("pyarrow.ipc", "data", path)
-    listed = read_json(path / "state.json").get("_data_files") or []
-    files = [inside(path, str(entry.get("filename"))) for entry in listed if isinstance(entry, dict)]
+    listed = _object(path / "state.json").get("_data_files")
+    entries = listed if isinstance(listed, list) else []
+    files = [inside(path, str(entry.get("filename"))) for entry in entries if isinstance(entry, dict)]
     if not files:
         raise InputError(f"{path / 'state.json'} names no data files", hint="save the dataset again")
+    odd = next((file for file in files if not file.is_file()), None)  # a pipe would be waited for
+    if odd:
+        raise InputError(f"{odd} is named in state.json and is no file", hint="copy the dataset again")
 
     def batches() -> Iterator[Any]:
         for file in files:
@@ -140,6 +144,13 @@ def _dataset(path: Path, checkpoint: Checkpoint) -> Source:
                     yield batch.column(index)
 
     return Source(path, "datasets", None, lambda n: _gathered(_rows(batches(), checkpoint, path), n, path))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no object", hint="save the dataset again")
+    return found
 
 
 def _rows(columns: Iterable[Any], checkpoint: Checkpoint, path: Path) -> Iterator[Ids]:
