@@ -170,7 +170,7 @@ def _values(file: Path, draw: Draw) -> None:
     tensors: list[torch.Tensor] = []
 
     def walk(value: Any) -> None:
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
             tensors.append(value.data)
         elif isinstance(value, (dict, list, tuple)):
             for part in value.values() if isinstance(value, dict) else value:

@@ -63,8 +63,9 @@ def _zero(path: Path) -> dict[str, Tensor]:
 
 
 def _universal(path: Path) -> dict[str, Tensor]:
-    # Of tied weights under their first name, as curv does; the second lies there too.
-    shapes = {key: value.shape for key, value in NETWORKS["DeepSpeed universal"].build().named_parameters()}
+    # Those that curv takes from there: frozen ones it takes from the model's file, tied ones under their first name.
+    model = NETWORKS["DeepSpeed universal"].build()
+    shapes = {key: value.shape for key, value in model.named_parameters() if value.requires_grad}
     files = {file.parent.name: file for file in path.rglob("fp32.pt")}
     return {
         name: torch.load(files[name], weights_only=True)["param"].detach().view(shape)

@@ -290,3 +290,22 @@ def test_a_pipe_in_a_dataset_is_not_waited_for(tmp_path: Path, checkpoint: Check
     os.mkfifo(part)
     with pytest.raises(InputError, match="is no file"):
         read_shard(tmp_path / "d", checkpoint, tokens=96, sequence_length=16)
+
+
+def no_tokens(name: str, path: Path) -> None:
+    """More documents without a token than anyone can wait for, in kilobytes."""
+    if name.endswith(".zst"):
+        path.write_bytes(zstandard.compress(b"\n" * 2**19))
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(b'{"ids": []}\n' * 2**19, 1))
+    elif name.endswith(".parquet"):
+        pq.write_table(pa.table({"ids": pa.nulls(2**19, pa.list_(pa.int32()))}), path)
+    else:
+        saved_dataset(path, {"ids": pa.array([[]], pa.list_(pa.int32())).take(pa.array(np.zeros(2**19, dtype=np.int8)))})
+
+
+@pytest.mark.parametrize("name", ["blank.jsonl.zst", "empty.jsonl.gz", "null.parquet", "empty"])
+def test_documents_without_tokens_are_not_skipped_for_ever(name: str, tmp_path: Path, checkpoint: Checkpoint) -> None:
+    no_tokens(name, tmp_path / name)
+    with pytest.raises(InputError, match="without a token"):
+        read_shard(tmp_path / name, checkpoint, tokens=96, sequence_length=16)
