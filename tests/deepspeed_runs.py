@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import EARLIER
 from torch import Tensor, nn
 
 STEPS = 3
@@ -28,6 +30,8 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "stage3": (3, {}),
     "stage3-bf16": (3, {"bf16": {"enabled": True}}),
 }
+# Which are damaged at random, with files of a step before.
+FUZZED = ("stage2", "stage3")
 
 
 class Net(nn.Module):
@@ -82,13 +86,13 @@ def prepared() -> Any:
     return deepspeed
 
 
-def write(rank: int, path: Path) -> None:
-    """One rank's part of all runs."""
+def write(rank: int, path: Path, runs: Collection[str] = tuple(RUNS)) -> None:
+    """One rank's part of all runs, or of those named, and of their conversions."""
     deepspeed = prepared()
-    from deepspeed.checkpoint import ds_to_universal
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    for name, (stage, settings) in RUNS.items():
+    for name in runs:
+        stage, settings = RUNS[name]
         model = build()
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -105,6 +109,8 @@ def write(rank: int, path: Path) -> None:
         for step in range(STEPS):
             engine.backward(loss(engine, batch(step).chunk(2)[rank]))
             engine.step()
+            if step == STEPS - 2 and name in FUZZED:
+                engine.save_checkpoint(str(path / (name + EARLIER)))
         engine.save_checkpoint(str(path / name))
         if stage in (1, 2):
             # DeepSpeed 0.19 links its gathers to the state after the first group's first step, when the second has none.
@@ -120,21 +126,30 @@ def write(rank: int, path: Path) -> None:
             torch.save(live, path / name / "live.pt")
     dist.barrier()
     if rank == 0:
-        for name in ("stage2", "stage3"):
-            ds_to_universal.main(
-                Namespace(
-                    input_folder=str(path / name / f"global_step{STEPS}"),
-                    output_folder=str(path / f"universal-{name}" / f"global_step{STEPS}_universal"),
-                    num_extract_workers=1,
-                    num_merge_workers=1,
-                    keep_temp_folder=False,
-                    strict=True,
-                    inject_missing_state=True,
-                )
-            )
+        for name, step in [(name, STEPS) for name in FUZZED] + [("stage2" + EARLIER, STEPS - 1)]:
+            if name.removesuffix(EARLIER) in runs:
+                _universal(path / name / f"global_step{step}", path / f"universal-{name}" / f"global_step{step}_universal")
+        if len(runs) < len(RUNS):
+            return
         _older(path / "stage2", path / "stage2-older")
         _fused(path / "stage2", path / "stage2-fused")
         _halved(path / "stage2", path / "stage2-halved")
+
+
+def _universal(source: Path, target: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        Namespace(
+            input_folder=str(source),
+            output_folder=str(target),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
 
 
 def _rewrite(source: Path, target: Path, change: Any) -> None:

@@ -1,4 +1,7 @@
-"""Small valid checkpoints, one writer per format, for tests that damage them. A new format is one function and one line."""
+"""Small valid checkpoints, one writer per format, for tests that damage them. A new format is one function and one line.
+
+Those that only several ranks can write are in RANKED: two processes of torch write them, once for all of a library.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,27 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 
+import deepspeed_runs
+import fsdp_runs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed.checkpoint as dcp
+import zstandard
+from ranks import EARLIER, launch
 from safetensors.numpy import save_file
+from tiny import config
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curvcli import save_optimizer
+from curvcli.inputs.base import Architecture
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,6 +115,15 @@ def distributed(path: Path) -> Path:
     return path / "step-3"
 
 
+def lightning(path: Path) -> Path:
+    from lightning_runs import Lit, fit
+
+    path.mkdir(parents=True)
+    fit(Lit(), path / "epoch=0-step=2.ckpt")
+    config().save_pretrained(path)
+    return path / "epoch=0-step=2.ckpt"
+
+
 # Writes a checkpoint under the path and returns what the user would name.
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "transformers Trainer": trainer,
@@ -114,7 +134,46 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "plain torch.save": plain,
     "optimizer.safetensors": ours,
     "torch.distributed.checkpoint": distributed,
+    "Lightning": lightning,
 }
+
+_NET = Architecture("Net", deepspeed_runs.build, vocabulary=11)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What two ranks wrote: the library's runs, the directory among them, and the network where none lies beside."""
+
+    library: str
+    directory: str
+    network: Architecture | None = None
+
+
+RANKED = {
+    "DeepSpeed ZeRO 2": Ranked("deepspeed", "stage2", _NET),
+    "DeepSpeed ZeRO 3": Ranked("deepspeed", "stage3", _NET),
+    "DeepSpeed universal": Ranked("deepspeed", "universal-stage2", _NET),
+    "FSDP, full": Ranked("fsdp", "FULL_STATE_DICT"),
+    "FSDP, sharded": Ranked("fsdp", "SHARDED_STATE_DICT"),
+}
+
+
+@cache
+def ranks(library: str, root: Path) -> Path:
+    """All runs of a library, as two ranks wrote them."""
+    path = root / library
+    if not path.is_dir():
+        path.mkdir(parents=True)
+        if library == "deepspeed":
+            launch(partial(deepspeed_runs.write, runs=deepspeed_runs.FUZZED), path, initialize=False)
+        else:
+            launch(fsdp_runs.write, path)
+    if library == "fsdp":
+        # The Trainer writes its configuration beside full weights, and people copy it beside sharded ones.
+        for name in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+            config().save_pretrained(path / name)
+    return path
+
 
 _IDS = np.arange(4000) % 64
 
@@ -140,6 +199,56 @@ def _megatron(file: Path) -> None:
     file.write_bytes(head + lengths.tobytes() + pointers.tobytes() + np.arange(3, dtype="<i8").tobytes())
 
 
+def packed(column: list[int] | str, pack: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    key = "text" if isinstance(column, str) else "input_ids"
+    return lambda file: file.write_bytes(pack(json.dumps({key: column}).encode()))
+
+
+def saved_dataset(path: Path, columns: dict[str, list], split: str | None = None) -> None:
+    """As datasets.save_to_disk lays it out: Arrow streams, and state.json with their names."""
+    place = path / split if split else path
+    place.mkdir(parents=True)
+    table = pa.table(columns)
+    half = table.num_rows // 2
+    names = []
+    for i, part in enumerate((table.slice(0, half), table.slice(half))):
+        names.append({"filename": f"data-{i:05d}-of-00002.arrow"})
+        with (place / names[-1]["filename"]).open("wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(part)
+    (place / "state.json").write_text(json.dumps({"_data_files": names, "_split": split}))
+    (place / "dataset_info.json").write_text("{}")
+    if split:
+        (path / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+
+
+def _dataset(path: Path, *, split: bool = False) -> Path:
+    """By the datasets library where it is installed."""
+    rows = {"input_ids": [_IDS[i : i + 100].tolist() for i in range(0, len(_IDS), 100)]}
+    try:
+        from datasets import Dataset, DatasetDict
+    except ImportError:
+        saved_dataset(path / "saved", rows, "train" if split else None)
+        return path / "saved"
+    made = Dataset.from_dict(rows)
+    if split:
+        DatasetDict({"train": made}).save_to_disk(path / "saved", num_shards={"train": 2})
+    else:
+        made.save_to_disk(path / "saved", num_shards=2)
+    return path / "saved"
+
+
+def tokenizer(path: Path) -> None:
+    """One of words, whose words are the numbers below 64."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(64)}, unk_token="0"))  # noqa: S106
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(path)  # noqa: S106
+
+
+_TEXT = " ".join(map(str, _IDS))
+
 # Writes 4,000 token ids below 64 under the path and returns the file.
 DATA: dict[str, Callable[[Path], Path]] = {
     "nanoGPT .bin": lambda p: _write(p, "a.bin", lambda f: _IDS.astype("<u2").tofile(f)),
@@ -149,22 +258,40 @@ DATA: dict[str, Callable[[Path], Path]] = {
     "Megatron .idx": lambda p: _write(p, "a.idx", _megatron),
     "parquet": lambda p: _write(p, "a.parquet", lambda f: pq.write_table(pa.table({"input_ids": [_IDS.tolist()]}), f)),
     "jsonl": lambda p: _write(p, "a.jsonl", lambda f: f.write_text(json.dumps({"input_ids": _IDS.tolist()}))),
-    "jsonl.gz": lambda p: _write(
-        p, "a.jsonl.gz", lambda f: f.write_bytes(gzip.compress(json.dumps({"input_ids": _IDS.tolist()}).encode()))
-    ),
+    "jsonl.gz": lambda p: _write(p, "a.jsonl.gz", packed(_IDS.tolist(), gzip.compress)),
+    "jsonl.zst": lambda p: _write(p, "a.jsonl.zst", packed(_IDS.tolist(), zstandard.compress)),
+    "datasets.save_to_disk": _dataset,
+    "datasets.save_to_disk, splits": partial(_dataset, split=True),
+    "text": lambda p: _write(p, "a.txt", lambda f: f.write_text(_TEXT)),
+    "text.gz": lambda p: _write(p, "a.txt.gz", lambda f: f.write_bytes(gzip.compress(_TEXT.encode()))),
+    "jsonl of text": lambda p: _write(p, "a.jsonl", packed(_TEXT, bytes)),
 }
 
 
+NETWORKS = MappingProxyType({name: ranked.network for name, ranked in RANKED.items() if ranked.network})
+
+
 @cache
-def _master(kind: str, name: str, root: Path) -> Path:
+def master(kind: str, name: str, root: Path) -> Path:
+    """A format's sample, written once per root by its library: what the user would name."""
+    if name in RANKED:
+        return ranks(RANKED[name].library, root) / RANKED[name].directory
     table = CHECKPOINTS if kind == "checkpoint" else DATA
     return table[name](root / kind / "".join(c if c.isalnum() else "-" for c in name))
 
 
+def earlier(name: str, root: Path) -> Path | None:
+    """The same run a step before, where the sample's writer saved that."""
+    found = master("checkpoint", name, root)
+    found = found.with_name(found.name + EARLIER)
+    return found if found.is_dir() else None
+
+
 def fresh(kind: str, name: str, root: Path, target: Path) -> Path:
-    """A copy of a format's sample, under `target`, free to damage; written once per root by its library."""
-    master = _master(kind, name, root)
-    home = master if master.is_dir() else master.parent
+    """A copy of a format's sample, under `target`, free to damage."""
+    found = master(kind, name, root)
+    home = found if found.is_dir() else found.parent
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(home, target)
-    return target / master.relative_to(home)
+    # live.pt is the tests' own, beside what DeepSpeed wrote, and its script is no part of the checkpoint.
+    shutil.copytree(home, target, ignore=shutil.ignore_patterns("live.pt", "zero_to_fp32.py"))
+    return target / found.relative_to(home)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 WORLD = 2
+# What a step before is saved as, to mix files of two saves.
+EARLIER = "-earlier"
 
 
 def launch(work: Callable[[int, Path], None], path: Path, *, initialize: bool = True) -> None:

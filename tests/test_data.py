@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from formats import saved_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,23 +66,6 @@ def llm_c(path: Path, magic: int, version: int, dtype: str, count: int | None = 
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(IDS) if count is None else count
     path.write_bytes(header.tobytes() + IDS.astype(dtype).tobytes())
-
-
-def saved_dataset(path: Path, columns: dict[str, list], split: str | None = None) -> None:
-    """As datasets.save_to_disk lays it out: Arrow streams, and state.json with their names."""
-    place = path / split if split else path
-    place.mkdir(parents=True)
-    table = pa.table(columns)
-    half = table.num_rows // 2
-    names = []
-    for i, part in enumerate((table.slice(0, half), table.slice(half))):
-        names.append({"filename": f"data-{i:05d}-of-00002.arrow"})
-        with (place / names[-1]["filename"]).open("wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(part)
-    (place / "state.json").write_text(json.dumps({"_data_files": names, "_split": split}))
-    (place / "dataset_info.json").write_text("{}")
-    if split:
-        (path / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
 
 
 FORMS = {
@@ -285,3 +270,42 @@ def test_splits_have_to_be_named(tmp_path: Path, checkpoint: Checkpoint) -> None
     with pytest.raises(InputError, match="validation, test"):
         read_shard(tmp_path / "d", checkpoint, tokens=96, sequence_length=16)
     assert len(read_shard(tmp_path / "d" / "validation", checkpoint, tokens=96, sequence_length=16).windows) == 6
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "3", '{"_data_files": 3, "splits": 3}', '{"_data_files": [3], "splits": [3]}']
+)
+def test_a_dataset_whose_json_is_of_another_form(tmp_path: Path, checkpoint: Checkpoint, file: str, text: str) -> None:
+    saved_dataset(tmp_path / "d", {"input_ids": [IDS.tolist()]})
+    (tmp_path / "d" / file).write_text(text)
+    with pytest.raises(InputError):
+        read_shard(tmp_path / "d", checkpoint, tokens=96, sequence_length=16)
+
+
+def test_a_pipe_in_a_dataset_is_not_waited_for(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    saved_dataset(tmp_path / "d", {"input_ids": [IDS.tolist()] * 2})
+    part = tmp_path / "d" / "data-00001-of-00002.arrow"
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(InputError, match="is no file"):
+        read_shard(tmp_path / "d", checkpoint, tokens=96, sequence_length=16)
+
+
+def no_tokens(name: str, path: Path) -> None:
+    """More documents without a token than anyone can wait for, in kilobytes."""
+    if name.endswith(".zst"):
+        path.write_bytes(zstandard.compress(b"\n" * 2**19))
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(b'{"ids": []}\n' * 2**19, 1))
+    elif name.endswith(".parquet"):
+        pq.write_table(pa.table({"ids": pa.nulls(2**19, pa.list_(pa.int32()))}), path)
+    else:
+        saved_dataset(path, {"ids": pa.array([[]], pa.list_(pa.int32())).take(pa.array(np.zeros(2**19, dtype=np.int8)))})
+
+
+@pytest.mark.parametrize("name", ["blank.jsonl.zst", "empty.jsonl.gz", "null.parquet", "empty"])
+def test_documents_without_tokens_are_not_skipped_for_ever(name: str, tmp_path: Path, checkpoint: Checkpoint) -> None:
+    no_tokens(name, tmp_path / name)
+    with pytest.raises(InputError, match="without a token"):
+        read_shard(tmp_path / name, checkpoint, tokens=96, sequence_length=16)

@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from damage import damaged_checkpoint, damages, read_everything
+from formats import RANKED, master
+from fsdp_runs import Odd, save, train, write
 from ranks import launch
 from test_bad_input import Evil, _one_line
+from tiny import STEPS, build, config
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from transformers import LlamaForCausalLM
 
 from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import InputError
@@ -29,61 +33,6 @@ from curvcli.inputs.base import Architecture
 from curvcli.inputs.formats.dcp_files import read_metadata
 from curvcli.inputs.state.mapping import map_named
 from curvcli.optimizers.base import OptimizerView
-
-STEPS = 3
-
-
-def config(*, tied: bool = False) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, bos_token_id=None,
-        max_position_embeddings=32, eos_token_id=None, tie_word_embeddings=tied, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-
-
-def build(*, tied: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config(tied=tied))
-
-
-def train(model: nn.Module) -> torch.optim.AdamW:
-    """Three steps; matrices decay, vectors do not, as the Trainer groups them."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
-    for step in range(STEPS):
-        ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(step))
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer
-
-
-def save(model: nn.Module, optimizer: torch.optim.Optimizer, layout: str, path: Path) -> Path:
-    weights, flat = get_model_state_dict(model), StateDictOptions(flatten_optimizer_state_dict=True)
-    match layout:
-        case "nested":
-            document: dict[str, Any] = {"model": weights, "optim": get_optimizer_state_dict(model, optimizer)}
-        case "flattened":
-            document = {**weights, **get_optimizer_state_dict(model, optimizer, options=flat), "step": torch.tensor(STEPS)}
-        case "torchtitan":
-            document = {
-                **weights,
-                "optimizer": get_optimizer_state_dict(model, optimizer, options=flat),
-                "lr_scheduler": {"last_epoch": STEPS, "base_lrs": [1e-2]},
-                "train_state": {"step": torch.tensor(STEPS, dtype=torch.int32), "ntokens_seen": torch.tensor(192)},
-            }
-        case "by position":
-            document = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        case "inside an application":
-            inner = {"model": weights, "optim": get_optimizer_state_dict(model, optimizer)}
-            document = {"app": inner, "ema": weights, "epoch": 2}
-    dcp.save(document, checkpoint_id=path)
-    config().save_pretrained(path)
-    return path
-
 
 LAYOUTS = ("nested", "flattened", "torchtitan", "by position", "inside an application")
 
@@ -406,60 +355,11 @@ def test_two_optimizers_and_two_models_are_not_guessed_between(trained: SimpleNa
 # Several ranks.
 
 
-class Odd(nn.Module):
-    """Sizes that two ranks cannot halve: one of them has nothing of the vector of one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.body = nn.Linear(5, 3)
-        self.head = nn.Linear(3, 1)
-
-
-def _plugin(kind: str) -> Any:
-    from accelerate import FullyShardedDataParallelPlugin
-
-    return FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind, reshard_after_forward=True)
-
-
-def _fsdp2(rank: int, path: Path) -> None:
-    from accelerate.state import PartialState
-    from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
-    from torch.distributed.fsdp import fully_shard
-
-    def shard(model: nn.Module, parts: list[nn.Module]) -> nn.Module:
-        for part in (*parts, model):
-            fully_shard(part)
-        return model
-
-    odd = shard(Odd(), [])
-    dcp.save(odd.state_dict(), checkpoint_id=path / "odd")
-    model = build()
-    shard(model, list(model.model.layers))
-    optimizer = train(model)
-    save(model, optimizer, "nested", path / "nested" / "step-3")
-    save(model, optimizer, "torchtitan", path / "torchtitan" / "step-3")
-    ranks = SimpleNamespace(process_index=rank, num_processes=2)
-    PartialState(cpu=True)  # accelerate's logger asks for it
-    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
-        save_fsdp_model(_plugin(kind), ranks, model, path / kind)
-        save_fsdp_optimizer(_plugin(kind), ranks, optimizer, model, path / kind)
-    per_rank = path / "per rank"
-    save_fsdp_model(_plugin("SHARDED_STATE_DICT"), ranks, model, per_rank, use_dcp=False)
-    save_fsdp_optimizer(_plugin("SHARDED_STATE_DICT"), ranks, optimizer, model, per_rank, use_dcp=False)
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered = {
-        "model": get_model_state_dict(model, options=whole),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=whole),
-    }
-    if rank == 0:
-        torch.save(gathered, path / "gathered.pt")
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ranks")
-    launch(_fsdp2, path)
+    path = tmp_path_factory.mktemp("runs") / "fsdp"
+    path.mkdir()
+    launch(write, path)
     return path
 
 
@@ -556,3 +456,12 @@ def test_trainer_under_fsdp(tmp_path: Path) -> None:
     assert not list(sharded.path.rglob("config.json"))
     (tmp_path / "SHARDED_STATE_DICT" / "config.json").write_text(json.dumps(config().to_dict()))
     same_weights(open_checkpoint(sharded.path).model(), model)
+
+
+@pytest.mark.parametrize("name", [name for name in RANKED if name.startswith("FSDP")])
+def test_damaged_at_random(name: str, ranks: Path, tmp_path: Path) -> None:
+    """One of each damage; test_fuzz.py does many."""
+    root = ranks.parent
+    assert read_everything(master("checkpoint", name, root), name).word == "read"
+    for kind in range(len(damages(name))):
+        damaged_checkpoint(name, kind, kind, root, tmp_path / "copy")

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import damaged_checkpoint, damages, read_everything
 from deepspeed_runs import RUNS, STEPS, adamw, batch, build, loss, write, write_trainer
-from ranks import launch
+from formats import RANKED, master
+from ranks import EARLIER, launch
 from test_bad_input import Evil, _one_line, _truncate
 from torch import nn
 
@@ -28,7 +30,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("deepspeed")
+    path = tmp_path_factory.mktemp("runs") / "deepspeed"
+    path.mkdir()
     launch(write, path, initialize=False)
     return path
 
@@ -205,6 +208,23 @@ def test_swapped_ranks_do_not_fit(stage2: Path) -> None:
         checkpoint.model()
 
 
+@pytest.mark.parametrize("name", ["stage2", "stage3"])
+def test_a_rank_of_another_step_is_refused(name: str, runs: Path, tmp_path: Path) -> None:
+    """Every shape fits, and the weights would be of two steps."""
+    tag = Path(shutil.copytree(runs / name, tmp_path / "mixed")) / f"global_step{STEPS}"
+    shutil.copy(runs / (name + EARLIER) / f"global_step{STEPS - 1}" / OPTIM.format(1), tag)
+    with pytest.raises(InputError, match=r"its ranks counted 3\.0, 2\.0 steps"):
+        read(tag).model()
+
+
+def test_a_parameter_of_another_step_is_refused(runs: Path, tmp_path: Path) -> None:
+    tag = Path(shutil.copytree(runs / "universal-stage2", tmp_path / "mixed")) / f"global_step{STEPS}_universal"
+    earlier = runs / ("universal-stage2" + EARLIER) / f"global_step{STEPS - 1}_universal"
+    shutil.copytree(earlier / "zero" / "layers.1.weight", tag / "zero" / "layers.1.weight", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="different steps"):
+        everything(tag)
+
+
 def test_masters_in_half_precision_are_refused(runs: Path) -> None:
     with pytest.raises(UnsupportedError, match="bfloat16, without float32 masters"):
         read(runs / "stage2-halved").model()
@@ -271,3 +291,12 @@ def test_inside_a_trainers_checkpoint(tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoint-4" / "global_step4")
     (run / "checkpoint-2" / "global_step2" / OPTIM.format(0)).unlink()
     assert "no optimizer file of rank 0" in _one_line([str(run / "checkpoint-2"), "--data", str(tmp_path / "ids.npy")])
+
+
+@pytest.mark.parametrize("name", [name for name in RANKED if name.startswith("DeepSpeed")])
+def test_damaged_at_random(name: str, runs: Path, tmp_path: Path) -> None:
+    """One of each damage; test_fuzz.py does many."""
+    root = runs.parent
+    assert read_everything(master("checkpoint", name, root), name).word == "read"
+    for kind in range(len(damages(name))):
+        damaged_checkpoint(name, kind, kind, root, tmp_path / "copy")

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import pytest
 import torch
+from lightning_runs import Lit, fit, grouped
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_bad_input import Evil, _one_line
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import STEPS, build, config
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import curvcli
 from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
@@ -31,21 +31,6 @@ from curvcli.inputs.base import Architecture
 from curvcli.inputs.foreign import Foreign
 from curvcli.inputs.safe import load_pickle
 from curvcli.optimizers.base import OptimizerView
-
-STEPS = 3
-
-
-def config(*, tied: bool = False) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, bos_token_id=None,
-        max_position_embeddings=32, eos_token_id=None, tie_word_embeddings=tied, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-
-
-def build(*, tied: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config(tied=tied))
-
 
 NET = Architecture("Llama", build, vocabulary=64)
 
@@ -57,13 +42,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Opt
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
-
-
-def grouped(model: nn.Module) -> list[dict[str, Any]]:
-    return [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
 
 
 def is_the_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, net: Architecture = NET) -> OptimizerView:
@@ -230,33 +208,6 @@ def test_what_is_no_checkpoint(document: Any, said: str, tmp_path: Path) -> None
     torch.save(document, tmp_path / "a.pt")
     with pytest.raises(InputError, match=said):
         open_checkpoint(tmp_path / "a.pt", NET).model()
-
-
-class Lit(lightning.LightningModule):
-    def __init__(self, arguments: Any = None, named: bool = False, extra: nn.Module | None = None) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore=["extra"])
-        self.net = build()
-        if extra is not None:
-            self.extra = extra
-
-    def training_step(self, ids: Tensor, index: int) -> Tensor:
-        return self.net(input_ids=ids, labels=ids).loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        if self.hparams["named"]:
-            return torch.optim.AdamW(list(self.named_parameters())[::-1], lr=1e-2)
-        return torch.optim.AdamW(grouped(self), lr=1e-2)
-
-
-def fit(module: Lit, path: Path) -> lightning.Trainer:
-    trainer = lightning.Trainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=path.parent, enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(torch.randint(64, (8, 16)), batch_size=4))
-    trainer.save_checkpoint(path)
-    return trainer
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -28,6 +28,9 @@ Ids = NDArray[np.generic]
 # Text is tokenised on every call; whoever samples from more than this should store tokens.
 MOST = 2**26
 _LINE = 2**26
+# Documents without a token, one after the other. A packed file says more of them in a kilobyte than can be skipped.
+_EMPTY = 2**18
+_NOTHING = np.zeros(0, dtype=np.int64)
 _ID_COLUMNS, _TEXT_COLUMNS = ("input_ids", "tokens", "ids"), ("text", "content")
 
 
@@ -115,7 +118,7 @@ def _parquet(path: Path, checkpoint: Checkpoint) -> Source:
 def _dataset(path: Path, checkpoint: Checkpoint) -> Source:
     """What `datasets.save_to_disk` wrote: Arrow streams and the list of their names."""
     if (path / "dataset_dict.json").is_file():
-        splits = (read_json(path / "dataset_dict.json") or {}).get("splits")
+        splits = _object(path / "dataset_dict.json").get("splits")
         names = [s for s in splits if isinstance(s, str)] if isinstance(splits, list) else []
         chosen = "train" if "train" in names else names[0] if len(names) == 1 else None
         if chosen is None:
@@ -127,10 +130,14 @@ def _dataset(path: Path, checkpoint: Checkpoint) -> Source:
             hint="give files, or a pattern in quotes",
         )
     ipc = _needs("pyarrow.ipc", "data", path)
-    listed = read_json(path / "state.json").get("_data_files") or []
-    files = [inside(path, str(entry.get("filename"))) for entry in listed if isinstance(entry, dict)]
+    listed = _object(path / "state.json").get("_data_files")
+    entries = listed if isinstance(listed, list) else []
+    files = [inside(path, str(entry.get("filename"))) for entry in entries if isinstance(entry, dict)]
     if not files:
         raise InputError(f"{path / 'state.json'} names no data files", hint="save the dataset again")
+    odd = next((file for file in files if not file.is_file()), None)  # a pipe would be waited for
+    if odd:
+        raise InputError(f"{odd} is named in state.json and is no file", hint="copy the dataset again")
 
     def batches() -> Iterator[Any]:
         for file in files:
@@ -142,6 +149,13 @@ def _dataset(path: Path, checkpoint: Checkpoint) -> Source:
     return Source(path, "datasets", None, lambda n: _gathered(_rows(batches(), checkpoint, path), n, path))
 
 
+def _object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no object", hint="save the dataset again")
+    return found
+
+
 def _rows(columns: Iterable[Any], checkpoint: Checkpoint, path: Path) -> Iterator[Ids]:
     """One array of ids a row of an Arrow column of lists or of strings."""
     arrow = _needs("pyarrow", "data", path)
@@ -150,9 +164,9 @@ def _rows(columns: Iterable[Any], checkpoint: Checkpoint, path: Path) -> Iterato
         for column in columns:
             if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
                 tokenize = tokenize or tokenizer_of(checkpoint, path)
-                yield from (tokenize(text) for text in column.to_pylist() if text)
+                yield from (tokenize(text) if text else _NOTHING for text in column.to_pylist())
             elif arrow.types.is_list(column.type) or arrow.types.is_large_list(column.type):
-                yield from (np.asarray(scalar.values) for scalar in column if scalar.is_valid)
+                yield from (np.asarray(scalar.values) if scalar.is_valid else _NOTHING for scalar in column)
             else:
                 raise InputError(f"{path}: its column is {column.type}", hint="expected lists of token ids, or text")
     except arrow.ArrowException as error:
@@ -181,6 +195,7 @@ def _json_lines(path: Path, packed: str, checkpoint: Checkpoint) -> Iterator[Ids
             if len(line) > _LINE:
                 raise InputError(f"{path}: line {number} is longer than {_LINE >> 20} MiB", hint="one document a line")
             if not line.strip():
+                yield _NOTHING
                 continue
             try:
                 row = json.loads(line)
@@ -237,9 +252,12 @@ def tokenizer_of(checkpoint: Checkpoint, path: Path, *, end: bool = True) -> Cal
 def _gathered(rows: Iterator[Ids], wanted: int | None, path: Path) -> Ids:
     """Documents one after the other; as rows where all have one length."""
     found: list[Ids] = []
-    count = 0
+    count = empty = 0
     with closing(rows):  # type: ignore[type-var]
         for row in rows:
+            empty = 0 if len(row) else empty + 1
+            if empty > _EMPTY:
+                raise InputError(f"{path} has {_EMPTY:,} documents without a token in a row", hint="check the file")
             if len(row):
                 found.append(_integers(row, path))
                 count += len(row)
@@ -248,7 +266,7 @@ def _gathered(rows: Iterator[Ids], wanted: int | None, path: Path) -> Ids:
     if wanted is None and count > MOST:
         raise InputError(f"{path} holds more than can be sampled from", hint="store tokens, or use --sample first")
     if not found:
-        return np.zeros(0, dtype=np.int64)
+        return _NOTHING
     if len(found) > 1 and len(found[0]) > 1 and len({len(row) for row in found}) == 1:
         return np.stack(found)
     return np.concatenate(found)

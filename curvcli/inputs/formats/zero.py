@@ -138,12 +138,25 @@ class Partitions:
 
     @cached_property
     def _ranks(self) -> list[dict[str, Any]]:
-        return [_state(load_pickle(file), file) for file in self.files]
+        found = [_state(load_pickle(file), file) for file in self.files]
+        for group in range(len(self.shapes)):
+            counts = [self._count(document, file, group) for document, file in zip(found, self.files, strict=True)]
+            if len(set(counts)) > 1:  # nothing else tells one rank's file of another save
+                raise self._wrong(f"its ranks counted {', '.join(counts)[:100]} steps")
+        return found
+
+    def _count(self, document: dict[str, Any], file: Path, group: int) -> str:
+        """Steps of a flat group as one rank counted them, comparable."""
+        inner = self._inner_of(document, file)
+        return _comparable(_step(inner, group, _options(inner, file), document))
 
     def _inner(self, rank: int) -> dict[str, Any]:
-        inner = self._ranks[rank].get("optimizer_state_dict" if self.whole else "base_optimizer_state")
+        return self._inner_of(self._ranks[rank], self.files[rank])
+
+    def _inner_of(self, document: dict[str, Any], file: Path) -> dict[str, Any]:
+        inner = document.get("optimizer_state_dict" if self.whole else "base_optimizer_state")
         if not isinstance(inner, dict) or not isinstance(inner.get("state"), dict):
-            raise InputError(f"{self.files[rank]} holds no optimizer state", hint=_AGAIN)
+            raise InputError(f"{file} holds no optimizer state", hint=_AGAIN)
         return inner
 
     def _flat(self, rank: int, group: int, kind: str) -> Tensor:
@@ -233,6 +246,7 @@ class Universal:
 
     def __init__(self, tag: Path, shapes: Shapes) -> None:
         self.path, self.shapes = tag, shapes
+        self._steps: dict[int, Any] = {}
         file = tag / "zero" / "optimizer_state.pt"
         found = load_pickle(file)
         self.head: dict[str, Any] = found if isinstance(found, dict) else {}
@@ -251,10 +265,21 @@ class Universal:
         return [file.stem for file in files if file.stem not in (WEIGHTS, "step")]
 
     def step(self, group: int) -> Any:
-        first = next(iter(self.shapes[group]), None)
-        file = self._directory(first) / "step.pt" if first else None
-        if file and file.is_file():
-            return load_pickle(file)
+        if group not in self._steps:
+            self._steps[group] = self._step(group)
+        return self._steps[group]
+
+    def _step(self, group: int) -> Any:
+        files = [self._directory(name) / "step.pt" for name in self.shapes[group]]
+        counted = {file: load_pickle(file) for file in files if file.is_file()}
+        if len({_comparable(count) for count in counted.values()}) > 1:
+            raise InputError(
+                f"{self.path} counts different steps for the parameters of one group: "
+                f"{', '.join(sorted({_comparable(count) for count in counted.values()}))[:100]}",
+                hint="files of two saves were mixed, or one is damaged: convert the checkpoint again",
+            )
+        if counted:
+            return next(iter(counted.values()))
         # Of stage 3 the counts are with what was left of the optimizer; of fused optimizers, with the group.
         return _step(self.head.get("optimizer_state_dict"), group, self.options, self.head)
 
@@ -290,6 +315,10 @@ def _step(optimizer: Any, group: int, options: list[dict[str, Any]], document: d
     """Steps: with the state, or of fused optimizers with the group."""
     settings: dict[str, Any] = next((g for g in options if group in g["params"]), {})
     return _entry(optimizer, group).get("step", settings.get("step", document.get("base_optimizer_state_step")))
+
+
+def _comparable(step: Any) -> str:
+    return str(step.item() if isinstance(step, Tensor) and step.numel() == 1 else step)[:40]
 
 
 def _state(document: Any, file: Path) -> dict[str, Any]:
