@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.errors import CurvError, InputError
+from curvcli.inputs.foreign import Foreign
 
 _PICKLE_LIMIT = 64 * 2**20
 _NODES, _DEPTH, _TEXT = 20_000_000, 200, 64 * 2**20
@@ -102,7 +103,8 @@ def check_document(document: Any, path: object, size: int) -> None:
     """Refuse tensors larger than what is stored of them, and nests that only a walk of ages would leave.
 
     A tensor may be a view of its storage, not a repetition of it: one value with strides of 0 looks like terabytes to
-    whoever copies it. Plain data may share parts, not hold itself, and its size is counted as if it shared none.
+    whoever copies it. Plain data may share parts, not hold itself, and its size is counted as if it shared none. Records
+    of foreign objects may point back at what holds them, as the nodes of a configuration do: nothing walks through those.
 
     Raises:
         InputError: what was found.
@@ -123,6 +125,8 @@ def check_document(document: Any, path: object, size: int) -> None:
         if not parts:
             return 1, 1
         key = id(value)
+        if key in open_ and isinstance(value, Foreign):
+            return 1, 1
         if key in done:
             nodes, height = done[key]
         else:

@@ -15,12 +15,16 @@ from typing import Any, BinaryIO
 _PACKAGES = frozenset(
     ("__main__", "accelerate", "deepspeed", "lightning", "lightning_fabric", "megatron", "numpy", "omegaconf", "pathlib")
 ) | {"pytorch_lightning", "transformers"}
-# From modules that can act, single names. The built-in types are what a typed configuration says its entries are.
+# From modules that can act, single names. The built-in types and typing's are what a typed configuration says its entries
+# are, operator.getitem is how List[int] is written down.
 _NAMES = frozenset(
-    ["argparse.Namespace", "types.SimpleNamespace", "typing.Any", "_codecs.encode"]
+    ["argparse.Namespace", "types.SimpleNamespace", "_codecs.encode", "_operator.getitem"]
+    + [f"typing.{name}" for name in ("Any", "Dict", "List", "Optional", "Set", "Tuple", "Union")]
     + [f"datetime.{name}" for name in ("date", "datetime", "timedelta", "timezone")]
-    + [f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")]
+    + [f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple", "type")]
 )
+# torch fills nothing that is no plain dictionary.
+_DICTIONARIES = frozenset(["collections.defaultdict"])
 _MOST = 256
 
 
@@ -66,10 +70,17 @@ def stand_ins(source: Path | io.BytesIO) -> list[Callable[..., Any] | tuple[Call
     refuses the file. The rule protects nothing by itself, since a stand-in cannot act whatever its name; it keeps a file
     that was made to act from being read as if it were a good one.
     """
-    found = {name for name in _globals(source) if name.partition(".")[0] in _PACKAGES or name in _NAMES}
+    named = _globals(source)
+    found = {name for name in named if name.partition(".")[0] in _PACKAGES or name in _NAMES}
     if len(found) > _MOST:
         return []
-    return [(type("Foreign", (Foreign,), {"name": name}), name) for name in sorted(found)]
+    records = [(type("Foreign", (Foreign,), {"name": name}), name) for name in sorted(found)]
+    return [*records, *((_dictionary, name) for name in sorted(named & _DICTIONARIES))]
+
+
+def _dictionary(*arguments: Any) -> dict[Any, Any]:
+    """Stands in for a dictionary with a default, whose default is not kept."""
+    return {}
 
 
 def _globals(source: Path | io.BytesIO) -> set[str]:
