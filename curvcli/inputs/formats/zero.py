@@ -295,7 +295,7 @@ class Universal:
         if not isinstance(found, Tensor) or tuple(found.shape) not in (shape, (prod(shape),)):
             held = tuple(found.shape) if isinstance(found, Tensor) else "no tensor"
             raise InputError(f"{file} holds {held}, the parameter has {shape}", hint="convert the checkpoint again")
-        return found.view(shape).float()
+        return found.detach().view(shape).float()
 
     def _directory(self, name: str) -> Path:
         return inside(self.path / "zero", name)
