@@ -250,7 +250,13 @@ def test_bad_data_is_one_line(tmp_path: Path, checkpoint: Checkpoint, name: str)
 
 @pytest.mark.parametrize(
     ("at", "value", "message"),
-    [(9, 2, "version 2"), (17, 7, "type code 7"), (18, 10**15, "too few"), (34, 10**6, "do not follow")],
+    [
+        (0, 5, "no Megatron index"),
+        (9, 2, "version 2"),
+        (17, 7, "type code 7"),
+        (18, 10**15, "too few"),
+        (34, 10**6, "do not follow"),
+    ],
 )
 def test_a_damaged_megatron_index_is_refused(
     tmp_path: Path, checkpoint: Checkpoint, at: int, value: int, message: str
@@ -280,6 +286,24 @@ def test_a_dataset_whose_json_is_of_another_form(tmp_path: Path, checkpoint: Che
     saved_dataset(tmp_path / "d", {"input_ids": [IDS.tolist()]})
     (tmp_path / "d" / file).write_text(text)
     with pytest.raises(InputError):
+        read_shard(tmp_path / "d", checkpoint, tokens=96, sequence_length=16)
+
+
+def test_a_row_of_millions_of_ids_in_a_kilobyte(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    ids = pa.array(np.zeros(2**25, dtype=np.int8))
+    rows = pa.ListArray.from_arrays(pa.array([0, len(ids)], pa.int32()), ids)
+    pq.write_table(pa.table({"input_ids": rows}), tmp_path / "a.parquet", compression="zstd", write_statistics=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 4096
+    with pytest.raises(InputError, match="claims 33,554,432 values"):
+        read_shard(tmp_path / "a.parquet", checkpoint, tokens=96, sequence_length=16)
+
+
+def test_a_dataset_of_a_million_files(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    saved_dataset(tmp_path / "d", {"input_ids": [IDS.tolist()] * 2})
+    (tmp_path / "d" / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "data-00001-of-00002.arrow"}] * 10**6})
+    )
+    with pytest.raises(InputError, match="1,000,000 files"):
         read_shard(tmp_path / "d", checkpoint, tokens=96, sequence_length=16)
 
 

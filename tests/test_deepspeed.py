@@ -21,6 +21,7 @@ from curvcli.errors import CurvError, InputError, UnsupportedError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Architecture, Checkpoint
 from curvcli.inputs.formats.zero import Partitions, rank_files
+from curvcli.optimizers.preconditioner import prepare
 
 pytest.importorskip("deepspeed")
 NET = Architecture("Net", build, vocabulary=11)
@@ -223,6 +224,17 @@ def test_a_parameter_of_another_step_is_refused(runs: Path, tmp_path: Path) -> N
     shutil.copytree(earlier / "zero" / "layers.1.weight", tag / "zero" / "layers.1.weight", dirs_exist_ok=True)
     with pytest.raises(InputError, match="different steps"):
         everything(tag)
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "layers.1.weight"])
+def test_a_moment_that_one_parameter_lacks(name: str, runs: Path, tmp_path: Path) -> None:
+    tag = Path(shutil.copytree(runs / "universal-stage2", tmp_path / "u")) / f"global_step{STEPS}_universal"
+    (tag / "zero" / name / "exp_avg.pt").unlink()
+    with pytest.raises(InputError, match=rf"cannot read .*{name}/exp_avg\.pt"):
+        everything(tag)
+    checkpoint = read(tag)
+    with pytest.raises(InputError, match=r"exp_avg\.pt"):
+        prepare(checkpoint.optimizer.view(checkpoint.model()), dict(checkpoint.model().named_parameters()))
 
 
 def test_masters_in_half_precision_are_refused(runs: Path) -> None:

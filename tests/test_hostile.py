@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from curvcli.errors import CurvError, InputError
 from curvcli.inputs import open_checkpoint
-from curvcli.inputs.bounds import inside
+from curvcli.inputs.bounds import check_config, check_document, inside
 from curvcli.inputs.safe import load_pickle, read_json
 from curvcli.inputs.tensors import safetensors_header
 
@@ -155,9 +155,19 @@ def _climbing(path: Path) -> None:
         archive.writestr("../../etc/x", b"1")
 
 
+def _long(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"N" * (2**26 + 1))
+
+
 @pytest.mark.parametrize(
     ("write", "said"),
-    [(_overlapping, "in a file of"), (_two_of_a_name, "two records"), (_climbing, "'../../etc/x'")],
+    [
+        (_long, "bytes, data apart"),
+        (_overlapping, "in a file of"),
+        (_two_of_a_name, "two records"),
+        (_climbing, "'../../etc/x'"),
+    ],
 )
 def test_archives_that_no_torch_wrote(write: Callable[[Path], None], said: str, tmp_path: Path) -> None:
     write(tmp_path / "a.pt")
@@ -302,3 +312,21 @@ def test_tensors_of_another_shape_are_refused(run: Path) -> None:
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
     save_file(tensors, run / "model.safetensors", metadata={"format": "pt"})
     _refused(lambda: open_checkpoint(run).model(), "")
+
+
+def test_sparse_tensors_and_pieces_of_ranks_are_no_weights(tmp_path: Path) -> None:
+    torch.save({"w": torch.eye(3).to_sparse_csr()}, tmp_path / "a.pt")
+    _refused(lambda: load_pickle(tmp_path / "a.pt"), "sparse")
+    with pytest.raises(InputError, match=r"one rank's piece"):
+        check_document({"w": torch.ones(3).as_subclass(_Piece)}, "x", 100)
+
+
+class _Piece(torch.Tensor):
+    """Stands for DTensor, which takes a process group to make."""
+
+
+@pytest.mark.parametrize("entry", [{"a": float("nan")}, {"a": 2**60}, {"b": {"num_layers": [10**6]}}, {"n_head": 10**6}])
+def test_numbers_of_a_configuration_that_none_has(entry: dict) -> None:
+    check_config({"rope_theta": 1e6, "vocab_size": 10**6, "num_layers": 126, "tied": True}, Path("x"))
+    with pytest.raises(InputError, match="out of any range"):
+        check_config(entry, Path("x"))

@@ -30,6 +30,9 @@ MOST = 2**26
 _LINE = 2**26
 # Documents without a token, one after the other. A packed file says more of them in a kilobyte than can be skipped.
 _EMPTY = 2**18
+# Values of a table's column that a byte of its file stores at most, beyond so many: tokens take half a byte each.
+_CALM, _PER_BYTE = 2**24, 64
+_FILES = 2**16  # of one dataset; each is looked at before any is read
 _NOTHING = np.zeros(0, dtype=np.int64)
 _ID_COLUMNS, _TEXT_COLUMNS = ("input_ids", "tokens", "ids"), ("text", "content")
 
@@ -109,10 +112,25 @@ def _parquet(path: Path, checkpoint: Checkpoint) -> Source:
     def batches() -> Iterator[Any]:
         with closing(parquet.ParquetFile(path)) as file:
             column = _column(file.schema_arrow.names, path)
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            _refuse_repeated(file.metadata, column, path)
+            # Of text few rows at a time: one long string that a page names again and again is as long each time.
+            rows = 16 if "string" in str(file.schema_arrow.field(column).type) else 1024
+            for batch in file.iter_batches(batch_size=rows, columns=[column]):
                 yield batch.column(0)
 
     return Source(path, "parquet", None, lambda n: _gathered(_rows(batches(), checkpoint, path), n, path))
+
+
+def _refuse_repeated(metadata: Any, column: str, path: Path) -> None:
+    """Raises InputError where a column has far more values than bytes: a row of billions, said in a kilobyte."""
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        parts = [part for part in map(group.column, range(group.num_columns)) if part.path_in_schema.split(".")[0] == column]
+        for part in parts:
+            if part.num_values > _CALM and part.num_values > _PER_BYTE * part.total_compressed_size:
+                raise InputError(
+                    f"{path} claims {part.num_values:,} values of {column} in {part.total_compressed_size:,} bytes",
+                    hint="the file is damaged or was made to exhaust this machine: do not trust it",
+                )
 
 
 def _dataset(path: Path, checkpoint: Checkpoint) -> Source:
@@ -132,6 +150,8 @@ def _dataset(path: Path, checkpoint: Checkpoint) -> Source:
     ipc = _needs("pyarrow.ipc", "data", path)
     listed = _object(path / "state.json").get("_data_files")
     entries = listed if isinstance(listed, list) else []
+    if len(entries) > _FILES:
+        raise InputError(f"{path / 'state.json'} names {len(entries):,} files", hint="save the dataset in fewer shards")
     files = [inside(path, str(entry.get("filename"))) for entry in entries if isinstance(entry, dict)]
     if not files:
         raise InputError(f"{path / 'state.json'} names no data files", hint="save the dataset again")

@@ -247,6 +247,7 @@ class Universal:
     def __init__(self, tag: Path, shapes: Shapes) -> None:
         self.path, self.shapes = tag, shapes
         self._steps: dict[int, Any] = {}
+        self._kinds: dict[int, list[str]] = {}
         file = tag / "zero" / "optimizer_state.pt"
         found = load_pickle(file)
         self.head: dict[str, Any] = found if isinstance(found, dict) else {}
@@ -260,9 +261,11 @@ class Universal:
         return _options(self.head, self.path / "zero" / "optimizer_state.pt")
 
     def kinds(self, group: int) -> list[str]:
-        first = next(iter(self.shapes[group]), None)
-        files = sorted(self._directory(first).glob("*.pt")) if first else []
-        return [file.stem for file in files if file.stem not in (WEIGHTS, "step")]
+        if group not in self._kinds:
+            # Of all parameters: one that lacks a file which others have is to be told of, not left out.
+            found = {file.stem for name in self.shapes[group] for file in self._directory(name).glob("*.pt")}
+            self._kinds[group] = sorted(found - {WEIGHTS, "step"})
+        return self._kinds[group]
 
     def step(self, group: int) -> Any:
         if group not in self._steps:
@@ -292,7 +295,7 @@ class Universal:
         if not isinstance(found, Tensor) or tuple(found.shape) not in (shape, (prod(shape),)):
             held = tuple(found.shape) if isinstance(found, Tensor) else "no tensor"
             raise InputError(f"{file} holds {held}, the parameter has {shape}", hint="convert the checkpoint again")
-        return found.view(shape).float()
+        return found.detach().view(shape).float()
 
     def _directory(self, name: str) -> Path:
         return inside(self.path / "zero", name)
