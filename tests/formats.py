@@ -23,8 +23,10 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed.checkpoint as dcp
 import zstandard
+from accelerate import Accelerator
 from ranks import EARLIER, launch
 from safetensors.numpy import save_file
+from safetensors.torch import save_model
 from tiny import config
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -80,9 +82,26 @@ def old_bin(path: Path) -> Path:
     return path
 
 
+def old_shards(path: Path) -> Path:
+    """pytorch_model-00001-of-0000n.bin, which accelerate writes still and transformers did until release 5."""
+    model, optimizer = _llama()
+    model.config.save_pretrained(path)
+    Accelerator(cpu=True).save_model(model, path, max_shard_size="8KB", safe_serialization=False)
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    return path
+
+
 def pretrained(path: Path) -> Path:
     _llama()[0].save_pretrained(path)
     return path
+
+
+def single(path: Path) -> Path:
+    """One .safetensors file, with the network's config.json beside it."""
+    model, _ = _llama()
+    model.config.save_pretrained(path)
+    save_model(model, path / "weights.safetensors")
+    return path / "weights.safetensors"
 
 
 def nanogpt(path: Path) -> Path:
@@ -129,7 +148,9 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "transformers Trainer": trainer,
     "transformers, sharded": sharded,
     "transformers, pytorch_model.bin": old_bin,
+    "pytorch_model.bin in shards": old_shards,
     "transformers, no optimizer": pretrained,
+    "one .safetensors": single,
     "nanoGPT": nanogpt,
     "plain torch.save": plain,
     "optimizer.safetensors": ours,

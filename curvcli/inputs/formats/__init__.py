@@ -13,6 +13,7 @@ from curvcli.inputs.formats.fsdp import FSDPReader
 from curvcli.inputs.formats.huggingface import HuggingFaceReader
 from curvcli.inputs.formats.megatron import MegatronReader
 from curvcli.inputs.formats.torchfile import TorchFileReader
+from curvcli.inputs.formats.weights_file import WeightsFileReader
 
 __all__ = ["READERS"]
 
@@ -24,5 +25,6 @@ READERS: tuple[CheckpointReader, ...] = (
     DCPReader(),
     DCPSafetensorsReader(),
     HuggingFaceReader(),
+    WeightsFileReader(),
     TorchFileReader(),
 )

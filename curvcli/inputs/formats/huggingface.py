@@ -20,11 +20,13 @@ from curvcli.inputs.state.mapping import map_state, matrix_order, single_order, 
 from curvcli.inputs.tensors import safetensors_header, stored
 
 INDEX = "model.safetensors.index.json"
-_WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")
+BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# transformers takes the first that is there; of an old pytorch_model.bin it writes none any more, and still reads it.
+_WEIGHTS = (INDEX, "model.safetensors", _BIN_INDEX, BIN)
 
 
 class HuggingFaceReader:
-    """model.safetensors (or shards and an index, or an old pytorch_model.bin), usually with a config.json.
+    """model.safetensors or an old pytorch_model.bin, whole or in shards with an index, usually with a config.json.
 
     The Trainer saves a model that is none of transformers' without one; --model then names the network.
     """
@@ -64,52 +66,57 @@ class HuggingFaceReader:
 
     def tensors(self, path: Path) -> list[TensorInfo]:
         """The weights in a directory, from headers and index alone. Raises InputError."""
-        return [tensor for tensors in self._files(path).values() for tensor in tensors]
+        return [tensor for tensors in self.files(path).values() for tensor in tensors]
 
     def _model(self, path: Path, described: Architecture) -> nn.Module:
         if described.configuration is not None:
             # transformers knows which stored names became which parameters (experts, renamed layers).
             return build(described.configuration, described.task, weights=path)
-        model = described.build()
+        model, files = described.build(), self.files(path)
         weights: Mapping[str, Tensor]
-        if (path / "pytorch_model.bin") in (files := self._files(path)):
-            weights = load_pickle(path / "pytorch_model.bin")
+        if all(file.suffix == ".bin" for file in files):
+            weights = {name: tensor for file in files for name, tensor in load_pickle(file).items()}
         else:
             weights = stored({tensor.name: file for file, tensors in files.items() for tensor in tensors})
         fill(model, weights, path)
         return model
 
-    def _files(self, path: Path) -> dict[Path, list[TensorInfo]]:
-        """The weights by file, from headers."""
-        if (path / INDEX).exists():
-            index = read_json(path / INDEX)
-            shards = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-                raise InputError(f"{path / INDEX} has no weight_map", hint="copy the file again")
-            found: dict[Path, list[TensorInfo]] = {}
-            for shard in sorted(set(shards.values())):
-                file = inside(path, shard)
-                if not file.is_file():
-                    raise InputError(f"{file} is named in {INDEX} and missing", hint="copy the missing shard")
-                found[file] = safetensors_header(file)
-            missing = sorted(set(shards) - {t.name for tensors in found.values() for t in tensors})
-            if missing:
-                raise InputError(f"{missing[0]} is named in {INDEX} and in no shard", hint="copy the shards again")
-            return found
-        if (path / "model.safetensors").exists():
-            return {path / "model.safetensors": safetensors_header(path / "model.safetensors")}
-        if (path / "pytorch_model.bin").exists():
-            weights = load_pickle(path / "pytorch_model.bin", meta=True)
-            if not isinstance(weights, dict) or not all(
-                isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()
-            ):
-                raise InputError(f"{path / 'pytorch_model.bin'} holds no weights by name", hint="use another checkpoint")
-            tensors = [TensorInfo(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in weights.items()]
-            return {path / "pytorch_model.bin": tensors}
-        raise InputError(
-            f"{path} has a config.json and no weights ({', '.join(_WEIGHTS)})",
-            hint="copy the weights beside it",
-        )
+    def files(self, path: Path) -> dict[Path, list[TensorInfo]]:
+        """The weights by file, from headers. Raises InputError."""
+        found = next((path / name for name in _WEIGHTS if (path / name).exists()), None)
+        if found is None:
+            raise InputError(
+                f"{path} has a config.json and no weights ({', '.join(sorted(_WEIGHTS))})", hint="copy the weights beside it"
+            )
+        return _shards(found) if found.suffix == ".json" else {found: _header(found)}
+
+
+def _shards(index: Path) -> dict[Path, list[TensorInfo]]:
+    """The weights of an index by the file that holds them."""
+    document = read_json(index)
+    shards = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise InputError(f"{index} has no weight_map", hint="copy the file again")
+    found: dict[Path, list[TensorInfo]] = {}
+    for shard in sorted(set(shards.values())):
+        file = inside(index.parent, shard)
+        if not file.is_file():
+            raise InputError(f"{file} is named in {index.name} and missing", hint="copy the missing shard")
+        found[file] = _header(file)
+    missing = sorted(set(shards) - {t.name for tensors in found.values() for t in tensors})
+    if missing:
+        raise InputError(f"{missing[0]} is named in {index.name} and in no shard", hint="copy the shards again")
+    return found
+
+
+def _header(file: Path) -> list[TensorInfo]:
+    """Names and shapes of the weights in a file."""
+    if file.suffix != ".bin":
+        return safetensors_header(file)
+    weights = load_pickle(file, meta=True)
+    if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()):
+        raise InputError(f"{file} holds no weights by name", hint="use another checkpoint")
+    return [TensorInfo(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in weights.items()]
 
 
 def trainer_state(path: Path) -> dict[str, Any] | None:

@@ -88,7 +88,12 @@ def build(configuration: Path, task: Task, weights: Path | None = None) -> nn.Mo
         if weights is None:
             model = empty()
         else:
-            model, info = kind.from_pretrained(weights, config=config, output_loading_info=True, **offline, **shape)
+            # Its own defaults for generating, of which nothing is used here: transformers looks for them beside the weights
+            # and fails where neither they nor a config.json are there.
+            generation = transformers.GenerationConfig()
+            model, info = kind.from_pretrained(
+                weights, config=config, generation_config=generation, output_loading_info=True, **offline, **shape
+            )
         twice_differentiable(model)
     except (InputError, UnsupportedError):
         raise
