@@ -30,8 +30,10 @@ def stored(name: str, path: Path, original: Path | None) -> dict[str, Tensor]:
         return _distributed(path, path if original is None else original)
     found = {}
     home = path if path.is_dir() else path.parent
-    for file in sorted(home.glob("model*.safetensors")):
+    for file in [path] if path.suffix == ".safetensors" else sorted(home.glob("model*.safetensors")):
         found |= load_file(file)
+    for file in sorted(home.glob("pytorch_model-*.bin")):
+        found |= torch.load(file, weights_only=True)
     for file in (home / "pytorch_model.bin", home / "ckpt.pt", home / "plain.pt", home / "pytorch_model_fsdp.bin"):
         if file.is_file() and not found:
             document = torch.load(file, weights_only=True)
