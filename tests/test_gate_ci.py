@@ -121,7 +121,7 @@ def test_the_action_fails_with_two_where_curv_cannot_run(runner: Path) -> None:
     done, outputs = perform(runner, "gate", path="/nowhere", max_rho="1")
     assert done.returncode == 2
     assert outputs == {"exit-code": "2"}
-    assert "curv: error: cannot read /nowhere" in done.stderr
+    assert "curv: error: /nowhere does not exist" in done.stderr
 
 
 def test_hostile_inputs_stay_arguments(runner: Path) -> None:
