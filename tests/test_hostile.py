@@ -317,6 +317,9 @@ def test_tensors_of_another_shape_are_refused(run: Path) -> None:
 def test_sparse_tensors_and_pieces_of_ranks_are_no_weights(tmp_path: Path) -> None:
     torch.save({"w": torch.eye(3).to_sparse_csr()}, tmp_path / "a.pt")
     _refused(lambda: load_pickle(tmp_path / "a.pt"), "sparse")
+    for odd in (torch.eye(3).to_sparse(), torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)):
+        with pytest.raises(InputError, match="sparse, nested or quantized"):
+            check_document({"w": odd}, "x", 100)
     with pytest.raises(InputError, match=r"one rank's piece"):
         check_document({"w": torch.ones(3).as_subclass(_Piece)}, "x", 100)
 
