@@ -17,10 +17,12 @@ import zstandard
 from formats import saved_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Checkpoint
+from curvcli.inputs.data import tokens
 from curvcli.inputs.data.shards import Shard, find_sources, read_shard
 
 IDS = (np.arange(1000) * 37 % 251).astype(np.int64)
@@ -235,6 +237,8 @@ BAD = {
         lambda p: (p.mkdir(), (p / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')),
         "outside",
     ),
+    "other.safetensors": (lambda p: save_file({"labels": IDS}, p), "no tensor input_ids"),
+    "nameless": (lambda p: (p.mkdir(), (p / "state.json").write_text('{"_data_files": []}')), "names no data files"),
     "lost.idx": (lambda p: p.write_bytes(b"MMIDIDX"), "missing beside"),
 }
 
@@ -333,3 +337,16 @@ def test_documents_without_tokens_are_not_skipped_for_ever(name: str, tmp_path: 
     no_tokens(name, tmp_path / name)
     with pytest.raises(InputError, match="without a token"):
         read_shard(tmp_path / name, checkpoint, tokens=96, sequence_length=16)
+
+
+@pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
+def test_what_is_sampled_from_is_bounded(
+    name: str, tmp_path: Path, speaking: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To sample evenly, all of a file is read: of one that has to be tokenised or parsed only so much."""
+    monkeypatch.setattr(tokens, "MOST", 100)
+    line = "the whale " * 200 if name.endswith("txt") else json.dumps({"ids": [1] * 101})
+    (tmp_path / name).write_text(line)
+    assert len(read_shard(tmp_path / name, speaking, tokens=16, sequence_length=16).windows) == 1
+    with pytest.raises(InputError, match=r"more .*than can be sampled from"):
+        read_shard(tmp_path / name, speaking, tokens=16, sequence_length=16, sample="spread")

@@ -226,6 +226,14 @@ def test_a_parameter_of_another_step_is_refused(runs: Path, tmp_path: Path) -> N
         everything(tag)
 
 
+@pytest.mark.parametrize("value", [torch.ones(3), 3])
+def test_a_parameter_of_another_shape(value: object, runs: Path, tmp_path: Path) -> None:
+    tag = Path(shutil.copytree(runs / "universal-stage2", tmp_path / "u")) / f"global_step{STEPS}_universal"
+    torch.save({"param": value}, tag / "zero" / "head.bias" / "fp32.pt")
+    with pytest.raises(InputError, match=r"head\.bias/fp32\.pt holds .* the parameter has \(11,\)"):
+        read(tag).model()
+
+
 @pytest.mark.parametrize("name", ["embed.weight", "layers.1.weight"])
 def test_a_moment_that_one_parameter_lacks(name: str, runs: Path, tmp_path: Path) -> None:
     tag = Path(shutil.copytree(runs / "universal-stage2", tmp_path / "u")) / f"global_step{STEPS}_universal"
@@ -235,6 +243,35 @@ def test_a_moment_that_one_parameter_lacks(name: str, runs: Path, tmp_path: Path
     checkpoint = read(tag)
     with pytest.raises(InputError, match=r"exp_avg\.pt"):
         prepare(checkpoint.optimizer.view(checkpoint.model()), dict(checkpoint.model().named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.update(partition_count=[2, 1]), "different numbers of ranks"),
+        (lambda state: state.update(ds_zero_partition_groups=[1]), "different numbers of ranks"),
+        (lambda state: state.update(base_optimizer_state=[1]), "elastic checkpoint"),
+        (lambda state: state.update(base_optimizer_state={"param_groups": []}), "holds no optimizer state"),
+        (lambda state: state["single_partition_of_fp32_groups"].pop(), "1 groups of weights, its model 2"),
+        (lambda state: state["base_optimizer_state"].pop("param_groups"), "does not hold the optimizer's settings"),
+        (lambda state: state["single_partition_of_fp32_groups"].__setitem__(0, 3), "has no fp32 of group 0"),
+        (lambda state: state["single_partition_of_fp32_groups"].__setitem__(0, torch.ones(6, 9)), "has no fp32 of group 0"),
+        (lambda state: state["single_partition_of_fp32_groups"].__setitem__(0, torch.ones(5)), "values of embed.weight"),
+        (lambda state: state["param_slice_mappings"].append({}), "places parameters in a group 2"),
+        (lambda state: state["param_slice_mappings"].__setitem__(0, [1]), "places parameters in a group 0"),
+        (lambda state: state["param_slice_mappings"][0].update(zorro=1), "places zorro at"),
+        (
+            lambda state: next(iter(state["param_slice_mappings"][0].values())).__dict__.update(start=-1),
+            "places embed.weight",
+        ),
+    ],
+)
+def test_a_rank_that_says_something_else(change: Callable[[dict], object], said: str, stage2: Path) -> None:
+    document = torch.load(stage2 / OPTIM.format(0), weights_only=False)
+    change(document["optimizer_state_dict"])
+    torch.save(document, stage2 / OPTIM.format(0))
+    with pytest.raises(CurvError, match=said):
+        everything(stage2)
 
 
 def test_masters_in_half_precision_are_refused(runs: Path) -> None:
@@ -248,6 +285,14 @@ def test_stage_3_needs_every_rank(stage3: Path) -> None:
     (stage3 / OPTIM.format(1)).unlink()
     with pytest.raises(InputError, match="saved by 2 ranks"):
         read(stage3)
+
+
+def test_stage_3_pieces_of_another_length(stage3: Path) -> None:
+    document = torch.load(stage3 / OPTIM.format(1), weights_only=False)
+    document["optimizer_state_dict"]["fp32_flat_groups"][0] = torch.ones(5)
+    torch.save(document, stage3 / OPTIM.format(1))
+    with pytest.raises(InputError, match="whose parameters have 54 each"):
+        read(stage3).model()
 
 
 def test_an_unfinished_conversion(runs: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from curvcli.errors import CurvError, InputError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.bounds import check_config, check_document, inside
-from curvcli.inputs.safe import load_pickle, read_json
+from curvcli.inputs.safe import load_bytes, load_pickle, read_json
 from curvcli.inputs.tensors import safetensors_header
 
 MANY = 10**12
@@ -317,6 +317,9 @@ def test_tensors_of_another_shape_are_refused(run: Path) -> None:
 def test_sparse_tensors_and_pieces_of_ranks_are_no_weights(tmp_path: Path) -> None:
     torch.save({"w": torch.eye(3).to_sparse_csr()}, tmp_path / "a.pt")
     _refused(lambda: load_pickle(tmp_path / "a.pt"), "sparse")
+    for odd in (torch.eye(3).to_sparse(), torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)):
+        with pytest.raises(InputError, match="sparse, nested or quantized"):
+            check_document({"w": odd}, "x", 100)
     with pytest.raises(InputError, match=r"one rank's piece"):
         check_document({"w": torch.ones(3).as_subclass(_Piece)}, "x", 100)
 
@@ -330,3 +333,18 @@ def test_numbers_of_a_configuration_that_none_has(entry: dict) -> None:
     check_config({"rope_theta": 1e6, "vocab_size": 10**6, "num_layers": 126, "tied": True}, Path("x"))
     with pytest.raises(InputError, match="out of any range"):
         check_config(entry, Path("x"))
+
+
+def test_a_part_of_a_file_that_is_no_record() -> None:
+    with pytest.raises(InputError, match=r"is no torch\.save record"):
+        load_bytes(b"\x80\x02N." * 20, "x")
+
+
+def test_more_classes_than_any_checkpoint_names(tmp_path: Path) -> None:
+    """Each would be a class made for it."""
+
+    def naming(count: int) -> bytes:
+        return b"\x80\x02]" + b"".join(f"cmegatron.x\nC{i}\na".encode() for i in range(count)) + b"."
+
+    assert len(load_pickle(_archive(tmp_path / "few.pt", naming(256)))) == 256
+    _refused(lambda: load_pickle(_archive(tmp_path / "many.pt", naming(257))), "it was not loaded")

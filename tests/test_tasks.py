@@ -257,6 +257,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "huge integer": (_rows({"input_ids": [2**70], "labels": 1}), "holds no numbers"),
     "no JSON": (_raw(b"{'a': 1}\n"), "line 1"),
     "no object": (_raw(b"[1, 2]\n"), "no object"),
+    "complex": (_save(pixel_values=torch.ones(4, 2) * 1j, labels=IDS[:, 0]), "is complex"),
+    "a line without end": (_raw(b" " * 2**24 + b"1"), "longer than 16 MiB"),
     "no text at all": (_raw(b"\xff\xfe\n"), "line 1"),
     "depth": (_raw(b"[" * 200_000), "line 1"),
     "empty": (_raw(b""), "no examples"),

@@ -124,10 +124,10 @@ def _lines(path: Path) -> Any:
             line = stream.readline(_LINE_LIMIT)
             if not line:
                 return
-            if not line.strip():
-                continue
             if len(line) == _LINE_LIMIT:
                 raise InputError(f"line {number} of {path} is longer than {_LINE_LIMIT >> 20} MiB", hint="check the file")
+            if not line.strip():
+                continue
             try:
                 found = json.loads(line)
             except (ValueError, RecursionError) as error:
