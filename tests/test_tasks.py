@@ -251,7 +251,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "mask of four dimensions": (_save(input_ids=IDS, attention_mask=IDS[:, None, None], labels=IDS), "attention_mask"),
     "scalar": (_save(input_ids=IDS, labels=torch.tensor(1)), "no rows in labels"),
     "empty column": (_save(input_ids=IDS[:0], labels=IDS[:0]), "no rows"),
-    "text": (_rows({"input_ids": "the whale", "labels": 1}), "not tokenised"),
+    "text": (_rows({"input_ids": "the whale", "labels": 1}), "tokenised for classifiers alone"),
     "column missing in a row": (_rows({"input_ids": [1], "labels": 1}, {"input_ids": [1]}), "row 2"),
     "ragged pixels": (_rows(*({"pixel_values": [[0.1] * n], "labels": 1} for n in (2, 3))), "unequal shapes"),
     "huge integer": (_rows({"input_ids": [2**70], "labels": 1}), "holds no numbers"),

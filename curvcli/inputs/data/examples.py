@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from curvcli.inputs.tensors import leading, safetensors_header
 IGNORED = -100  # torch's and transformers' label for "no prediction here"
 _MARKS = frozenset({"labels", "pixel_values", "decoder_input_ids"})
 _LINE_LIMIT = 16 * 2**20
+
+Encode = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def holds_examples(path: Path) -> bool:
     return path.suffix == ".jsonl" and not _MARKS.isdisjoint(next(_lines(path), {}))
 
 
-def read_examples(path: Path, *, predictions: int, shifted: bool = False) -> Examples:
+def read_examples(path: Path, *, predictions: int, shifted: bool = False, encode: Encode | None = None) -> Examples:
     """The first examples of a file, as many as make up to so many predictions, and one at least.
 
     A .safetensors file has a tensor per column, its first dimension the examples. In a .jsonl file each line is an
@@ -70,6 +72,7 @@ def read_examples(path: Path, *, predictions: int, shifted: bool = False) -> Exa
     Args:
         predictions: labels other than -100 to average over.
         shifted: the label at a position is predicted from the positions before it, so that the first counts for none.
+        encode: makes numbers of rows of text.
 
     Raises:
         InputError: not readable, or columns that do not fit together.
@@ -82,8 +85,7 @@ def read_examples(path: Path, *, predictions: int, shifted: bool = False) -> Exa
             hint="this loss takes examples: give them as .safetensors or .jsonl",
         )
     try:
-        read = _safetensors if path.suffix == ".safetensors" else _jsonl
-        columns = read(path, predictions)
+        columns = _safetensors(path, predictions) if path.suffix == ".safetensors" else _jsonl(path, predictions, encode)
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {error.strerror or error}", hint="check the file and its permissions"
@@ -137,7 +139,7 @@ def _lines(path: Path) -> Any:
             yield found
 
 
-def _jsonl(path: Path, limit: int) -> dict[str, Tensor]:
+def _jsonl(path: Path, limit: int, encode: Encode | None) -> dict[str, Tensor]:
     rows: list[dict[str, Any]] = []
     for row in _lines(path):
         if rows and row.keys() != rows[0].keys():
@@ -150,6 +152,7 @@ def _jsonl(path: Path, limit: int) -> dict[str, Tensor]:
             break
     if not rows:
         raise InputError(f"{path} has no examples", hint="write one object a line")
+    rows = encode(rows) if encode else rows
     columns = {name: _column(name, [row[name] for row in rows], path) for name in rows[0]}
     lengths = [len(row["input_ids"]) for row in rows if isinstance(row.get("input_ids"), list)]
     if len(set(lengths)) > 1 and "attention_mask" not in columns:
@@ -171,7 +174,7 @@ def _column(name: str, values: list[Any], path: Path) -> Tensor:
     if array.dtype.kind not in "iufb":
         raise InputError(
             f"column {name} of {path} holds no numbers",
-            hint="give token ids, pixels and labels as numbers: text is not tokenised here",
+            hint="give token ids, pixels and labels as numbers: text is tokenised for classifiers alone, as text and label",
         )
     return _typed(name, torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64)), path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from curvcli.errors import InputError, UsageError
 from curvcli.inputs.base import Checkpoint, Task
 from curvcli.inputs.data.examples import IGNORED, Examples, holds_examples, labelled, read_examples
 from curvcli.inputs.data.shards import Sample, Shard, read_shard
+from curvcli.inputs.data.texts import encoded
 from curvcli.inputs.own import blamed, imported
 
 MASKED_SHARE = 0.15  # of positions, as BERT was trained
@@ -104,7 +106,8 @@ def read_data(
         if len(listed) > 1 or sample != "first":
             raise UsageError("examples are read from the beginning of one file", hint="give one --data, without --sample")
         path = listed[0]
-        examples = read_examples(path, predictions=tokens, shifted=task == "causal-lm")
+        encode = partial(encoded, checkpoint=checkpoint, path=path) if task == "classification" else None
+        examples = read_examples(path, predictions=tokens, shifted=task == "causal-lm", encode=encode)
         if sequence_length is not None:
             raise UsageError(
                 f"--sequence-length cuts tokens, and {path} holds examples", hint="drop it, or take it out of curv.toml"

@@ -245,22 +245,27 @@ def _text(path: Path, packed: str, checkpoint: Checkpoint, wanted: int | None) -
     return ids if wanted is None else ids[:wanted]
 
 
-def tokenizer_of(checkpoint: Checkpoint, path: Path, *, end: bool = True) -> Callable[[str], Ids]:
-    """Text to ids by the checkpoint's tokenizer, its end-of-text token after each document where it has one."""
+def load_tokenizer(checkpoint: Checkpoint, path: Path) -> Any:
+    """transformers' tokenizer beside the checkpoint, for the text in `path`. Raises InputError."""
     if checkpoint.tokenizer is None:
         raise InputError(
             f"{path} is text, and {checkpoint.path} has no tokenizer to turn it into tokens",
-            hint="save the tokenizer beside the checkpoint, or give tokens (.bin, .npy, .safetensors)",
+            hint="save the tokenizer beside the checkpoint, or give tokens (.bin, .npy, .safetensors, input_ids in .jsonl)",
         )
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(checkpoint.tokenizer, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises every kind there is
         raise InputError(
             f"transformers cannot build the tokenizer in {checkpoint.tokenizer}: {_line(error)}",
             hint="give tokens instead (.bin, .npy, .safetensors)",
         ) from error
+
+
+def tokenizer_of(checkpoint: Checkpoint, path: Path, *, end: bool = True) -> Callable[[str], Ids]:
+    """Text to ids by the checkpoint's tokenizer, its end-of-text token after each document where it has one."""
+    tokenizer = load_tokenizer(checkpoint, path)
     last = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
 
     def ids(text: str) -> Ids:
