@@ -11,22 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from tiny import STEPS, build
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
-STEPS = 3
-
-
-def config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, bos_token_id=None,
-        max_position_embeddings=32, eos_token_id=None, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-
-
-def build() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config())
 
 
 def on_the_cpu() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import lightning
 import torch
-from fsdp1_runs import STEPS, build, layers, on_the_cpu
+from fsdp1_runs import layers, on_the_cpu
+from tiny import STEPS, build
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fsdp1_runs import STEPS, build, config, write, write_trainer
+from fsdp1_runs import write, write_trainer
 from ranks import launch
 from real import analyzed, inspected
+from tiny import STEPS, build, config
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaForCausalLM
 

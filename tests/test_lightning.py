@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fsdp1_runs import STEPS, build, config
 from ranks import launch
 from real import analyzed, inspected
 from test_torchfiles import NET, Lit, fit, is_the_run
+from tiny import STEPS, build, config
 from torch import Tensor
 
 from curvcli.inputs import open_checkpoint
