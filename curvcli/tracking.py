@@ -14,7 +14,7 @@ from curvcli import __version__
 from curvcli.cache import Cache, Entry, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.checkpoints import Opened, Options, open_for_analysis
 from curvcli.errors import CurvError, InputError
-from curvcli.inputs import find_checkpoints, open_checkpoint, step_of
+from curvcli.inputs import fetched, find_checkpoints, open_checkpoint, step_of
 from curvcli.inputs.networks.architecture import config_beside
 from curvcli.inputs.own import source_digest
 from curvcli.measurement import Directions, Progress
@@ -64,6 +64,7 @@ def track_run(
 
         try:
             within("reading", 0.0)
+            checkpoint = fetched(checkpoint)  # of a run behind a URL, one at a time
             stamp = _stamp(checkpoint)
             opened = open_for_analysis(checkpoint, options)
             log = [TrainingStep(step=e.step, loss=e.loss, lr=e.lr) for e in opened.checkpoint.log] or log
