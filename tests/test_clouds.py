@@ -50,15 +50,18 @@ def s3(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
     """What the command's environment needs to find the store, which has a run and data."""
     for package in ("s3fs", "moto", "flask"):
         pytest.importorskip(package, reason="pip install s3fs 'moto[server]'")
-    import s3fs
-
+    files = ["calm/checkpoint-10", "calm/checkpoint-60", "data/shard.bin"]
+    put = f"""
+import s3fs
+system = s3fs.S3FileSystem()
+system.mkdir("bucket")
+for name in {files!r}:
+    system.put({str(samples)!r} + "/" + name, "bucket/" + name, recursive="checkpoint" in name)
+"""
     with served(lambda port: ["moto.server", "-p", str(port)]) as url:
-        system = s3fs.S3FileSystem(key="x", secret="y", endpoint_url=url, client_kwargs={"region_name": "us-east-1"})
-        system.mkdir("bucket")
-        for name in ("checkpoint-10", "checkpoint-60"):
-            system.put(str(samples / "calm" / name), f"bucket/calm/{name}", recursive=True)
-        system.put(str(samples / "data" / "shard.bin"), "bucket/data/shard.bin")
-        yield {**KEYS, "AWS_ENDPOINT_URL": url, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+        there = {**KEYS, "AWS_ENDPOINT_URL": url, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+        subprocess.run([sys.executable, "-c", put], env={**os.environ, **there}, check=True, timeout=120)
+        yield there
 
 
 def test_s3_a_run_its_data_and_what_is_not_there(s3: dict[str, str], samples: Path) -> None:
@@ -73,7 +76,7 @@ def test_s3_a_run_its_data_and_what_is_not_there(s3: dict[str, str], samples: Pa
 
 
 def test_s3_a_track_has_every_checkpoint(s3: dict[str, str]) -> None:
-    few = (*FEW, "--max-hvps", "3", "--no-depths", "--device", "cpu", "--quiet", "--format", "json")
+    few = (*FEW, "--max-hvps", "3", "--device", "cpu", "--quiet", "--format", "json")
     done = curv("track", "s3://bucket/calm", "--data", "s3://bucket/data/shard.bin", *few, **s3)
     assert done.returncode == 0, done.stderr
     assert [point["step"] for point in json.loads(done.stdout)["points"]] == [10, 60]
@@ -164,6 +167,6 @@ def test_hf(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("url", "package"), [("s3://bucket/run", "s3fs"), ("gs://bucket/run", "gcsfs")])
 def test_a_backend_that_is_missing(url: str, package: str, tmp_path: Path) -> None:
-    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package!r}')\n")
+    (tmp_path / f"{package}.py").write_text(f'raise ModuleNotFoundError("No module named {package}")\n')
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     assert f"pip install {package}" in refusal("inspect", url, PYTHONPATH=path)
