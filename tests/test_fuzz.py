@@ -200,8 +200,10 @@ def _limit() -> Iterator[None]:
 def _stored(home: Path) -> dict[str, torch.Tensor]:
     """The weights that the files hold now, as the libraries read them."""
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(home.glob("model*.safetensors")):
+    for file in (*sorted(home.glob("model*.safetensors")), *sorted(home.glob("weights.safetensors"))):
         found |= load_file(file)
+    for file in sorted(home.glob("pytorch_model-*.bin")):
+        found |= torch.load(file, weights_only=True)
     for file in (home / "pytorch_model.bin", home / "ckpt.pt", home / "plain.pt"):
         if file.is_file() and not found:
             document = torch.load(file, weights_only=True)
