@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from curvcli import __version__
 from curvcli.cache import Cache, Entry, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.checkpoints import Opened, Options, open_for_analysis
 from curvcli.errors import CurvError, InputError
-from curvcli.inputs import find_checkpoints, open_checkpoint, step_of
+from curvcli.inputs import fetched, find_checkpoints, open_checkpoint, step_of
 from curvcli.inputs.networks.architecture import config_beside
 from curvcli.inputs.own import source_digest
 from curvcli.measurement import Directions, Progress
@@ -64,7 +65,8 @@ def track_run(
 
         try:
             within("reading", 0.0)
-            stamp = _stamp(checkpoint)
+            checkpoint = fetched(checkpoint)  # of a run behind a URL, one at a time
+            unchanged = partial(_is_still, checkpoint, _stamp(checkpoint))
             opened = open_for_analysis(checkpoint, options)
             log = [TrainingStep(step=e.step, loss=e.loss, lr=e.lr) for e in opened.checkpoint.log] or log
             tokens = opened.read.sha256, opened.read.sequence_length
@@ -72,7 +74,7 @@ def track_run(
                 raise InputError(
                     "its tokens are not those of the checkpoints before", hint="give one --data for the whole run"
                 )
-            entry, source, warm = _measured(opened, cache, before, stamp, within)
+            entry, source, warm = _measured(opened, cache, before, unchanged, within)
             shard, before = tokens, entry.directions
             points.append(_point(opened, entry.report, source, warm, points, window, surge_limit))
         except CurvError as error:
@@ -118,6 +120,11 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
         raise InputError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from error
 
 
+def _is_still(path: Path, stamp: list[tuple[str, int, int]]) -> bool:
+    """Whether a checkpoint is as it was, by the path it was found under: what is opened may lie inside of that."""
+    return _stamp(path) == stamp
+
+
 def key_of(opened: Opened) -> str:
     """The cache's name for a measurement: what it is of and how it is made, not where it lies. Raises InputError."""
     checkpoint, shard = opened.checkpoint, opened.read
@@ -138,7 +145,7 @@ def key_of(opened: Opened) -> str:
 
 
 def _measured(
-    opened: Opened, cache: Cache, before: Directions | None, stamp: list[tuple[str, int, int]], progress: Progress
+    opened: Opened, cache: Cache, before: Directions | None, unchanged: Callable[[], bool], progress: Progress
 ) -> tuple[Entry, Literal["measured", "cached"], WarmStart | None]:
     key = key_of(opened)
     if (entry := cache.get(key)) is not None:
@@ -148,7 +155,7 @@ def _measured(
         moved = {"checkpoint": entry.report.checkpoint.model_copy(update=place), "data": data}
         return Entry(entry.report.model_copy(update=moved), entry.directions), "cached", None
     analysis = opened.measure(progress, before)
-    if _stamp(opened.checkpoint.path) != stamp:
+    if not unchanged():
         raise InputError("it changed while it was measured", hint="call again once it is written")
     entry = Entry(analysis.report, analysis.directions)
     cache.put(key, entry)

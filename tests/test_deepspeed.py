@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from ranks import EARLIER, launch
 from test_bad_input import Evil, _one_line, _truncate
 from torch import nn
 
+from curvcli.cache import NoCache
 from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import CurvError, InputError, UnsupportedError
 from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Architecture, Checkpoint
 from curvcli.inputs.formats.zero import Partitions, rank_files
 from curvcli.optimizers.preconditioner import prepare
+from curvcli.tracking import track_run
 
 pytest.importorskip("deepspeed")
 NET = Architecture("Net", build, vocabulary=11)
@@ -343,6 +346,9 @@ def test_inside_a_trainers_checkpoint(tmp_path: Path) -> None:
     assert (report.optimizer.name, report.optimizer.step, report.optimizer.preconditioner) == ("AdamW", 2, "checkpoint")
     assert report.optimizer.lr == pytest.approx(5e-3)
     assert report.full.rho is not None
+    track = track_run(run, replace(options, max_hvps=3), NoCache())
+    assert [point.step for point in track.points] == [2, 4]
+    assert all(point.report for point in track.points), [point.message for point in track.points]
     # The last checkpoint of a linear schedule has a rate of 0: the log's is taken.
     assert analyze_checkpoint(run, options).optimizer.lr_source == "log"
     shutil.rmtree(run / "checkpoint-4" / "global_step4")

@@ -53,6 +53,25 @@ def test_the_newest_checkpoint_of_a_run_is_fetched_once(memory, samples: Path, c
     assert open_checkpoint(Path("memory://bucket/calm/checkpoint-10")).step == 10
 
 
+def test_every_checkpoint_of_a_run_is_found_and_none_fetched(memory, capsys: pytest.CaptureFixture[str]) -> None:
+    found = find_checkpoints(Path("memory://bucket/calm"))
+    assert [path.name for path in found] == ["checkpoint-10", "checkpoint-60", "checkpoint-600"]
+    assert all(is_remote(path) for path in found)
+    assert capsys.readouterr().err == ""
+    assert [open_checkpoint(path).step for path in found[:2]] == [10, 60]
+
+
+def test_a_checkpoint_is_whole_whatever_lies_in_it(memory) -> None:
+    """As DeepSpeed's of the Trainer, which has the ranks' files in a directory with a step in its name."""
+    memory.pipe("/bucket/run/checkpoint-4/global_step4/mp_rank_00_model_states.pt", b"x")
+    memory.pipe("/bucket/run/checkpoint-4/config.json", b"{}")
+    memory.pipe("/bucket/run/step-90.log", b"x")
+    for url in ("memory://bucket/run", "memory://bucket/run/checkpoint-4"):
+        copy = fetched(Path(url))
+        assert copy.name == "checkpoint-4"
+        assert {p.name for p in copy.iterdir()} == {"global_step4", "config.json"}
+
+
 def test_what_changed_is_fetched_again(memory) -> None:
     memory.pipe("/bucket/data/shard.bin", b"\x01\x00" * 100)
     first = fetched(Path("memory://bucket/data/shard.bin"))

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from platformdirs import user_cache_path
 
@@ -24,7 +24,9 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)
 _BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 # What no reader looks at, in directories that hold the same weights several times.
 _SKIPPED = re.compile(r"rng_state.*|training_args\.bin|.*\.(?:onnx|h5|msgpack|gguf|ot)")
+_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 MOST = 64 * 2**30
+_T = TypeVar("_T")
 
 
 def is_remote(path: Path) -> bool:
@@ -44,22 +46,15 @@ def fetched(path: Path, folder: Path | None = None) -> Path:
     Raises:
         InputError: no backend is installed, or the URL cannot be read.
     """
-    match = _URL.fullmatch(str(path))
-    if match is None:
+    url = _address(path)
+    if url is None:
         return path
-    scheme, rest = match[1].lower(), match[2]
-    url = f"{scheme}://{rest}"
-    try:
-        from fsspec.core import url_to_fs
 
-        system, root = url_to_fs(url)
-        files, root = _files(system, root)
-    except ImportError as error:
-        package = _BACKENDS.get(scheme)
-        hint = f"pip install {package}" if package else "install the fsspec backend of that scheme"
-        raise InputError(f"{url} needs a package that is not installed: {_line(error)}", hint=hint) from error
-    except Exception as error:  # every backend raises its own
-        raise _unreachable(url, error) from error
+    def look(system: Any, root: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
+        newest = [root, *_numbered(system, root)][-1]
+        return system, newest, _files(system, newest)
+
+    system, root, files = _reach(url, look)
     if not files:
         raise InputError(f"{url} does not exist or is empty", hint="check the address and your access to it")
     stamp = json.dumps([url, root, [(name, _version(info)) for name, info in sorted(files.items())]])
@@ -80,17 +75,52 @@ def fetched(path: Path, folder: Path | None = None) -> Path:
     return target
 
 
-def _files(system: Any, root: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """Files by their path under the root, which of a run is its newest checkpoint."""
+def checkpoints_behind(path: Path) -> list[Path]:
+    """The checkpoints of a run behind a URL, as URLs in step order; none where it is no run. Raises InputError."""
+    url = _address(path)
+    if url is None:
+        return []
+    found = _reach(url, lambda system, root: [system.unstrip_protocol(name) for name in _numbered(system, root)])
+    return [Path(name) for name in found]
+
+
+def _address(path: Path) -> str | None:
+    match = _URL.fullmatch(str(path))
+    return f"{match[1].lower()}://{match[2]}" if match else None
+
+
+def _reach(url: str, look: Callable[[Any, str], _T]) -> _T:
+    """What is seen of a URL. Raises InputError."""
+    try:
+        from fsspec.core import url_to_fs
+
+        return look(*url_to_fs(url))
+    except ImportError as error:
+        package = _BACKENDS.get(url.partition(":")[0])
+        hint = f"pip install {package}" if package else "install the fsspec backend of that scheme"
+        raise InputError(f"{url} needs a package that is not installed: {_line(error)}", hint=hint) from error
+    except Exception as error:  # every backend raises its own
+        raise _unreachable(url, error) from error
+
+
+def _numbered(system: Any, root: str) -> list[str]:
+    """The checkpoints in a run, in step order. What has a step in its own name is no run, whatever lies in it."""
+    if step_of(Path(PurePosixPath(root).name)) is not None or system.info(root).get("type") == "file":
+        return []
+    steps = {}
+    for entry in system.ls(root, detail=True):
+        name = PurePosixPath(entry["name"].rstrip("/"))
+        step = step_of(Path(name.name))
+        if step is not None and (entry.get("type") == "directory" or name.suffix in _CHECKPOINTS):
+            steps[entry["name"].rstrip("/")] = (step, name.name)
+    return sorted(steps, key=lambda name: steps[name])
+
+
+def _files(system: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Files by their path under the root; one file by the empty path."""
     info = system.info(root)
     if info.get("type") == "file":
-        return {"": info}, root
-    children = [
-        entry for entry in system.ls(root, detail=True) if step_of(Path(PurePosixPath(entry["name"]).name)) is not None
-    ]
-    if children:
-        newest = max(children, key=lambda entry: step_of(Path(PurePosixPath(entry["name"]).name)) or 0)
-        return _files(system, newest["name"].rstrip("/"))
+        return {"": info}
     found = {}
     for name, entry in system.find(root, detail=True).items():
         inner = name[len(root.rstrip("/")) :].lstrip("/") if name.startswith(root.rstrip("/")) else PurePosixPath(name).name
@@ -100,7 +130,7 @@ def _files(system: Any, root: str) -> tuple[dict[str, dict[str, Any]], str]:
             found[inner] = entry
     if any(name.endswith(".safetensors") for name in found):
         found = {name: entry for name, entry in found.items() if not name.startswith("pytorch_model")}
-    return found, root
+    return found
 
 
 def _download(get: Callable[[str, str], None], root: str, files: dict[str, dict[str, Any]], target: Path) -> None:
