@@ -276,14 +276,17 @@ class _Writer:
 
     def generalisation(self, full: results.Estimate) -> results.Generalisation:
         threshold, held_out = self.metric.threshold, self.measured.held_out
-        if full.rho is None or full.residual is None or threshold is None:
+        # Of an estimated metric the scale follows the size of the batches that it was estimated on: no bracket holds it.
+        if full.rho is None or full.residual is None or threshold is None or self.metric.kind == "estimated":
             return results.Generalisation(held_out=held_out, rho_low=None, rho_high=None)
+        high = full.rho + full.residual / threshold
         if held_out is not None:
             low: float | None = min(held_out / threshold, full.rho)
+            high = max(high, held_out / threshold)
         else:
             # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
             low = full.rho if self.whole and len(self.problem.batches) == 1 else None
-        return results.Generalisation(held_out=held_out, rho_low=low, rho_high=full.rho + full.residual / threshold)
+        return results.Generalisation(held_out=held_out, rho_low=low, rho_high=high)
 
     def attribution(self, full: Solved) -> tuple[list[results.Mass], float | None]:
         """Where the top eigenvector lives: by tensor, and by token row where rows are tokens."""

@@ -262,7 +262,8 @@ class Measurement:
                 self.stages.enter("full model" if last else f"restricted to depth {depth}")
                 self.in_time()
                 mask = operator.mask(self.upto(depth))
-                start = self.ends(*([hint] if hint and (depth == 0 or last) else []))
+                ends = self.ends(*([hint] if hint else []))
+                start = ends if depth == 0 or last else ends[:1]
                 start += self.ends(layers[depth - 1])[:1] if depth else []
                 yield mask, [self.carry(operator, names, vector) * mask for names, vector in start]
 

@@ -81,6 +81,8 @@ class ReportReadings:
         full, held = self.report.full, self.report.generalisation
         if reason := _reason(full) or self._no_rho(self.report):
             return Reading("rho", full.rho, reason=reason)
+        if self.report.optimizer.preconditioner == "estimated":
+            return Reading("rho", full.rho, reason="the second moment is estimated, and rho's scale with it")
         if held.rho_low is None or held.rho_high is None:
             return Reading("rho", full.rho, reason="nothing could be held out to check it against; measure more tokens")
         return Reading("rho", full.rho, held.rho_low, held.rho_high, narrow="measure more tokens")

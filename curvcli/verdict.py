@@ -80,6 +80,13 @@ def _headline(report: Report) -> Finding:
                 severity="warning",
                 message=f"rho {full.rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); raise --max-hvps",
             )
+        if optimizer.preconditioner == "estimated":
+            return Finding(
+                code="unresolved-estimate",
+                severity="warning",
+                message=f"rho {full.rho:.3g} rests on an estimated second moment, whose scale follows the size of the "
+                "batches it is estimated on: no verdict; analyze a checkpoint with its optimizer state",
+            )
         if generalisation.rho_low is None:
             return Finding(
                 code="unresolved-tokens",

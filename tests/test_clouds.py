@@ -156,7 +156,7 @@ def test_hf(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     threading.Thread(target=server.serve_forever, daemon=True).start()
     there = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_DISABLE_XET": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }  # fmt: skip
     try:
         assert inspected("hf://org/model", **there)["step"] == 10

@@ -189,7 +189,7 @@ def _grow_from(report: Path, rates: _Rates, **options: Any) -> Schedule:
     measured = Measured.read(report)
     own = rates.peak is None and not rates.from_file
     lr = rates.schedule(peak=measured.lr if own else rates.peak, warmup_steps=WARMUP)
-    return _noted(grow_from(measured, lr=lr, **options), own)
+    return _noted(grow_from(measured, lr=lr, **options), own, _peak_of(measured.report.checkpoint.step))
 
 
 def _freeze(
@@ -209,7 +209,7 @@ def _freeze(
                 f"the schedule's learning rate is 0 at the checkpoint's step {step}", hint="pass its peak with --lr"
             )
         lr = lr.model_copy(update={"peak": measured.lr / share})
-    return _noted(freeze(measured, lr=lr, **options), own)
+    return _noted(freeze(measured, lr=lr, **options), own, "is what gives the report's learning rate")
 
 
 def _analyze(checkpoint: Path, data: Path | None, tokens: int | None, quiet: bool) -> Report:
@@ -222,13 +222,19 @@ def _analyze(checkpoint: Path, data: Path | None, tokens: int | None, quiet: boo
         return analyze_checkpoint(checkpoint, Options(data=data, tokens=tokens), progress)
 
 
-def _noted(plan: Schedule, own: bool) -> Schedule:
+def _peak_of(step: int | None) -> str:
+    if not step:
+        return "is the report's learning rate"
+    return f"is the report's learning rate at step {step:,}, and a run's own peak may be higher: pass --lr"
+
+
+def _noted(plan: Schedule, own: bool, what: str) -> Schedule:
     """The schedule, with a finding where its peak learning rate was taken from the report."""
     if not own or plan.lr_schedule is None:
         return plan
     from curvcli.results import Finding
 
-    message = f"no --lr was given: the peak, {plan.lr_schedule.peak:.4g}, is what gives the report's learning rate"
+    message = f"no --lr was given: the peak, {plan.lr_schedule.peak:.4g}, {what}"
     return plan.model_copy(
         update={"findings": [*plan.findings, Finding(code="lr-from-report", severity="info", message=message)]}
     )

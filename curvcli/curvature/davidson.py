@@ -108,7 +108,9 @@ class Davidson:
         before = space.products
         for vector in start:
             space.expand(vector)
-        if not space.count:
+        # Beside start vectors too: where the operator falls into parts (a branch with a loss of its own), what lies in
+        # another part than they do is in no residual of theirs, and the top of one part passes for the top.
+        if not space.count or (start and self.bottom_tolerance < float("inf")):
             space.expand(space.random())
         while space.status is None:
             top, bottom = space.pair(-1), space.pair(0)

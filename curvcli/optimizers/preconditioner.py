@@ -137,7 +137,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
             hint="the optimizer state is damaged or was saved before its first step: use another checkpoint",
         )
     return Preconditioner(
-        kind="none" if all(rule.preconditioner(g, view.state.get(n, {})) is None for n, g in members[:1]) else kind,
+        kind="none" if rule.preconditioner(members[0][1], view.state.get(members[0][0], {})) is None else kind,
         name=rule.name(view),
         scale=scale,
         decay=decay,

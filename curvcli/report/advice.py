@@ -65,7 +65,10 @@ def _verdict(report: Report) -> list[Step]:
 
 
 def _findings(report: Report) -> list[Step]:
-    again = f"curv analyze {shlex.quote(report.checkpoint.path)} --data {shlex.quote(report.data.path)}"
+    files = [file.path for file in report.data.files] or [report.data.path]
+    given = [("data", path) for path in files] + [("sequence-length", report.data.sequence_length)]
+    again = f"curv analyze {shlex.quote(report.checkpoint.path)}"
+    again += "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given if value is not None)
     steps = {
         "no-threshold": Step("Give the learning rate in force: without one there is no edge.", f"{again} --lr LR"),
         "unresolved-tokens": Step("Measure on more tokens.", f"{again} --tokens {4 * report.data.tokens}"),
