@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,7 +177,7 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: st
     config, file = find_config(checkpoint.path)
     shard = data or config.data
     sources = find_sources(shard, checkpoint) if shard else ()
-    sizes = {t.name: _numel(t.shape) for t in checkpoint.tensors}
+    sizes = {t.name: prod(t.shape) for t in checkpoint.tensors}
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -291,10 +292,3 @@ def _device(name: str) -> torch.device:
             f"device {name!r} is not usable here: {str(error).splitlines()[0][:120]}", hint="pass --device cpu"
         ) from error
     return device
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total

@@ -160,8 +160,8 @@ def test_bare_hessian_and_most_negative() -> None:
     assert report.full.most_negative is not None
     assert report.full.most_negative_residual is not None
     assert float(values[0]) <= report.full.most_negative + 1e-12
-    if report.full.most_negative_status == "converged":
-        assert report.full.most_negative == pytest.approx(float(values[0]), rel=0.1)
+    assert report.full.most_negative_status == "converged"
+    assert report.full.most_negative == pytest.approx(float(values[0]), rel=0.1)
     assert min(abs(values - report.full.most_negative)) <= report.full.most_negative_residual + 1e-9
     assert (report.full.rho, report.optimizer.threshold, report.verdict) == (None, None, "unresolved")
 
@@ -245,6 +245,23 @@ def test_held_out_quotient_is_of_the_other_half() -> None:
         float(vector @ models.dense_hessian(model, batches[1:], names) @ vector), rel=1e-4
     )
     assert [p.tokens for p in report.tokens] == [16, 48]
+
+
+def test_the_bracket_holds_a_held_out_value_above_the_shards() -> None:
+    """The second half is sharper than the whole along the first half's direction."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1, bias=False).double()
+    shared = torch.tensor([5.0, 1.0, 1.0]).double()
+    batches = [(scale * shared * torch.randn(16, 3).double(), torch.randn(16, 1).double()) for scale in (1.0, 1.0, 3.0, 3.0)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    report = analyze(model, lambda m, pair: (m(pair[0]) - pair[1]).square().mean(), batches, optimizer)
+    held, threshold = report.generalisation.held_out, report.optimizer.threshold
+    assert held is not None
+    assert threshold is not None
+    assert report.full.rho is not None
+    assert report.generalisation.rho_high is not None
+    assert held / threshold > report.full.rho
+    assert report.generalisation.rho_high >= held / threshold
 
 
 def test_one_batch_in_memory_is_all_of_the_data() -> None:

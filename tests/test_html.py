@@ -141,6 +141,13 @@ def test_one_missing_value_among_numbers(tmp_path: Path) -> None:
     assert not re.search(r"\bnan\b|<NA>|&lt;NA", html)
 
 
+def test_a_bound_is_shown_as_one(tmp_path: Path) -> None:
+    layer = {**json.loads(ASSET.read_text())["layers"][3], "most_negative": -7.5}
+    for status, shown in (("unconverged", ">≤ -7.50<"), ("converged", ">-7.50<")):
+        html = page(document(tmp_path, layers__3={**layer, "most_negative_status": status}))
+        assert shown in next(line for line in html.splitlines() if "model.layers.3<" in line and "<tr>" in line)
+
+
 def test_geometry() -> None:
     chart = log_chart({"a": ([0.0, 1.0, 2.0], [1.0, 10.0, 100.0])}, 10.0, 2)
     assert chart is not None

@@ -98,6 +98,9 @@ def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> Non
     )
     assert with_lr.full.eigenvalue == pytest.approx(report.full.eigenvalue, rel=1e-2)
     assert with_lr.full.rho == pytest.approx(with_lr.full.eigenvalue / 38e3)
+    # That rho's scale is the batch size's: it decides nothing.
+    assert (with_lr.verdict, with_lr.findings[0].code) == ("unresolved", "unresolved-estimate")
+    assert with_lr.generalisation.rho_high is None
 
 
 def test_sgd_without_state(llama: Path) -> None:

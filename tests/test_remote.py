@@ -17,7 +17,7 @@ import pytest
 
 from curvcli.errors import InputError
 from curvcli.inputs import find_checkpoints, open_checkpoint, remote
-from curvcli.inputs.remote import fetched, is_remote
+from curvcli.inputs.remote import _address, fetched
 
 CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
 
@@ -32,11 +32,11 @@ def memory(samples: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def test_what_is_a_url() -> None:
-    assert is_remote(Path("s3://bucket/run"))
-    assert is_remote(Path("hf://org/model"))
-    assert not is_remote(Path("run/checkpoint-10"))
-    assert not is_remote(Path("/abs/run"))
-    assert not is_remote(Path("C:/run"))
+    assert _address(Path("s3://bucket/run")) is not None
+    assert _address(Path("hf://org/model")) is not None
+    assert _address(Path("run/checkpoint-10")) is None
+    assert _address(Path("/abs/run")) is None
+    assert _address(Path("C:/run")) is None
 
 
 def test_the_newest_checkpoint_of_a_run_is_fetched_once(memory, samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,7 @@ def test_the_newest_checkpoint_of_a_run_is_fetched_once(memory, samples: Path, c
 def test_every_checkpoint_of_a_run_is_found_and_none_fetched(memory, capsys: pytest.CaptureFixture[str]) -> None:
     found = find_checkpoints(Path("memory://bucket/calm"))
     assert [path.name for path in found] == ["checkpoint-10", "checkpoint-60", "checkpoint-600"]
-    assert all(is_remote(path) for path in found)
+    assert all(_address(path) for path in found)
     assert capsys.readouterr().err == ""
     assert [open_checkpoint(path).step for path in found[:2]] == [10, 60]
 

@@ -29,11 +29,6 @@ MOST = 64 * 2**30
 _T = TypeVar("_T")
 
 
-def is_remote(path: Path) -> bool:
-    """Whether a path is a URL."""
-    return _URL.fullmatch(str(path)) is not None
-
-
 def fetched(path: Path, folder: Path | None = None) -> Path:
     """A local copy of what a URL names: a file, a checkpoint directory, or the newest checkpoint of a run.
 

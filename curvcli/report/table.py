@@ -11,6 +11,7 @@ from rich.text import Text
 from curvcli.report.fit import plain
 from curvcli.report.frame import number
 from curvcli.results import Estimate, Finding, Report
+from curvcli.verdict import classify
 
 COLOURS = {"stable": "green", "edge": "yellow", "unstable": "red", "unresolved": "magenta"}
 SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}
@@ -86,7 +87,7 @@ def bar(value: float | None, limit: float, width: int, edge: float | None, conso
     """A bar of `width` cells that is full at `limit`, with a tick at the edge; ASCII where the terminal knows no more."""
     solid, tick = ("█", "│") if (console.encoding or "").lower().startswith("utf") else ("#", "|")
     cells = min(width, round(max(0.0, value or 0.0) / limit * width))
-    colour = "cyan" if edge is None or value is None else "green" if value < 0.8 else "yellow" if value <= 1.25 else "red"
+    colour = "cyan" if edge is None or value is None else COLOURS[classify(value)]
     drawn = Text(solid * cells, style=colour) + Text(" " * (width - cells))
     if edge is not None and edge <= limit:
         at = min(width, round(edge / limit * width))
