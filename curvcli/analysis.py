@@ -19,7 +19,8 @@ from curvcli.errors import UsageError
 from curvcli.inputs.networks.blocks import display, find_blocks, locate, survey
 from curvcli.measurement import Directions, Measured, Measurement, Progress, Solved, missed
 from curvcli.optimizers.base import OptimizerView
-from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, override, prepare
+from curvcli.optimizers.given import scaled
+from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, prepare
 from curvcli.verdict import explain, judge
 
 
@@ -83,7 +84,8 @@ def analyze(
         optimizer: in memory, or its state by name, or Estimated(); None measures the Hessian itself.
         weights: predictions in each batch; needed where batches differ in size.
         layers: the model's list of blocks; found by itself where there is one.
-        lr: learning rate to use instead of the optimizer's.
+        lr: learning rate to use instead of the optimizer's: that of the largest parameter group that moves; the others
+            keep their ratio to it.
         mode: how Hessian-vector products are made; "auto" times the exact ones and takes the fastest.
         tolerance: residual over lambda at which the full model and the restricted depths count as converged;
             layers, cut networks and parts of the shard take three times it.
@@ -132,6 +134,8 @@ def examine(
     with measurable(module):
         problem = Problem.create(module, loss, batches, weights)
         metric = _metric(problem, optimizer, lr)
+        if metric.ascends:
+            problem = problem.negated()
         blocks = locate(module, layers) if layers is not None else find_blocks(module)
         notes: dict[str, str] = {}
         if blocks is not None:
@@ -140,7 +144,7 @@ def examine(
         say = progress or (lambda stage, done: None)
         work = Measurement(problem, metric, blocks, solver, mode, say, start=start, depths=depths)
         found = work.run()
-        said = provenance or Provenance()
+        said = provenance or Provenance(lr_source="optimizer" if lr is None else "option")
         said = replace(said, notes={**said.notes, **notes})
         report = _Writer(work, found).report(said, sum(weights) if weights else None)
         return Analysis(report, found.directions, _warm_start(found, report))
@@ -175,9 +179,9 @@ def _metric(
     if optimizer is None:
         return identity(parameters)
     if isinstance(optimizer, Estimated):
-        return prepare(override(estimate(problem, optimizer.options), lr=lr), parameters, kind="estimated")
+        return prepare(scaled(estimate(problem, optimizer.options), parameters, lr), parameters, kind="estimated")
     view = live(optimizer, parameters) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-    return prepare(override(view, lr=lr), parameters)
+    return prepare(scaled(view, parameters, lr), parameters)
 
 
 class _Writer:
@@ -216,7 +220,8 @@ class _Writer:
         parameters = self.problem.parameters
         numel = {n: parameters[n].numel() for n in self.names}
         checkpoint = (provenance.checkpoint or _in_memory)(sum(numel.values()), len(layers))
-        data = provenance.data(found.loss) if provenance.data else _batches(self.problem, found.loss, tokens)
+        loss = -found.loss if self.metric.ascends else found.loss
+        data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
         optimizer = _optimizer(self.metric, provenance.lr_source)
         estimate = results.Estimate(**self.entry(found.full))
         prefix = work.blocks.prefix if work.blocks else ""
@@ -270,14 +275,17 @@ class _Writer:
             idle=self.metric.idle,
             left_out=len(self.metric.left_out),
             notes=provenance.notes,
-            given=provenance.findings,
+            given=(*provenance.findings, *self.metric.findings),
+            doubts=self.metric.doubts,
         )
         return report.model_copy(update={"findings": findings})
 
     def generalisation(self, full: results.Estimate) -> results.Generalisation:
         threshold, held_out = self.metric.threshold, self.measured.held_out
-        # Of an estimated metric the scale follows the size of the batches that it was estimated on: no bracket holds it.
-        if full.rho is None or full.residual is None or threshold is None or self.metric.kind == "estimated":
+        # Of an estimated metric the scale follows the size of the batches that it was estimated on: no bracket holds it,
+        # nor that of an update which is not known in full.
+        unknown = self.metric.kind == "estimated" or bool(self.metric.doubts)
+        if full.rho is None or full.residual is None or threshold is None or unknown:
             return results.Generalisation(held_out=held_out, rho_low=None, rho_high=None)
         high = full.rho + full.residual / threshold
         if held_out is not None:

@@ -28,11 +28,14 @@ from curvcli.inputs.state.evidence import Evidence, choose, contradictions, gath
 from curvcli.inputs.state.mapping import AmbiguousStateError
 from curvcli.inputs.state.soundness import state_findings, weight_findings
 from curvcli.measurement import Directions, Progress
+from curvcli.optimizers import NAMES
+from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import Group, OptimizerView
-from curvcli.optimizers.preconditioner import override
+from curvcli.optimizers.given import at_logged, check_known, override, scaled
+from curvcli.optimizers.sgd import SGD
 
 DEFAULT_TOKENS = 8192
-OPTIMIZERS = ("Adam", "AdamW", "NAdam", "SGD", "RMSprop", "Adagrad", "none")
+OPTIMIZERS = (*NAMES, "none")
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,7 @@ def _optimizer(
     }
     given = {k: v for k, v in given.items() if v is not None}
     names = {n.lower(): n for n in OPTIMIZERS}
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if options.optimizer is not None and options.optimizer.lower() not in names:
         raise UsageError(f"unknown optimizer {options.optimizer!r}", hint=f"one of: {', '.join(OPTIMIZERS)}")
     name = names[options.optimizer.lower()] if options.optimizer else None
@@ -234,13 +238,14 @@ def _optimizer(
     if checkpoint.optimizer is None:
         lr_source: Literal["option", "none"] = "option" if options.lr is not None else "none"
         if name == "SGD":
-            parameters = tuple(n for n, p in model.named_parameters() if p.requires_grad)
-            return OptimizerView((Group(parameters, given),), {}, "SGD"), lr_source, {}
+            check_known(SGD(), given)
+            return OptimizerView((Group(tuple(parameters), given),), {}, "SGD", vouched=True), lr_source, {}
         if name not in (None, "Adam", "AdamW"):
             raise InputError(
                 f"{checkpoint.path} has no optimizer state, and {name}'s cannot be estimated",
                 hint="give a checkpoint with optimizer state, or --optimizer adamw",
             )
+        check_known(Adam(), given)
         return Estimated({"betas": (0.9, 0.999), "eps": 1e-8, **given}), lr_source, {}
     gradients = evidence()
     try:
@@ -248,20 +253,20 @@ def _optimizer(
     except AmbiguousStateError as error:
         view, finding = choose(error, gradients)
         found.append(finding)
-    view = override(replace(view, name=name) if name else view, **given)
+    view = override(replace(view, name=name, vouched=True) if name else view, **{**given, "lr": None})
     found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)
     found += contradictions(view, gradients, checkpoint.optimizer.path)
     if options.lr is not None:
-        return view, "option", {}
+        return scaled(view, parameters, options.lr), "option", {}
     rates = [group.number("lr") for group in view.groups]
-    if max(rates) > 0:
+    if any(rates):
         return view, "checkpoint", {}
     if checkpoint.last_lr is None:
         raise InputError(
             f"the learning rate in {checkpoint.optimizer.path} is 0 and the run's log has none",
             hint="pass the one in force with --lr",
         )
-    return override(view, lr=checkpoint.last_lr), "log", {}
+    return at_logged(view, checkpoint.last_lr), "log", {}
 
 
 def _architecture(model: str | None) -> Architecture | None:

@@ -39,7 +39,13 @@ def judge(full: Estimate, generalisation: Generalisation) -> VerdictName:
 
 
 def explain(
-    report: Report, *, idle: int, left_out: int, notes: dict[str, str], given: Sequence[Finding] = ()
+    report: Report,
+    *,
+    idle: int,
+    left_out: int,
+    notes: dict[str, str],
+    given: Sequence[Finding] = (),
+    doubts: Sequence[str] = (),
 ) -> list[Finding]:
     """Findings in plain words, the verdict's own first, the others by severity.
 
@@ -48,6 +54,7 @@ def explain(
         idle: weights that never had a gradient; left_out: tensors that the optimizer does not move.
         notes: what the checkpoint's reader knows, by code.
         given: findings made before the measurement, on the files themselves.
+        doubts: the optimizer's options and state that may change its update, and that are not known.
     """
     found = [*given]
     found += _metric(report.optimizer, idle, left_out, notes)
@@ -55,10 +62,10 @@ def explain(
     found += _shape(report.full, report.layers, report.cumulative, report.attribution)
     found += _quality(report)
     order = {"error": 0, "warning": 1, "info": 2}
-    return [_headline(report), *sorted(found, key=lambda f: order[f.severity])]
+    return [_headline(report, doubts), *sorted(found, key=lambda f: order[f.severity])]
 
 
-def _headline(report: Report) -> Finding:
+def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     verdict, full, optimizer = report.verdict, report.full, report.optimizer
     generalisation, data = report.generalisation, report.data
     if optimizer.threshold is None:
@@ -79,6 +86,13 @@ def _headline(report: Report) -> Finding:
                 code="unresolved-residual",
                 severity="warning",
                 message=f"rho {full.rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); raise --max-hvps",
+            )
+        if doubts:
+            return Finding(
+                code="unresolved-optimizer",
+                severity="warning",
+                message=f"rho {full.rho:.3g} is that of {optimizer.name}, and the optimizer has {', '.join(doubts[:4])}, "
+                f"which may change its update: no verdict; pass --optimizer {optimizer.name.lower()} if it does not",
             )
         if optimizer.preconditioner == "estimated":
             return Finding(

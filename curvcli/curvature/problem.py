@@ -127,6 +127,10 @@ class Problem:
         total = sum(weights)
         return replace(self, batches=[self.batches[i] for i in indices], weights=[w / total for w in weights])
 
+    def negated(self) -> Problem:
+        """Minus the function: what an optimizer that maximises descends."""
+        return replace(self, loss=lambda model, batch: -self.loss(model, batch))
+
     def truncated(self, blocks: Blocks, depth: int) -> Problem:
         """The network whose blocks from `depth` on are identities (curvature.md, cumulative truncated)."""
         return replace(self, scope=lambda: blocks.truncated(depth))

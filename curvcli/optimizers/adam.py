@@ -4,29 +4,45 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvcli.optimizers.base import Group, OptimizerView, State, moment
+from curvcli.optimizers.base import Group, OptimizerView, State, moment, steps
 
-
-def _root(group: Group, state: State) -> Tensor:
-    """sqrt(v / (1 - b2^t)) + eps, with the running maximum of v under amsgrad."""
-    key = "max_exp_avg_sq" if group.options.get("amsgrad") else "exp_avg_sq"
-    correction = 1 - group.betas[1] ** float(state["step"])
-    root: Tensor = (moment(state, key) / correction).sqrt() + group.number("eps", 1e-8)
-    return root
+_SHARED = frozenset({"lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay"})
+# Copies of the weights in float32, and what was lost to rounding.
+_COPIES = frozenset({"master_param", "master", "compensation", "kahan_comp"})
 
 
 class Adam:
-    """Cohen et al., arXiv 2207.14484: threshold (2/lr - wd)(1 + b1)/(1 - b1)."""
+    """Cohen et al., arXiv 2207.14484: threshold (2/lr - wd)(1 + b1)/(1 - b1).
+
+    Bias correction is as the group says: off with transformers' `correct_bias` or apex' and DeepSpeed's
+    `bias_correction`. Weight decay is decoupled as the group says (`decoupled_weight_decay`, `adam_w_mode`).
+    """
+
+    names = frozenset(
+        {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
+        | {f"{paged}Adam{w}{bits}" for paged in ("", "Paged") for w in ("", "W") for bits in ("", "8bit", "32bit")}
+    )
+    state = frozenset({"exp_avg", "exp_avg_sq"})
+    extra = _COPIES | {"step", "max_exp_avg_sq"}
+    options = _SHARED | {"amsgrad", "correct_bias", "bias_correction", "adam_w_mode"}
 
     def matches(self, view: OptimizerView) -> bool:
-        known = view.name in (None, "Adam", "AdamW")
-        return known and {"exp_avg", "exp_avg_sq", "step"} <= view.keys and "mu_product" not in view.keys
+        return self.state <= view.keys
 
     def name(self, view: OptimizerView) -> str:
-        return view.name or ("AdamW" if all(self.decoupled(g) for g in view.groups) else "Adam")
+        if view.name in ("Adam", "AdamW"):
+            return view.name
+        return "AdamW" if all(self.decoupled(g, view.name) for g in view.groups) else "Adam"
 
     def preconditioner(self, group: Group, state: State) -> Tensor:
-        corrected: Tensor = _root(group, state) * (1 - group.betas[0] ** float(state["step"]))
+        root: Tensor = moment(state, "max_exp_avg_sq" if group.options.get("amsgrad") else "exp_avg_sq").sqrt()
+        eps = group.number("eps", 1e-8)
+        if not all(group.options.get(key, True) for key in ("correct_bias", "bias_correction")):
+            return root + eps
+        first, second = (1 - beta ** steps(state) for beta in group.betas)
+        # transformers adds eps to the root before it is corrected.
+        inner, outer = (eps, 0.0) if "correct_bias" in group.options else (0.0, eps)
+        corrected: Tensor = ((root + inner) / second**0.5 + outer) * first
         return corrected
 
     def gain(self, group: Group, state: State) -> float:
@@ -35,9 +51,11 @@ class Adam:
     def rate(self, group: Group, state: State) -> float:
         return group.number("lr")
 
-    def decoupled(self, group: Group) -> bool:
-        # Files from before torch 2.8 do not say; AdamW is what trainers of Transformers use.
-        return bool(group.options.get("decoupled_weight_decay", True))
+    def decoupled(self, group: Group, name: str | None) -> bool:
+        said = group.options.get("decoupled_weight_decay", group.options.get("adam_w_mode"))
+        # Files from before torch 2.8 do not say; AdamW is what trainers of Transformers use, and all others that
+        # are read here. bitsandbytes decouples in its Adam too, but no class of that name is of bitsandbytes in a file.
+        return name != "Adam" if said is None else bool(said)
 
     def momentum(self, group: Group, state: State) -> Tensor:
         return state["exp_avg"]  # type: ignore[no-any-return]
@@ -50,20 +68,24 @@ class NAdam(Adam):
     (1 - mu_t)/(1 - M_t) + mu_t+1/(1 - M_t mu_t+1) (1 - b1)/(1 + b1).
     """
 
-    def matches(self, view: OptimizerView) -> bool:
-        return view.name in (None, "NAdam") and "mu_product" in view.keys
+    names = frozenset({"NAdam"})
+    state = frozenset({"exp_avg", "exp_avg_sq", "mu_product"})
+    extra = frozenset({"step"})
+    options = _SHARED | {"momentum_decay"}
 
     def name(self, view: OptimizerView) -> str:
         return "NAdam"
 
     def preconditioner(self, group: Group, state: State) -> Tensor:
-        return _root(group, state)
+        correction = 1 - group.betas[1] ** steps(state)
+        root: Tensor = (moment(state, "exp_avg_sq") / correction).sqrt() + group.number("eps", 1e-8)
+        return root
 
     def gain(self, group: Group, state: State) -> float:
         now, ahead = self._coefficients(group, state)
         return now + ahead * super().gain(group, state)
 
-    def decoupled(self, group: Group) -> bool:
+    def decoupled(self, group: Group, name: str | None) -> bool:
         return bool(group.options.get("decoupled_weight_decay", False))
 
     def momentum(self, group: Group, state: State) -> Tensor:
@@ -72,7 +94,7 @@ class NAdam(Adam):
         return state["exp_avg"] * (now + ahead)  # type: ignore[no-any-return]
 
     def _coefficients(self, group: Group, state: State) -> tuple[float, float]:
-        beta, decay, step = group.betas[0], group.number("momentum_decay", 4e-3), float(state["step"])
+        beta, decay, step = group.betas[0], group.number("momentum_decay", 4e-3), steps(state)
         mu, mu_next = (beta * (1 - 0.5 * 0.96 ** (t * decay)) for t in (step, step + 1))
         product = float(state["mu_product"])
         return (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvcli.optimizers.base import Group, OptimizerView, State, moment
+from curvcli.errors import InputError
+from curvcli.optimizers.base import Group, OptimizerView, State, moment, steps
 
 
 class RMSprop:
     """Cohen et al., arXiv 2207.14484: threshold 2/lr, (2 + 2b)/lr with momentum."""
 
+    names = frozenset({"RMSprop"})
+    state = frozenset({"square_avg"})
+    extra = frozenset({"step", "momentum_buffer", "grad_avg"})
+    options = frozenset({"lr", "alpha", "eps", "momentum", "centered", "weight_decay", "maximize"})
+
     def matches(self, view: OptimizerView) -> bool:
-        return view.name in (None, "RMSprop") and "square_avg" in view.keys and "acc_delta" not in view.keys
+        return self.state <= view.keys
 
     def name(self, view: OptimizerView) -> str:
         return "RMSprop"
@@ -19,7 +25,12 @@ class RMSprop:
     def preconditioner(self, group: Group, state: State) -> Tensor:
         square = moment(state, "square_avg")
         if group.options.get("centered"):
-            square = (square - state["grad_avg"].to(square).square()).clamp_min(0)
+            mean = state.get("grad_avg")
+            if not isinstance(mean, Tensor):
+                raise InputError(
+                    "RMSprop is centered and its state has no 'grad_avg'", hint="it is damaged: use another checkpoint"
+                )
+            square = (square - mean.to(square).square()).clamp_min(0)
         return square.sqrt() + group.number("eps", 1e-8)
 
     def gain(self, group: Group, state: State) -> float:
@@ -28,7 +39,7 @@ class RMSprop:
     def rate(self, group: Group, state: State) -> float:
         return group.number("lr")
 
-    def decoupled(self, group: Group) -> bool:
+    def decoupled(self, group: Group, name: str | None) -> bool:
         return False
 
     def momentum(self, group: Group, state: State) -> Tensor | None:
@@ -40,8 +51,13 @@ class RMSprop:
 class Adagrad:
     """Threshold 2/lr with lr decayed as torch/optim/adagrad.py does: lr / (1 + (t - 1) lr_decay)."""
 
+    names = frozenset({"Adagrad"})
+    state = frozenset({"sum"})
+    extra = frozenset({"step"})
+    options = frozenset({"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value", "maximize"})
+
     def matches(self, view: OptimizerView) -> bool:
-        return view.name in (None, "Adagrad") and "sum" in view.keys
+        return self.state <= view.keys
 
     def name(self, view: OptimizerView) -> str:
         return "Adagrad"
@@ -53,9 +69,10 @@ class Adagrad:
         return 1.0
 
     def rate(self, group: Group, state: State) -> float:
-        return group.number("lr") / (1 + (float(state["step"]) - 1) * group.number("lr_decay", 0.0))
+        decay = group.number("lr_decay", 0.0)
+        return group.number("lr") / (1 + (steps(state) - 1) * decay) if decay else group.number("lr")
 
-    def decoupled(self, group: Group) -> bool:
+    def decoupled(self, group: Group, name: str | None) -> bool:
         return False
 
     def momentum(self, group: Group, state: State) -> None:

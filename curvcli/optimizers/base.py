@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from curvcli.errors import InputError
+from curvcli.errors import InputError, UnsupportedError
+from curvcli.results import Finding
 
 Options = Mapping[str, Any]
 State = Mapping[str, Any]
+
+NO_OPTIMIZER = "pass --optimizer none (in Python optimizer=None) for the curvature of the loss itself, without rho"
+
+# bitsandbytes puts what it quantises under this key of each parameter's state, and what it does not quantise too.
+_NESTED = "__bnb_optimizer_quant_state__"
+_MOMENTS = {"exp_avg": "state1", "exp_avg_sq": "state2"}
 
 
 @dataclass(frozen=True)
@@ -39,20 +47,42 @@ class Group:
         betas = self.options.get("betas")
         try:
             first, second = (float(b) for b in betas)  # type: ignore[union-attr]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"optimizer option 'betas' is {betas!r}", hint="pass --betas B1,B2") from error
         if not (0 <= first < 1 and 0 <= second < 1):
             raise InputError(f"optimizer option 'betas' is {betas!r}", hint="pass --betas B1,B2, each in [0, 1)")
         return first, second
 
+    @property
+    def rate(self) -> float | None:
+        """The learning rate in force, None where the group has none. Raises InputError where it is no number."""
+        return None if self.options.get("lr") is None else self.number("lr")
+
 
 @dataclass(frozen=True)
 class OptimizerView:
-    """Optimizer state by parameter name. `name` is the class where it is known, as in torch.optim."""
+    """Optimizer state by parameter name, its entries named as in torch.optim whoever wrote them.
+
+    bitsandbytes' float32 moments (state1, state2) become exp_avg and exp_avg_sq; a step that is counted for a whole
+    group, as fused Adams do, becomes each parameter's.
+
+    Attributes:
+        name: the class, where it is known.
+        vouched: the class is certain: torch's own in memory, or named by the user. Options that are not known cannot
+            change its update then.
+        findings: what was done to the options on the way here.
+    """
 
     groups: tuple[Group, ...]
     state: Mapping[str, State]
     name: str | None = None
+    vouched: bool = False
+    findings: tuple[Finding, ...] = ()
+
+    def __post_init__(self) -> None:
+        counted = {n: g.options["step"] for g in self.groups if g.options.get("step") is not None for n in g.names}
+        state = {name: _as_torch(entry, counted.get(name)) for name, entry in self.state.items()}
+        object.__setattr__(self, "state", state)
 
     @property
     def keys(self) -> frozenset[str]:
@@ -67,14 +97,31 @@ class OptimizerView:
 
 
 class Rule(Protocol):
-    """How one family of optimizers turns curvature into stability; formulas in docs/method.md."""
+    """How one family of optimizers turns curvature into stability; formulas in docs/method.md.
+
+    What is not declared here is not ignored: `options.scrutinise` refuses it, or doubts the result.
+
+    Attributes:
+        names: classes that follow it.
+        state: entries that every parameter has after a step, and `extra`: those that it may have.
+        options: group options that the rule honours.
+    """
+
+    @property
+    def names(self) -> frozenset[str]: ...
+    @property
+    def state(self) -> frozenset[str]: ...
+    @property
+    def extra(self) -> frozenset[str]: ...
+    @property
+    def options(self) -> frozenset[str]: ...
 
     def name(self, view: OptimizerView) -> str:
         """The optimizer's name in torch.optim."""
         ...
 
     def matches(self, view: OptimizerView) -> bool:
-        """Whether this state and these options are of this family."""
+        """Whether state without a class's name is of this family."""
         ...
 
     def preconditioner(self, group: Group, state: State) -> Tensor | None:
@@ -89,8 +136,12 @@ class Rule(Protocol):
         """Learning rate that multiplies P^(-1) at this step."""
         ...
 
-    def decoupled(self, group: Group) -> bool:
-        """Whether weight decay acts on the weights alone rather than as part of the gradient."""
+    def decoupled(self, group: Group, name: str | None) -> bool:
+        """Whether weight decay acts on the weights alone rather than as part of the gradient.
+
+        Args:
+            name: the optimizer's class, where it is known.
+        """
         ...
 
     def momentum(self, group: Group, state: State) -> Tensor | None:
@@ -99,16 +150,69 @@ class Rule(Protocol):
 
 
 def moment(state: State, key: str) -> Tensor:
-    """A second moment as stored, at least in float32. Raises InputError where negative entries make it none."""
-    value = state[key]
+    """A second moment as stored, at least in float32. Raises InputError where it is missing or negative entries make it
+    none, UnsupportedError where it is quantised."""
+    value = state.get(key)
+    if not isinstance(value, Tensor):
+        raise InputError(f"the optimizer state has no {key!r}", hint="it is damaged: use another checkpoint")
+    if not value.is_floating_point():
+        raise UnsupportedError(
+            f"second moment {key!r} is stored as {str(value.dtype).removeprefix('torch.')}: quantised; not supported",
+            hint=NO_OPTIMIZER,
+        )
     value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if bool((value < 0).any()):
         raise InputError(
             f"second moment {key!r} has negative entries (least {float(value.min()):.3g})",
             hint="the optimizer state is damaged: use another checkpoint",
         )
-    return value  # type: ignore[no-any-return]
+    return value
+
+
+def steps(state: State) -> float:
+    """Steps that a parameter took, 1 or more. Raises InputError where the state does not say."""
+    value = state.get("step")
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    if not 1 <= number < float("inf"):
+        raise InputError(
+            f"the optimizer counts {'no' if value is None else str(value)[:40]} steps, so its bias correction is unknown",
+            hint="use a checkpoint with the step in the optimizer's state or groups, or pass --optimizer none",
+        )
+    return number
+
+
+class _Renamed(Mapping[str, Any]):
+    """State under other names, read when it is asked for."""
+
+    def __init__(self, entry: State, stored: Mapping[str, str]) -> None:
+        self._entry, self._stored = entry, stored
+        self._names = {old: new for new, old in stored.items()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._entry[self._stored.get(key, key)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._names.get(key, key) for key in self._entry)
+
+    def __len__(self) -> int:
+        return len(self._entry)
+
+
+def _as_torch(entry: State, step: Any) -> State:
+    if any(key.startswith(_NESTED) for key in entry):  # torch.distributed.checkpoint flattens it: "prefix.state1"
+        inner = entry.get(_NESTED)
+        flat = {key: key.removeprefix(f"{_NESTED}.") for key in entry if key != _NESTED}
+        entry = _Renamed({k: entry[k] for k in flat}, {new: old for old, new in flat.items()})
+        entry = {**entry, **inner} if isinstance(inner, Mapping) else entry
+    if set(_MOMENTS.values()) <= set(entry) and not any(key.startswith(("absmax", "qmap")) for key in entry):
+        entry = _Renamed(entry, _MOMENTS)
+    return entry if step is None or "step" in entry else ChainMap({"step": step}, entry)  # type: ignore[arg-type]
 
 
 def _override(key: str) -> str:
-    return f"pass --{key.replace('_', '-')} to override it"
+    if key in ("lr", "eps", "weight_decay", "momentum"):
+        return f"pass --{key.replace('_', '-')} to override it"
+    return f"use another checkpoint, or {NO_OPTIMIZER}"

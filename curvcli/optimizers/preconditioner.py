@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from curvcli.curvature.problem import Problem
-from curvcli.errors import InputError, UsageError
+from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
-from curvcli.optimizers.base import Group, OptimizerView
+from curvcli.optimizers.adam import Adam
+from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
+from curvcli.optimizers.given import lead as lead_of
+from curvcli.optimizers.options import scrutinise
+from curvcli.results import Finding
 
 Kind = Literal["checkpoint", "estimated", "none"]
 
@@ -31,9 +35,12 @@ class Preconditioner:
         decay: coupled weight decay by name, which belongs to the Hessian.
         direction: the optimizer's own step direction lr_p/lr P^(-1) m by name, or None without state.
         threshold: of lambda; None without a learning rate.
-        rate: learning rate of the largest group, None when unknown.
+        rate: learning rate of the largest group that moves, None when unknown.
         idle: entries of parameters that never got a gradient (second moment exactly 0).
         left_out: parameters in no group, without state, or whose second moment is 0 throughout.
+        ascends: the optimizer maximises, so the curvature in this metric is that of minus the loss.
+        doubts: options and state that no rule knows and that may change the update: no verdict can rest on it.
+        findings: what the report has to say of the groups.
     """
 
     kind: Kind
@@ -47,6 +54,9 @@ class Preconditioner:
     step: int | None
     idle: int = 0
     left_out: tuple[str, ...] = ()
+    ascends: bool = False
+    doubts: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
 
 def identity(parameters: Mapping[str, Tensor]) -> Preconditioner:
@@ -60,15 +70,21 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
 
     Raises:
         InputError: a state tensor does not fit its parameter, or is not finite or negative.
-        UnsupportedError: the optimizer has no rule, or no threshold exists for it.
+        UnsupportedError: the optimizer has no rule, no threshold exists for it, or its options change its update.
+        UsageError: every learning rate is 0, or one is negative.
     """
     rule = rule_for(view)
+    doubts = scrutinise(view, rule)
     stateful = bool(view.state)
+    rates = [group.rate for group in view.groups if group.names]
+    if rates and all(rate == 0 for rate in rates):
+        raise UsageError("the learning rate of every parameter group is 0", hint="pass the one in force with --lr")
+    frozen = {name for group in view.groups if group.rate == 0 for name in group.names if name in parameters}
     members = [
         (name, group)
         for group in view.groups
         for name in group.names
-        if name in parameters and (not stateful or name in view.state)
+        if name in parameters and name not in frozen and (not stateful or name in view.state)
     ]
     if not members:
         raise InputError("the optimizer moves no parameter of this model", hint="check that model and state belong together")
@@ -83,17 +99,16 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
                 hint="the optimizer state is damaged: use another checkpoint",
             )
         _check(name, parameters[name], entry)
-    sizes: dict[int, int] = {}
-    for name, group in members:
-        sizes[id(group)] = sizes.get(id(group), 0) + parameters[name].numel()
-    lead_name, lead = max(members, key=lambda member: sizes[id(member[1])])
+    moving = {name: parameters[name] for name, _ in members}
+    largest = lead_of(view, moving)
+    lead_name, lead = next((name, group) for name, group in members if group is largest)
     state = view.state.get(lead_name, {})
     rate = rule.rate(lead, state) if lead.options.get("lr") is not None else None
 
     def threshold(name: str, group: Group) -> float:
         entry = view.state.get(name, {})
         own = rule.rate(group, entry)
-        wd = group.number("weight_decay", 0.0) if rule.decoupled(group) else 0.0
+        wd = group.number("weight_decay", 0.0) if rule.decoupled(group, view.name) else 0.0
         if not own > 0:
             raise UsageError(f"the learning rate of a parameter group is {own}", hint="pass the one in force with --lr")
         if not 2 / own > wd:
@@ -103,6 +118,14 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
             )
         return (2 / own - wd) / rule.gain(group, entry)
 
+    directions = {bool(group.options.get("maximize")) for _, group in members}
+    if len(directions) > 1:
+        raise UnsupportedError(
+            "some parameter groups maximise and others minimise: their curvature is not symmetric", hint=NO_OPTIMIZER
+        )
+    ascends = directions.pop()
+    if ascends and not view.vouched:
+        doubts = (*doubts, "option maximize=True, of a loss that may be minus the one measured")
     reference = threshold(lead_name, lead) if rate is not None else None
     scale: dict[str, Tensor] = {}
     direction: dict[str, Tensor] = {}
@@ -125,7 +148,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
             if bool(never.all()):
                 continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
             scale[name] = torch.where(never.to(parameter.device), torch.zeros_like(root), root)
-        if not rule.decoupled(group):
+        if not rule.decoupled(group, view.name):
             decay[name] = group.number("weight_decay", 0.0)
         m = rule.momentum(group, entry) if entry else None
         if m is not None and rate is not None:
@@ -147,7 +170,10 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         options=lead.options,
         step=view.step if kind == "checkpoint" else None,
         idle=idle,
-        left_out=tuple(n for n in parameters if n not in scale),
+        left_out=tuple(n for n in parameters if n not in scale and n not in frozen),
+        ascends=ascends,
+        doubts=doubts,
+        findings=(*view.findings, *_said(view, rule, frozen, ascends)),
     )
 
 
@@ -171,24 +197,58 @@ def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
     return OptimizerView((Group(tuple(names), options),), state, "AdamW")
 
 
-def override(view: OptimizerView, **options: Any) -> OptimizerView:
-    """The view with hyperparameters replaced in every group; None leaves the checkpoint's."""
-    given = {k: v for k, v in options.items() if v is not None}
-    return replace(view, groups=tuple(Group(g.names, {**g.options, **given}) for g in view.groups))
-
-
 def live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> OptimizerView:
-    """View of an optimizer in memory, by the identity of its parameters."""
+    """View of an optimizer in memory, by the identity of its parameters.
+
+    torch's own classes are what they say, and read no options of a group but their own.
+    """
     names = {id(p): n for n, p in parameters.items()}
+    mode = getattr(optimizer, "adam_w_mode", None)  # apex' and DeepSpeed's fused Adam, which say it nowhere else
+    extra = {} if mode is None else {"adam_w_mode": bool(mode)}
     groups = tuple(
         Group(
             tuple(names[id(p)] for p in group["params"] if id(p) in names),
-            {k: v for k, v in group.items() if k != "params"},
+            {**extra, **{k: v for k, v in group.items() if k != "params"}},
         )
         for group in optimizer.param_groups
     )
     state = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names and entry}
-    return OptimizerView(groups, state, type(optimizer).__name__)
+    kind = type(optimizer)
+    return OptimizerView(groups, state, kind.__name__, vouched=kind.__module__.startswith("torch.optim."))
+
+
+def _said(view: OptimizerView, rule: Rule, frozen: set[str], ascends: bool) -> list[Finding]:
+    found = []
+    if frozen:
+        groups = sum(group.rate == 0 and bool(group.names) for group in view.groups)
+        found.append(
+            Finding(
+                code="frozen-groups",
+                severity="info",
+                message=f"{groups} of {len(view.groups)} parameter groups have learning rate 0: their {len(frozen)} tensors "
+                "are left out as frozen",
+            )
+        )
+    if ascends:
+        found.append(
+            Finding(
+                code="ascends",
+                severity="warning",
+                message="the optimizer maximises (maximize=True): the curvature is that of minus the loss, which is right "
+                "where it climbs the very loss that is measured",
+            )
+        )
+    unsaid = [g for g in view.groups if {"decoupled_weight_decay", "adam_w_mode", "correct_bias"}.isdisjoint(g.options)]
+    if view.name is None and type(rule) is Adam and any(g.options.get("weight_decay") for g in unsaid):
+        found.append(
+            Finding(
+                code="decay-assumed",
+                severity="info",
+                message="the checkpoint does not say whether weight decay is decoupled: it is taken as AdamW's; pass "
+                "--optimizer adam where it is part of the gradient",
+            )
+        )
+    return found
 
 
 def _second_moment(entry: Mapping[str, Any]) -> Tensor:

@@ -5,63 +5,168 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from curvcli.errors import UnsupportedError
-from curvcli.optimizers.base import OptimizerView
+from curvcli.optimizers.base import NO_OPTIMIZER, OptimizerView
 
 _NO_THRESHOLD = "its update is no linear map of the gradient, so no Euclidean stability threshold exists"
 
-# Name of the family, how its state looks, and the reason. The first that fits speaks.
-_REFUSED: tuple[tuple[str, Callable[[OptimizerView], bool], str], ...] = (
-    ("Muon", lambda v: v.name == "Muon" or any("ns_steps" in g.options for g in v.groups), _NO_THRESHOLD),
-    ("Lion", lambda v: v.name == "Lion" or (v.name is None and v.keys == {"exp_avg"}), _NO_THRESHOLD),
-    ("Rprop", lambda v: v.name == "Rprop" or "prev" in v.keys, _NO_THRESHOLD),
+
+class _Seen:
+    """An optimizer's options and state by name; values that are None are not set."""
+
+    def __init__(self, view: OptimizerView) -> None:
+        self.name: str | None = view.name
+        self.keys: frozenset[str] = view.keys
+        self.groups = [group.options for group in view.groups]
+        self.options = frozenset(key for group in self.groups for key in group)
+
+    def values(self, key: str) -> list[object]:
+        return [group[key] for group in self.groups if group.get(key) is not None]
+
+    def on(self, key: str) -> bool:
+        return any(value is not False and value != 0 for value in self.values(key))
+
+    def says(self, name: str) -> bool:
+        """Whether an option's value names an algorithm."""
+        said = [value for key in ("algorithm", "optimizer", "optim") for value in self.values(key)]
+        return any(isinstance(value, str) and value.lower() == name for value in said)
+
+
+# Family, parts of its classes' names in lower case, how its options and its state look, and the reason. The first that
+# fits speaks. What bitsandbytes stores in 32 bits is named as torch names it by now: what has its names still is quantised.
+_Look = Callable[[_Seen], bool]
+_REFUSED: tuple[tuple[str, tuple[str, ...], _Look, str], ...] = (
+    (
+        "schedule-free",
+        ("schedulefree",),
+        lambda s: "weight_sum" in s.options or "z" in s.keys,
+        "it takes gradients between two sequences of weights, of which a file holds either; not supported",
+    ),
+    ("Muon", ("muon",), lambda s: bool(s.values("ns_steps") or s.on("use_muon") or s.says("muon")), _NO_THRESHOLD),
+    ("Dion", ("dion",), lambda s: s.says("dion"), _NO_THRESHOLD),
+    ("Lion", ("lion",), lambda s: s.keys == {"exp_avg"} or s.says("lion"), _NO_THRESHOLD),
+    ("Rprop", ("rprop",), lambda s: "prev" in s.keys, _NO_THRESHOLD),
     (
         "Adafactor",
-        lambda v: v.name == "Adafactor" or bool(v.keys & {"exp_avg_sq_row", "row_var"}),
+        ("adafactor",),
+        lambda s: bool(s.keys & {"exp_avg_sq_row", "row_var"}),
         "its second moment is factored and its learning rate depends on the state; not supported",
     ),
     (
         "SOAP or Shampoo",
-        lambda v: v.name in ("SOAP", "Shampoo") or bool(v.keys & {"Q", "GG", "precond", "inv_precond"}),
+        ("soap", "shampoo"),
+        lambda s: bool(s.keys & {"Q", "GG", "precond", "inv_precond"}),
         "its preconditioner is not diagonal; not supported",
     ),
     (
+        "AdEMAMix",
+        ("ademamix",),
+        lambda s: bool("exp_avg_slow" in s.keys or s.values("beta3")) or any(_length(v) == 3 for v in s.values("betas")),
+        "it adds a second, slow moment to the update; not supported",
+    ),
+    (
+        "LAMB or LARS",
+        ("lamb", "lars"),
+        lambda s: (
+            bool(s.keys & {"trust_ratio", "unorm_vec"})
+            or bool(s.options & {"grad_averaging", "trust_clip", "always_adapt", "trust_coeff", "trust_coefficient"})
+        ),
+        "it scales each tensor's update by a ratio of norms, which is no linear map of the gradient",
+    ),
+    (
+        "Lookahead",
+        ("lookahead",),
+        lambda s: any("lookahead" in key for key in s.options) or bool(s.keys & {"lookahead_slow_avg", "slow_buffer"}),
+        "it pulls the weights back to slow ones every few steps; not supported",
+    ),
+    (
+        "SAM",
+        ("sam",),
+        lambda s: bool(s.keys & {"old_p", "e_w"}),
+        "it takes gradients at disturbed weights; not supported",
+    ),
+    (
+        "Sophia or AdaHessian",
+        ("sophia", "adahessian"),
+        lambda s: bool(s.keys & {"hessian", "exp_hessian_diag_sq"}),
+        "it clips by, or divides by, estimates of the Hessian; not supported",
+    ),
+    (
+        "AdaBelief",
+        ("adabelief",),
+        lambda s: "exp_avg_var" in s.keys,
+        "it divides by the gradient's deviation from its mean; not supported",
+    ),
+    (
+        "Adan or MARS",
+        ("adan", "mars"),
+        lambda s: bool(s.keys & {"exp_avg_diff", "neg_pre_grad", "pre_grad", "last_grad", "previous_grad"}),
+        "it adds differences of successive gradients to the update; not supported",
+    ),
+    (
+        "Prodigy or D-Adaptation",
+        ("prodigy", "dadapt"),
+        lambda s: {"d", "d0"} <= s.options or "p0" in s.keys,
+        "its learning rate is multiplied by an estimate of its own; not supported",
+    ),
+    (
+        "GaLore",
+        ("galore",),
+        lambda s: "projector" in s.keys or "update_proj_gap" in s.options,
+        "its moments are of projected gradients; not supported",
+    ),
+    (
         "8-bit Adam",
-        lambda v: bool(v.keys & {"state1", "state2", "absmax1"}),
+        (),
+        lambda s: any(key.startswith(("absmax", "qmap")) for key in s.keys),
         "its moments are quantised in blocks; not supported",
     ),
     (
+        "bitsandbytes' with one moment",
+        (),
+        lambda s: "state1" in s.keys,
+        "SGD, RMSprop, Adagrad and Lion look alike in its files; not supported",
+    ),
+    (
+        "one of timm's (NAdamW, NAdam, ADOPT, LaProp, SGDW)",
+        ("nadamw", "adopt", "laprop", "sgdw"),
+        # Of those that can be cautious AdamW alone has amsgrad.
+        lambda s: (
+            bool(s.options & {"clip_exp", "schedule_decay"}) or ("caution" in s.options and "amsgrad" not in s.options)
+        ),
+        "it is neither Adam nor SGD, though its state has the same names; not supported",
+    ),
+    (
+        "TensorFlow's RMSprop",
+        ("rmsproptf",),
+        lambda s: "lr_in_momentum" in s.options,
+        "it takes the root of the second moment and eps together; not supported",
+    ),
+    (
         "RAdam",
-        lambda v: (
-            v.name == "RAdam"
-            or (
-                v.name is None
-                and "exp_avg_sq" in v.keys
-                and "mu_product" not in v.keys
-                and all("amsgrad" not in g.options and "foreach" in g.options for g in v.groups)
-            )
+        ("radam",),
+        lambda s: (
+            s.name is None
+            and "exp_avg_sq" in s.keys
+            and "mu_product" not in s.keys
+            and ("foreach" in s.options or "buffer" in s.options or "degenerated_to_sgd" in s.options)
+            and "amsgrad" not in s.options
         ),
         "its update is rectified by a factor that depends on the step; not supported",
     ),
-    (
-        "Adadelta",
-        lambda v: v.name == "Adadelta" or "acc_delta" in v.keys,
-        "its learning rate depends on the state; not supported",
-    ),
-    (
-        "Adamax",
-        lambda v: v.name == "Adamax" or "exp_inf" in v.keys,
-        "its preconditioner is a running maximum; not supported",
-    ),
+    ("Adadelta", ("adadelta",), lambda s: "acc_delta" in s.keys, "its learning rate depends on the state; not supported"),
+    ("Adamax", ("adamax",), lambda s: "exp_inf" in s.keys, "its preconditioner is a running maximum; not supported"),
+    ("ASGD", ("asgd",), lambda s: {"ax", "eta"} <= s.keys, "it keeps an average of the weights beside them; not supported"),
 )
 
 
 def refuse(view: OptimizerView) -> None:
     """Raise UnsupportedError, with the reason, for an optimizer that no rule may measure."""
-    for family, looks_like, reason in _REFUSED:
-        if looks_like(view):
-            raise UnsupportedError(
-                f"the optimizer is {family}: {reason}",
-                hint="pass --optimizer none for the curvature of the loss itself, without rho",
-            )
-    if any(g.options.get("maximize") for g in view.groups):
-        raise UnsupportedError("the optimizer maximises its objective", hint="only minimisation is measured")
+    seen = _Seen(view)
+    named = (view.name or "").lower()
+    for family, names, looks_like, reason in _REFUSED:
+        if any(name in named for name in names) or looks_like(seen):
+            raise UnsupportedError(f"the optimizer is {family}: {reason}", hint=NO_OPTIMIZER)
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, (tuple, list)) else 0

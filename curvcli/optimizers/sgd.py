@@ -10,11 +10,14 @@ from curvcli.optimizers.base import Group, OptimizerView, State
 class SGD:
     """Cohen et al., arXiv 2103.00065: threshold 2/lr, (2 + 2b)/lr with PyTorch's heavy ball."""
 
+    names = frozenset({"SGD"})
+    state: frozenset[str] = frozenset()
+    extra = frozenset({"momentum_buffer", "step"})
+    options = frozenset({"lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize"})
+
     def matches(self, view: OptimizerView) -> bool:
-        if view.name is not None:
-            return view.name == "SGD"
-        options = [set(g.options) for g in view.groups]
-        return view.keys <= {"momentum_buffer"} and all({"dampening", "nesterov", "momentum"} <= o for o in options)
+        said = [set(g.options) for g in view.groups]
+        return view.keys <= self.extra and all({"dampening", "nesterov", "momentum"} <= options for options in said)
 
     def name(self, view: OptimizerView) -> str:
         return "SGD"
@@ -31,7 +34,7 @@ class SGD:
     def rate(self, group: Group, state: State) -> float:
         return group.number("lr")
 
-    def decoupled(self, group: Group) -> bool:
+    def decoupled(self, group: Group, name: str | None) -> bool:
         return False
 
     def momentum(self, group: Group, state: State) -> Tensor | None:

@@ -170,6 +170,8 @@ class CurvatureTracker:
         view = live(self.optimizer, parameters)
         locked = self._translate(self.warmup.locked_parameters()) if self.warmup else frozenset()
         metric = _without(prepare(view, parameters), locked)
+        if metric.ascends:
+            problem = problem.negated()
         if self._mode is None:
             # Not the fastest by the clock, as analyze takes it: a resumed job has to repeat the very same sums.
             room = resources.free_bytes(next(iter(parameters.values())).device)
@@ -216,9 +218,11 @@ class CurvatureTracker:
             ), None
         top = extremes.top
         direction = lift(top.vector, names, metric.scale)
-        rho = top.value / metric.threshold if metric.threshold is not None else None
+        rho = top.value / metric.threshold if metric.threshold is not None and not metric.doubts else None
         status = "converged" if extremes.status == "converged" else "unconverged"
-        return _Found(eigenvalue=top.value, rho=rho, residual=top.residual, status=status), direction
+        doubts = ", ".join(metric.doubts[:4])
+        said = f"no rho: the optimizer has {doubts}, which may change its update" if doubts else None
+        return _Found(eigenvalue=top.value, rho=rho, residual=top.residual, status=status, message=said), direction
 
     def _translate(self, names: frozenset[str]) -> frozenset[str]:
         """Names in the wrapped model as names in the bare one."""
