@@ -262,6 +262,7 @@ def _optimizer(
     if any(rates):
         return view, "checkpoint", {}
     if checkpoint.last_lr is None:
+        scaled(view, parameters, 1.0)  # where the groups' ratios are lost, --lr would not help: say so at once
         raise InputError(
             f"the learning rate in {checkpoint.optimizer.path} is 0 and the run's log has none",
             hint="pass the one in force with --lr",

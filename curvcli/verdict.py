@@ -69,10 +69,12 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     verdict, full, optimizer = report.verdict, report.full, report.optimizer
     generalisation, data = report.generalisation, report.data
     if optimizer.threshold is None:
+        why = "no optimizer was taken" if optimizer.name == "none" else "no learning rate is known"
         return Finding(
             code="no-threshold",
             severity="warning",
-            message="no learning rate is known, so lambda has no threshold and rho does not exist; pass --lr",
+            message=f"{why}, so lambda has no threshold and rho does not exist"
+            + ("" if optimizer.name == "none" else "; pass --lr"),
         )
     if full.rho is None:
         return Finding(
@@ -143,8 +145,8 @@ def _metric(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str
             Finding(
                 code="lr-from-log",
                 severity="info",
-                message=f"the checkpoint's next learning rate is 0 (a finished schedule); {optimizer.lr:g}, the last "
-                "one logged, is used",
+                message="the checkpoint's next learning rate is 0 (a finished schedule); the last one logged is used, "
+                f"{optimizer.lr:g} for the largest parameter group",
             )
         )
     beta2 = optimizer.betas[1] if optimizer.betas and optimizer.preconditioner == "checkpoint" else 0.0

@@ -149,7 +149,7 @@ _REFUSED: tuple[tuple[str, tuple[str, ...], _Look, str], ...] = (
             and "exp_avg_sq" in s.keys
             and "mu_product" not in s.keys
             and ("foreach" in s.options or "buffer" in s.options or "degenerated_to_sgd" in s.options)
-            and "amsgrad" not in s.options
+            and s.options.isdisjoint({"amsgrad", "fused"})
         ),
         "its update is rectified by a factor that depends on the step; not supported",
     ),
