@@ -263,7 +263,7 @@ class NoReadings:
         return "unresolved"
 
 
-_NO_RHO = "no learning rate is known, so rho does not exist; pass --lr"
+_NO_RHO = "no learning rate was known or no optimizer taken, so rho does not exist; pass --lr, or leave --optimizer none out"
 
 
 def _reason(estimate: Estimate) -> str:
