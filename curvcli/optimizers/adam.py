@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvcli.optimizers.base import Group, OptimizerView, State, moment, steps
+from curvcli.optimizers.base import Group, OptimizerView, State, moment, product, steps
 
 _SHARED = frozenset({"lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay"})
 # Copies of the weights in float32, and what was lost to rounding.
@@ -35,9 +35,9 @@ class Adam:
         return "AdamW" if all(self.decoupled(g, view.name) for g in view.groups) else "Adam"
 
     def preconditioner(self, group: Group, state: State) -> Tensor:
-        root: Tensor = moment(state, "max_exp_avg_sq" if group.options.get("amsgrad") else "exp_avg_sq").sqrt()
+        root: Tensor = moment(state, "max_exp_avg_sq" if group.flag("amsgrad") else "exp_avg_sq").sqrt()
         eps = group.number("eps", 1e-8)
-        if not all(group.options.get(key, True) for key in ("correct_bias", "bias_correction")):
+        if not all(group.flag(key, True) for key in ("correct_bias", "bias_correction")):
             return root + eps
         first, second = (1 - beta ** steps(state) for beta in group.betas)
         # transformers adds eps to the root before it is corrected.
@@ -52,10 +52,8 @@ class Adam:
         return group.number("lr")
 
     def decoupled(self, group: Group, name: str | None) -> bool:
-        said = group.options.get("decoupled_weight_decay", group.options.get("adam_w_mode"))
-        # Files from before torch 2.8 do not say; AdamW is what trainers of Transformers use, and all others that
-        # are read here. bitsandbytes decouples in its Adam too, but no class of that name is of bitsandbytes in a file.
-        return name != "Adam" if said is None else bool(said)
+        # Files from before torch 2.8 do not say; AdamW is what trainers of Transformers use.
+        return group.flag("decoupled_weight_decay", group.flag("adam_w_mode", name != "Adam"))
 
     def momentum(self, group: Group, state: State) -> Tensor:
         return state["exp_avg"]  # type: ignore[no-any-return]
@@ -86,7 +84,7 @@ class NAdam(Adam):
         return now + ahead * super().gain(group, state)
 
     def decoupled(self, group: Group, name: str | None) -> bool:
-        return bool(group.options.get("decoupled_weight_decay", False))
+        return group.flag("decoupled_weight_decay")
 
     def momentum(self, group: Group, state: State) -> Tensor:
         # The share of the gradient itself is taken from m too: the next gradient is not known.
@@ -94,7 +92,7 @@ class NAdam(Adam):
         return state["exp_avg"] * (now + ahead)  # type: ignore[no-any-return]
 
     def _coefficients(self, group: Group, state: State) -> tuple[float, float]:
-        beta, decay, step = group.betas[0], group.number("momentum_decay", 4e-3), steps(state)
+        beta, decay, step = group.betas[0], group.number("momentum_decay", 4e-3, least=0.0), steps(state)
         mu, mu_next = (beta * (1 - 0.5 * 0.96 ** (t * decay)) for t in (step, step + 1))
-        product = float(state["mu_product"])
-        return (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)
+        passed = product(state, "mu_product")
+        return (1 - mu) / (1 - passed), mu_next / (1 - passed * mu_next)

@@ -24,7 +24,7 @@ class RMSprop:
 
     def preconditioner(self, group: Group, state: State) -> Tensor:
         square = moment(state, "square_avg")
-        if group.options.get("centered"):
+        if group.flag("centered"):
             mean = state.get("grad_avg")
             if not isinstance(mean, Tensor):
                 raise InputError(
@@ -34,7 +34,7 @@ class RMSprop:
         return square.sqrt() + group.number("eps", 1e-8)
 
     def gain(self, group: Group, state: State) -> float:
-        return 1 / (1 + group.number("momentum", 0.0))
+        return 1 / (1 + group.fraction("momentum"))
 
     def rate(self, group: Group, state: State) -> float:
         return group.number("lr")
@@ -69,7 +69,7 @@ class Adagrad:
         return 1.0
 
     def rate(self, group: Group, state: State) -> float:
-        decay = group.number("lr_decay", 0.0)
+        decay = group.number("lr_decay", 0.0, least=0.0)
         return group.number("lr") / (1 + (steps(state) - 1) * decay) if decay else group.number("lr")
 
     def decoupled(self, group: Group, name: str | None) -> bool:

@@ -30,16 +30,33 @@ class Group:
     names: tuple[str, ...]
     options: Options
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A hyperparameter as a float. Raises InputError where it is missing or no finite number."""
+    def number(self, key: str, default: float | None = None, least: float = -float("inf")) -> float:
+        """A hyperparameter as a float. Raises InputError where it is missing, below `least` or no finite number."""
         value = self.options.get(key, default)
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"optimizer option {key!r} is {value!r}, not a number", hint=_override(key)) from error
-        if number != number or abs(number) == float("inf"):
+        if not abs(number) < float("inf") or number < least:
             raise InputError(f"optimizer option {key!r} is {number}", hint=_override(key))
         return number
+
+    def fraction(self, key: str) -> float:
+        """A hyperparameter in [0, 1), 0 where the group has none. Raises InputError."""
+        number = self.number(key, 0.0, least=0.0)
+        if number >= 1:
+            raise InputError(f"optimizer option {key!r} is {number:g}, not in [0, 1)", hint=_override(key))
+        return number
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """A switch, the default where the group does not say. Raises InputError where it is neither on nor off."""
+        value = self.options.get(key)
+        if value is None:
+            return default
+        number = _scalar(value)
+        if number not in (0, 1):
+            raise InputError(f"optimizer option {key!r} is {str(value)[:40]}, neither on nor off", hint=_override(key))
+        return bool(number)
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -92,8 +109,8 @@ class OptimizerView:
     @property
     def step(self) -> int | None:
         """Steps taken, or None where the optimizer does not count them."""
-        steps = [int(entry["step"]) for entry in self.state.values() if entry.get("step") is not None]
-        return max(steps) if steps else None
+        counted = [_scalar(entry.get("step")) for entry in self.state.values()]
+        return max((int(step) for step in counted if abs(step) < float("inf")), default=None)
 
 
 class Rule(Protocol):
@@ -172,16 +189,29 @@ def moment(state: State, key: str) -> Tensor:
 def steps(state: State) -> float:
     """Steps that a parameter took, 1 or more. Raises InputError where the state does not say."""
     value = state.get("step")
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        number = float("nan")
+    number = _scalar(value)
     if not 1 <= number < float("inf"):
         raise InputError(
             f"the optimizer counts {'no' if value is None else str(value)[:40]} steps, so its bias correction is unknown",
             hint="use a checkpoint with the step in the optimizer's state or groups, or pass --optimizer none",
         )
     return number
+
+
+def product(state: State, key: str) -> float:
+    """A running product of numbers below 1. Raises InputError where the state has none."""
+    number = _scalar(state.get(key))
+    if not 0 <= number < 1:
+        raise InputError(f"optimizer state {key!r} is {str(state.get(key))[:40]}", hint="use another checkpoint")
+    return number
+
+
+def _scalar(value: Any) -> float:
+    """A number, NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return float("nan")
 
 
 class _Renamed(Mapping[str, Any]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ from curvcli.optimizers.options import scrutinise
 from curvcli.results import Finding
 
 Kind = Literal["checkpoint", "estimated", "none"]
+
+_COUNTS = {"step", "mu_product"}
+_MAY_BE_NONE = {"momentum_buffer", "grad_avg", "max_exp_avg_sq"}  # of SGD before its first step; of an option that is off
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
                 f"optimizer state of {name} has no {missing[0]!r}, which other parameters of its group have",
                 hint="the optimizer state is damaged: use another checkpoint",
             )
-        _check(name, parameters[name], entry)
+        _check(name, parameters[name], entry, rule.state | rule.extra)
     moving = {name: parameters[name] for name, _ in members}
     largest = lead_of(view, moving)
     lead_name, lead = next((name, group) for name, group in members if group is largest)
@@ -116,9 +119,14 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
                 f"learning rate {own:g} times weight decay {wd:g} is 2 or more: the decay alone diverges",
                 hint="check --lr and --weight-decay",
             )
-        return (2 / own - wd) / rule.gain(group, entry)
+        gain = rule.gain(group, entry)
+        if not 0 < gain < float("inf"):
+            raise InputError(
+                f"the momentum of {name} has the gain {gain:g}", hint=f"use another checkpoint, or {NO_OPTIMIZER}"
+            )
+        return (2 / own - wd) / gain
 
-    directions = {bool(group.options.get("maximize")) for _, group in members}
+    directions = {group.flag("maximize") for _, group in members}
     if len(directions) > 1:
         raise UnsupportedError(
             "some parameter groups maximise and others minimise: their curvature is not symmetric", hint=NO_OPTIMIZER
@@ -145,6 +153,11 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
             # An entry that never had a gradient divides by eps alone until its first one comes; the
             # optimizer has not moved along it, and its curvature would be 1/eps times anything.
             idle += int(never.sum())
+            if not bool(((metric > 0) & torch.isfinite(metric) | never.to(metric.device)).all()):
+                raise InputError(
+                    f"the preconditioner of {name} is not positive: eps is {group.options.get('eps')!r}",
+                    hint="check --eps and --betas, or use another checkpoint",
+                )
             if bool(never.all()):
                 continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
             scale[name] = torch.where(never.to(parameter.device), torch.zeros_like(root), root)
@@ -239,7 +252,7 @@ def _said(view: OptimizerView, rule: Rule, frozen: set[str], ascends: bool) -> l
             )
         )
     unsaid = [g for g in view.groups if {"decoupled_weight_decay", "adam_w_mode", "correct_bias"}.isdisjoint(g.options)]
-    if view.name is None and type(rule) is Adam and any(g.options.get("weight_decay") for g in unsaid):
+    if view.name is None and type(rule) is Adam and any(g.number("weight_decay", 0.0) for g in unsaid):
         found.append(
             Finding(
                 code="decay-assumed",
@@ -255,11 +268,18 @@ def _second_moment(entry: Mapping[str, Any]) -> Tensor:
     return next(entry[k] for k in ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum") if k in entry)  # type: ignore[no-any-return]
 
 
-def _check(name: str, parameter: Tensor, entry: Mapping[str, Any]) -> None:
+def _check(name: str, parameter: Tensor, entry: Mapping[str, Any], known: Collection[str]) -> None:
     for key, value in entry.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
+        if key in _COUNTS and isinstance(value, Tensor) and value.numel() == 1:
             continue
-        if value.shape != parameter.shape:
+        if not isinstance(value, Tensor):
+            if key in known and key not in _COUNTS and (value is not None or key not in _MAY_BE_NONE):
+                raise InputError(
+                    f"optimizer state {key!r} of {name} is {str(value)[:40]}, no tensor",
+                    hint="the optimizer state is damaged: use another checkpoint",
+                )
+            continue
+        if key in known and value.shape != parameter.shape:
             raise InputError(
                 f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}",
                 hint="the state belongs to another model or another order of parameters",

@@ -26,10 +26,10 @@ class SGD:
         return None
 
     def gain(self, group: Group, state: State) -> float:
-        b = group.number("momentum", 0.0)
-        if group.options.get("nesterov"):
+        b = group.fraction("momentum")
+        if group.flag("nesterov"):
             return (1 + 2 * b) / (1 + b)
-        return (1 - group.number("dampening", 0.0)) / (1 + b) if b else 1.0
+        return (1 - group.fraction("dampening")) / (1 + b) if b else 1.0
 
     def rate(self, group: Group, state: State) -> float:
         return group.number("lr")
