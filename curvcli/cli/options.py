@@ -56,11 +56,20 @@ BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Windows
 OptimizerName = Annotated[
     str | None, typer.Option(metavar="NAME", help="Adam, AdamW, NAdam, SGD, RMSprop, Adagrad, or none for the bare Hessian.")
 ]
-Lr = Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's learning rate.")]
-Betas = Annotated[str | None, typer.Option(metavar="B1,B2", help="Instead of the checkpoint's.")]
-Eps = Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's.")]
-WeightDecay = Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's.")]
-Momentum = Annotated[float | None, typer.Option(metavar="X", min=0, help="Instead of the checkpoint's (SGD, RMSprop).")]
+Lr = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        min=0,
+        help="Learning rate of the largest group that moves; all others keep their ratio to it.  [default: the checkpoint's]",
+    ),
+]
+Betas = Annotated[
+    str | None, typer.Option(metavar="B1,B2", help="Instead of the checkpoint's, where all parameter groups have the same.")
+]
+Eps = Annotated[float | None, typer.Option(metavar="X", min=0, help="As --betas.")]
+WeightDecay = Annotated[float | None, typer.Option(metavar="X", min=0, help="As --betas.")]
+Momentum = Annotated[float | None, typer.Option(metavar="X", min=0, help="As --betas (SGD, RMSprop).")]
 Network = Annotated[
     str | None,
     typer.Option(
