@@ -14,6 +14,7 @@ from curvcli import analyze
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
+from curvcli.training import CurvatureTracker
 
 
 class OldAdamW(torch.optim.Optimizer):
@@ -158,6 +159,32 @@ def test_maximised_curvature_is_that_of_minus_the_loss(make: Callable) -> None:
     assert report.full.eigenvalue == pytest.approx(float(expected), rel=1e-6)
     assert report.data.loss == pytest.approx(loss(model, batch).item())
     assert "ascends" in {f.code for f in report.findings}
+
+
+class Adam(OldAdamW):
+    """A class of the user's own, called as torch's."""
+
+
+@pytest.mark.parametrize(("maximize", "mystery"), [(False, None), (True, None), (False, 3)])
+def test_the_tracker_measures_the_same(maximize: bool, mystery: int | None) -> None:
+    torch.manual_seed(1)
+    model, batch = nn.Linear(4, 2).double(), torch.randn(16, 4, dtype=torch.float64)
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).tanh().square().mean()
+
+    optimizer = Adam(model.parameters(), mystery=mystery) if mystery else O.AdamW(model.parameters(), maximize=maximize)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+    record = CurvatureTracker(model, optimizer, loss, probe=[batch], tolerance=1e-6, max_hvps=60).step(0)
+    report = analyze(model, loss, [batch], optimizer, tolerance=1e-6)
+    assert record is not None
+    assert record.eigenvalue == pytest.approx(report.full.eigenvalue, rel=1e-6)
+    assert record.rho == (None if mystery else pytest.approx(report.full.rho, rel=1e-6))
+    assert ("mystery=3" in (record.message or "")) == bool(mystery)
+    assert (report.findings[0].code == "unresolved-optimizer") == bool(mystery)
 
 
 def test_groups_that_climb_and_descend_are_refused() -> None:

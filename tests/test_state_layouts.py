@@ -77,6 +77,7 @@ def test_a_layout_of_adam_is_read_as_adam(trained: tuple, layout: str) -> None:
     metric = prepare(view, parameters)
     assert (metric.name, metric.step, metric.doubts) == ("AdamW", STEPS, ())
     assert metric.threshold == pytest.approx(expected.threshold)
+    assert ("decay-assumed" in {f.code for f in metric.findings}) == (layout == "fused")
     assert metric.direction is not None
     for name, scale in expected.scale.items():
         assert torch.equal(metric.scale[name], scale)

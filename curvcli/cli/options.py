@@ -61,7 +61,7 @@ Lr = Annotated[
     typer.Option(
         metavar="X",
         min=0,
-        help="Learning rate of the largest group that moves; all others keep their ratio to it.  [default: the checkpoint's]",
+        help="Learning rate of the largest group that moves; others keep their ratio to it.  [default: the checkpoint's]",
     ),
 ]
 Betas = Annotated[

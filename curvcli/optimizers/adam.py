@@ -52,8 +52,9 @@ class Adam:
         return group.number("lr")
 
     def decoupled(self, group: Group, name: str | None) -> bool:
-        # Files from before torch 2.8 do not say; AdamW is what trainers of Transformers use.
-        return group.flag("decoupled_weight_decay", group.flag("adam_w_mode", name != "Adam"))
+        # Files from before torch 2.8 do not say; AdamW is what trainers of Transformers use. bitsandbytes' Adam decouples.
+        assumed = name != "Adam" or "t_alpha" in group.options
+        return group.flag("decoupled_weight_decay", group.flag("adam_w_mode", assumed))
 
     def momentum(self, group: Group, state: State) -> Tensor:
         return state["exp_avg"]  # type: ignore[no-any-return]

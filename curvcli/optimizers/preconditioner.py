@@ -251,7 +251,8 @@ def _said(view: OptimizerView, rule: Rule, frozen: set[str], ascends: bool) -> l
                 "where it climbs the very loss that is measured",
             )
         )
-    unsaid = [g for g in view.groups if {"decoupled_weight_decay", "adam_w_mode", "correct_bias"}.isdisjoint(g.options)]
+    says = {"decoupled_weight_decay", "adam_w_mode", "correct_bias", "t_alpha"}
+    unsaid = [group for group in view.groups if says.isdisjoint(group.options)]
     if view.name is None and type(rule) is Adam and any(g.number("weight_decay", 0.0) for g in unsaid):
         found.append(
             Finding(
