@@ -54,7 +54,7 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
 
     try:
         for attribute in _GLOBAL:
-            if hush(getattr(everywhere, attribute)) and "forward" in attribute:
+            if hush(getattr(everywhere, attribute)) and "forward" in attribute and not names:
                 names.append("all modules")
         for name, module in model.named_modules():
             found = [hush(getattr(module, attribute), _belongs_to(module)) for attribute in _HOOKS]
