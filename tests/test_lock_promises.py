@@ -160,6 +160,13 @@ def test_weights_moved_past_the_hooks() -> None:
         job.run(range(1, 2))
 
 
+def test_another_precision_is_no_move() -> None:
+    job = Job(FREEZE).run(range(1))
+    job.model.to(torch.bfloat16)
+    job.optimizer.state.clear()
+    job.run(range(1, 3))
+
+
 def test_a_weight_that_is_nan_stands_still() -> None:
     model = build()
     model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")

@@ -61,8 +61,9 @@ class Stillness:
     def check(self, step: int) -> None:
         """Raises UsageError where a sample of the block's weights is not what it was when the lock closed."""
         for name, parameter in self.lock.parameters.items():
-            pair = [part.float().nan_to_num() for part in (self.before[name], sample(parameter, self.SIZE))]
-            if not torch.equal(*pair):
+            now = sample(parameter, self.SIZE)
+            before = self.before[name].to(now)  # the model may have changed its device or precision
+            if not torch.equal(before.float().nan_to_num(), now.float().nan_to_num()):
                 raise UsageError(
                     f"block {self.lock.index} is locked at step {step}, and its {name} has moved since the step before",
                     hint="load weights before the first warmup.step; an optimizer that is no torch.optim.Optimizer is "

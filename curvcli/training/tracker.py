@@ -43,13 +43,14 @@ class CurvatureTracker:
             scheduler.step()
             tracker.step(step, loss=value.item())
 
-    Gradients, weights, optimizer state and torch's random numbers are bit-equal with and without it.
+    Gradients, weights, buffers, attributes of modules, optimizer state and torch's random numbers are bit-equal with and
+    without it, and users' hooks do not fire (a forward hook that changes what a module gives is not measured).
     Whatever fails in it is a record with status "failed" and a reason, and the job goes on.
 
     Args:
         model: the training model; unwrapped from torch.compile and DistributedDataParallel. On several
-            ranks give every rank the same probe. A model under fully_shard cannot be differentiated twice: "failed".
-        optimizer: whose state is the preconditioner, and whose learning rates give rho.
+            ranks give every rank the same probe. A sharded model cannot be differentiated twice: "failed".
+        optimizer: whose state is the preconditioner, and whose learning rates give rho. What it does not hold is left out.
         loss: `loss(model, batch)`, the mean loss of a batch, a scalar.
         probe: frozen batches to measure on; without them the batch given to `step`.
         weights: predictions in each probe batch, where batches differ in size.

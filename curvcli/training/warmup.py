@@ -43,8 +43,8 @@ class ArchitectureWarmup:
             ...
 
     A locked block takes no update, no optimizer state, no decay and no share in gradient clipping:
-    its gradients are zeroed as they are computed and dropped when the optimizer steps. What is locked is a pure
-    function of the global step, so a resumed job needs the file and its step only.
+    its gradients are zeroed as they are computed and dropped when an optimizer steps, or has called its closure. What
+    is locked is a pure function of the global step, so a resumed job needs the file and its step only.
 
     Args:
         model: bare, compiled, or wrapped in DistributedDataParallel or fully_shard.
@@ -118,7 +118,8 @@ class ArchitectureWarmup:
     def step(self, step: int) -> None:
         """Say which global step comes: locks and unlocks what the schedule wants for its update.
 
-        Call it before the step's forward pass. Under gradient accumulation `step` counts updates.
+        Call it before the step's forward pass. Under gradient accumulation `step` counts updates; the same step may be
+        told more than once.
         """
         if not self._attached:
             raise UsageError("this warm-up was detached", hint="make a new ArchitectureWarmup")
@@ -268,7 +269,8 @@ class ArchitectureWarmup:
             if id(parameter) not in given:
                 raise UsageError(
                     f"{name} of block {index} is in no optimizer that the warm-up was given",
-                    hint="pass all of them as a list, or requires_grad_(False) on what is not to train",
+                    hint="pass all of them as a list, or requires_grad_(False) on what is not to train; an engine that "
+                    "flattens parameters (DeepSpeed, apex) is not supported",
                 )
         for index, _, parameter in waiting:
             if hasattr(parameter, "to_local"):
