@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from curvcli.training import ArchitectureWarmup, CurvatureTracker
+from curvcli.training.locks import local
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +93,49 @@ def test_fully_sharded_is_the_single_process_run(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(found["norms"]), torch.tensor(single.norms), rtol=1e-3, atol=1e-4)
     for name, value in single.model.state_dict().items():
         torch.testing.assert_close(found["model"][name], value, rtol=1e-2, atol=2e-3)
+
+
+def _by_closure(rank: int, path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def wrapped(how: str) -> nn.Module:
+        model = build()
+        if how == "fully_shard":
+            for layer in model.model.layers:
+                fully_shard(layer)
+            return fully_shard(model)
+        return DistributedDataParallel(model, gradient_as_bucket_view=how == "views")
+
+    for how in ("buckets", "views", "fully_shard"):
+        plain, closed = (Ranked(model=wrapped(how)) for _ in range(2))
+        for step in range(6):  # across an unlock
+            ids = batch(step).chunk(WORLD)[rank]
+            for job in (plain, closed):
+                job.warmup.step(step)
+
+                def closure(job: Ranked = job, ids: torch.Tensor = ids) -> torch.Tensor:
+                    job.optimizer.zero_grad()
+                    loss = job.model(input_ids=ids, labels=ids).loss
+                    loss.backward()
+                    return loss
+
+                if job is closed:
+                    job.optimizer.step(closure)
+                else:
+                    closure()
+                    job.optimizer.step()
+            assert closed.warmup.locks[3].moved() == []
+            locked = {id(p) for i in closed.warmup.locked for p in closed.warmup.locks[i].parameters.values()}
+            pairs = list(zip(plain.model.parameters(), closed.model.parameters(), strict=True))
+            assert sum(not closed.optimizer.state[p] for p in closed.model.parameters()) == len(locked) > 0
+            for one, other in pairs:
+                assert torch.equal(local(one), local(other)), (how, step)
+                for key, value in plain.optimizer.state[one].items():
+                    assert torch.equal(local(value), local(closed.optimizer.state[other][key])), (how, step, key)
+
+
+def test_closures_step_as_without_them(tmp_path: Path) -> None:
+    launch(_by_closure, tmp_path)
 
 
 def _dead(rank: int, path: Path) -> None:

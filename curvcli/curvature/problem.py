@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvcli.curvature.untouched import restored
 from curvcli.errors import UnsupportedError, UsageError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -77,7 +79,17 @@ class Problem:
 
     @classmethod
     def create(cls, model: nn.Module, loss: Loss, batches: Sequence[Any], weights: Sequence[float] | None = None) -> Problem:
-        """Freeze dropout and check the weights. Raises UsageError where they cannot be told."""
+        """Freeze dropout and check the weights.
+
+        Raises:
+            UsageError: the weights of the batches cannot be told.
+            UnsupportedError: the model is sharded.
+        """
+        if _sharded(model):
+            # Between two steps its parameters may look whole, and differentiating twice then ends the process.
+            raise UnsupportedError(
+                "a model under fully_shard has no second derivatives", hint="analyze its checkpoints instead"
+            )
         if not batches:
             raise UsageError("no batches were given", hint="pass at least one batch of data")
         if weights is None:
@@ -92,7 +104,10 @@ class Problem:
                 f"{len(weights)} weights for {len(batches)} batches", hint="give each batch one positive weight"
             )
         total = float(sum(weights))
-        model.eval()  # dropout makes two products of the same vector differ by more than half
+        for module in model.modules():
+            # Dropout makes two products of the same vector differ by more than half. Not by eval(), which some
+            # modules take for the moment to merge an adapter into their weights.
+            module.training = False
         return cls(model, loss, list(batches), [float(w) / total for w in weights])
 
     @property
@@ -138,28 +153,18 @@ class Problem:
 
 @contextmanager
 def measurable(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient checkpointing and no padding rows within, the user's settings restored after.
+    """No gradient checkpointing and no padding rows within; the modules are as they were afterwards, modes included.
 
     An embedding's `padding_idx` zeroes one row of the gradient and leaves the loss as it is. Such a gradient is that of
     no function: its derivative is not symmetric, and double backward and forward mode give products that differ.
     """
-    modes = {m: m.training for m in model.modules()}
-    checkpointing = {m: m.gradient_checkpointing for m in model.modules() if getattr(m, "gradient_checkpointing", False)}
-    for module in checkpointing:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    padded = {m: m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and _only_masks(m)}
-    for embedding in padded:
-        embedding.padding_idx = None
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for embedding, index in padded.items():
-            embedding.padding_idx = index
-        for module, training in modes.items():
-            module.training = training
-        for module in checkpointing:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+    with restored(model), torch.enable_grad():
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False  # type: ignore[assignment]
+            if isinstance(module, nn.Embedding) and _only_masks(module):
+                module.padding_idx = None
+        yield
 
 
 def _only_masks(embedding: nn.Embedding) -> bool:
@@ -185,6 +190,13 @@ def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
             hint="check the data and the weights: a run in this state has already diverged",
         )
     return total
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Whether fully_shard, FullyShardedDataParallel or tensor parallelism holds parameters of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody has used it
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    return any(isinstance(m, kinds) for m in model.modules()) or any(hasattr(p, "to_local") for p in model.parameters())
 
 
 def _rows(batch: Any) -> tuple[int, ...] | None:

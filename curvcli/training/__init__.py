@@ -7,7 +7,8 @@ from curvcli.training.lightning import CurvCallback
 
 from __future__ import annotations
 
+from curvcli.training.alive import DeadBlockError
 from curvcli.training.tracker import CurvatureTracker
-from curvcli.training.warmup import ArchitectureWarmup, DeadBlockError
+from curvcli.training.warmup import ArchitectureWarmup
 
 __all__ = ["ArchitectureWarmup", "CurvatureTracker", "DeadBlockError"]

@@ -55,8 +55,7 @@ class Guests:
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Before the first forward pass, weights and optimizer as they will be trained on."""
-        if self.warmup is not None:
-            self.warmup.detach()
+        self.end()
         if self.probe is not None:
             device = next(model.parameters()).device
             probe = [_on(device, batch) for batch in self.probe]
@@ -92,6 +91,11 @@ class Guests:
         """After the optimizer's and the scheduler's step."""
         if self.tracker is not None:
             self.tracker.step(step, loss=loss)
+
+    def end(self) -> None:
+        """After the last step: what the job does with the model from here on is its own affair."""
+        if self.warmup is not None:
+            self.warmup.detach()
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -36,6 +36,9 @@ class CurvCallback(Callback):
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
             self.guests.after(trainer.global_step, float(loss) if loss is not None else None)
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.guests.end()
+
     def state_dict(self) -> dict[str, Any]:
         return self.guests.state_dict()
 

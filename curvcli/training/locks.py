@@ -10,7 +10,7 @@ RMSNorm's derivative is weight / sqrt(eps): there the norm's gain rests instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ POST_NORMS = (
 
 @dataclass(frozen=True)
 class Lock:
-    """One block, its trained parameters, and those that rest, as (name within it, parameter, value at rest)."""
+    """One block, its parameters, and those that rest, as (name within it, parameter, value at rest)."""
 
     index: int
     block: nn.Module
@@ -77,10 +77,47 @@ def find_locks(blocks: Blocks, outputs: Sequence[str] | None = None, *, resting:
     """
     found = []
     for i, block in enumerate(blocks.modules):
-        trained = {n: p for n, p in block.named_parameters() if p.requires_grad}
         at_rest = [] if not resting else _named(block, outputs, i) if outputs else _known(block, i)
-        found.append(Lock(i, block, trained, tuple(at_rest)))
+        found.append(Lock(i, block, dict(block.named_parameters()), tuple(at_rest)))
     return found
+
+
+def check_shared(locks: Sequence[Lock], model: nn.Module, phases: Iterable[frozenset[int]]) -> None:
+    """Raises UnsupportedError where a block would be locked while something that shares its weights trains.
+
+    Args:
+        phases: indices of the locked blocks of each phase.
+    """
+    owners: dict[int, set[int | None]] = {}
+    blocks = {id(lock.block): lock.index for lock in locks}
+
+    def walk(module: nn.Module, owner: int | None) -> None:
+        owner = blocks.get(id(module), owner)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(_place(parameter), set()).add(owner)
+        for child in module._modules.values():
+            if child is not None:
+                walk(child, owner)
+
+    walk(model, None)
+    named = {_place(p): (lock.index, n) for lock in locks for n, p in lock.parameters.items()}
+    for locked in phases:
+        for place, sharing in owners.items():
+            inside, outside = sharing & locked, sharing - locked
+            if inside and outside:
+                others = [f"block {i}" for i in sorted(i for i in outside if i is not None)] or ["what is in no block"]
+                raise UnsupportedError(
+                    f"block {min(i for i in inside if i is not None)} would be locked while it shares "
+                    f"{named[place][1]} with {others[0]}, which trains",
+                    hint="let blocks that share weights join in one phase, or train without a schedule",
+                )
+
+
+def _place(parameter: Tensor) -> int:
+    """Where a parameter's values are in memory: tied ones share it, whether or not they are one object."""
+    values = local(parameter)
+    return values.data_ptr() if values.numel() and not values.is_meta else id(parameter)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -21,17 +21,28 @@ def open_log(path: Path | str | None) -> list[Sink]:
 
 
 def jsonl(path: Path) -> Sink:
-    """Append each record as one line, in one write, so that a killed job leaves whole lines."""
+    """Append each record as one line, in one write. Half a line that a killed job left behind is ended first."""
 
     def write(record: Record) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        line = ("\n" if _torn(path) else "") + record.to_line()
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, record.to_line().encode())
+            if os.write(handle, line.encode()) < len(line.encode()):
+                raise OSError("only a part of the line could be written")
         finally:
             os.close(handle)
 
     return write
+
+
+def _torn(path: Path) -> bool:
+    """Whether a file's last line is not ended."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read() != b"\n"
 
 
 def tensorboard(writer: Any) -> Sink:

@@ -19,13 +19,13 @@ from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_directio
 from curvcli.curvature.operator import PreconditionedHessian, lift
 from curvcli.curvature.problem import Loss, Problem, gradient, measurable
 from curvcli.curvature.selftest import check_second_derivative
+from curvcli.curvature.untouched import hushed
 from curvcli.errors import CurvError
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
 from curvcli.optimizers.update import next_update
 from curvcli.results import Record
 from curvcli.training.log import Sink, open_log
 from curvcli.training.shadow import Shadow
-from curvcli.training.warmup import measuring
 
 if TYPE_CHECKING:
     from curvcli.training.warmup import ArchitectureWarmup
@@ -43,13 +43,14 @@ class CurvatureTracker:
             scheduler.step()
             tracker.step(step, loss=value.item())
 
-    Gradients, weights, optimizer state and torch's random numbers are bit-equal with and without it.
+    Gradients, weights, buffers, attributes of modules, optimizer state and torch's random numbers are bit-equal with and
+    without it, and users' hooks do not fire (a forward hook that changes what a module gives is not measured).
     Whatever fails in it is a record with status "failed" and a reason, and the job goes on.
 
     Args:
         model: the training model; unwrapped from torch.compile and DistributedDataParallel. On several
-            ranks give every rank the same probe. A model under fully_shard cannot be differentiated twice: "failed".
-        optimizer: whose state is the preconditioner, and whose learning rates give rho.
+            ranks give every rank the same probe. A sharded model cannot be differentiated twice: "failed".
+        optimizer: whose state is the preconditioner, and whose learning rates give rho. What it does not hold is left out.
         loss: `loss(model, batch)`, the mean loss of a batch, a scalar.
         probe: frozen batches to measure on; without them the batch given to `step`.
         weights: predictions in each probe batch, where batches differ in size.
@@ -91,6 +92,7 @@ class CurvatureTracker:
         self.last: Record | None = None
         self.shadow = Shadow()
         self._mode: Mode | None = None
+        self._warned = False
         self._direction: dict[str, Tensor] = {}  # the top eigenvector in the parameters' own coordinates
         self._ahead: tuple[frozenset[str], float | None] = (frozenset(), None)
 
@@ -151,18 +153,19 @@ class CurvatureTracker:
 
     @contextmanager
     def _untouched(self, batch: Any) -> Iterator[Problem]:
-        """The frozen problem, with modes, random numbers and hooks as the job left them afterwards."""
+        """The frozen problem; modules, random numbers and hooks are as the job left them afterwards."""
         batches = self.probe if self.probe is not None else None if batch is None else [batch]
         if not batches:
             raise CurvError("there is nothing to measure on", hint="give a probe, or tracker.step(step, batch=batch)")
         devices = {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=sorted(devices)), measurable(self.model), measuring():
+        with torch.random.fork_rng(devices=sorted(devices)), measurable(self.model), hushed(self.model) as still:
+            if still and not self._warned:
+                logger.warning("forward hooks do not fire in measurements, nor do they count in them: %s", ", ".join(still))
+            self._warned = self._warned or bool(still)
             yield Problem.create(self.model, self.loss, batches, self.weights if self.probe is not None else None)
 
     def _measure(self, problem: Problem, step: int) -> _Found:
         parameters = problem.parameters
-        if any(hasattr(p, "to_local") for p in parameters.values()):
-            raise CurvError("a model under fully_shard has no second derivatives", hint="analyze its checkpoints instead")
         if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
             return _Found(status="non-finite", message="a weight of the model is NaN or inf")
         if not any(float(group["lr"]) > 0 for group in self.optimizer.param_groups):

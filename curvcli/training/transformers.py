@@ -45,6 +45,9 @@ class CurvCallback(TrainerCallback):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         self.guests.after(state.global_step, losses[-1] if losses else None)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.guests.end()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             target = _checkpoint(args, state) / STATE

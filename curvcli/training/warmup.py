@@ -7,8 +7,7 @@ are, so that torch.compile does not compile again and DistributedDataParallel se
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,16 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import CurvError, UnsupportedError, UsageError
+from curvcli.errors import UsageError
 from curvcli.inputs.networks.blocks import find_blocks, locate
 from curvcli.results import Schedule, load_schedule
-from curvcli.training.locks import Lock, find_locks, local
+from curvcli.training.alive import DeadBlockError, Stillness, Watch
+from curvcli.training.identity import prove
+from curvcli.training.locks import check_shared, find_locks
+from curvcli.training.updates import bare, follow, following, has_stepped, held, unfollow
 
 logger = logging.getLogger("curvcli")
-
-
-class DeadBlockError(CurvError):
-    """A block that may train and does not: its gradient is zero or its weights stand still."""
 
 
 class Gauge(Protocol):
@@ -45,12 +43,12 @@ class ArchitectureWarmup:
             ...
 
     A locked block takes no update, no optimizer state, no decay and no share in gradient clipping:
-    its gradients are zeroed as they are computed and dropped when the optimizer steps. What is locked is a pure
-    function of the global step, so a resumed job needs the file and its step only.
+    its gradients are zeroed as they are computed and dropped when an optimizer steps, or has called its closure. What
+    is locked is a pure function of the global step, so a resumed job needs the file and its step only.
 
     Args:
         model: bare, compiled, or wrapped in DistributedDataParallel or fully_shard.
-        optimizer: over all parameters; its groups are not touched.
+        optimizer: over all parameters, or a list of optimizers that are so together; their groups are not touched.
         schedule: a curv.schedule/1 document or its path.
         layers: the model's list of blocks; found by itself where there is one.
         outputs: paths within a block of the modules that write to the residual stream, where the
@@ -62,15 +60,17 @@ class ArchitectureWarmup:
         patience: updates with a positive learning rate after which a block that joined must have moved.
 
     Raises:
-        UsageError: the schedule does not fit the model.
-        UnsupportedError: no output projections are known for these blocks.
+        UsageError: the schedule does not fit the model; a block that is to be locked could not join, since its outputs
+            require no gradient, or is not in the optimizers. From `step`: steps that go back, parameters that were
+            replaced, locked weights that moved. From an optimizer's step: one that was not given trains locked weights.
+        UnsupportedError: no output projections are known for these blocks, or a locked block shares its weights.
         DeadBlockError: from the optimizer's step, when a block that joined does not move.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         schedule: Schedule | Path | str,
         *,
         layers: nn.ModuleList | nn.Sequential | None = None,
@@ -88,15 +88,27 @@ class ArchitectureWarmup:
                 hint=f"make one with curv schedule --depth {depth}" if depth else "pass layers=model.layers",
             )
         self.growing = self.schedule.mode == "grow"
-        self.locks = find_locks(blocks, outputs, resting=self.growing)
-        self.model, self.optimizer, self.gauge, self.patience = model, optimizer, gauge, patience
+        self.blocks, self.locks = blocks, find_locks(blocks, outputs, resting=self.growing)
+        self.model, self.optimizers, self.gauge, self.patience = model, bare(optimizer), gauge, patience
         self.margin = margin or self.schedule.margin or 0.8
         self.locked: frozenset[int] = frozenset()
         self.current: int | None = None
         self.started: list[int] = []  # in adaptive mode: the step at which each phase began
-        self._watches: list[_Watch] = []
+        everything = frozenset(range(self.schedule.depth))
+        phases = [everything - frozenset(phase.active) for phase in self.schedule.phases]
+        check_shared(self.locks, model, phases)
+        self.lockable = [self.locks[i] for i in sorted(frozenset().union(*phases))]
+        self._watches: list[Watch] = []
+        self._still: dict[int, Stillness] = {}
+        self._hooked: set[int] = set()
+        self._check_outputs()
         self._handles: list[Any] = []
-        self._attach()
+        self._hook_gradients()
+        for other in following():
+            if isinstance(other, ArchitectureWarmup) and other.lockable_ids() & self.lockable_ids():
+                other.detach()  # this one takes its place: two would lock what either does
+        self._attached = True
+        follow(self)
 
     @property
     def active_depth(self) -> int:
@@ -106,16 +118,32 @@ class ArchitectureWarmup:
     def step(self, step: int) -> None:
         """Say which global step comes: locks and unlocks what the schedule wants for its update.
 
-        Call it before the step's forward pass. Under gradient accumulation `step` counts updates.
+        Call it before the step's forward pass. Under gradient accumulation `step` counts updates; the same step may be
+        told more than once.
         """
+        if not self._attached:
+            raise UsageError("this warm-up was detached", hint="make a new ArchitectureWarmup")
         if self.current is None:
             self._begin(step)
+        elif step < self.current:
+            raise UsageError(
+                f"step {step} comes after step {self.current}: blocks that train would be locked again",
+                hint="count steps over the whole run, not within an epoch; for a run that is set back make a new warm-up "
+                "from the weights that it is set back to",
+            )
+        self._check_parameters()
+        self._hook_gradients()
+        if self.locked:
+            # One block a step: what moves weights past an optimizer's hooks moves every block.
+            self._still[sorted(self.locked)[step % len(self.locked)]].check(step)
         wanted = self._wanted(step)
         joining = sorted(self.locked - wanted)
+        if self.current is None:
+            self._still = {i: Stillness(self.locks[i]) for i in wanted}
         self.locked, self.current = wanted, step
         if joining:
             logger.info("step %d: blocks %s join, %d of %d train", step, joining, self.active_depth, self.schedule.depth)
-            self._watches += [_Watch(self.locks[i], self.growing) for i in joining]
+            self._watches += [Watch(self.locks[i], self.growing) for i in joining]
 
     def locked_parameters(self) -> frozenset[str]:
         """Names, in the model, of the parameters that may not move now."""
@@ -133,15 +161,20 @@ class ArchitectureWarmup:
         return {"started": list(self.started)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Repeat the decisions of the job that is resumed. Call it before the first `step`."""
+        """Repeat the decisions of the job that is resumed. Raises UsageError after the first `step`."""
+        if self.current is not None:
+            raise UsageError(
+                f"the job's decisions come after step {self.current} began", hint="load them before the first warmup.step"
+            )
         self.started = [int(step) for step in state["started"]]
 
     def detach(self) -> None:
-        """Let go of model and optimizer; nothing is locked any longer."""
+        """Let go of model and optimizers; nothing is locked any longer. A new warm-up on the model does so, too."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.locked = frozenset()
+        unfollow(self)
+        self._attached, self.locked = False, frozenset()
 
     def _begin(self, step: int) -> None:
         """Make locked blocks identities in a fresh run; see that they are in a resumed one."""
@@ -156,7 +189,7 @@ class ArchitectureWarmup:
         if not self.growing:
             return
         fresh = step <= self.schedule.phases[0].step
-        if fresh and any(self.optimizer.state.values()):
+        if fresh and any(has_stepped(optimizer) for optimizer in self.optimizers):
             raise UsageError(
                 f"step {step} begins the schedule, but the optimizer has taken steps: blocks would lose what they learned",
                 hint="pass the global step of the resumed run",
@@ -165,30 +198,12 @@ class ArchitectureWarmup:
             lock = self.locks[index]
             if fresh:
                 lock.close()
-                self._prove(lock)
+                prove(lock, self.model, partial(self._is_locked, index))
             elif moved := lock.moved():
                 raise UsageError(
                     f"block {index} is locked at step {step} and its {moved[0]} is not at rest",
                     hint="load the checkpoint's weights first, and use the schedule that the run began with",
                 )
-
-    def _prove(self, lock: Lock) -> None:
-        """At its first forward pass the block's output must be its input, or its projections were misjudged."""
-        if hasattr(self.model, "_orig_mod") or any(m._compiled_call_impl is not None for m in self.model.modules()):
-            return  # a hook would change the compiled graph; `curv schedule verify` gives the same proof
-
-        def compare(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            handle.remove()
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            result = output[0] if isinstance(output, tuple) else output
-            if isinstance(hidden, Tensor) and lock.index in self.locked and not torch.equal(hidden, result):
-                raise UnsupportedError(
-                    f"block {lock.index}, a {type(block).__name__}, is no identity with {lock.resting[0][0]} at rest",
-                    hint="name what writes to its residual stream: outputs=['attn.proj', 'mlp.fc2']; "
-                    "a block that normalises the stream itself (BERT) cannot be one",
-                )
-
-        handle = lock.block.register_forward_hook(compare, with_kwargs=True)
 
     def _wanted(self, step: int) -> frozenset[int]:
         if self.gauge is None:
@@ -209,42 +224,99 @@ class ArchitectureWarmup:
         inside = {id(p) for i in indices for p in self.locks[i].parameters.values()}
         return frozenset(n for n, p in self.model.named_parameters() if id(p) in inside)
 
-    def _attach(self) -> None:
-        for lock in self.locks:
-            for parameter in lock.parameters.values():
-                if hasattr(parameter, "to_local"):
-                    # A sharded gradient is set by fully_shard after its reduction, past a tensor's own hooks.
-                    hook = partial(self._zero_sharded, lock.index)
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-                else:
-                    self._handles.append(parameter.register_hook(partial(self._zero, lock.index)))
-        self._handles.append(self.optimizer.register_step_pre_hook(self._before_update))
-        self._handles.append(self.optimizer.register_step_post_hook(self._after_update))
+    def lockable_ids(self) -> set[int]:
+        """Identities of the parameters that this warm-up locks at some step."""
+        return {id(p) for lock in self.lockable for p in lock.parameters.values()}
+
+    def _is_locked(self, index: int) -> bool:
+        return index in self.locked
+
+    def _check_outputs(self) -> None:
+        """An identity whose outputs may not move would be one for ever."""
+        for lock in self.lockable if self.growing else []:
+            if fixed := [n for n, p, _ in lock.resting if not p.requires_grad]:
+                raise UsageError(
+                    f"block {lock.index} is to begin as an identity, and its {fixed[0]} does not require a gradient: it "
+                    "would lose its weights and never train",
+                    hint="requires_grad_(True) on it before, or a schedule of mode freeze, which leaves weights as they are",
+                )
+
+    def _check_parameters(self) -> None:
+        """Locks hold the parameters that were there at the beginning."""
+        blocks = list(getattr(self.blocks.parent, self.blocks.attribute).children())
+        for lock in self.lockable:
+            now = list(blocks[lock.index].parameters()) if lock.index < len(blocks) else []
+            known = {id(p) for p in lock.parameters.values()}
+            whole = not any(hasattr(p, "to_local") for p in now)
+            if whole and any(hasattr(p, "to_local") for p in lock.parameters.values()):
+                continue  # gathered by fully_shard for the moment
+            if {id(p) for p in now} != known:
+                raise UsageError(
+                    f"parameters of block {lock.index} were replaced since the warm-up was made",
+                    hint="make it after fully_shard, adapters and whatever else changes the model's parameters",
+                )
+
+    def _hook_gradients(self) -> None:
+        """Zero the gradients of locked blocks as they come, of parameters that began to require them too."""
+        waiting = [
+            (lock.index, name, p)
+            for lock in self.lockable
+            for name, p in lock.parameters.items()
+            if p.requires_grad and id(p) not in self._hooked
+        ]
+        given = set().union(*(held(optimizer) for optimizer in self.optimizers)) if waiting else set()
+        for index, name, parameter in waiting:
+            if id(parameter) not in given:
+                raise UsageError(
+                    f"{name} of block {index} is in no optimizer that the warm-up was given",
+                    hint="pass all of them as a list, or requires_grad_(False) on what is not to train; an engine that "
+                    "flattens parameters (DeepSpeed, apex) is not supported",
+                )
+        for index, _, parameter in waiting:
+            if hasattr(parameter, "to_local"):
+                # A sharded gradient is set by fully_shard after its reduction, past a tensor's own hooks.
+                handle = parameter.register_post_accumulate_grad_hook(partial(self._zero_sharded, index))
+            else:
+                handle = parameter.register_hook(partial(self._zero, index))
+            self._hooked.add(id(parameter))
+            self._handles.append(handle)
 
     def _zero(self, index: int, gradient: Tensor) -> Tensor | None:
         # zeros, not gradient * 0: an overflow in a locked block is no concern of the others
-        return torch.zeros_like(gradient) if index in self.locked and not _measuring else None
+        return torch.zeros_like(gradient) if index in self.locked else None
 
     def _zero_sharded(self, index: int, parameter: Tensor) -> None:
         if index in self.locked and parameter.grad is not None:
             parameter.grad.zero_()
 
-    def _before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        with_gradient = [(i, n, p) for i in self.locked for n, p in self.locks[i].parameters.items() if p.grad is not None]
+        if not any(optimizer is own for own in self.optimizers):
+            inside = held(optimizer) if with_gradient else set()
+            for index, name, parameter in with_gradient:
+                if id(parameter) in inside:
+                    raise UsageError(
+                        f"a {type(optimizer).__name__} that the warm-up was not given would train {name} of block "
+                        f"{index}, which is locked",
+                        hint="pass every optimizer as a list, and make a new warm-up for one that is made later; "
+                        "warmup.detach() ends the locks",
+                    )
+            return
         if self.current is None:
             raise UsageError(
                 "the optimizer steps before the schedule was told the step", hint="call warmup.step(step) first"
             )
-        for index in self.locked:
-            for parameter in self.locks[index].parameters.values():
-                parameter.grad = None
+        for _, _, parameter in with_gradient:
+            parameter.grad = None
         for watch in self._watches:
             watch.see_gradients()
 
-    def _after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not self._watches or not any(float(group["lr"]) > 0 for group in optimizer.param_groups):
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._watches or not any(optimizer is own for own in self.optimizers) or self.current is None:
             return
+        moving = held(optimizer, moving=True)
         for watch in self._watches:
-            watch.updates += 1
+            watch.see_update(moving, self.current)
         self._watches = [w for w in self._watches if not w.alive()]
         for watch in self._watches:
             if watch.updates >= self.patience:
@@ -253,61 +325,6 @@ class ArchitectureWarmup:
                     f"block {watch.lock.index} {since}: {watch.complaint()}",
                     hint="check that its weights are not all zero, require gradients and are in the optimizer",
                 )
-
-
-class _Watch:
-    """Sees whether a block that joined comes alive: its outputs move, and a gradient comes through them."""
-
-    SAMPLE = 65536
-
-    def __init__(self, lock: Lock, growing: bool) -> None:
-        self.lock, self.updates = lock, 0
-        here = {n: p for n, p in lock.parameters.items() if local(p).numel()}  # of a sharded block, this rank's part
-        matrices = {n: p for n, p in here.items() if p.dim() >= 2}
-        outputs = {n: p for n, p, _ in lock.resting if n in here} if growing else matrices or here
-        waiting = {n: p for n, p in outputs.items() if n in matrices} or outputs
-        self.before = {n: (p, self._sample(p)) for n, p in waiting.items()}
-        self.inner = [p for n, p in matrices.items() if n not in waiting] if growing else []
-        self.learning = not self.inner
-
-    def see_gradients(self) -> None:
-        """Note whether a gradient reached the matrices behind the outputs; called before an update."""
-        self.learning = self.learning or any(p.grad is not None and bool((local(p.grad) != 0).any()) for p in self.inner)
-
-    def still(self) -> list[str]:
-        """Outputs that have not moved, by kind: of many experts, some may wait for their first token."""
-        moved = {_kind(n) for n, (p, sample) in self.before.items() if not torch.equal(sample, self._sample(p))}
-        return [n for n in self.before if _kind(n) not in moved]
-
-    def alive(self) -> bool:
-        return self.learning and not self.still()
-
-    def complaint(self) -> str:
-        still = self.still()
-        return f"its {still[0]} has not moved" if still else "no gradient has come through its outputs"
-
-    def _sample(self, parameter: Tensor) -> Tensor:
-        flat = local(parameter).reshape(-1)
-        return flat[:: max(1, flat.numel() // self.SAMPLE)].clone()
-
-
-def _kind(name: str) -> str:
-    """A parameter's name without the indices of experts."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())
-
-
-_measuring = False
-
-
-@contextmanager
-def measuring() -> Iterator[None]:
-    """Within it, gradients of locked blocks are left as they are: a tracker looks at what would join."""
-    global _measuring
-    before, _measuring = _measuring, True
-    try:
-        yield
-    finally:
-        _measuring = before
 
 
 def _agreed(decision: bool, model: nn.Module) -> bool:

@@ -1,0 +1,82 @@
+"""Whether blocks do what they should: one that joined comes alive, one that is locked stays still."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvcli.errors import CurvError, UsageError
+from curvcli.training.locks import Lock, local
+
+
+class DeadBlockError(CurvError):
+    """A block that may train and does not: its gradient is zero or its weights stand still."""
+
+
+class Watch:
+    """Sees whether a block that joined comes alive: its outputs move, and a gradient comes through them."""
+
+    def __init__(self, lock: Lock, growing: bool) -> None:
+        self.lock, self.updates, self.seen = lock, 0, -1
+        here = {n: p for n, p in lock.parameters.items() if local(p).numel()}  # of a sharded block, this rank's part
+        training = {n: p for n, p in here.items() if p.requires_grad}
+        matrices = {n: p for n, p in training.items() if p.dim() >= 2}
+        outputs = {n: p for n, p, _ in lock.resting if n in here} if growing else matrices or training
+        waiting = {n: p for n, p in outputs.items() if p.dim() >= 2} or outputs
+        self.before = {n: (p, sample(p)) for n, p in waiting.items()}
+        self.inner = [p for n, p in matrices.items() if n not in waiting] if growing else []
+        self.learning = not self.inner
+
+    def see_gradients(self) -> None:
+        """Note whether a gradient reached the matrices behind the outputs; called before an update."""
+        self.learning = self.learning or any(p.grad is not None and bool((local(p.grad) != 0).any()) for p in self.inner)
+
+    def see_update(self, moving: set[int], step: int) -> None:
+        """Count an update that may move the outputs, once a step, however many optimizers make it."""
+        if self.seen != step and any(id(p) in moving for p, _ in self.before.values()):
+            self.updates, self.seen = self.updates + 1, step
+
+    def still(self) -> list[str]:
+        """Outputs that have not moved, by kind: of many experts, some may wait for their first token."""
+        moved = {_kind(n) for n, (p, before) in self.before.items() if not torch.equal(before, sample(p))}
+        return [n for n in self.before if _kind(n) not in moved]
+
+    def alive(self) -> bool:
+        return self.learning and not self.still()
+
+    def complaint(self) -> str:
+        still = self.still()
+        return f"its {still[0]} has not moved" if still else "no gradient has come through its outputs"
+
+
+class Stillness:
+    """Sees whether something moves locked blocks past the hooks: an optimizer that is none of torch's, or a copy."""
+
+    SIZE = 256
+
+    def __init__(self, lock: Lock) -> None:
+        self.lock = lock
+        self.before = {n: sample(p, self.SIZE) for n, p in lock.parameters.items()}
+
+    def check(self, step: int) -> None:
+        """Raises UsageError where a sample of the block's weights is not what it was when the lock closed."""
+        for name, parameter in self.lock.parameters.items():
+            now = sample(parameter, self.SIZE)
+            before = self.before[name].to(now)  # the model may have changed its device or precision
+            if not torch.equal(before.float().nan_to_num(), now.float().nan_to_num()):
+                raise UsageError(
+                    f"block {self.lock.index} is locked at step {step}, and its {name} has moved since the step before",
+                    hint="load weights before the first warmup.step; an optimizer that is no torch.optim.Optimizer is "
+                    "not supported",
+                )
+
+
+def sample(parameter: Tensor, size: int = 65536) -> Tensor:
+    """About so many of this rank's values, evenly spaced, copied."""
+    flat = local(parameter).reshape(-1)
+    return flat[:: max(1, flat.numel() // size)].clone()
+
+
+def _kind(name: str) -> str:
+    """A parameter's name without the indices of experts."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
