@@ -76,7 +76,7 @@ class Opened:
         checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
-        found = weight_findings(model)
+        found = [*checkpoint.findings, *weight_findings(model)]
         shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
         model.to(device)
 
@@ -193,6 +193,7 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: st
         "configuration": str(file) if file else None,
         "data": [{"path": str(s.path), "kind": s.kind, "tokens": s.tokens} for s in sources],
         "notes": checkpoint.notes,
+        "findings": {finding.code: finding.message for finding in checkpoint.findings},
     }
 
 

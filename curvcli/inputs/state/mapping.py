@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvcli.errors import InputError
+from curvcli.inputs.names import plain
 from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.refused import refuse
 
@@ -49,7 +50,7 @@ def _split(model: nn.Module, first: Callable[[str, Tensor], bool]) -> list[list[
 def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path: object) -> OptimizerView:
     """A torch optimizer's state_dict with names.
 
-    Names in the file win. Otherwise each order is tried; one is taken where group lengths and every
+    Names in the file win (`map_named`). Otherwise each order is tried; one is taken where group lengths and every
     state shape fit, and orders that fit must agree.
 
     Raises:
@@ -58,16 +59,15 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
         UnsupportedError: the optimizer is one that no number is given for.
     """
     groups, state = check_document(document, path)
+    if (keyed := by_name(groups, state)) is not None:
+        return map_named(keyed, model, {}, path=path)
     # Before the shapes: a factored state fits no parameter, and the reason is the optimizer, not the model.
     refuse(OptimizerView(tuple(Group((), g) for g in groups), {str(k): v for k, v in state.items()}))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     tried: list[str] = []
     fits: list[list[list[str]]] = []
     labels: list[str] = []
-    if all("param_names" in g for g in groups):
-        candidates: list[tuple[str, list[list[str]]]] = [("names in the file", [list(g["param_names"]) for g in groups])]
-    else:
-        candidates = [(order.__name__.removesuffix("_order"), order(model)) for order in orders]
+    candidates = [(order.__name__.removesuffix("_order"), order(model)) for order in orders]
     for label, names in candidates:
         problem = _mismatch(names, groups, state, parameters)
         if problem:
@@ -121,6 +121,24 @@ def _view(names: list[list[str]], groups: list[dict[str, Any]], state: dict[Any,
     )
 
 
+def by_name(groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> dict[str, Any] | None:
+    """The state keyed by parameter names, where the file has them: as its keys, or beside its positions."""
+    if any(isinstance(p, str) for group in groups for p in group["params"]):
+        return {"state": state, "param_groups": groups}
+    if not all(_has_names(group) for group in groups):
+        return None
+    owner = {i: n for group in groups for i, n in zip(group["params"], group["param_names"], strict=True)}
+    return {
+        "state": {owner.get(index, str(index)): entry for index, entry in state.items()},
+        "param_groups": [{**group, "params": group["param_names"]} for group in groups],
+    }
+
+
+def _has_names(group: Mapping[str, Any]) -> bool:
+    names = group.get("param_names")
+    return isinstance(names, list) and len(names) == len(group["params"]) and all(isinstance(n, str) for n in names)
+
+
 def map_named(
     document: Any,
     model: nn.Module,
@@ -156,7 +174,9 @@ def map_named(
             hint="name the network that was trained with --model",
         )
 
-    members = [[known.get(name, "") if isinstance(name, str) else "" for name in group["params"]] for group in groups]
+    # A wrapper may be in the optimizer's names and not in the weights', or the other way round.
+    known = {plain(name): own for name, own in known.items()}
+    members = [[known.get(plain(name), "") if isinstance(name, str) else "" for name in group["params"]] for group in groups]
     for group, found in zip(groups, members, strict=True):
         if "" in found:
             raise wrong(f"{str(group['params'][found.index('')])[:200]} is no trained parameter of it")
@@ -166,7 +186,7 @@ def map_named(
     grouped = {name for found in members for name in found}
     entries: dict[str, State] = {}
     for stored, entry in state.items():
-        name = known.get(stored, "")
+        name = known.get(plain(stored), "") if isinstance(stored, str) else ""
         if name not in grouped:
             raise wrong(f"{str(stored)[:200]} has state and {'no group' if name else 'is no trained parameter of it'}")
         for key, value in entry.items():
