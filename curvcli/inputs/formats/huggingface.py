@@ -60,7 +60,11 @@ class HuggingFaceReader:
         counted = integer(state, "global_step")
         return Checkpoint(
             path=path,
-            format="trainer" if state is not None else "accelerate" if optimizer else "pretrained",
+            format="accelerate"
+            if path / "optimizer.bin" in read
+            else "trainer"
+            if state or path / "optimizer.pt" in read
+            else "pretrained",
             architecture=described.name,
             tensors=tuple(tensors),
             model=lambda: self._model(path, described),
