@@ -225,7 +225,7 @@ class Saved:
             # torch's own state_dict, saved as it is: keyed by position, which was turned into a string.
             state = {int(owner) if owner.isdigit() else owner: dict(Lazy(e)) for owner, e in self.state.items()}
             orders = (trainer_order, matrix_order, single_order)
-            return map_state({"param_groups": groups, "state": state}, model, orders, path=self.path)
+            return map_state({"param_groups": groups, "state": state}, model, orders, path=self.path, partial=True)
         shapes = {owner: _shapes(entries) for owner, entries in self.state.items()}
         return map_named(
             {"param_groups": groups, "state": shapes},

@@ -137,7 +137,7 @@ def _optimizer(path: Path) -> tuple[OptimizerFile | None, list[Path]]:
 
 def _view(file: Path, model: nn.Module) -> OptimizerView:
     orders = (trainer_order, matrix_order, single_order)
-    return map_state(_only(load_pickle(file), file), model, orders, path=file)
+    return map_state(_only(load_pickle(file), file), model, orders, path=file, partial=True)
 
 
 def _only(document: Any, file: Path) -> Any:

@@ -147,7 +147,7 @@ def named(document: Any, stored: Collection[str], model: nn.Module, names: Mappi
             f"{path} counts optimizer state in the order of its own parameters, {first[0]} where the model has {first[1]}",
             hint="name the network that was trained with --model, or save an optimizer of model.named_parameters()",
         )
-    return map_state(document, model, (trainer_order, matrix_order, single_order), path=path)
+    return map_state(document, model, (trainer_order, matrix_order, single_order), path=path, partial=True)
 
 
 def _step(document: dict[str, Any], path: Path) -> int | None:

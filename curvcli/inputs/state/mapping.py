@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from curvcli.errors import InputError
 from curvcli.inputs.names import plain
+from curvcli.inputs.state.partial import assignments, left_out
 from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.refused import refuse
 
@@ -47,14 +48,20 @@ def _split(model: nn.Module, first: Callable[[str, Tensor], bool]) -> list[list[
     return [[n for n, p in trained if first(n, p)], [n for n, p in trained if not first(n, p)]]
 
 
-def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path: object) -> OptimizerView:
+def map_state(
+    document: Any, model: nn.Module, orders: Sequence[Order], *, path: object, partial: bool = False
+) -> OptimizerView:
     """A torch optimizer's state_dict with names.
 
     Names in the file win (`map_named`). Otherwise each order is tried; one is taken where group lengths and every
     state shape fit, and orders that fit must agree.
 
+    Args:
+        partial: where no order fits, look for the layers that were frozen, or for groups that take the layers apart.
+
     Raises:
-        AmbiguousStateError: orders that fit differ; it has the views, between which gradients may decide.
+        AmbiguousStateError: orders that fit differ, or layers were taken for frozen; it has the views, between which
+            gradients may decide.
         InputError: no order fits; says what was tried.
         UnsupportedError: the optimizer is one that no number is given for.
     """
@@ -75,10 +82,24 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
         elif names not in fits:
             fits.append(names)
             labels.append(label)
+    held, hint = sum(len(g["params"]) for g in groups), _hint(groups, parameters)
+    if not fits and partial and 0 < held <= len(parameters):
+        if shapes := _shapes(groups, state):
+            fits = assignments(shapes, parameters)
+            labels = [_described(names, parameters) for names in fits]
+        if fits:
+            raise AmbiguousStateError(
+                f"optimizer state in {path} has {held} of the model's {len(parameters)} parameters in {len(groups)} groups, "
+                f"which {len(fits)} assignments fit",
+                hint=hint,
+                views=tuple(_view(names, groups, state) for names in fits),
+                labels=tuple(labels),
+            )
     if not fits:
         raise InputError(
-            f"optimizer state in {path} does not fit the model ({'; '.join(tried)})",
-            hint="it belongs to another model, or its parameters were grouped in a way that is not known here",
+            f"optimizer state in {path}, of {held} parameters, does not fit the model of {len(parameters)} "
+            f"({'; '.join(tried)})",
+            hint=hint,
         )
     views = tuple(_view(names, groups, state) for names in fits)
     if len(views) > 1:
@@ -92,8 +113,42 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
     return views[0]
 
 
+def _hint(groups: list[dict[str, Any]], parameters: Mapping[str, Tensor]) -> str:
+    held = sum(len(g["params"]) for g in groups)
+    if held < len(parameters):
+        return (
+            "frozen parameters are the likely reason: pass --model package.module:factory of a function that builds the "
+            "model and sets requires_grad as it was trained"
+        )
+    if held == len(parameters):
+        return (
+            "its groups are not known here: load model and optimizer as the training script does and call "
+            "curvcli.save_optimizer(DIR, optimizer, model), which writes the names"
+        )
+    return "it belongs to another model: name the network that was trained with --model"
+
+
+def _shapes(groups: list[dict[str, Any]], state: Mapping[Any, Mapping[str, Any]]) -> list[list[tuple[int, ...]]] | None:
+    """Shapes of the parameters in every group, as their state has them; None where one has no state."""
+    found = [[_shape(state.get(index, {})) for index in group["params"]] for group in groups]
+    return [[shape for shape in each if shape] for each in found] if all(all(each) for each in found) else None
+
+
+def _shape(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
+    shapes = {tuple(value.shape) for value in entry.values() if isinstance(value, Tensor) and value.dim()}
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def _described(names: list[list[str]], parameters: Mapping[str, Tensor]) -> str:
+    """For people: what an assignment takes for frozen, or which layers its groups begin with."""
+    frozen = left_out(names, parameters)
+    if not frozen:
+        return "groups that begin with " + ", ".join(group[0] for group in names if group)
+    return f"{', '.join(frozen[:4])}{f' and {len(frozen) - 4} more' if len(frozen) > 4 else ''} frozen"
+
+
 class AmbiguousStateError(InputError):
-    """State that fits a model in more than one order.
+    """State that fits a model in more than one order, or in one that the file and its trainer's rules do not give.
 
     Attributes:
         views: the state with names, in each of them.
