@@ -45,14 +45,16 @@ class HuggingFaceReader:
     The Trainer saves a model that is none of transformers' without one; --model then names the network.
     """
 
+    names = _WEIGHTS
+
     def accepts(self, path: Path) -> bool:
-        return path.is_dir() and any((path / name).exists() for name in ("config.json", *_WEIGHTS))
+        return path.is_dir() and any((path / name).exists() for name in ("config.json", *self.names))
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
         described = needed(architecture, path)
         state = trainer_state(path)
         tensors = self.tensors(path)
-        optimizer, read = _optimizer(path)
+        optimizer, read = optimizer_beside(path)
         average, _ = averages_of((tensor.name for tensor in tensors), path.name)
         findings = unread(path, read)
         if average:
@@ -108,10 +110,10 @@ class HuggingFaceReader:
             raise InputError(
                 f"{path} has a config.json and no weights ({', '.join(sorted(_WEIGHTS))})", hint="copy the weights beside it"
             )
-        return _shards(found) if found.suffix == ".json" else {found: _header(found)}
+        return _shards(found) if found.suffix == ".json" else {found: header(found)}
 
 
-def _optimizer(path: Path) -> tuple[OptimizerFile | None, list[Path]]:
+def optimizer_beside(path: Path) -> tuple[OptimizerFile | None, list[Path]]:
     """The optimizer's state beside the weights, and what of it is read: ours, the Trainer's, accelerate's, the only one."""
     found = optimizer_files(path)
     known = [path / name for name in (OPTIMIZER_FILE, "optimizer.pt", "optimizer.bin") if path / name in found]
@@ -159,15 +161,15 @@ def _shards(index: Path) -> dict[Path, list[TensorInfo]]:
         file = inside(index.parent, shard)
         if not file.is_file():
             raise InputError(f"{file} is named in {index.name} and missing", hint="copy the missing shard")
-        found[file] = _header(file)
+        found[file] = header(file)
     missing = sorted(set(shards) - {t.name for tensors in found.values() for t in tensors})
     if missing:
         raise InputError(f"{missing[0]} is named in {index.name} and in no shard", hint="copy the shards again")
     return found
 
 
-def _header(file: Path) -> list[TensorInfo]:
-    """Names and shapes of the weights in a file."""
+def header(file: Path) -> list[TensorInfo]:
+    """Names and shapes of the weights in a file. Raises InputError."""
     if file.suffix != ".bin":
         return safetensors_header(file)
     weights = load_pickle(file, meta=True)
