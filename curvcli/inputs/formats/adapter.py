@@ -34,10 +34,10 @@ _PLAIN = re.compile(r"[\w.]+")
 _TARGET = re.compile(rf"{re.escape(_ROOT)}(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 # Options that say where the adapter is, which its tensors' names say too, or that matter before the first step alone.
 _IDLE = (
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules",
-    "task_type", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
+    "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "target_modules", "task_type", "use_rslora",
 )  # fmt: skip
 # Others change the base's weights before training.
 _STARTS = (None, True, False, "gaussian", "orthogonal")

@@ -17,7 +17,7 @@ from curvcli.results import Finding
 
 _OPTIMIZER = re.compile(r"(?:^|[-_.\d])optim(?:izer)?s?(?:_states?|_state_dict)?(?=[-_.\d]|$)", re.IGNORECASE)
 # avg_loss=2.31 in a file's name is a metric.
-_METRIC = re.compile(r"[\w/]+=[-+\w.]*")
+_METRIC = re.compile(r"[\w/]+=[+-]?\d[\d.]*(?:e[+-]?\d+)?")
 _TENSORS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl", ".npz", ".msgpack")
 
 
@@ -62,19 +62,17 @@ def several(documents: Mapping[str, Any], path: Path) -> UnsupportedError:
     )
 
 
-def averages_of(names: Iterable[str], where: str) -> tuple[bool, str | None]:
+def averages_of(names: Iterable[str], *where: str) -> tuple[bool, str | None]:
     """Whether stored weights are an average, and if they are not, the name under which one lies among them.
 
     Args:
-        where: what the file, its directory or the part of it is called.
+        where: what the file, its directory and the part of it are called.
     """
     stored = list(names)
     apart = [name for name in stored if of_average(name)]
-    if (
-        averaged(_METRIC.sub("", where))
-        or any(plain(name) == "n_averaged" for name in apart)
-        or (stored and len(apart) == len(stored))
-    ):
+    called = any(averaged(_METRIC.sub("", name)) for name in where)
+    whole = any(plain(name) == "n_averaged" for name in apart) or (stored and len(apart) == len(stored))
+    if called or whole:
         return True, None
     return False, apart[0].rpartition(".")[0] if apart else None
 
