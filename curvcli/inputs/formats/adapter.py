@@ -125,7 +125,8 @@ def _base(path: Path, options: Mapping[str, Any]) -> Architecture:
     hint = "pass --model DIR of the base model, with its config.json and weights"
     try:
         home = path.resolve()
-        place = Path(name).resolve() if isinstance(name, str) and name and "\0" not in name else home
+        # A relative one counts from the checkpoint: what lies in the working directory is no file's to name.
+        place = (home / name).resolve() if isinstance(name, str) and name and "\0" not in name else home
         near = place != home and place.is_relative_to(home.parents[min(1, len(home.parents) - 1)])
         found = near and (place / "config.json").is_file()
     except (OSError, RuntimeError, ValueError, IndexError):
@@ -186,16 +187,20 @@ def _model(file: Path, tensors: list[TensorInfo], options: Mapping[str, Any], ba
 def _fill(model: nn.Module, file: Path, tensors: list[TensorInfo]) -> None:
     """Put the adapter's tensors where they belong: all of them, and into all that trains. Raises InputError."""
     weights: Mapping[str, Tensor] = load_pickle(file) if file.suffix == ".bin" else stored({t.name: file for t in tensors})
-    own = {_saved_as(name): p for name, p in model.named_parameters() if p.requires_grad}
-    if odd := sorted(set(own) ^ set(weights)):
+    places = {_saved_as(name): p for name, p in model.named_parameters()}
+    # Beside an adapter of the embedding peft also saves the embedding itself, which does not train.
+    places |= {name.replace(".base_layer.", "."): p for name, p in places.items()}
+    absent = [name for name, p in model.named_parameters() if p.requires_grad and _saved_as(name) not in weights]
+    if odd := [*absent, *(name for name in sorted(weights) if name not in places)]:
         raise InputError(
             f"the adapter in {file} does not fit its base: {len(odd)} weights are in one of the two alone, "
             f"first {odd[0][:120]}",
             hint="name its base with --model DIR",
         )
     with torch.no_grad():
-        for name, parameter in own.items():
-            if (value := weights[name]).shape != parameter.shape:
+        for name in weights:
+            value, parameter = weights[name], places[name]
+            if value.shape != parameter.shape:
                 raise InputError(
                     f"{file}: {name} has shape {tuple(value.shape)}, the base asks for {tuple(parameter.shape)}",
                     hint="name the adapter's base with --model DIR",
