@@ -79,7 +79,7 @@ class Opened:
         checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
-        found = weight_findings(model)
+        found = [*checkpoint.findings, *weight_findings(model)]
         shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
         model.to(device)
 
@@ -153,7 +153,7 @@ def open_for_analysis(path: Path, options: Options) -> Opened:
     """Headers of a checkpoint, its configuration and its data. Raises CurvError."""
     check_effort(options.tolerance, options.max_hvps)
     device = str(_device(options.device))
-    checkpoint = open_checkpoint(path, _architecture(options.model))
+    checkpoint = open_checkpoint(path, architecture_of(options.model))
     options, data = _configured(replace(options, device=device), checkpoint)
     task, loss = loss_for(options.loss, checkpoint.task)
     read = read_data(
@@ -176,7 +176,7 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
 
 def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: str | None = None) -> dict[str, Any]:
     """`curv inspect`: what would be read, from headers alone. Raises CurvError."""
-    checkpoint = open_checkpoint(path, _architecture(model))
+    checkpoint = open_checkpoint(path, architecture_of(model))
     config, file = find_config(checkpoint.path)
     shard = data or config.data
     sources = find_sources(shard, checkpoint) if shard else ()
@@ -196,6 +196,7 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: st
         "configuration": str(file) if file else None,
         "data": [{"path": str(s.path), "kind": s.kind, "tokens": s.tokens} for s in sources],
         "notes": checkpoint.notes,
+        "findings": {finding.code: finding.message for finding in checkpoint.findings},
     }
 
 
@@ -270,7 +271,8 @@ def _optimizer(
     return at_logged(view, checkpoint.last_lr), "log", {}
 
 
-def _architecture(model: str | None) -> Architecture | None:
+def architecture_of(model: str | None) -> Architecture | None:
+    """The network that --model names, where it is given. Raises CurvError."""
     return named(model) if model is not None else None
 
 

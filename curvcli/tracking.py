@@ -13,9 +13,9 @@ from typing import Literal
 
 from curvcli import __version__
 from curvcli.cache import Cache, Entry, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
-from curvcli.checkpoints import Opened, Options, open_for_analysis
+from curvcli.checkpoints import Opened, Options, architecture_of, open_for_analysis
 from curvcli.errors import CurvError, InputError
-from curvcli.inputs import fetched, find_checkpoints, open_checkpoint, step_of
+from curvcli.inputs import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
 from curvcli.inputs.networks.architecture import config_beside
 from curvcli.inputs.own import source_digest
 from curvcli.measurement import Directions, Progress
@@ -53,7 +53,10 @@ def track_run(
     if any(":" in spec for spec in (options.model or "", options.loss)):
         cache = NoCache()  # the user's own code may have changed, and nothing in a key would say so
     say = progress or (lambda stage, done: None)
-    found = _in_order(find_checkpoints(path))[-last if last else 0 :]
+    found = _in_order(find_checkpoints(path))
+    over = passed_over(path, found)
+    if last:  # so many complete ones, and what comes after them
+        found = found[max(0, newest_complete(found, architecture_of(options.model)) - last + 1) :]
     points: list[TrackPoint] = []
     log: list[TrainingStep] = []
     before: Directions | None = None
@@ -68,6 +71,11 @@ def track_run(
             checkpoint = fetched(checkpoint)  # of a run behind a URL, one at a time
             unchanged = partial(_is_still, checkpoint, _stamp(checkpoint))
             opened = open_for_analysis(checkpoint, options)
+            for finding in opened.checkpoint.findings:
+                if finding.code == "incomplete-checkpoint":
+                    raise InputError(
+                        finding.message, hint="curv analyze measures it as it is, with an estimated second moment"
+                    )
             log = [TrainingStep(step=e.step, loss=e.loss, lr=e.lr) for e in opened.checkpoint.log] or log
             tokens = opened.read.sha256, opened.read.sequence_length
             if shard not in (None, tokens):
@@ -93,7 +101,7 @@ def track_run(
         log=log,
         window=window,
         surge_limit=surge_limit,
-        findings=_findings(points, surge_limit),
+        findings=[*over, *_findings(points, surge_limit)],
         hvps=hvps,
         seconds=time.monotonic() - started,
         versions=Versions.installed(),
@@ -130,7 +138,7 @@ def key_of(opened: Opened) -> str:
     checkpoint, shard = opened.checkpoint, opened.read
     config = config_beside(checkpoint.path)
     try:
-        content = [checkpoint_digest(p) for p in (checkpoint.path, config) if p]
+        content = [checkpoint_digest(p) for p in (checkpoint.path, config, *checkpoint.sources) if p]
     except OSError as error:
         raise InputError(f"cannot read {checkpoint.path}: {error.strerror}", hint="check its permissions") from error
     how = {k: v for k, v in asdict(opened.options).items() if k not in ("data", "deadline")}

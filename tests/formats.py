@@ -26,7 +26,8 @@ import zstandard
 from accelerate import Accelerator
 from ranks import EARLIER, launch
 from safetensors.numpy import save_file
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_model
+from safetensors.torch import save_file as save_tensors
 from tiny import config
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -143,6 +144,68 @@ def lightning(path: Path) -> Path:
     return path / "epoch=0-step=2.ckpt"
 
 
+def accelerated(path: Path) -> Path:
+    """accelerate's save_state, with the network's config.json beside it."""
+    accelerator, (model, optimizer) = Accelerator(cpu=True), _llama()
+    model, _ = accelerator.prepare(model, optimizer)
+    accelerator.save_state(str(path / "step_3"))
+    model.config.save_pretrained(path / "step_3")
+    return path / "step_3"
+
+
+def compiled(path: Path) -> Path:
+    """The Trainer's, of a model that was compiled and saved with its wrapper's prefix."""
+    path = _trainer(path)
+    state = load_file(path / "model.safetensors")
+    save_tensors({f"_orig_mod.{n}": t for n, t in state.items()}, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def composer(path: Path) -> Path:
+    """By hand after composer/core/state.py, whose package holds other versions of torch."""
+    model, optimizer = _llama()
+    state = get_optimizer_state_dict(model, optimizer)
+    named = {
+        "state": {f"model.{n}": s for n, s in state["state"].items()},
+        "param_groups": [{**g, "params": [f"model.{n}" for n in g["params"]]} for g in state["param_groups"]],
+    }
+    weights = {f"model.{n}": t for n, t in model.state_dict().items()}
+    inner = {"model": weights, "optimizers": {"AdamW": named}, "timestamp": {"epoch": 0, "batch": 3}}
+    model.config.save_pretrained(path)
+    torch.save({"state": inner, "rng": [{"torch": torch.get_rng_state()}]}, path / "ep0-ba3-rank0.pt")
+    return path / "ep0-ba3-rank0.pt"
+
+
+def averaged(path: Path) -> Path:
+    """A training script's file with an average of the weights beside them."""
+    model, optimizer = _llama()
+    average = {n: t + 1 for n, t in model.state_dict().items()}
+    model.config.save_pretrained(path)
+    document = {"model": model.state_dict(), "model_ema": average, "optimizer": optimizer.state_dict(), "step": 3}
+    torch.save(document, path / "averaged.pt")
+    return path / "averaged.pt"
+
+
+def adapter(path: Path) -> Path:
+    """peft's LoRA, with its base inside the checkpoint's directory."""
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = _llama()
+    model.save_pretrained(path / "base")
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(3):
+        ids = torch.randint(64, (4, 17))
+        optimizer.zero_grad()
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    tuned.peft_config["default"].base_model_name_or_path = "base"
+    tuned.save_pretrained(path)
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    (path / "trainer_state.json").write_text('{"global_step": 3, "log_history": []}')
+    return path
+
+
 # Writes a checkpoint under the path and returns what the user would name.
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "transformers Trainer": trainer,
@@ -156,6 +219,11 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "optimizer.safetensors": ours,
     "torch.distributed.checkpoint": distributed,
     "Lightning": lightning,
+    "accelerate": accelerated,
+    "a compiled model's": compiled,
+    "Composer": composer,
+    "with an average": averaged,
+    "LoRA": adapter,
 }
 
 _NET = Architecture("Net", deepspeed_runs.build, vocabulary=11)

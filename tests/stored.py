@@ -30,19 +30,27 @@ def stored(name: str, path: Path, original: Path | None) -> dict[str, Tensor]:
         return _distributed(path, path if original is None else original)
     found = {}
     home = path if path.is_dir() else path.parent
+    if name == "LoRA":
+        tensors = load_file(path / "adapter_model.safetensors")
+        return {k.removeprefix("base_model.model.").replace(".weight", ".default.weight"): t for k, t in tensors.items()}
+    if name == "Composer":
+        document = torch.load(path, weights_only=True)
+        return {key.removeprefix("model."): t for key, t in document["state"]["model"].items()}
     for file in [path] if path.suffix == ".safetensors" else sorted(home.glob("model*.safetensors")):
         found |= load_file(file)
     for file in sorted(home.glob("pytorch_model-*.bin")):
         found |= torch.load(file, weights_only=True)
-    for file in (home / "pytorch_model.bin", home / "ckpt.pt", home / "plain.pt", home / "pytorch_model_fsdp.bin"):
+    for file in (home / "pytorch_model.bin", home / "ckpt.pt", home / "plain.pt", home / "averaged.pt"):
         if file.is_file() and not found:
             document = torch.load(file, weights_only=True)
             found = document.get("model", document)
+    if (file := home / "pytorch_model_fsdp.bin").is_file() and not found:
+        found = torch.load(file, weights_only=True)
     for file in home.glob("*.ckpt"):
         document = torch.load(file, weights_only=True)["state_dict"]
         found = {key.removeprefix("net."): value for key, value in document.items()}
     assert found
-    return found
+    return {key.removeprefix("_orig_mod."): value for key, value in found.items()}
 
 
 def _zero(path: Path) -> dict[str, Tensor]:

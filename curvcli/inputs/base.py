@@ -9,7 +9,9 @@ from typing import Literal, Protocol
 
 from torch import nn
 
+from curvcli.errors import InputError
 from curvcli.optimizers.base import OptimizerView
+from curvcli.results import Finding
 
 Task = Literal["causal-lm", "masked-lm", "seq2seq", "classification"]
 
@@ -30,6 +32,20 @@ class OptimizerFile:
     path: Path
     view: Callable[[nn.Module], OptimizerView]
     summary: Callable[[], dict[str, object]]
+
+
+def unusable(path: Path, what: str, *, hint: str) -> OptimizerFile:
+    """State that is there and no number can be made of: `curv inspect` says so, and mapping it raises InputError."""
+
+    def view(model: nn.Module) -> OptimizerView:
+        raise InputError(what, hint=hint)
+
+    return OptimizerFile(path, view, lambda: {"not used": what})
+
+
+def warning(code: str, message: str) -> Finding:
+    """A finding that headers suffice for."""
+    return Finding(code=code, severity="warning", message=message)
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,8 @@ class Checkpoint:
         task: what the loss is.
         log: the run's own log up to this checkpoint, in step order, where it has one.
         notes: what a reader of the numbers should know about how the trainer made them.
+        findings: what is wrong with the files, as far as headers tell.
+        sources: further files and directories that the model is made of, outside the checkpoint.
     """
 
     path: Path
@@ -96,6 +114,8 @@ class Checkpoint:
     log: tuple[Logged, ...] = ()
     tokenizer: Path | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    sources: tuple[Path, ...] = ()
 
     @property
     def last_lr(self) -> float | None:

@@ -11,6 +11,13 @@ from curvcli.errors import InputError
 
 Accepts = Callable[[Path], bool]
 
+_STEP = re.compile(r"(?:^|[^a-zA-Z])(?:step|iter|checkpoint|ckpt|ba)[=_-]?(\d{1,15})")
+# transformers 4.36 and 4.37 saved into tmp-checkpoint-N and renamed that; others write a suffix.
+_ASIDE = re.compile(
+    r"(?:^|[-_.])(?:te?mp|partial|incomplete|unfinished|staging|bak|backup|old|broken|corrupt(?:ed)?)\d*(?:[-_.]|$)|~$",
+    re.IGNORECASE,
+)
+
 
 def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
     """The checkpoints meant by a path, in step order: itself, those of a run directory, or what a pattern matches.
@@ -21,6 +28,8 @@ def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
     if not path.exists():
         found = [Path(p) for p in glob(str(path))] if any(c in str(path) for c in "*?[") else []  # noqa: PTH207
         if not found:
+            if path.is_symlink():
+                raise InputError(f"{path} is a link to nothing", hint="the checkpoint that it named is gone: name another")
             raise InputError(f"{path} does not exist", hint="give a checkpoint, a run directory or a pattern in quotes")
         return sorted((p for p in found if accepts(p)), key=step_order)
     if path.is_file():
@@ -43,10 +52,32 @@ def step_order(path: Path) -> tuple[int, str]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step in a checkpoint's name: checkpoint-60, step-60, global_step60, epoch=0-step=60.ckpt, ckpt_60.pt."""
+    """The step in a checkpoint's name: checkpoint-60, step-60, global_step60, epoch=0-step=60.ckpt, ep0-ba60-rank0.pt.
+
+    A name that says its save is not finished, or set aside (tmp-checkpoint-90), has none.
+    """
     stem = path.name if path.is_dir() else path.stem
-    match = re.search(r"(?:step|iter|checkpoint|ckpt)[=_-]?(\d{1,15})", stem)
-    return int(match[1]) if match else None
+    match = _STEP.search(stem)
+    return int(match[1]) if match and not _aside(path) else None
+
+
+def unfinished(run: Path, chosen: Path, accepts: Accepts) -> list[tuple[Path, str]]:
+    """What lies in a run, is newer than a checkpoint by its number, and is none; each with the reason. Raises InputError."""
+    step, form = step_of(chosen), re.sub(r"\d+", "#", chosen.name)
+    found = []
+    for path in sorted(_listing(run)) if run.is_dir() and step is not None else ():
+        match = _STEP.search(path.name)
+        if match is None or int(match[1]) <= (step or 0):
+            continue
+        if _aside(path):
+            found.append((path, "its name is that of a save that did not finish or was set aside"))
+        elif re.sub(r"\d+", "#", path.name) == form and not accepts(path):
+            found.append((path, "it holds no checkpoint"))
+    return found
+
+
+def _aside(path: Path) -> bool:
+    return path.name.startswith(".") or _ASIDE.search(path.name) is not None
 
 
 def _listing(path: Path) -> list[Path]:

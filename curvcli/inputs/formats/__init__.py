@@ -6,6 +6,7 @@ A new format is a file in this room, a line in READERS, and a test on files that
 from __future__ import annotations
 
 from curvcli.inputs.base import CheckpointReader
+from curvcli.inputs.formats.adapter import AdapterReader
 from curvcli.inputs.formats.dcp import DCPReader
 from curvcli.inputs.formats.dcp_safetensors import DCPSafetensorsReader
 from curvcli.inputs.formats.deepspeed import DeepSpeedReader
@@ -24,6 +25,7 @@ READERS: tuple[CheckpointReader, ...] = (
     FSDPReader(),
     DCPReader(),
     DCPSafetensorsReader(),
+    AdapterReader(),
     HuggingFaceReader(),
     WeightsFileReader(),
     TorchFileReader(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo
+from curvcli.inputs.formats.beside import averaged_weights, averages_of, of_another, unread
 from curvcli.inputs.formats.dcp_files import METADATA, Entry, Lazy, read_metadata
+from curvcli.inputs.names import averaged
 from curvcli.inputs.networks.architecture import beside, fill, match, needed
 from curvcli.inputs.runs import step_order
 from curvcli.inputs.state.mapping import map_named, map_state, matrix_order, single_order, summary, trainer_order
@@ -43,6 +45,8 @@ class DCPReader:
             weights=lambda: Lazy(saved.weights),
             optimizer=saved.optimizer,
             step=saved.step,
+            part=".".join(saved.place),
+            aside=saved.aside,
         )
 
 
@@ -66,34 +70,57 @@ def assemble(
     step: int | None,
     log: tuple[Logged, ...] = (),
     notes: Mapping[str, str] | None = None,
+    part: str = "",
+    aside: Sequence[str] = (),
 ) -> Checkpoint:
-    """A checkpoint of weights by name. What is stored can be listed without a network; a model needs one."""
+    """A checkpoint of weights by name. What is stored can be listed without a network; a model needs one.
+
+    Args:
+        part: under which the weights lie in the checkpoint.
+        aside: further parts, which hold averages of them.
+    """
     found = architecture or beside(path)
+    said, findings = dict(notes or {}), []
+    average, among = averages_of((tensor.name for tensor in tensors), part, path.stem)
+    aside = [*aside, *([among] if among else [])]
+    if aside and not average:
+        said["averaged-weights"] = (
+            f"the checkpoint also has an average of the weights ({', '.join(aside)[:200]}); measured are those that the "
+            f"optimizer moved{f', {part}' if part else ''}"
+        )
+    if average:
+        findings.append(averaged_weights(part or path.name))
+    if optimizer is None:
+        findings += unread(path)
 
     def model() -> nn.Module:
         built = needed(found, path).build()
         fill(built, weights(), path)
         return built
 
-    names = [tensor.name for tensor in tensors]
+    names = {tensor.name: tensor for tensor in tensors}
+    state = (
+        OptimizerFile(optimizer.path, lambda model: optimizer.view(model, match(model, names, path)), optimizer.summary)
+        if optimizer
+        else None
+    )
+    if state and average:
+        state = of_another(state.path, part or path.name)
     return Checkpoint(
         path=path,
         format=format,
         architecture=found.name if found else "not named in the checkpoint",
         tensors=tuple(tensors),
         model=model,
-        optimizer=OptimizerFile(
-            optimizer.path, lambda model: optimizer.view(model, match(model, names, path)), optimizer.summary
-        )
-        if optimizer
-        else None,
+        optimizer=state,
         step=step,
         vocabulary=found.vocabulary if found else None,
         context=found.context if found else None,
         task=found.task if found else "causal-lm",
         log=log,
         tokenizer=found.tokenizer if found else None,
-        notes=dict(notes or {}),
+        notes=said,
+        findings=tuple(findings),
     )
 
 
@@ -136,21 +163,35 @@ class Saved:
     @property
     def weights(self) -> Entries:
         """The model's tensors by name. Raises InputError where it is not clear which they are."""
-        found = {
-            prefix: {name: e for name, e in entries.items() if e.shape is not None and not (name in _STEPS and not e.shape)}
-            for prefix, entries in self.tensors.items()
-        }
-        found = {prefix: entries for prefix, entries in found.items() if entries}
-        named = (
-            [prefix for prefix in found if prefix and prefix[-1] in _MODELS] or [p for p in found if not p] or list(found)
-        )
+        return self._places[self.place]
+
+    @property
+    def aside(self) -> list[str]:
+        """Where averages of the weights are."""
+        return [".".join(p) for p in self._places if p != self.place and any(averaged(part) for part in p)]
+
+    @property
+    def place(self) -> Prefix:
+        """Where the model's tensors are. Raises InputError."""
+        found = self._places
+        apart = [p for p in found if not any(averaged(part) for part in p)] or list(found)
+        named = [p for p in apart if p and p[-1] in _MODELS] or [p for p in apart if not p] or apart
         if len(named) != 1:
             places = ", ".join(".".join(prefix) for prefix in named)
             raise InputError(
                 f"{self.path} has {f'weights in several places ({places})' if named else 'no weights'}",
                 hint='save {"model": ..., "optimizer": ...} with torch.distributed.checkpoint',
             )
-        return found[named[0]]
+        return named[0]
+
+    @property
+    def _places(self) -> dict[Prefix, Entries]:
+        """Tensors by where they are; counts of steps are none."""
+        found = {
+            prefix: {name: e for name, e in entries.items() if e.shape is not None and not (name in _STEPS and not e.shape)}
+            for prefix, entries in self.tensors.items()
+        }
+        return {prefix: entries for prefix, entries in found.items() if entries}
 
     @property
     def weight_infos(self) -> list[TensorInfo]:
@@ -184,7 +225,7 @@ class Saved:
             # torch's own state_dict, saved as it is: keyed by position, which was turned into a string.
             state = {int(owner) if owner.isdigit() else owner: dict(Lazy(e)) for owner, e in self.state.items()}
             orders = (trainer_order, matrix_order, single_order)
-            return map_state({"param_groups": groups, "state": state}, model, orders, path=self.path)
+            return map_state({"param_groups": groups, "state": state}, model, orders, path=self.path, partial=True)
         shapes = {owner: _shapes(entries) for owner, entries in self.state.items()}
         return map_named(
             {"param_groups": groups, "state": shapes},

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from curvcli.errors import InputError
-from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo
+from curvcli.inputs.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo, unusable
 from curvcli.inputs.bounds import inside
+from curvcli.inputs.formats.beside import (
+    averaged_weights,
+    averages_of,
+    of_another,
+    optimizer_files,
+    optimizers_in,
+    several,
+    unread,
+)
 from curvcli.inputs.formats.optimizer_file import OPTIMIZER_FILE, read_optimizer
+from curvcli.inputs.names import plain
 from curvcli.inputs.networks.architecture import fill, needed
 from curvcli.inputs.networks.registered import build
+from curvcli.inputs.runs import step_of
 from curvcli.inputs.safe import load_pickle, read_json
 from curvcli.inputs.state.mapping import map_state, matrix_order, single_order, summary, trainer_order
 from curvcli.inputs.tensors import safetensors_header, stored
+from curvcli.optimizers.base import OptimizerView
 
 INDEX = "model.safetensors.index.json"
 BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_SAVE = "write curvcli.save_optimizer(DIR, optimizer, model) beside the weights, or pass --optimizer none"
 # transformers takes the first that is there; of an old pytorch_model.bin it writes none any more, and still reads it.
 _WEIGHTS = (INDEX, "model.safetensors", _BIN_INDEX, BIN)
 
@@ -31,37 +45,41 @@ class HuggingFaceReader:
     The Trainer saves a model that is none of transformers' without one; --model then names the network.
     """
 
+    names = _WEIGHTS
+
     def accepts(self, path: Path) -> bool:
-        return path.is_dir() and any((path / name).exists() for name in ("config.json", *_WEIGHTS))
+        return path.is_dir() and any((path / name).exists() for name in ("config.json", *self.names))
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
         described = needed(architecture, path)
         state = trainer_state(path)
-        optimizer = path / "optimizer.pt"
+        tensors = self.tensors(path)
+        optimizer, read = optimizer_beside(path)
+        average, _ = averages_of((tensor.name for tensor in tensors), path.name)
+        findings = unread(path, read)
+        if average:
+            findings.append(averaged_weights(path.name))
+        counted = integer(state, "global_step")
         return Checkpoint(
             path=path,
-            format="trainer" if state is not None or optimizer.exists() else "pretrained",
+            format="accelerate"
+            if path / "optimizer.bin" in read
+            else "trainer"
+            if state or path / "optimizer.pt" in read
+            else "pretrained",
             architecture=described.name,
-            tensors=tuple(self.tensors(path)),
+            tensors=tuple(tensors),
             model=lambda: self._model(path, described),
-            optimizer=OptimizerFile(
-                optimizer,
-                lambda model: map_state(
-                    load_pickle(optimizer), model, (trainer_order, matrix_order, single_order), path=optimizer
-                ),
-                lambda: summary(load_pickle(optimizer, meta=True), optimizer),
-            )
-            if optimizer.exists()
-            else read_optimizer(path / OPTIMIZER_FILE)
-            if (path / OPTIMIZER_FILE).exists()
-            else None,
-            step=integer(state, "global_step"),
+            optimizer=of_another(optimizer.path, path.name) if optimizer and average else optimizer,
+            # accelerate's own checkpoint_N counts saves; step_N is what training scripts call them by.
+            step=step_of(path) if counted is None and "step" in path.name else counted,
             vocabulary=described.vocabulary,
             context=described.context,
             task=described.task,
             log=run_log(state),
             tokenizer=described.tokenizer,
             notes=clipping(state) | (_normaliser(described.name) if state is not None else {}),
+            findings=tuple(findings),
         )
 
     def tensors(self, path: Path) -> list[TensorInfo]:
@@ -71,15 +89,19 @@ class HuggingFaceReader:
     def _model(self, path: Path, described: Architecture) -> nn.Module:
         if described.configuration is not None:
             # transformers knows which stored names became which parameters (experts, renamed layers).
-            return build(described.configuration, described.task, weights=path)
-        model, files = described.build(), self.files(path)
-        weights: Mapping[str, Tensor]
-        if all(file.suffix == ".bin" for file in files):
-            weights = {name: tensor for file in files for name, tensor in load_pickle(file).items()}
-        else:
-            weights = stored({tensor.name: file for file, tensors in files.items() for tensor in tensors})
-        fill(model, weights, path)
+            wrapped = any(plain(tensor.name) != tensor.name for tensor in self.tensors(path))
+            stored = self._stored(path) if wrapped else None
+            return build(described.configuration, described.task, weights=path, stored=stored)
+        model = described.build()
+        fill(model, self._stored(path), path)
         return model
+
+    def _stored(self, path: Path) -> Mapping[str, Tensor]:
+        """The weights by name; of safetensors each is read when it is asked for."""
+        files = self.files(path)
+        if all(file.suffix == ".bin" for file in files):
+            return {name: tensor for file in files for name, tensor in load_pickle(file).items()}
+        return stored({tensor.name: file for file, tensors in files.items() for tensor in tensors})
 
     def files(self, path: Path) -> dict[Path, list[TensorInfo]]:
         """The weights by file, from headers. Raises InputError."""
@@ -88,7 +110,44 @@ class HuggingFaceReader:
             raise InputError(
                 f"{path} has a config.json and no weights ({', '.join(sorted(_WEIGHTS))})", hint="copy the weights beside it"
             )
-        return _shards(found) if found.suffix == ".json" else {found: _header(found)}
+        return _shards(found) if found.suffix == ".json" else {found: header(found)}
+
+
+def optimizer_beside(path: Path) -> tuple[OptimizerFile | None, list[Path]]:
+    """The optimizer's state beside the weights, and what of it is read: ours, the Trainer's, accelerate's, the only one."""
+    found = optimizer_files(path)
+    known = [path / name for name in (OPTIMIZER_FILE, "optimizer.pt", "optimizer.bin") if path / name in found]
+    numbered = [p for p in found if p.suffix == ".bin" and re.fullmatch(r"optimizer(?:_\d+)?\.bin", p.name)]
+    if known[:1] == [path / OPTIMIZER_FILE]:
+        return read_optimizer(known[0]), known[:1]
+    if len(numbered) > 1 and "optimizer.pt" not in {p.name for p in known}:
+        names = ", ".join(p.name for p in numbered)
+        what = f"{path} has the state of {len(numbered)} optimizers ({names}), and a threshold is one optimizer's"
+        return unusable(numbered[0], what, hint="pass --optimizer none, or save one optimizer"), numbered
+    if not known and len(found) != 1:
+        if not found:
+            return None, []
+        what = f"{path} has optimizer state in files that are not known ({', '.join(p.name for p in found)[:200]})"
+        return unusable(found[0], what, hint=_SAVE), found
+    file = (known or found)[0]
+    if file.is_dir() or file.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
+        return unusable(file, f"{file} has optimizer state in a form that is not known", hint=_SAVE), [file]
+    return OptimizerFile(
+        file, lambda model: _view(file, model), lambda: summary(_only(load_pickle(file, meta=True), file), file)
+    ), [file]
+
+
+def _view(file: Path, model: nn.Module) -> OptimizerView:
+    orders = (trainer_order, matrix_order, single_order)
+    return map_state(_only(load_pickle(file), file), model, orders, path=file, partial=True)
+
+
+def _only(document: Any, file: Path) -> Any:
+    """The one optimizer of a file. Raises UnsupportedError where it has several."""
+    found = optimizers_in(document)
+    if len(found) > 1:
+        raise several(found, file)
+    return next(iter(found.values()), document)
 
 
 def _shards(index: Path) -> dict[Path, list[TensorInfo]]:
@@ -102,15 +161,15 @@ def _shards(index: Path) -> dict[Path, list[TensorInfo]]:
         file = inside(index.parent, shard)
         if not file.is_file():
             raise InputError(f"{file} is named in {index.name} and missing", hint="copy the missing shard")
-        found[file] = _header(file)
+        found[file] = header(file)
     missing = sorted(set(shards) - {t.name for tensors in found.values() for t in tensors})
     if missing:
         raise InputError(f"{missing[0]} is named in {index.name} and in no shard", hint="copy the shards again")
     return found
 
 
-def _header(file: Path) -> list[TensorInfo]:
-    """Names and shapes of the weights in a file."""
+def header(file: Path) -> list[TensorInfo]:
+    """Names and shapes of the weights in a file. Raises InputError."""
     if file.suffix != ".bin":
         return safetensors_header(file)
     weights = load_pickle(file, meta=True)
@@ -146,7 +205,10 @@ def run_log(state: dict[str, Any] | None) -> tuple[Logged, ...]:
 
     def number(entry: dict[str, Any], key: str) -> float | None:
         value = entry.get(key)
-        return float(value) if isinstance(value, (int, float)) and isfinite(value) else None
+        # An integer of JSON may be larger than any float.
+        if isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max:
+            return float(value)
+        return None
 
     found = [Logged(e["step"], number(e, "loss"), number(e, "learning_rate")) for e in _entries(state) if integer(e, "step")]
     return tuple(entry for entry in found if entry.loss is not None or entry.lr is not None)

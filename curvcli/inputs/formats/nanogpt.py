@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curvcli.errors import InputError
 from curvcli.inputs.base import Architecture, Checkpoint, OptimizerFile, TensorInfo
 from curvcli.inputs.bounds import check_size
+from curvcli.inputs.names import plain
 from curvcli.inputs.safe import check_finite, load_pickle
 from curvcli.inputs.state.mapping import map_state, matrix_order, summary
 from curvcli.optimizers.base import OptimizerView
@@ -61,9 +62,8 @@ def _parts(document: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise InputError(f"{path} has model_args out of range: {shown}", hint="the file is damaged")
     if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in document["model"].items()):
         raise InputError(f"{path} has something else than tensors by name under 'model'", hint="expected nanoGPT's ckpt.pt")
-    # torch.compile prefixes every name. The causal mask is a buffer that old versions saved.
-    weights = {n.removeprefix("_orig_mod."): t for n, t in document["model"].items()}
-    return {n: t for n, t in weights.items() if not n.endswith(".attn.bias")}, args
+    # The causal mask is a buffer that old versions saved.
+    return {plain(n): t for n, t in document["model"].items() if not plain(n).endswith(".attn.bias")}, args
 
 
 def _build(path: Path) -> nn.Module:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from curvcli.errors import InputError, UsageError
-from curvcli.inputs.base import Architecture
+from curvcli.inputs.base import Architecture, TensorInfo
+from curvcli.inputs.names import averaged, obsolete, of_average, plain
 from curvcli.inputs.networks.registered import configured, twice_differentiable
 from curvcli.inputs.own import blamed, imported
 from curvcli.inputs.safe import check_finite
-
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 
 
 def beside(path: Path) -> Architecture | None:
@@ -72,27 +71,37 @@ def needed(architecture: Architecture | None, path: Path) -> Architecture:
     return found
 
 
-def match(model: nn.Module, stored: Collection[str], path: object) -> dict[str, str]:
+def match(model: nn.Module, stored: Mapping[str, Tensor | TensorInfo], path: object) -> dict[str, str]:
     """Stored name by parameter or buffer name of the model, for all of them.
 
     Wrappers' name parts (torch.compile's, DistributedDataParallel's, FSDP's) do not count, and one prefix that all
-    stored names share (as "model.") may be left out. Of tied weights any one name does.
+    stored names share (as "model.") may be left out. Of tied weights any one name does. What else is stored may be an
+    average of the weights, or constants of older versions.
+
+    Args:
+        stored: what has a shape, by name.
 
     Raises:
         InputError: a weight of the model is not stored, or a stored one is none of the model's.
     """
-    plain = {_plain(name): name for name in stored}
-    owned = {_plain(name): name for name in model.state_dict()}
-    prefixes = {"", *(name.removesuffix(own) for name in plain for own in list(owned)[:1] if name.endswith(f".{own}"))}
-    best = max(prefixes, key=lambda prefix: (sum(prefix + own in plain for own in owned), -len(prefix)))
-    found = {name: plain[best + own] for own, name in owned.items() if best + own in plain}
+    short = {plain(name): name for name in stored}
+    owned = {plain(name): name for name in model.state_dict()}
+    prefixes = {"", *(name.removesuffix(own) for name in short for own in list(owned)[:1] if name.endswith(f".{own}"))}
+
+    def fit(prefix: str) -> tuple[int, bool, int]:
+        average = any(averaged(part) for part in prefix.split("."))
+        return sum(prefix + own in short for own in owned), not average, -len(prefix)
+
+    best = max(prefixes, key=fit)
+    found = {name: short[best + own] for own, name in owned.items() if best + own in short}
     pointer = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
     present = {pointer[name] for name in found if pointer[name]}
     missing = [name for name in owned.values() if name not in found and pointer[name] not in present]
-    spare = sorted(set(plain.values()) - set(found.values()))
+    spare = set(short.values()) - set(found.values())
+    spare = {name for name in spare if not (of_average(name) or obsolete(name, stored[name].shape))}
     if missing or spare:
         what = f"{len(missing)} weights of the model are not stored, first {missing[0]}" if missing else ""
-        more = f"{len(spare)} stored weights are none of the model's, first {spare[0]}" if spare else ""
+        more = f"{len(spare)} stored weights are none of the model's, first {min(spare)}" if spare else ""
         raise InputError(
             f"the weights in {path} do not fit the model: {'; '.join(part for part in (what, more) if part)}",
             hint="name the network that was trained with --model",
@@ -109,7 +118,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> dict[
     Raises:
         InputError: names or shapes do not fit, or a weight is NaN or infinite.
     """
-    names = match(model, weights.keys(), path)
+    names = match(model, weights, path)
     own = model.state_dict()
     with torch.no_grad():
         for name, key in names.items():
@@ -123,7 +132,3 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> dict[
     model.eval()
     check_finite(model)
     return names
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch import nn
+from torch import Tensor, nn
 
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.inputs.base import Architecture, Task
 from curvcli.inputs.bounds import check_config, check_size
+from curvcli.inputs.names import plain
 from curvcli.inputs.safe import check_finite, read_json
 
 # Auto class and the table of its model classes, by task.
@@ -58,10 +59,15 @@ def configured(where: Path) -> Architecture:
     )
 
 
-def build(configuration: Path, task: Task, weights: Path | None = None) -> nn.Module:
+def build(
+    configuration: Path, task: Task, weights: Path | None = None, stored: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """The float32 model of a config.json in evaluation mode, with the weights of a directory.
 
     Without weights its own are random, and all of them are still to be filled in.
+
+    Args:
+        stored: the same weights by name, where their names carry wrappers' parts.
 
     Raises:
         InputError: transformers cannot build it, or weights are missing or of other shapes.
@@ -91,9 +97,15 @@ def build(configuration: Path, task: Task, weights: Path | None = None) -> nn.Mo
             # Its own defaults for generating, of which nothing is used here: transformers looks for them beside the weights
             # and fails where neither they nor a config.json are there.
             generation = transformers.GenerationConfig()
-            model, info = kind.from_pretrained(
-                weights, config=config, generation_config=generation, output_loading_info=True, **offline, **shape
-            )
+            how = {"config": config, "generation_config": generation, "output_loading_info": True, **offline, **shape}
+            place: Path | None = weights
+            if stored is not None:
+                with torch.device("meta"):
+                    shell = empty()
+                own = {plain(name): name for name in shell.state_dict()}
+                how["state_dict"] = {own.get(plain(name), plain(name)): tensor for name, tensor in stored.items()}
+                kind, place = type(shell), None
+            model, info = kind.from_pretrained(place, **how)
         twice_differentiable(model)
     except (InputError, UnsupportedError):
         raise

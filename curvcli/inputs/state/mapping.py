@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvcli.errors import InputError
+from curvcli.inputs.names import plain
+from curvcli.inputs.state.partial import assignments, left_out
 from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.refused import refuse
 
@@ -46,28 +48,33 @@ def _split(model: nn.Module, first: Callable[[str, Tensor], bool]) -> list[list[
     return [[n for n, p in trained if first(n, p)], [n for n, p in trained if not first(n, p)]]
 
 
-def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path: object) -> OptimizerView:
+def map_state(
+    document: Any, model: nn.Module, orders: Sequence[Order], *, path: object, partial: bool = False
+) -> OptimizerView:
     """A torch optimizer's state_dict with names.
 
-    Names in the file win. Otherwise each order is tried; one is taken where group lengths and every
+    Names in the file win (`map_named`). Otherwise each order is tried; one is taken where group lengths and every
     state shape fit, and orders that fit must agree.
 
+    Args:
+        partial: where no order fits, look for the layers that were frozen, or for groups that take the layers apart.
+
     Raises:
-        AmbiguousStateError: orders that fit differ; it has the views, between which gradients may decide.
+        AmbiguousStateError: orders that fit differ, or layers were taken for frozen; it has the views, between which
+            gradients may decide.
         InputError: no order fits; says what was tried.
         UnsupportedError: the optimizer is one that no number is given for.
     """
     groups, state = check_document(document, path)
+    if (keyed := by_name(groups, state)) is not None:
+        return map_named(keyed, model, {}, path=path)
     # Before the shapes: a factored state fits no parameter, and the reason is the optimizer, not the model.
     refuse(OptimizerView(tuple(Group((), g) for g in groups), {str(k): v for k, v in state.items()}))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     tried: list[str] = []
     fits: list[list[list[str]]] = []
     labels: list[str] = []
-    if all("param_names" in g for g in groups):
-        candidates: list[tuple[str, list[list[str]]]] = [("names in the file", [list(g["param_names"]) for g in groups])]
-    else:
-        candidates = [(order.__name__.removesuffix("_order"), order(model)) for order in orders]
+    candidates = [(order.__name__.removesuffix("_order"), order(model)) for order in orders]
     for label, names in candidates:
         problem = _mismatch(names, groups, state, parameters)
         if problem:
@@ -75,10 +82,24 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
         elif names not in fits:
             fits.append(names)
             labels.append(label)
+    held, hint = sum(len(g["params"]) for g in groups), _hint(groups, parameters)
+    if not fits and partial and 0 < held <= len(parameters):
+        if shapes := _shapes(groups, state):
+            fits = assignments(shapes, parameters)
+            labels = [_described(names, parameters) for names in fits]
+        if fits:
+            raise AmbiguousStateError(
+                f"optimizer state in {path} has {held} of the model's {len(parameters)} parameters in {len(groups)} groups, "
+                f"which {len(fits)} assignments fit",
+                hint=hint,
+                views=tuple(_view(names, groups, state) for names in fits),
+                labels=tuple(labels),
+            )
     if not fits:
         raise InputError(
-            f"optimizer state in {path} does not fit the model ({'; '.join(tried)})",
-            hint="it belongs to another model, or its parameters were grouped in a way that is not known here",
+            f"optimizer state in {path}, of {held} parameters, does not fit the model of {len(parameters)} "
+            f"({'; '.join(tried)})",
+            hint=hint,
         )
     views = tuple(_view(names, groups, state) for names in fits)
     if len(views) > 1:
@@ -92,8 +113,42 @@ def map_state(document: Any, model: nn.Module, orders: Sequence[Order], *, path:
     return views[0]
 
 
+def _hint(groups: list[dict[str, Any]], parameters: Mapping[str, Tensor]) -> str:
+    held = sum(len(g["params"]) for g in groups)
+    if held < len(parameters):
+        return (
+            "frozen parameters are the likely reason: pass --model package.module:factory of a function that builds the "
+            "model and sets requires_grad as it was trained"
+        )
+    if held == len(parameters):
+        return (
+            "its groups are not known here: load model and optimizer as the training script does and call "
+            "curvcli.save_optimizer(DIR, optimizer, model), which writes the names"
+        )
+    return "it belongs to another model: name the network that was trained with --model"
+
+
+def _shapes(groups: list[dict[str, Any]], state: Mapping[Any, Mapping[str, Any]]) -> list[list[tuple[int, ...]]] | None:
+    """Shapes of the parameters in every group, as their state has them; None where one has no state."""
+    found = [[_shape(state.get(index, {})) for index in group["params"]] for group in groups]
+    return [[shape for shape in each if shape] for each in found] if all(all(each) for each in found) else None
+
+
+def _shape(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
+    shapes = {tuple(value.shape) for value in entry.values() if isinstance(value, Tensor) and value.dim()}
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def _described(names: list[list[str]], parameters: Mapping[str, Tensor]) -> str:
+    """For people: what an assignment takes for frozen, or which layers its groups begin with."""
+    frozen = left_out(names, parameters)
+    if not frozen:
+        return "groups that begin with " + ", ".join(group[0] for group in names if group)
+    return f"{', '.join(frozen[:4])}{f' and {len(frozen) - 4} more' if len(frozen) > 4 else ''} frozen"
+
+
 class AmbiguousStateError(InputError):
-    """State that fits a model in more than one order.
+    """State that fits a model in more than one order, or in one that the file and its trainer's rules do not give.
 
     Attributes:
         views: the state with names, in each of them.
@@ -119,6 +174,24 @@ def _view(names: list[list[str]], groups: list[dict[str, Any]], state: dict[Any,
         ),
         entries,
     )
+
+
+def by_name(groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> dict[str, Any] | None:
+    """The state keyed by parameter names, where the file has them: as its keys, or beside its positions."""
+    if any(isinstance(p, str) for group in groups for p in group["params"]):
+        return {"state": state, "param_groups": groups}
+    if not all(_has_names(group) for group in groups):
+        return None
+    owner = {i: n for group in groups for i, n in zip(group["params"], group["param_names"], strict=True)}
+    return {
+        "state": {owner.get(index, str(index)): entry for index, entry in state.items()},
+        "param_groups": [{**group, "params": group["param_names"]} for group in groups],
+    }
+
+
+def _has_names(group: Mapping[str, Any]) -> bool:
+    names = group.get("param_names")
+    return isinstance(names, list) and len(names) == len(group["params"]) and all(isinstance(n, str) for n in names)
 
 
 def map_named(
@@ -156,7 +229,9 @@ def map_named(
             hint="name the network that was trained with --model",
         )
 
-    members = [[known.get(name, "") if isinstance(name, str) else "" for name in group["params"]] for group in groups]
+    # A wrapper may be in the optimizer's names and not in the weights', or the other way round.
+    known = {plain(name): own for name, own in known.items()}
+    members = [[known.get(plain(name), "") if isinstance(name, str) else "" for name in group["params"]] for group in groups]
     for group, found in zip(groups, members, strict=True):
         if "" in found:
             raise wrong(f"{str(group['params'][found.index('')])[:200]} is no trained parameter of it")
@@ -166,7 +241,7 @@ def map_named(
     grouped = {name for found in members for name in found}
     entries: dict[str, State] = {}
     for stored, entry in state.items():
-        name = known.get(stored, "")
+        name = known.get(plain(stored), "") if isinstance(stored, str) else ""
         if name not in grouped:
             raise wrong(f"{str(stored)[:200]} has state and {'no group' if name else 'is no trained parameter of it'}")
         for key, value in entry.items():
