@@ -67,7 +67,7 @@ class Checkpoint(Document):
 class DataFile(Document):
     path: str
     kind: str = Field(description="what the file was recognised as")
-    tokens: int | None = Field(description="that it holds; null where only reading it would tell")
+    tokens: int | None = Field(default=None, description="that it holds; null where only reading it would tell")
 
 
 class Data(Document):
