@@ -148,7 +148,7 @@ def _read(path: Path, limit: int, shifted: bool, encode: Encode | None) -> tuple
     """What a file was recognised as, and the columns of its first rows."""
     if path.suffix == ".safetensors" and path.is_file():
         columns = {name: _typed(name, tensor, path) for name, tensor in leading(path, limit).items()}
-        return "safetensors", _unpacked(_causal(columns, path) if shifted else columns)
+        return "safetensors", _seen_whole([_causal(columns, path) if shifted else columns])[0]
     if not path.exists():
         raise InputError(f"{path} is no file of examples", hint="give a .safetensors or a table with named columns")
     table = open_table(path)
@@ -157,7 +157,7 @@ def _read(path: Path, limit: int, shifted: bool, encode: Encode | None) -> tuple
             f"{path} holds no named columns (input_ids, pixel_values, labels, ...)",
             hint="this loss takes examples: give them as .safetensors, .jsonl, .parquet or save_to_disk's",
         )
-    return table.kind, _unpacked(_stacked(_rows(table, limit, shifted, encode), path))
+    return table.kind, _stacked(_seen_whole(_rows(table, limit, shifted, encode)), path)
 
 
 def _rows(table: Table, limit: int, shifted: bool, encode: Encode | None) -> list[dict[str, Tensor]]:
@@ -295,12 +295,11 @@ def _causal(columns: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return {**found, "labels": labels}
 
 
-def _unpacked(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without a mask of ones beside positions: given one, transformers does not look where documents begin."""
-    mask = columns.get("attention_mask")
-    if "position_ids" in columns and mask is not None and bool((mask != 0).all()):
-        return {name: column for name, column in columns.items() if name != "attention_mask"}
-    return columns
+def _seen_whole(rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Without masks of ones beside positions: given one, transformers does not look where documents begin."""
+    if all("position_ids" in row and bool((row.get("attention_mask", torch.ones(1)) != 0).all()) for row in rows):
+        return [{name: value for name, value in row.items() if name != "attention_mask"} for row in rows]
+    return rows
 
 
 def _joined(parts: list[dict[str, Tensor]], files: list[tuple[Path, str]]) -> dict[str, Tensor]:
