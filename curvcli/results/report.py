@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from curvcli.results.base import Document, Finding, Versions, read_document
 
@@ -29,10 +29,18 @@ class Estimate(Document):
     most_negative: float | None = Field(description="smallest eigenvalue found, an upper bound of the true one")
     most_negative_residual: float | None = Field(description="its residual norm")
     most_negative_status: Literal["converged", "unconverged"] | None = Field(
-        description="converged: the residual is at most 10 % of it, or negligible beside lambda; null without a value"
+        description="converged: the residual is at most 10 % of it; null without a value"
     )
     hvps: Annotated[int, Field(ge=0, description="Hessian-vector products spent")]
     status: Status
+
+    @field_validator("most_negative_status")
+    @classmethod
+    def _no_digits(cls, status: Any, info: ValidationInfo) -> Any:
+        """A value that its residual is larger than is a bound and no more; documents of old versions say otherwise."""
+        value, residual = info.data.get("most_negative"), info.data.get("most_negative_residual")
+        certified = value is not None and residual is not None and residual <= abs(value)
+        return "unconverged" if status == "converged" and not certified else status
 
 
 class LayerEstimate(Estimate):
