@@ -220,6 +220,10 @@ class _Writer:
         optimizer = _optimizer(self.metric, provenance.lr_source)
         estimate = results.Estimate(**self.entry(found.full))
         prefix = work.blocks.prefix if work.blocks else ""
+        ends = None
+        if found.ends is not None:
+            size = sum(numel[n] for n in found.ends.names)
+            ends = results.PartEstimate(**self.entry(found.ends), name=results.ENDS, parameters=size)
         layer_entries = [
             results.LayerEstimate(**self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names))
             for i, s in enumerate(layers)
@@ -246,6 +250,7 @@ class _Writer:
             data=data,
             optimizer=optimizer,
             full=estimate,
+            ends=ends,
             layers=layer_entries,
             cumulative=curves,
             update=update,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from curvcli.results import (
-    Cumulative,
     Estimate,
     Finding,
     Generalisation,
-    LayerEstimate,
     Mass,
     Optimizer,
+    PartEstimate,
     Report,
     Severity,
     Update,
@@ -52,7 +51,7 @@ def explain(
     found = [*given]
     found += _metric(report.optimizer, idle, left_out, notes)
     found += _update(report.update)
-    found += _shape(report.full, report.layers, report.cumulative, report.attribution)
+    found += _shape(report.full, report.parts, report.outside, report.attribution)
     found += _quality(report)
     order = {"error": 0, "warning": 1, "info": 2}
     return [_headline(report), *sorted(found, key=lambda f: order[f.severity])]
@@ -185,7 +184,7 @@ def _update(update: Update) -> list[Finding]:
     return []
 
 
-def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, attribution: list[Mass]) -> list[Finding]:
+def _shape(full: Estimate, parts: list[PartEstimate], ends: PartEstimate | None, attribution: list[Mass]) -> list[Finding]:
     found: list[Finding] = []
     if full.eigenvalue is not None and full.most_negative is not None and -full.most_negative > abs(full.eigenvalue):
         found.append(
@@ -196,24 +195,27 @@ def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, 
                 f"({full.eigenvalue:.3g}): power iteration would have found it instead",
             )
         )
-    known = [(layer, layer.eigenvalue) for layer in layers if layer.eigenvalue is not None and layer.status == "converged"]
+    known = [(part, part.eigenvalue) for part in parts if part.eigenvalue is not None and part.status == "converged"]
     if known and full.eigenvalue:
         sharpest, value = max(known, key=lambda pair: pair[1])
         found.append(
             Finding(
                 code="sharpest-layer",
                 severity="info",
-                message=f"{sharpest.name} is the sharpest layer, lambda {value:.3g}, "
-                f"{value / full.eigenvalue:.0%} of the full model's",
+                message=(
+                    "embedding and head are sharper than any layer"
+                    if sharpest is ends
+                    else f"{sharpest.name} is the sharpest layer"
+                )
+                + f", lambda {value:.3g}, {value / full.eigenvalue:.0%} of the full model's",
             )
         )
-    bottom = next((e for e in cumulative.restricted if e.depth == 0), None)
-    if bottom is not None and bottom.eigenvalue and full.eigenvalue and bottom.eigenvalue > 0.5 * full.eigenvalue > 0:
+    if ends is not None and ends.eigenvalue and full.eigenvalue and ends.eigenvalue > 0.5 * full.eigenvalue > 0:
         found.append(
             Finding(
                 code="ends-dominate",
                 severity="info",
-                message=f"embedding and head alone reach {bottom.eigenvalue / full.eigenvalue:.0%} of lambda: freezing "
+                message=f"embedding and head alone reach {ends.eigenvalue / full.eigenvalue:.0%} of lambda: freezing "
                 "layers would not lower it much",
             )
         )
@@ -233,7 +235,8 @@ def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, 
 def _quality(report: Report) -> list[Finding]:
     full, generalisation = report.full, report.generalisation
     found: list[Finding] = []
-    parts: list[tuple[str, Estimate]] = [(f"layer {e.index}", e) for e in report.layers]
+    parts: list[tuple[str, Estimate]] = [(e.name, e) for e in (report.ends,) if e]
+    parts += [(f"layer {e.index}", e) for e in report.layers]
     for kind, curve in (("restricted", report.cumulative.restricted), ("truncated", report.cumulative.truncated)):
         parts += [(f"{kind} depth {e.depth}", e) for e in curve]
     skipped = [name for name, e in parts if e.status == "skipped"]

@@ -11,6 +11,7 @@ from curvcli.results.base import Document, Finding, Versions, read_document
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
 VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
+ENDS = "embedding, head"  # what the part outside the layers is called
 
 
 class Estimate(Document):
@@ -43,12 +44,17 @@ class Estimate(Document):
         return "unconverged" if status == "converged" and not certified else status
 
 
-class LayerEstimate(Estimate):
-    """Curvature restricted to one layer's parameters."""
+class PartEstimate(Estimate):
+    """Curvature restricted to the parameters of one part of the network, the rest held still."""
 
-    index: int
     name: str
     parameters: int
+
+
+class LayerEstimate(PartEstimate):
+    """Of one layer."""
+
+    index: int
 
 
 class DepthEstimate(Estimate):
@@ -163,6 +169,11 @@ class Report(Document):
     data: Data
     optimizer: Optimizer
     full: Estimate
+    ends: PartEstimate | None = Field(
+        default=None,
+        description="embedding, head and what else lies outside the layers, as one part; null without layers, and in "
+        "documents of older versions",
+    )
     layers: list[LayerEstimate]
     cumulative: Cumulative
     update: Update
@@ -174,6 +185,20 @@ class Report(Document):
     findings: list[Finding]
     cost: Cost
     versions: Versions
+
+    @property
+    def outside(self) -> PartEstimate | None:
+        """`ends`; in a document of before they were measured alone, the restricted curve's beginning, which is the same."""
+        first = next((e for e in self.cumulative.restricted if e.depth == 0), None)
+        if self.ends is not None or first is None or not self.layers:
+            return self.ends
+        rest = self.checkpoint.parameters - sum(layer.parameters for layer in self.layers)
+        return PartEstimate(**first.model_dump(exclude={"depth"}), name=ENDS, parameters=rest)
+
+    @property
+    def parts(self) -> list[PartEstimate]:
+        """Embedding and head, then the layers: every parameter is in one part."""
+        return [*([self.outside] if self.outside else []), *self.layers]
 
 
 def load_report(path: Path) -> Report:
