@@ -39,6 +39,7 @@ def flat_blocks() -> models.Net:
         for layer in model.layers:
             layer.down.weight.mul_(0.01)
             layer.up.weight.mul_(0.01)
+            layer.up.bias.mul_(0.01)
     return model
 
 
