@@ -219,7 +219,7 @@ def _shape(full: Estimate, parts: list[PartEstimate], ends: PartEstimate | None,
                 "layers would not lower it much",
             )
         )
-    rows = [(mass.tensor, row, share) for mass in attribution for row, share in mass.rows or ()]
+    rows = [(mass.tensor, row, share) for mass in attribution if mass.rows_of == "tokens" for row, share in mass.rows or ()]
     if rows and (top := max(rows, key=lambda r: r[2]))[2] > 0.25:
         found.append(
             Finding(

@@ -148,7 +148,10 @@ class Mass(Document):
     tensor: str
     mass: float = Field(description="share of the top eigenvector's squared norm")
     rows: list[tuple[int, float]] | None = Field(
-        default=None, description="for embeddings: token rows with the largest shares of the whole"
+        default=None, description="rows with the largest shares of the whole, where they are tokens or positions"
+    )
+    rows_of: Literal["tokens", "positions"] | None = Field(
+        default=None, description="what the rows are; in documents of older versions, which went by sizes, not known"
     )
 
 
