@@ -40,6 +40,7 @@ class Provenance:
     lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"] = "optimizer"
     notes: dict[str, str] = field(default_factory=dict)
     findings: tuple[results.Finding, ...] = ()
+    logged_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,7 @@ class _Writer:
             left_out=len(self.metric.left_out),
             notes=provenance.notes,
             given=provenance.findings,
+            logged_loss=provenance.logged_loss,
         )
         return report.model_copy(update={"findings": findings})
 

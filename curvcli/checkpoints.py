@@ -127,6 +127,7 @@ class Opened:
                 lr_source=lr_source,
                 notes={**checkpoint.notes, **notes},
                 findings=tuple(found),
+                logged_loss=checkpoint.training_loss,
             ),
         )
 

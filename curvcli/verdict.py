@@ -18,6 +18,9 @@ from curvcli.results import (
 )
 
 STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
+# The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
+# for those of different things (docs/findings.md).
+LOSS_APART, NATS_APART = 1.4, 0.1
 
 
 def classify(rho: float) -> VerdictName:
@@ -38,7 +41,13 @@ def judge(full: Estimate, generalisation: Generalisation) -> VerdictName:
 
 
 def explain(
-    report: Report, *, idle: int, left_out: int, notes: dict[str, str], given: Sequence[Finding] = ()
+    report: Report,
+    *,
+    idle: int,
+    left_out: int,
+    notes: dict[str, str],
+    given: Sequence[Finding] = (),
+    logged_loss: float | None = None,
 ) -> list[Finding]:
     """Findings in plain words, the verdict's own first, the others by severity.
 
@@ -47,8 +56,9 @@ def explain(
         idle: weights that never had a gradient; left_out: tensors that the optimizer does not move.
         notes: what the checkpoint's reader knows, by code.
         given: findings made before the measurement, on the files themselves.
+        logged_loss: last training loss in the run's own log, in nats per token.
     """
-    found = [*given]
+    found = [*given, *_loss(report.data.loss, logged_loss)]
     found += _metric(report.optimizer, idle, left_out, notes)
     found += _update(report.update)
     found += _shape(report.full, report.parts, report.outside, report.attribution)
@@ -160,6 +170,23 @@ def _metric(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str
             )
         )
     return found
+
+
+def _loss(measured: float, logged: float | None) -> list[Finding]:
+    """A symptom of wrong data: the run did not see such a loss."""
+    if logged is None or not 0 < logged < float("inf") or abs(measured - logged) < NATS_APART:
+        return []
+    if logged / LOSS_APART <= measured <= logged * LOSS_APART:
+        return []
+    return [
+        Finding(
+            code="loss-apart",
+            severity="warning",
+            message=f"the loss on this data is {measured:.3g}, the last one in the run's log {logged:.3g}: check that the "
+            "data are the run's, and that tokenizer, labels and their mask, and sequence length are those of training; "
+            "curvature is that of the loss measured here",
+        )
+    ]
 
 
 def _update(update: Update) -> list[Finding]:
