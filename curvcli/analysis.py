@@ -17,6 +17,7 @@ from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
 from curvcli.inputs.networks.blocks import display, find_blocks, locate, survey
+from curvcli.inputs.networks.rows import row_kinds
 from curvcli.measurement import Directions, Measured, Measurement, Progress, Solved, missed
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.given import scaled
@@ -40,6 +41,7 @@ class Provenance:
     lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"] = "optimizer"
     notes: dict[str, str] = field(default_factory=dict)
     findings: tuple[results.Finding, ...] = ()
+    logged_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,10 @@ class _Writer:
         optimizer = _optimizer(self.metric, provenance.lr_source)
         estimate = results.Estimate(**self.entry(found.full))
         prefix = work.blocks.prefix if work.blocks else ""
+        ends = None
+        if found.ends is not None:
+            size = sum(numel[n] for n in found.ends.names)
+            ends = results.PartEstimate(**self.entry(found.ends), name=results.ENDS, parameters=size)
         layer_entries = [
             results.LayerEstimate(**self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names))
             for i, s in enumerate(layers)
@@ -251,6 +257,7 @@ class _Writer:
             data=data,
             optimizer=optimizer,
             full=estimate,
+            ends=ends,
             layers=layer_entries,
             cumulative=curves,
             update=update,
@@ -277,6 +284,7 @@ class _Writer:
             notes=provenance.notes,
             given=(*provenance.findings, *self.metric.findings),
             doubts=self.metric.doubts,
+            logged_loss=provenance.logged_loss,
         )
         return report.model_copy(update={"findings": findings})
 
@@ -297,22 +305,22 @@ class _Writer:
         return results.Generalisation(held_out=held_out, rho_low=low, rho_high=high)
 
     def attribution(self, full: Solved) -> tuple[list[results.Mass], float | None]:
-        """Where the top eigenvector lives: by tensor, and by token row where rows are tokens."""
+        """Where the top eigenvector lives: by tensor, and by row where rows are tokens or positions."""
         top = full.extremes.top if full.extremes else None
         if top is None:
             return [], None
-        vocabularies = {m.num_embeddings for m in self.problem.model.modules() if isinstance(m, nn.Embedding)}
+        kinds = row_kinds(self.problem)
         squares = top.vector.double().square()
         squares /= squares.sum()
         sizes = [self.problem.parameters[n].numel() for n in self.names]
         found = []
         for name, piece in zip(self.names, squares.split(sizes), strict=True):
-            shape = self.problem.parameters[name].shape
-            rows = None
-            if len(shape) == 2 and shape[0] in vocabularies:
+            parameter = self.problem.parameters[name]
+            shape, rows, kind = parameter.shape, None, kinds.get(id(parameter))
+            if kind is not None:
                 shares, ids = piece.view(shape).sum(dim=1).topk(min(5, shape[0]))
                 rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
-            found.append(results.Mass(tensor=display(name), mass=float(piece.sum()), rows=rows))
+            found.append(results.Mass(tensor=display(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
         return sorted(found, key=lambda m: -m.mass), float(1 / squares.square().sum())
 
 

@@ -21,7 +21,7 @@ from curvcli.inputs import open_checkpoint
 from curvcli.inputs.base import Architecture, Checkpoint, Task
 from curvcli.inputs.data.examples import Examples
 from curvcli.inputs.data.shards import Sample, Shard, find_sources
-from curvcli.inputs.data.tasks import loss_for, predictions, prepared, read_data
+from curvcli.inputs.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
 from curvcli.inputs.networks.architecture import named
 from curvcli.inputs.own import blamed
 from curvcli.inputs.state.evidence import Evidence, choose, contradictions, gather
@@ -99,6 +99,11 @@ class Opened:
                 f"{shard.tokens:,} of {positions:,} positions were replaced by the mask token, "
                 "by the seed, and are what the loss averages over; no special tokens were added"
             )
+        unused = left_out(model, shard.columns) if isinstance(shard, Examples) and self.loss in LOSSES.values() else []
+        if unused:
+            notes["unused-columns"] = (
+                f"{', '.join(unused)[:200]}: the model's forward takes no such input, they are left out"
+            )
         return examine(
             model,
             self.loss,
@@ -125,6 +130,7 @@ class Opened:
                 lr_source=lr_source,
                 notes={**checkpoint.notes, **notes},
                 findings=tuple(found),
+                logged_loss=checkpoint.training_loss,
             ),
         )
 
@@ -136,10 +142,13 @@ class Opened:
         """
         read = self.read
         stream = read if isinstance(read, Shard) else None
-        sources = stream.sources if stream else ()
+        if isinstance(read, Shard):
+            files = [results.DataFile(path=str(s.path), kind=s.kind, tokens=s.tokens) for s in read.sources]
+        else:
+            files = [results.DataFile(path=str(path), kind=kind) for path, kind in read.files]
         return results.Data(
             path=str(read.path),
-            files=[results.DataFile(path=str(s.path), kind=s.kind, tokens=s.tokens) for s in sources],
+            files=files,
             sample=stream.sample if stream else "first",
             offsets=stream.offsets if stream else [],
             tokens=tokens,

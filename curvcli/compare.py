@@ -14,6 +14,8 @@ def compare(first: Report, second: Report, *, names: tuple[str, str]) -> Compari
         names: what the user called the two.
     """
     changes = [_change("full", "full model", first.full, second.full)]
+    if first.outside and second.outside:
+        changes.append(_change("ends", first.outside.name, first.outside, second.outside))
     later = {layer.name: layer for layer in second.layers}
     for layer in first.layers:
         if layer.name in later:
@@ -98,7 +100,7 @@ def _unlike(first: Report, second: Report) -> list[Finding]:
 
 
 def _large(changes: list[Change]) -> list[Finding]:
-    rose = [(c.rho_ratio, c) for c in changes if c.part == "layer" and c.rho_ratio and c.ratio and c.low]
+    rose = [(c.rho_ratio, c) for c in changes if c.part != "full" and c.rho_ratio and c.ratio and c.low]
     sure = [(ratio, c) for ratio, c in rose if ratio * (c.low or 0.0) / (c.ratio or 1.0) > LARGE]
     if not sure:
         return []

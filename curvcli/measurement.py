@@ -54,13 +54,17 @@ class Solved:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found. `ladder` pairs shares of the shard with solves on them, the last the full model."""
+    """What was found. `ladder` pairs shares of the shard with solves on them, the last the full model.
+
+    `ends` are the parameters outside the layers, as one part; None where there are no layers.
+    """
 
     loss: float
     ladder: list[tuple[float, Solved]]
     held_out: float | None
     full: Solved
     update: Update
+    ends: Solved | None
     layers: list[Solved]
     restricted: list[Solved]
     truncated: list[Solved]
@@ -159,24 +163,29 @@ class Measurement:
         hint = ladder[-1][1] if ladder else None
         full = self.full(hvp, hint) if self.solver.deadline < float("inf") or not self.depths else None
         update = Update(critical_lr=None, ratio=None, status="skipped")
+        ends: list[Solved] = []
         layers: list[Solved] = []
         restricted: list[Solved] = []
         truncated: list[Solved] = []
         try:
             update = self.update(hvp, gradients)
+            ends.extend(self.outside(hvp, full or hint))
             layers.extend(self.layers(hvp, full or hint))
             if self.depths:
-                restricted.extend(self.restricted(hvp, full or hint, layers))
+                restricted.extend(self.restricted(hvp, full or hint, ends, layers))
                 del hvp  # its graphs make room for those of the shortened networks
                 truncated.extend(self.truncated(restricted[-1]))
         except OutOfTime:  # what was finished has been added one by one
             pass
         self.stages.enter("report")
-        full = self.best(full, layers, restricted)
+        if ends and restricted:  # the same parameters once more, with other start vectors
+            ends[0].inconsistent = violates(restricted[0], ends[0])
+        full = self.best(full, [*ends, *layers], restricted)
         ladder.append((1.0, full))
-        self.skip(layers, restricted, truncated, full)
+        self.skip(ends, layers, restricted, truncated, full)
         directions = self.direction(full)
-        return Measured(loss, ladder, held_out, full, update, layers, restricted, truncated, directions, self.both)
+        outside = ends[0] if ends else None
+        return Measured(loss, ladder, held_out, full, update, outside, layers, restricted, truncated, directions, self.both)
 
     def full(self, hvp: HVP, hint: Solved | None) -> Solved:
         """The full model on its own, to the tolerance itself."""
@@ -186,17 +195,21 @@ class Measurement:
         start = [self.carry(operator, *end) for end in (self.ends(hint) if hint else [])]
         return Solved(self.names, self.solver.extremes(operator, start) if self.names else None)
 
-    def best(self, full: Solved | None, layers: list[Solved], restricted: list[Solved]) -> Solved:
+    def best(self, full: Solved | None, parts: list[Solved], restricted: list[Solved]) -> Solved:
         """The full model as the restricted curve ends in it; where that was cut short, as it was solved for first."""
         whole = len(restricted) == len(self.layer_names) + 1
         if full is None or (whole and restricted[-1].converged):
             return restricted[-1]
-        full.inconsistent = any(violates(part, full) for part in (*layers, *restricted))
+        full.inconsistent = any(violates(part, full) for part in (*parts, *restricted))
         return full
 
-    def skip(self, layers: list[Solved], restricted: list[Solved], truncated: list[Solved], full: Solved) -> None:
+    def skip(
+        self, ends: list[Solved], layers: list[Solved], restricted: list[Solved], truncated: list[Solved], full: Solved
+    ) -> None:
         """Entries for what was not reached; the truncated curve ends in the full model, which was."""
         depths = len(self.layer_names)
+        if self.layer_names and not ends:
+            ends.append(Solved(self.outer, None, skipped=True))
         layers += [Solved(names, None, skipped=True) for names in self.layer_names[len(layers) :]]
         if not self.depths:
             return
@@ -241,13 +254,19 @@ class Measurement:
         self.stages.enter("next update")
         return next_update(self.problem, self.metric, _Counting(hvp, self), self.names, gradients)
 
+    def outside(self, hvp: HVP, hint: Solved | None) -> Iterator[Solved]:
+        """Embedding, head and what else lies outside the blocks, alone, where there are blocks."""
+        if self.layer_names:
+            self.stages.enter("embedding, head")
+            yield self.solve(hvp, self.outer, self.ends(*([hint] if hint else [])))
+
     def layers(self, hvp: HVP, hint: Solved | None) -> Iterator[Solved]:
         """Each block alone, the rest of the network held still."""
         for i, names in enumerate(self.layer_names):
             self.stages.enter(f"layer {i}")
             yield self.solve(hvp, names, self.ends(*([hint] if hint else [])))
 
-    def restricted(self, hvp: HVP, hint: Solved | None, layers: list[Solved]) -> Iterator[Solved]:
+    def restricted(self, hvp: HVP, hint: Solved | None, outside: list[Solved], layers: list[Solved]) -> Iterator[Solved]:
         """Embedding, head and the first k blocks of the intact network; the last is the full model.
 
         One basis serves all depths, so the curve cannot fall. It takes in each block's own top
@@ -264,13 +283,13 @@ class Measurement:
                 mask = operator.mask(self.upto(depth))
                 ends = self.ends(*([hint] if hint else []))
                 start = ends if depth == 0 or last else ends[:1]
-                start += self.ends(layers[depth - 1])[:1] if depth else []
+                start += self.ends(layers[depth - 1])[:1] if depth else self.ends(*outside)[:1]
                 yield mask, [self.carry(operator, names, vector) * mask for names, vector in start]
 
         below: list[Solved] = []  # the depth before
         for depth, extremes in zip(depths, self.solver.nested(operator, supports()), strict=True):
             solved = Solved(self.names if self.upto(depth) else [], extremes)
-            solved.inconsistent = any(violates(part, solved) for part in [*below, *layers[:depth]])
+            solved.inconsistent = any(violates(part, solved) for part in [*below, *outside, *layers[:depth]])
             yield solved
             below = [solved]
 
@@ -312,13 +331,13 @@ class _Stages:
 
     def __init__(self, layers: int, progress: Progress, depths: bool) -> None:
         self.progress = progress
-        self.total = 14.0 + layers * (6 + (5 + 5 if depths else 0))
+        self.total = 14.0 + (6 if layers else 0) + layers * (6 + (5 + 5 if depths else 0))
         self.done, self.planned, self.ticks, self.name = 0.0, 0.0, 0, ""
 
     def enter(self, name: str) -> None:
         self.done += self.planned
         kind = name.split()[0]
-        self.planned = {"full": 4.0, "layer": 6.0, "restricted": 5.0, "truncated": 5.0}.get(kind, 1.0)
+        self.planned = {"full": 4.0, "embedding,": 6.0, "layer": 6.0, "restricted": 5.0, "truncated": 5.0}.get(kind, 1.0)
         self.ticks, self.name = 0, name
         self._say()
 

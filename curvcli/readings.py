@@ -8,7 +8,7 @@ from math import isclose
 from statistics import median
 from typing import Protocol
 
-from curvcli.results import Estimate, Report, Track, TrackPoint, VerdictName
+from curvcli.results import Estimate, PartEstimate, Report, Track, TrackPoint, VerdictName
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Reading:
         value: best estimate; low, high: the bracket around it.
         reason: why the number must not be relied on; then the bracket is not looked at.
         narrow: what to do where the limit lies inside the bracket.
-        part: the layer it is of.
+        part: the layer it is of, or embedding and head.
         note: added to every message.
     """
 
@@ -42,7 +42,7 @@ class Readings(Protocol):
         ...
 
     def layers(self) -> Sequence[Reading]:
-        """rho of each layer alone; at least one reading."""
+        """rho of each part alone: embedding and head, and each layer; at least one reading."""
         ...
 
     def update_ratio(self) -> Reading:
@@ -88,14 +88,16 @@ class ReportReadings:
         return Reading("rho", full.rho, held.rho_low, held.rho_high, narrow="measure more tokens")
 
     def layers(self) -> Sequence[Reading]:
-        moving = [layer for layer in self.report.layers if layer.status != "empty"]
-        still = len(self.report.layers) - len(moving)
-        note = f"; {still} of {len(self.report.layers)} layers do not train and are left out" if still else ""
+        parts = self.report.parts
+        moving = [part for part in parts if part.status != "empty"]
+        still = len(parts) - len(moving)
+        note = f"; {still} of {len(parts)} parts do not train and are left out" if still else ""
         if not moving:
             return [Reading("rho of layers", reason="the report has no layer that trains")]
-        return [self._layer(layer.name, layer, note) for layer in moving]
+        return [self._part(part, note) for part in moving]
 
-    def _layer(self, name: str, estimate: Estimate, note: str) -> Reading:
+    def _part(self, estimate: PartEstimate, note: str) -> Reading:
+        name = estimate.name
         what = f"rho of {name}"
         if reason := _reason(estimate) or self._no_rho(self.report):
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)

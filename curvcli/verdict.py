@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from curvcli.results import (
-    Cumulative,
     Estimate,
     Finding,
     Generalisation,
-    LayerEstimate,
     Mass,
     Optimizer,
+    PartEstimate,
     Report,
     Severity,
     Update,
@@ -19,6 +18,9 @@ from curvcli.results import (
 )
 
 STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
+# The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
+# for those of different things (docs/findings.md).
+LOSS_APART, NATS_APART = 1.4, 0.1
 
 
 def classify(rho: float) -> VerdictName:
@@ -46,6 +48,7 @@ def explain(
     notes: dict[str, str],
     given: Sequence[Finding] = (),
     doubts: Sequence[str] = (),
+    logged_loss: float | None = None,
 ) -> list[Finding]:
     """Findings in plain words, the verdict's own first, the others by severity.
 
@@ -55,11 +58,12 @@ def explain(
         notes: what the checkpoint's reader knows, by code.
         given: findings made before the measurement, on the files themselves.
         doubts: the optimizer's options and state that may change its update, and that are not known.
+        logged_loss: last training loss in the run's own log, in nats per token.
     """
-    found = [*given]
+    found = [*given, *_loss(report.data.loss, logged_loss)]
     found += _metric(report.optimizer, idle, left_out, notes)
     found += _update(report.update)
-    found += _shape(report.full, report.layers, report.cumulative, report.attribution)
+    found += _shape(report.full, report.parts, report.outside, report.attribution)
     found += _quality(report)
     order = {"error": 0, "warning": 1, "info": 2}
     return [_headline(report, doubts), *sorted(found, key=lambda f: order[f.severity])]
@@ -179,6 +183,23 @@ def _metric(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str
     return found
 
 
+def _loss(measured: float, logged: float | None) -> list[Finding]:
+    """A symptom of wrong data: the run did not see such a loss."""
+    if logged is None or not 0 < logged < float("inf") or abs(measured - logged) < NATS_APART:
+        return []
+    if logged / LOSS_APART <= measured <= logged * LOSS_APART:
+        return []
+    return [
+        Finding(
+            code="loss-apart",
+            severity="warning",
+            message=f"the loss on this data is {measured:.3g}, the last one in the run's log {logged:.3g}: check that the "
+            "data are the run's, and that tokenizer, labels and their mask, and sequence length are those of training; "
+            "curvature is that of the loss measured here",
+        )
+    ]
+
+
 def _update(update: Update) -> list[Finding]:
     if update.status == "uphill":
         return [
@@ -201,7 +222,7 @@ def _update(update: Update) -> list[Finding]:
     return []
 
 
-def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, attribution: list[Mass]) -> list[Finding]:
+def _shape(full: Estimate, parts: list[PartEstimate], ends: PartEstimate | None, attribution: list[Mass]) -> list[Finding]:
     found: list[Finding] = []
     if full.eigenvalue is not None and full.most_negative is not None and -full.most_negative > abs(full.eigenvalue):
         found.append(
@@ -212,28 +233,31 @@ def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, 
                 f"({full.eigenvalue:.3g}): power iteration would have found it instead",
             )
         )
-    known = [(layer, layer.eigenvalue) for layer in layers if layer.eigenvalue is not None and layer.status == "converged"]
+    known = [(part, part.eigenvalue) for part in parts if part.eigenvalue is not None and part.status == "converged"]
     if known and full.eigenvalue:
         sharpest, value = max(known, key=lambda pair: pair[1])
         found.append(
             Finding(
                 code="sharpest-layer",
                 severity="info",
-                message=f"{sharpest.name} is the sharpest layer, lambda {value:.3g}, "
-                f"{value / full.eigenvalue:.0%} of the full model's",
+                message=(
+                    "embedding and head are sharper than any layer"
+                    if sharpest is ends
+                    else f"{sharpest.name} is the sharpest layer"
+                )
+                + f", lambda {value:.3g}, {value / full.eigenvalue:.0%} of the full model's",
             )
         )
-    bottom = next((e for e in cumulative.restricted if e.depth == 0), None)
-    if bottom is not None and bottom.eigenvalue and full.eigenvalue and bottom.eigenvalue > 0.5 * full.eigenvalue > 0:
+    if ends is not None and ends.eigenvalue and full.eigenvalue and ends.eigenvalue > 0.5 * full.eigenvalue > 0:
         found.append(
             Finding(
                 code="ends-dominate",
                 severity="info",
-                message=f"embedding and head alone reach {bottom.eigenvalue / full.eigenvalue:.0%} of lambda: freezing "
+                message=f"embedding and head alone reach {ends.eigenvalue / full.eigenvalue:.0%} of lambda: freezing "
                 "layers would not lower it much",
             )
         )
-    rows = [(mass.tensor, row, share) for mass in attribution for row, share in mass.rows or ()]
+    rows = [(mass.tensor, row, share) for mass in attribution if mass.rows_of == "tokens" for row, share in mass.rows or ()]
     if rows and (top := max(rows, key=lambda r: r[2]))[2] > 0.25:
         found.append(
             Finding(
@@ -249,7 +273,8 @@ def _shape(full: Estimate, layers: list[LayerEstimate], cumulative: Cumulative, 
 def _quality(report: Report) -> list[Finding]:
     full, generalisation = report.full, report.generalisation
     found: list[Finding] = []
-    parts: list[tuple[str, Estimate]] = [(f"layer {e.index}", e) for e in report.layers]
+    parts: list[tuple[str, Estimate]] = [(e.name, e) for e in (report.ends,) if e]
+    parts += [(f"layer {e.index}", e) for e in report.layers]
     for kind, curve in (("restricted", report.cumulative.restricted), ("truncated", report.cumulative.truncated)):
         parts += [(f"{kind} depth {e.depth}", e) for e in curve]
     skipped = [name for name, e in parts if e.status == "skipped"]

@@ -30,8 +30,8 @@ def hot() -> Report:
 
 def test_ratios_are_of_what_is_certified(calm: Report, hot: Report) -> None:
     found = compare(calm, hot, names=("a", "b"))
-    assert [c.name for c in found.changes] == ["full model", *(layer.name for layer in calm.layers)]
-    for change, a, b in zip(found.changes, (calm.full, *calm.layers), (hot.full, *hot.layers), strict=True):
+    assert [c.name for c in found.changes] == ["full model", "embedding, head", *(layer.name for layer in calm.layers)]
+    for change, a, b in zip(found.changes, (calm.full, *calm.parts), (hot.full, *hot.parts), strict=True):
         assert a.eigenvalue is not None
         assert b.eigenvalue is not None
         assert change.ratio == pytest.approx(b.eigenvalue / a.eigenvalue)
@@ -50,8 +50,8 @@ def test_what_is_not_certified_has_no_ratio(calm: Report, hot: Report) -> None:
     concave = hot.layers[3].model_copy(update={"eigenvalue": -1.0})
     hot = hot.model_copy(update={"layers": [*hot.layers[:2], weak, concave, *hot.layers[4:]]})
     changes = compare(calm, hot, names=("a", "b")).changes
-    assert (changes[3].ratio, changes[3].second, changes[3].message) == (None, None, "the second is unconverged")
-    assert (changes[4].ratio, changes[4].message) == (None, "lambda is not positive")
+    assert (changes[4].ratio, changes[4].second, changes[4].message) == (None, None, "the second is unconverged")
+    assert (changes[5].ratio, changes[5].message) == (None, "lambda is not positive")
     assert "| -" in to_markdown(compare(calm, hot, names=("a", "b")))
 
 
@@ -72,7 +72,7 @@ def test_what_is_not_like_for_like_is_said(calm: Report, part: str, update: dict
 
 def test_csv(calm: Report, hot: Report) -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(compare(calm, hot, names=("a", "b"))))))
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert float(rows[0]["ratio"]) == pytest.approx(hot.full.eigenvalue / calm.full.eigenvalue)  # type: ignore[operator]
 
 

@@ -50,11 +50,24 @@ def test_a_bottom_that_was_not_waited_for_is_not_called_converged() -> None:
     assert found.bottom_converged
 
 
-def test_a_positive_operator_has_a_converged_bottom_of_nothing() -> None:
+def test_the_bottom_of_a_positive_operator_is_a_bound() -> None:
+    """Rounding, with a residual of its own size or above: known to be next to nothing, and not to a digit."""
     found = Davidson().extremes(DenseOperator(spectrum([*[0.0] * 30, 1.0, 5.0])))
+    assert found.status == "converged"
     assert found.bottom is not None
     assert found.bottom.value == pytest.approx(0.0, abs=1e-9)
-    assert found.bottom_converged
+    assert found.bottom_converged == (found.bottom.residual <= 0.1 * abs(found.bottom.value))
+
+
+def test_a_small_bottom_beside_a_large_top_is_not_converged_by_that() -> None:
+    """Once -12.7 with a residual of 202 passed for converged, as nothing beside a top of 300,000."""
+    matrix = spectrum([-500.0, *torch.linspace(-300, 300, 200).tolist(), 300_000.0])
+    found = Davidson(tolerance=3e-2, bottom_tolerance=2e-1).extremes(DenseOperator(matrix))
+    assert found.status == "converged"
+    assert found.bottom is not None
+    assert found.bottom.residual > 0.1 * abs(found.bottom.value)
+    assert found.bottom.residual < 1e-3 * 300_000
+    assert not found.bottom_converged
 
 
 def test_negative_definite_operator_has_a_negative_top() -> None:

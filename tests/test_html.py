@@ -142,7 +142,7 @@ def test_one_missing_value_among_numbers(tmp_path: Path) -> None:
 
 
 def test_a_bound_is_shown_as_one(tmp_path: Path) -> None:
-    layer = {**json.loads(ASSET.read_text())["layers"][3], "most_negative": -7.5}
+    layer = {**json.loads(ASSET.read_text())["layers"][3], "most_negative": -7.5, "most_negative_residual": 0.5}
     for status, shown in (("unconverged", ">≤ -7.50<"), ("converged", ">-7.50<")):
         html = page(document(tmp_path, layers__3={**layer, "most_negative_status": status}))
         assert shown in next(line for line in html.splitlines() if "model.layers.3<" in line and "<tr>" in line)
@@ -310,5 +310,5 @@ def test_a_deep_model_keeps_its_bars_apart(browser: Browser, tmp_path: Path) -> 
         "(() => { const b = [...document.querySelectorAll('.scroll svg rect.bar')].map(e => e.getBoundingClientRect());"
         " return b.slice(1).map((r, i) => r.left - b[i].right); })()"
     )
-    assert len(gaps) == 79
+    assert len(gaps) == 80, "embedding and head, and 80 layers"
     assert min(gaps) > 0

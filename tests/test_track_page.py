@@ -130,14 +130,15 @@ def test_the_map_has_a_cell_per_value_in_the_class_of_its_rho() -> None:
     document = course()
     found = heat(document)
     assert found is not None
-    assert [len(cells) for _, cells in found.rows] == [8] * 9
+    assert [len(cells) for _, cells in found.rows] == [8] * 10
     hot = document.points[5].report
     assert hot is not None
     column = found.left + 5 * found.cell_width
     cells = {cell.label: cell.kind for _, row in found.rows for cell in row if cell.x == pytest.approx(column)}
     classes = [(0.1, "h0"), (0.2, "h1"), (0.4, "h2"), (0.8, "h3"), (1.25, "h4"), (2.5, "h5")]
     wanted = {"full model, step 60: rho 1.51": "h5"}
-    for layer in hot.layers:
+    assert [part.name for part in hot.parts] == ["embedding, head", *(layer.name for layer in hot.layers)]
+    for layer in hot.parts:
         assert layer.rho is not None
         wanted[f"{layer.name}, step 60: rho {layer.rho:.3g}"] = next(kind for limit, kind in classes if layer.rho < limit)
     assert {k: v for k, v in cells.items() if "0.0" not in k} == {k: v for k, v in wanted.items() if "0.0" not in k}
@@ -184,7 +185,7 @@ def test_in_a_browser(browser: Browser, shown: Path, width: int, scheme: str) ->
     assert troubles(browser) == []
     assert browser.run("document.documentElement.scrollWidth") <= width
     assert browser.run(CONTRAST) >= 4.5
-    assert browser.run("document.querySelectorAll('svg.heat rect').length") == 72
+    assert browser.run("document.querySelectorAll('svg.heat rect').length") == 80
     assert browser.run("document.querySelectorAll('svg.steps').length") == 5
     # The map's classes go one way in lightness, so that they can be told apart in grey, away from the page's own.
     shades = browser.run(
@@ -221,7 +222,7 @@ def test_a_long_run_of_a_deep_model_stays_usable(browser: Browser, tmp_path: Pat
     browser.open(out)
     assert troubles(browser) == []
     assert browser.run("document.documentElement.scrollWidth") <= 1280
-    assert browser.run("document.querySelectorAll('svg.heat rect').length") == 200 * 97
+    assert browser.run("document.querySelectorAll('svg.heat rect').length") == 200 * 98
     assert browser.run(NO_OVERLAP) == []
     heading = "document.querySelector('table.sortable').tHead.rows[0].cells[2]"
     browser.run(f"{heading}.querySelector('button').click()")

@@ -55,7 +55,7 @@ class Davidson:
             the value is then about its square times |eigenvalue| over the spectral gap.
         bottom_tolerance: the same for the smallest eigenvalue, over half the top where that is larger:
             what is smaller does not matter beside it, and is not waited for. It counts as converged only
-            within a tenth of itself, or a thousandth of the top.
+            within a tenth of itself, however little it is beside the top.
         max_products: stop after this many products.
         basis: vectors kept, at least 6; memory is twice this many vectors.
         asymmetry: |u.Gv - v.Gu| over the norm of G, at most, before the products are called wrong.
@@ -125,14 +125,9 @@ class Davidson:
             if space.skew > self.asymmetry * space.norm:
                 status = "asymmetric"
             if (top_done and bottom_done) or space.complete or products >= self.max_products or self.expired:
-                return Extremes(top, bottom, status, products, space.complete or _has_digits(bottom, top))
+                return Extremes(top, bottom, status, products, bottom.residual <= 0.1 * abs(bottom.value))
             space.improve(0 if top_done else -1)
         return Extremes(None, None, space.status, space.products - before)
-
-
-def _has_digits(bottom: Ritz, top: Ritz) -> bool:
-    """Whether the smaller end is known for its own sake, or to be nothing beside the top; a solve may stop before."""
-    return bottom.residual <= max(0.1 * abs(bottom.value), 1e-3 * abs(top.value))
 
 
 class _Subspace:

@@ -75,6 +75,7 @@ def _findings(report: Report) -> list[Step]:
         "unresolved-residual": Step("Let the eigensolver run longer.", f"{again} --max-hvps 400"),
         "unconverged-parts": Step("Some layers or depths did not converge: let it run longer.", f"{again} --max-hvps 400"),
         "estimated-preconditioner": Step("Analyze a checkpoint that has its optimizer state: the estimate can be far off."),
+        "loss-apart": Step("Look at the data first: their loss is not the one that the run logged."),
         "rare-tokens": Step("Look at the token that holds the sharpest direction, in the table of where it lives."),
         "update-overshoots": Step("Watch the loss of the next steps: the next update is past its critical length."),
         "ends-dominate": Step("Do not expect freezing blocks to help: embedding and head carry most of lambda."),

@@ -9,6 +9,7 @@ from math import ceil, floor, log10
 from curvcli.results import Estimate, Report
 
 Curve = tuple[list[float], list[float]]
+ENDS_AT = -0.5  # left of the layers, each of which stands between two depths
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def curves(report: Report) -> dict[str, tuple[list[float], list[float]]]:
         return [x for x, _ in kept], [y for _, y in kept]
 
     return {
+        "embedding, head alone": pick([(ENDS_AT, e) for e in (report.outside,) if e]),
         "layer alone": pick([(e.index + 0.5, e) for e in report.layers]),
         "restricted to depth": pick([(float(e.depth), e) for e in report.cumulative.restricted]),
         "cut at depth": pick([(float(e.depth), e) for e in report.cumulative.truncated]),
@@ -56,7 +58,7 @@ def curves(report: Report) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def log_chart(data: Mapping[str, Curve], edge: float | None, last: int) -> Chart | None:
-    """A chart of positive values over 0 to `last`; None where there is nothing to draw."""
+    """A chart of positive values over -1 to `last`; None where there is nothing to draw."""
     values = [y for _, ys in data.values() for y in ys] + ([edge] if edge is not None else [])
     if not any(ys for _, ys in data.values()):
         return None
@@ -65,7 +67,7 @@ def log_chart(data: Mapping[str, Curve], edge: float | None, last: int) -> Chart
     low, high = log10(min(values) / 1.5), log10(max(values) * 1.5)
 
     def across(x: float) -> float:
-        return left + (right - left) * (x + 0.5) / (last + 1)
+        return left + (right - left) * (x + 1) / (last + 1.5)
 
     def down(y: float) -> float:
         return bottom - (bottom - top) * (log10(y) - low) / (high - low)
@@ -76,11 +78,14 @@ def log_chart(data: Mapping[str, Curve], edge: float | None, last: int) -> Chart
         x_ticks=[Mark(across(x), bottom, str(x)) for x in range(0, last + 1, every)],
         y_ticks=[Mark(left, down(y), tick_label(y)) for y in log_ticks(low, high)],
         curves={
-            name: [Mark(across(x), down(y), f"{name}, depth {x:g}: {y:,.4g}") for x, y in zip(xs, ys, strict=True)]
+            name: [
+                Mark(across(x), down(y), f"{name}{'' if x == ENDS_AT else f', depth {x:g}'}: {y:,.4g}")
+                for x, y in zip(xs, ys, strict=True)
+            ]
             for name, (xs, ys) in data.items()
         },
         edge=down(edge) if edge is not None else None,
-        unit=(right - left) / (last + 1),
+        unit=(right - left) / (last + 1.5),
     )  # fmt: skip
 
 

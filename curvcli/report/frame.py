@@ -19,13 +19,14 @@ def frame(report: Report) -> pd.DataFrame:
 
 
 def records(report: Report) -> list[dict[str, Any]]:
-    """A record per estimate: part (full, layer, restricted, truncated), index, name, parameters, and its fields."""
+    """A record per estimate: part (full, ends, layer, restricted, truncated), index, name, parameters, and its fields."""
 
     def row(part: str, index: int | None, name: str, parameters: int | None, estimate: Estimate) -> dict[str, Any]:
         values = {key: getattr(estimate, key) for key in Estimate.model_fields}
         return {"part": part, "index": index, "name": name, "parameters": parameters, **values}
 
     rows = [row("full", None, "full model", report.checkpoint.parameters, report.full)]
+    rows += [row("ends", None, e.name, e.parameters, e) for e in (report.outside,) if e]
     rows += [row("layer", e.index, e.name, e.parameters, e) for e in report.layers]
     rows += [row("restricted", e.depth, f"depth {e.depth}", None, e) for e in report.cumulative.restricted]
     return rows + [row("truncated", e.depth, f"depth {e.depth}", None, e) for e in report.cumulative.truncated]

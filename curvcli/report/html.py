@@ -44,7 +44,7 @@ def schedule_page(schedule: Schedule) -> str:
 def track_page(track: Track) -> str:
     """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
     last, found = newest(track), rows(track)
-    layers = [r for r in records(last.report) if r["part"] in ("full", "layer")] if last and last.report else []
+    layers = [r for r in records(last.report) if r["part"] in ("full", "ends", "layer")] if last and last.report else []
     return _render(
         "track.html",
         document=track,

@@ -22,8 +22,10 @@ def plot(report: Report, suffix: str) -> bytes:
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     data = curves(report)
-    x, y = data["layer alone"]
-    axes.bar(x, y, width=0.7, color="#b8c4d6", label="layer alone", zorder=1)
+    for label, colour in (("embedding, head alone", "#8a99b0"), ("layer alone", "#b8c4d6")):
+        x, y = data[label]
+        if x:
+            axes.bar(x, y, width=0.7, color=colour, label=label, zorder=1)
     for label, colour, marker in (("restricted to depth", "#1f4e9c", "o"), ("cut at depth", "#c2641a", "s")):
         x, y = data[label]
         axes.plot(x, y, marker=marker, color=colour, label=label, zorder=3, markersize=5)

@@ -60,11 +60,7 @@ def _layers(report: Report, console: Console) -> Table:
     for title in ("parameters", "lambda", "rho"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    rows: list[tuple[str, int | None, Estimate]] = []
-    if report.cumulative.restricted:
-        inside = sum(layer.parameters for layer in report.layers)
-        rows.append(("embedding, head", report.checkpoint.parameters - inside, report.cumulative.restricted[0]))
-    rows += [(layer.name, layer.parameters, layer) for layer in report.layers]
+    rows: list[tuple[str, int, Estimate]] = [(part.name, part.parameters, part) for part in report.parts]
     rows.append(("full model", report.checkpoint.parameters, report.full))
     use_rho = report.full.rho is not None
     values = [_size(e, use_rho) for _, _, e in rows]
@@ -75,7 +71,7 @@ def _layers(report: Report, console: Console) -> Table:
         style = "bold" if name == "full model" else ""
         table.add_row(
             Text(plain(name), style=style),
-            f"{parameters:,}" if parameters is not None else "",
+            f"{parameters:,}",
             number(estimate.eigenvalue),
             number(estimate.rho, 3) if estimate.status == "converged" else Text(estimate.status, style="yellow"),
             bar(value, limit, width, 1.0 if use_rho else None, console),

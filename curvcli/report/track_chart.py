@@ -10,7 +10,7 @@ from math import ceil, log10
 from curvcli.report.chart import Mark, linear_ticks, log_ticks, tick_label
 from curvcli.report.fit import LOG_ABOVE
 from curvcli.report.frame import number
-from curvcli.report.track_points import Row, Series, certified, layer_names, rows, series
+from curvcli.report.track_points import Row, Series, certified, part_names, rows, series
 from curvcli.results import Estimate, Track
 
 WIDTH, LEFT, RIGHT, TOP, FOOT = 720, 72.0, 690.0, 12.0, 28.0
@@ -63,7 +63,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Heat:
-    """The map: a row (upper edge, cells) per layer and one for the full model, a column per checkpoint.
+    """The map: a row (upper edge, cells) per part and one for the full model, a column per checkpoint.
 
     There is no cell where there is no value.
     """
@@ -141,10 +141,10 @@ def panels(track: Track) -> list[Panel]:
 
 
 def heat(track: Track) -> Heat | None:
-    """The map of rho; None where no layer of any checkpoint has one."""
-    names = layer_names(track)
+    """The map of rho; None where no part of any checkpoint has one."""
+    names = part_names(track)
     found = rows(track)
-    tables = [{e.name: e for e in row.report.layers} if row.report else {} for row in found]
+    tables = [{e.name: e for e in row.report.parts} if row.report else {} for row in found]
     if not any(e.rho is not None for table in tables for e in table.values()):
         return None
     left, right = 170.0, float(RIGHT)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import nan
 
 from curvcli.report.fit import thin
-from curvcli.results import Estimate, Report, Track, TrackPoint
+from curvcli.results import ENDS, Estimate, Report, Track, TrackPoint
 
 Series = tuple[list[int], list[float]]
 
@@ -106,9 +106,12 @@ def newest(track: Track) -> TrackPoint | None:
     return next((point for point in reversed(track.points) if point.report is not None), None)
 
 
-def layer_names(track: Track) -> list[str]:
-    """The layers of all reports, in order of depth, each name once."""
-    return list(dict.fromkeys(layer.name for point in track.points if point.report for layer in point.report.layers))
+def part_names(track: Track) -> list[str]:
+    """Embedding and head, and the layers of all reports in order of depth, each name once."""
+    return sorted(
+        dict.fromkeys(part.name for point in track.points if point.report for part in point.report.parts),
+        key=lambda name: name != ENDS,
+    )
 
 
 def certified(estimate: Estimate) -> bool:

@@ -12,7 +12,7 @@ from rich.text import Text
 from curvcli.report.fit import fitting, plain
 from curvcli.report.frame import number
 from curvcli.report.table import COLOURS, bar, finding_line
-from curvcli.report.track_points import Row, certified, layer_names, newest, rows
+from curvcli.report.track_points import Row, certified, newest, part_names, rows
 from curvcli.results import Report, Track
 
 RATIO = "lr/critical"
@@ -34,11 +34,11 @@ def show(track: Track, console: Console) -> None:
 def to_csv(track: Track) -> str:
     """One row per checkpoint, RFC 4180, numbers at full precision; empty where there is no value.
 
-    Columns "lambda NAME" are the layers'; one that has not converged is empty.
+    Columns "lambda NAME" are embedding and head's and the layers'; one that has not converged is empty.
     """
-    layers = layer_names(track)
+    parts = part_names(track)
     text = StringIO()
-    writer = csv.DictWriter(text, [*_record(rows(track)[0]), *(f"lambda {name}" for name in layers)], lineterminator="\r\n")
+    writer = csv.DictWriter(text, [*_record(rows(track)[0]), *(f"lambda {name}" for name in parts)], lineterminator="\r\n")
     writer.writeheader()
     for row in rows(track):
         writer.writerow({**_record(row), **_lambdas(row.report)})
@@ -74,7 +74,7 @@ def _record(row: Row) -> dict[str, object]:
 def _lambdas(report: Report | None) -> dict[str, float | None]:
     if report is None:
         return {}
-    return {f"lambda {layer.name}": layer.eigenvalue if certified(layer) else None for layer in report.layers}
+    return {f"lambda {part.name}": part.eigenvalue if certified(part) else None for part in report.parts}
 
 
 def _head(track: Track) -> Text:

@@ -11,6 +11,7 @@ from curvcli.results.gate import Gate, Outcome, OutcomeName, Rule, RuleName, Sub
 from curvcli.results.log import LOG_NAME, Follower, Log, find_log, load_records
 from curvcli.results.record import Record, RecordStatus
 from curvcli.results.report import (
+    ENDS,
     Checkpoint,
     Cost,
     Cumulative,
@@ -22,6 +23,7 @@ from curvcli.results.report import (
     LayerEstimate,
     Mass,
     Optimizer,
+    PartEstimate,
     Report,
     Status,
     TokensPoint,
@@ -33,6 +35,7 @@ from curvcli.results.schedule import LrKind, LrSchedule, Order, Phase, Schedule,
 from curvcli.results.track import Track, TrackPoint, TrainingStep, WarmStart, load_track
 
 __all__ = [
+    "ENDS",
     "LOG_NAME",
     "SCHEMAS",
     "Change",
@@ -58,6 +61,7 @@ __all__ = [
     "Order",
     "Outcome",
     "OutcomeName",
+    "PartEstimate",
     "Phase",
     "Record",
     "RecordStatus",

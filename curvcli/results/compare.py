@@ -26,9 +26,9 @@ class Side(Document):
 
 
 class Change(Document):
-    """What became of one part: the full model, or a layer. Values are null where they are not certified on that side."""
+    """What became of one part: the full model, embedding and head, or a layer. Values are null where not certified."""
 
-    part: Literal["full", "layer"]
+    part: Literal["full", "ends", "layer"]
     name: str
     first: float | None = Field(description="lambda of the first")
     second: float | None = Field(description="lambda of the second")

@@ -39,7 +39,7 @@ class Outcome(Document):
     limit: float | None = Field(description="as compared: for max-regression percent, the tolerance added")
     source: str
     outcome: OutcomeName
-    part: str | None = Field(description="the layer that decided, for rules on layers")
+    part: str | None = Field(description="the layer, or embedding and head, that decided a rule on layers")
     value: float | None
     low: float | None = Field(description="lower end of the bracket that the limit is held against")
     high: float | None = Field(description="its upper end")

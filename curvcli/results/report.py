@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from curvcli.results.base import Document, Finding, Versions, read_document
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
 VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
+ENDS = "embedding, head"  # what the part outside the layers is called
 
 
 class Estimate(Document):
@@ -29,18 +30,31 @@ class Estimate(Document):
     most_negative: float | None = Field(description="smallest eigenvalue found, an upper bound of the true one")
     most_negative_residual: float | None = Field(description="its residual norm")
     most_negative_status: Literal["converged", "unconverged"] | None = Field(
-        description="converged: the residual is at most 10 % of it, or negligible beside lambda; null without a value"
+        description="converged: the residual is at most 10 % of it; null without a value"
     )
     hvps: Annotated[int, Field(ge=0, description="Hessian-vector products spent")]
     status: Status
 
+    @field_validator("most_negative_status")
+    @classmethod
+    def _no_digits(cls, status: Any, info: ValidationInfo) -> Any:
+        """A value that its residual is larger than is a bound and no more; documents of old versions say otherwise."""
+        value, residual = info.data.get("most_negative"), info.data.get("most_negative_residual")
+        certified = value is not None and residual is not None and residual <= abs(value)
+        return "unconverged" if status == "converged" and not certified else status
 
-class LayerEstimate(Estimate):
-    """Curvature restricted to one layer's parameters."""
 
-    index: int
+class PartEstimate(Estimate):
+    """Curvature restricted to the parameters of one part of the network, the rest held still."""
+
     name: str
     parameters: int
+
+
+class LayerEstimate(PartEstimate):
+    """Of one layer."""
+
+    index: int
 
 
 class DepthEstimate(Estimate):
@@ -67,7 +81,7 @@ class Checkpoint(Document):
 class DataFile(Document):
     path: str
     kind: str = Field(description="what the file was recognised as")
-    tokens: int | None = Field(description="that it holds; null where only reading it would tell")
+    tokens: int | None = Field(default=None, description="that it holds; null where only reading it would tell")
 
 
 class Data(Document):
@@ -134,7 +148,10 @@ class Mass(Document):
     tensor: str
     mass: float = Field(description="share of the top eigenvector's squared norm")
     rows: list[tuple[int, float]] | None = Field(
-        default=None, description="for embeddings: token rows with the largest shares of the whole"
+        default=None, description="rows with the largest shares of the whole, where they are tokens or positions"
+    )
+    rows_of: Literal["tokens", "positions"] | None = Field(
+        default=None, description="what the rows are; in documents of older versions, which went by sizes, not known"
     )
 
 
@@ -155,6 +172,11 @@ class Report(Document):
     data: Data
     optimizer: Optimizer
     full: Estimate
+    ends: PartEstimate | None = Field(
+        default=None,
+        description="embedding, head and what else lies outside the layers, as one part; null without layers, and in "
+        "documents of older versions",
+    )
     layers: list[LayerEstimate]
     cumulative: Cumulative
     update: Update
@@ -166,6 +188,20 @@ class Report(Document):
     findings: list[Finding]
     cost: Cost
     versions: Versions
+
+    @property
+    def outside(self) -> PartEstimate | None:
+        """`ends`; in a document of before they were measured alone, the restricted curve's beginning, which is the same."""
+        first = next((e for e in self.cumulative.restricted if e.depth == 0), None)
+        if self.ends is not None or first is None or not self.layers:
+            return self.ends
+        rest = self.checkpoint.parameters - sum(layer.parameters for layer in self.layers)
+        return PartEstimate(**first.model_dump(exclude={"depth"}), name=ENDS, parameters=rest)
+
+    @property
+    def parts(self) -> list[PartEstimate]:
+        """Embedding and head, then the layers: every parameter is in one part."""
+        return [*([self.outside] if self.outside else []), *self.layers]
 
 
 def load_report(path: Path) -> Report:

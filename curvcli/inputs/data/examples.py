@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvcli.errors import InputError
+from curvcli.inputs.data.tables import Row, Table, open_table
+from curvcli.inputs.data.tokens import CHATS, MOST, chat
 from curvcli.inputs.tensors import leading, safetensors_header
 
 IGNORED = -100  # torch's and transformers' label for "no prediction here"
 _MARKS = frozenset({"labels", "pixel_values", "decoder_input_ids"})
-_LINE_LIMIT = 16 * 2**20
+# What trainers write beside the ids of rows without labels: which predictions count, and which documents a row was
+# packed of (TRL's names).
+_COUNTED = ("completion_mask", "assistant_masks")
+_PACKED = ("position_ids", "seq_lengths")
+_LOOKED = 64  # rows looked at for padding
+_TEXTS = ("text", "text_pair", "label", "labels")
 
 Encode = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
@@ -31,12 +38,14 @@ class Examples:
         columns: each of shape (rows, ...): integers as int64, the rest as float32.
         tokens: predictions: labels other than -100, or rows where there are no labels.
         sha256: digest of the columns used; of masked windows, of their token ids before they were masked.
+        files: those that were read, each with what it was recognised as.
     """
 
     path: Path
     columns: Mapping[str, Tensor]
     tokens: int
     sha256: str
+    files: tuple[tuple[Path, str], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -53,51 +62,73 @@ class Examples:
         return [{name: pieces[i] for name, pieces in parts.items()} for i in range(-(-self.rows // size))]
 
 
-def holds_examples(path: Path) -> bool:
-    """Whether a file has labels or other columns of examples, rather than tokens alone. Raises InputError."""
-    if not path.is_file():
-        return False
-    if path.suffix == ".safetensors":
-        return not _MARKS.isdisjoint(t.name for t in safetensors_header(path))
-    return path.suffix == ".jsonl" and not _MARKS.isdisjoint(next(_lines(path), {}))
+def holds_examples(path: Path, *, causal: bool = False) -> bool:
+    """Whether a file or dataset has labels or other columns of examples, rather than tokens alone. Raises InputError.
+
+    Args:
+        causal: of a causal language model rows are examples, too, where masks say which tokens count or are padding.
+    """
+    with _readable(path):
+        if path.suffix == ".safetensors" and path.is_file():
+            names = {tensor.name for tensor in safetensors_header(path)}
+            masks = [leading(path, _LOOKED)["attention_mask"]] if causal and "attention_mask" in names else []
+        else:
+            table = open_table(path) if path.exists() else None
+            names = set(table.names()) if table else set()
+            masks = _masks(table) if table and causal and "attention_mask" in names else []
+    if not _MARKS.isdisjoint(names) or (causal and not names.isdisjoint((*_COUNTED, *_PACKED))):
+        return True
+    return "input_ids" in names and any(not bool((mask != 0).all()) for mask in masks)
 
 
-def read_examples(path: Path, *, predictions: int, shifted: bool = False, encode: Encode | None = None) -> Examples:
-    """The first examples of a file, as many as make up to so many predictions, and one at least.
+def _masks(table: Table) -> list[Tensor]:
+    with closing(table.rows(["attention_mask"])) as rows:
+        found = [row.get("attention_mask") for _, row in zip(range(_LOOKED), rows, strict=False)]
+    return [_value("attention_mask", mask, table.path) for mask in found if mask is not None]
 
-    A .safetensors file has a tensor per column, its first dimension the examples. In a .jsonl file each line is an
-    object; lists of integers of unequal length are padded at the end, labels with -100 and others with 0, and get an
-    attention_mask where they have none. Examples without any label are left out.
+
+def read_examples(
+    paths: Path | Sequence[Path], *, predictions: int, shifted: bool = False, encode: Encode | None = None
+) -> Examples:
+    """The first examples of files or datasets, as many as make up to so many predictions, and one at least.
+
+    A .safetensors file has a tensor per column, its first dimension the examples; a table (JSON lines, parquet, Arrow,
+    save_to_disk) has a row per example. Lists of integers of unequal length are padded at the end, labels with -100
+    and others with 0, and get an attention_mask where they have none. Columns that hold no numbers are left out beside
+    input_ids or pixel_values. Examples without any label are left out.
 
     Args:
         predictions: labels other than -100 to average over.
-        shifted: the label at a position is predicted from the positions before it, so that the first counts for none.
+        shifted: of a causal language model: the label at a position is predicted from the positions before it, so that
+            the first counts for none. Rows without labels have their ids for labels, where masks say that they count.
         encode: makes numbers of rows of text.
 
     Raises:
         InputError: not readable, or columns that do not fit together.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is no file of examples", hint="give a .safetensors or .jsonl with named columns")
-    if path.suffix not in (".safetensors", ".jsonl"):
-        raise InputError(
-            f"{path} holds no named columns (input_ids, pixel_values, labels, ...)",
-            hint="this loss takes examples: give them as .safetensors or .jsonl",
-        )
-    try:
-        columns = _safetensors(path, predictions) if path.suffix == ".safetensors" else _jsonl(path, predictions, encode)
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror or error}", hint="check the file and its permissions"
-        ) from error
-    _check(columns, path)
+    listed = [paths] if isinstance(paths, Path) else list(paths)
+    parts: list[dict[str, Tensor]] = []
+    files: list[tuple[Path, str]] = []
+    left = predictions
+    for path in listed:
+        with _readable(path):
+            kind, columns = _read(path, max(left, 1), shifted, encode)
+        _check(columns, path)
+        parts.append(columns)
+        files.append((path, kind))
+        left -= int(labelled(columns, shifted=shifted).sum())
+        if left <= 0:
+            break
+    columns = _joined(parts, files)
     counts = labelled(columns, shifted=shifted)
     kept = counts.nonzero().flatten()
     if not len(kept):
-        raise InputError(f"{path} has no label other than {IGNORED} in its first rows", hint="label what is to be predicted")
+        raise InputError(
+            f"{listed[0]} has no label other than {IGNORED} in its first rows", hint="label what is to be predicted"
+        )
     kept = kept[: max(1, int((counts[kept].cumsum(0) <= predictions).sum()))]
     columns = {name: column[kept].contiguous() for name, column in columns.items()}
-    return Examples(path, columns, int(counts[kept].sum()), _digest(columns))
+    return Examples(listed[0], columns, int(counts[kept].sum()), _digest(columns), tuple(files))
 
 
 def labelled(columns: Mapping[str, Tensor], *, shifted: bool) -> Tensor:
@@ -105,68 +136,94 @@ def labelled(columns: Mapping[str, Tensor], *, shifted: bool) -> Tensor:
     labels = columns.get("labels")
     if labels is None:
         return torch.ones(len(next(iter(columns.values()))), dtype=torch.int64)
+    return _counts(labels, shifted=shifted)
+
+
+def _counts(labels: Tensor, *, shifted: bool) -> Tensor:
     counted = labels[:, 1:] if shifted and labels.dim() == 2 else labels
     return (counted != IGNORED).reshape(len(labels), -1).sum(1)
 
 
-def _safetensors(path: Path, limit: int) -> dict[str, Tensor]:
-    return {name: _typed(name, tensor, path) for name, tensor in leading(path, limit).items()}
+def _read(path: Path, limit: int, shifted: bool, encode: Encode | None) -> tuple[str, dict[str, Tensor]]:
+    """What a file was recognised as, and the columns of its first rows."""
+    if path.suffix == ".safetensors" and path.is_file():
+        columns = {name: _typed(name, tensor, path) for name, tensor in leading(path, limit).items()}
+        return "safetensors", _seen_whole([_causal(columns, path) if shifted else columns])[0]
+    if not path.exists():
+        raise InputError(f"{path} is no file of examples", hint="give a .safetensors or a table with named columns")
+    table = open_table(path)
+    if table is None:
+        raise InputError(
+            f"{path} holds no named columns (input_ids, pixel_values, labels, ...)",
+            hint="this loss takes examples: give them as .safetensors, .jsonl, .parquet or save_to_disk's",
+        )
+    return table.kind, _stacked(_seen_whole(_rows(table, limit, shifted, encode)), path)
 
 
-def _typed(name: str, tensor: Tensor, path: Path) -> Tensor:
-    if tensor.is_complex():
-        raise InputError(f"column {name} of {path} is complex", hint="give integers or floats")
-    return tensor.float() if tensor.is_floating_point() else tensor.to(torch.int64)
+def _rows(table: Table, limit: int, shifted: bool, encode: Encode | None) -> list[dict[str, Tensor]]:
+    """Rows of numbers until they hold more predictions than the limit, or are as many."""
+    path, names = table.path, table.names()
+    texts = encode is not None and "text" in names and "input_ids" not in names
+    wanted = [name for name in names if name in _TEXTS] if texts else _numbers(table, names)
+    found: list[Row] = []
+    counted = size = 0
+    with closing(table.rows(wanted)) as rows:
+        for number, row in enumerate(rows, 1):
+            odd = next((name for name in wanted if row.get(name) is None), None)
+            if odd is not None:
+                raise InputError(
+                    f"row {number} of {path}: column {odd} is not in every row", hint="give all rows all columns"
+                )
+            if not texts:
+                row = {name: _value(name, value, path) for name, value in row.items()}
+                row = _causal(row, path) if shifted else row
+            found.append(row)
+            counted += 1 if texts or "labels" not in row else int(_counts(row["labels"][None], shifted=shifted))
+            size += sum(len(v) // 16 if isinstance(v, str) else v.numel() for v in row.values() if _is_ids(v))
+            if size > MOST:
+                raise InputError(
+                    f"the first {number:,} rows of {path} hold {size:,} ids and {counted:,} predictions",
+                    hint="cut the rows, or ask for fewer --tokens",
+                )
+            if counted > limit or number == limit:
+                break
+    if not found:
+        raise InputError(f"{path} has no examples", hint="give one row an example")
+    if encode is None:
+        return found
+    return [
+        {name: v if isinstance(v, Tensor) else _value(name, v, path) for name, v in row.items()} for row in encode(found)
+    ]
 
 
-def _lines(path: Path) -> Any:
-    """The objects of a .jsonl file, one at a time."""
-    with path.open("rb") as stream:
-        for number in range(1, 2**62):
-            line = stream.readline(_LINE_LIMIT)
-            if not line:
-                return
-            if len(line) == _LINE_LIMIT:
-                raise InputError(f"line {number} of {path} is longer than {_LINE_LIMIT >> 20} MiB", hint="check the file")
-            if not line.strip():
-                continue
-            try:
-                found = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"line {number} of {path} is no JSON: {error}", hint="write one object a line") from error
-            if not isinstance(found, dict):
-                raise InputError(f"line {number} of {path} is no object", hint="write one object a line")
-            yield found
+def _numbers(table: Table, names: Sequence[str]) -> list[str]:
+    """The columns that hold numbers, by the first row: text beside ids or pixels is for people."""
+    if not CHATS.isdisjoint(names) and "input_ids" not in names:
+        raise chat(table.path)
+    if not any(name in names for name in ("input_ids", "pixel_values")):
+        return list(names)
+    with closing(table.rows(names)) as rows:
+        first = next(rows, {})
+
+    def kept(name: str) -> bool:
+        if name in ("labels", "pixel_values", "attention_mask", *_COUNTED, *_PACKED) or name.endswith("input_ids"):
+            return True
+        try:
+            return np.asarray(first.get(name)).dtype.kind in "iufb"
+        except (ValueError, OverflowError):
+            return False
+
+    return [name for name in names if kept(name)]
 
 
-def _jsonl(path: Path, limit: int, encode: Encode | None) -> dict[str, Tensor]:
-    rows: list[dict[str, Any]] = []
-    for row in _lines(path):
-        if rows and row.keys() != rows[0].keys():
-            odd = sorted(row.keys() ^ rows[0].keys())[0]
-            raise InputError(
-                f"row {len(rows) + 1} of {path}: column {odd} is not in every row", hint="give all rows all columns"
-            )
-        rows.append(row)
-        if len(rows) == limit:
-            break
-    if not rows:
-        raise InputError(f"{path} has no examples", hint="write one object a line")
-    rows = encode(rows) if encode else rows
-    columns = {name: _column(name, [row[name] for row in rows], path) for name in rows[0]}
-    lengths = [len(row["input_ids"]) for row in rows if isinstance(row.get("input_ids"), list)]
-    if len(set(lengths)) > 1 and "attention_mask" not in columns:
-        places = torch.arange(max(lengths))
-        columns["attention_mask"] = (places < torch.tensor(lengths)[:, None]).to(torch.int64)
-    return columns
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Tensor) and not value.is_floating_point())
 
 
-def _column(name: str, values: list[Any], path: Path) -> Tensor:
-    if all(isinstance(v, list) and all(type(x) is int for x in v) for v in values):
-        width, blank = max(map(len, values)), IGNORED if name == "labels" else 0
-        values = [[*v, *[blank] * (width - len(v))] for v in values]
+def _value(name: str, value: Any, path: Path) -> Tensor:
+    """One row's numbers of a column."""
     try:
-        array = np.asarray(values)
+        array = np.asarray(value)
     except (ValueError, OverflowError) as error:
         raise InputError(
             f"column {name} of {path} has rows of unequal shapes", hint="only lists of ids may differ"
@@ -176,7 +233,111 @@ def _column(name: str, values: list[Any], path: Path) -> Tensor:
             f"column {name} of {path} holds no numbers",
             hint="give token ids, pixels and labels as numbers: text is tokenised for classifiers alone, as text and label",
         )
-    return _typed(name, torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64)), path)
+    floats = array.dtype.kind == "f" and array.size > 0  # an empty list has no type of its own
+    return _typed(name, torch.from_numpy(array.astype(np.float32 if floats else np.int64)), path)
+
+
+def _stacked(rows: list[dict[str, Tensor]], path: Path) -> dict[str, Tensor]:
+    """Rows as columns, lists of ids padded to the longest."""
+    columns = {name: _column(name, [row[name] for row in rows], path) for name in rows[0]}
+    lengths = [len(row["input_ids"]) for row in rows if "input_ids" in row and row["input_ids"].dim() == 1]
+    if len(set(lengths)) > 1 and "attention_mask" not in columns and "position_ids" not in columns:
+        places = torch.arange(max(lengths))
+        columns["attention_mask"] = (places < torch.tensor(lengths)[:, None]).to(torch.int64)
+    return columns
+
+
+def _column(name: str, values: list[Tensor], path: Path) -> Tensor:
+    if all(value.dim() == 1 and not value.is_floating_point() for value in values):
+        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=_blank(name))
+    if len({value.shape for value in values}) > 1:
+        raise InputError(f"column {name} of {path} has rows of unequal shapes", hint="only lists of ids may differ")
+    if len({value.dtype for value in values}) > 1:
+        values = [value.float() for value in values]
+    return torch.stack(values)
+
+
+def _blank(name: str) -> int:
+    return IGNORED if name == "labels" else 0
+
+
+def _causal(columns: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Labels and positions of a causal language model's rows, as trainers make them: of one row, or of all.
+
+    Ids are their own labels, but for padding and for the first token of a document, which nothing comes before.
+    `completion_mask` and `assistant_masks` say which labels count; `seq_lengths` which documents a row was packed of.
+    """
+    found = dict(columns)
+    ids = found.get("input_ids")
+    if ids is None or ids.is_floating_point():
+        return found
+    packed = found.pop("seq_lengths", None)
+    if packed is not None:
+        if packed.dim() != 1 or ids.dim() != 1 or (packed < 0).any() or int(packed.sum()) != len(ids):
+            raise InputError(
+                f"seq_lengths of {path} do not add up to the row's ids",
+                hint="give position_ids that begin at 0 in each document",
+            )
+        found["position_ids"] = torch.cat([torch.arange(n) for n in packed.tolist()])
+    masks = {name: found.pop(name) for name in _COUNTED if name in found}
+    if "labels" not in found and "attention_mask" in found:
+        masks["attention_mask"] = found["attention_mask"]
+    if ("labels" not in found or packed is not None) and "position_ids" in found:
+        masks["position_ids"] = found["position_ids"]
+    labels = found.get("labels", ids)
+    for name, mask in masks.items():
+        if mask.shape != labels.shape:
+            raise InputError(
+                f"{name} of {path} has shape {tuple(mask.shape)}, its ids or labels {tuple(labels.shape)}",
+                hint="give one number for each id",
+            )
+        labels = labels.masked_fill(mask == 0, IGNORED)
+    return {**found, "labels": labels}
+
+
+def _seen_whole(rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Without masks of ones beside positions: given one, transformers does not look where documents begin."""
+    if all("position_ids" in row and bool((row.get("attention_mask", torch.ones(1)) != 0).all()) for row in rows):
+        return [{name: value for name, value in row.items() if name != "attention_mask"} for row in rows]
+    return rows
+
+
+def _joined(parts: list[dict[str, Tensor]], files: list[tuple[Path, str]]) -> dict[str, Tensor]:
+    """Columns of several files as one, ids padded to the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    widths = {part["input_ids"].shape[1:] for part in parts if "input_ids" in part}
+    if any("attention_mask" in part for part in parts) or (len(widths) > 1 and "position_ids" not in parts[0]):
+        parts = [{"attention_mask": torch.ones_like(part["input_ids"]), **part} for part in parts if "input_ids" in part]
+    joined: dict[str, Tensor] = {}
+    for name in parts[0]:
+        odd = next((path for part, (path, _) in zip(parts, files, strict=False) if part.keys() != parts[0].keys()), None)
+        if odd is not None:
+            raise InputError(f"{odd} has other columns than {files[0][0]}", hint="give all files the same columns")
+        columns = [part[name] for part in parts]
+        if all(column.dim() == 2 and not column.is_floating_point() for column in columns):
+            width = max(column.shape[1] for column in columns)
+            columns = [nn.functional.pad(c, (0, width - c.shape[1]), value=_blank(name)) for c in columns]
+        elif len({(column.shape[1:], column.dtype) for column in columns}) > 1:
+            raise InputError(f"column {name} has another shape in some files", hint="give files whose rows have one shape")
+        joined[name] = torch.cat(columns)
+    return joined
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror or error}", hint="check the file and its permissions"
+        ) from error
+
+
+def _typed(name: str, tensor: Tensor, path: Path) -> Tensor:
+    if tensor.is_complex():
+        raise InputError(f"column {name} of {path} is complex", hint="give integers or floats")
+    return tensor.float() if tensor.is_floating_point() else tensor.to(torch.int64)
 
 
 def _check(columns: Mapping[str, Tensor], path: Path) -> None:

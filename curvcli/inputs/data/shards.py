@@ -68,8 +68,8 @@ class Shard:
         return list(self.windows.split(size))
 
 
-def find_sources(paths: Path | Sequence[Path], checkpoint: Checkpoint) -> tuple[Source, ...]:
-    """The sources that paths and patterns name, recognised by name and header. Raises InputError."""
+def find_paths(paths: Path | Sequence[Path]) -> list[Path]:
+    """The files and datasets that paths, patterns and URLs name. Raises InputError."""
     found: list[Path] = []
     for given in [paths] if isinstance(paths, Path) else paths:
         path = fetched(given)
@@ -82,6 +82,12 @@ def find_sources(paths: Path | Sequence[Path], checkpoint: Checkpoint) -> tuple[
         if not matches:
             raise InputError(f"data shard {path} does not exist", hint="give one with --data or in curv.toml")
         found += matches
+    return found
+
+
+def find_sources(paths: Path | Sequence[Path], checkpoint: Checkpoint) -> tuple[Source, ...]:
+    """The sources that paths and patterns name, recognised by name and header. Raises InputError."""
+    found = find_paths(paths)
     try:
         return tuple(open_source(path, checkpoint) for path in found)
     except OSError as error:

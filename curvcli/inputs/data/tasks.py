@@ -6,9 +6,10 @@ loss: some divide by another count of tokens, some add terms, and batches are av
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from curvcli.curvature.problem import Loss
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs.base import Checkpoint, Task
 from curvcli.inputs.data.examples import IGNORED, Examples, holds_examples, labelled, read_examples
-from curvcli.inputs.data.shards import Sample, Shard, read_shard
+from curvcli.inputs.data.shards import Sample, Shard, find_paths, read_shard
 from curvcli.inputs.data.texts import encoded
 from curvcli.inputs.own import blamed, imported
 
@@ -35,14 +36,12 @@ def causal_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tenso
     """
     if isinstance(batch, Tensor):
         return _cross_entropy(_logits(model, {"input_ids": batch[:, :-1]}), batch[:, 1:])
-    inputs = {name: column for name, column in batch.items() if name != "labels"}
-    return _cross_entropy(_logits(model, inputs)[:, :-1], batch["labels"][:, 1:])
+    return _cross_entropy(_logits(model, batch)[:, :-1], batch["labels"][:, 1:])
 
 
 def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy over the labels of masked positions, decoder positions or whole examples, in nats."""
-    inputs = {name: column for name, column in batch.items() if name != "labels"}
-    return _cross_entropy(_logits(model, inputs), batch["labels"])
+    return _cross_entropy(_logits(model, batch), batch["labels"])
 
 
 LOSSES: Mapping[Task, Loss] = {
@@ -101,13 +100,14 @@ def read_data(
     Raises:
         InputError: not readable, or ids beyond the vocabulary.
     """
-    listed = [paths] if isinstance(paths, Path) else list(paths)
-    if task in ("seq2seq", "classification") or any(holds_examples(path) for path in listed):
-        if len(listed) > 1 or sample != "first":
-            raise UsageError("examples are read from the beginning of one file", hint="give one --data, without --sample")
+    listed = find_paths(paths)
+    causal = task == "causal-lm"
+    if task in ("seq2seq", "classification") or any(holds_examples(path, causal=causal) for path in listed):
+        if sample != "first":
+            raise UsageError("examples are read from the beginning of the data", hint="leave out --sample")
         path = listed[0]
         encode = partial(encoded, checkpoint=checkpoint, path=path) if task == "classification" else None
-        examples = read_examples(path, predictions=tokens, shifted=task == "causal-lm", encode=encode)
+        examples = read_examples(listed, predictions=tokens, shifted=causal, encode=encode)
         if sequence_length is not None:
             raise UsageError(
                 f"--sequence-length cuts tokens, and {path} holds examples", hint="drop it, or take it out of curv.toml"
@@ -116,7 +116,7 @@ def read_data(
         return examples
     # Of a masked language model only some positions are predictions.
     wanted = tokens if task == "causal-lm" else round(tokens / MASKED_SHARE)
-    return read_shard(paths, checkpoint, tokens=wanted, sequence_length=sequence_length, sample=sample, seed=seed)
+    return read_shard(listed, checkpoint, tokens=wanted, sequence_length=sequence_length, sample=sample, seed=seed)
 
 
 def prepared(data: Shard | Examples, task: Task, model: nn.Module, checkpoint: Checkpoint, seed: int) -> Shard | Examples:
@@ -197,8 +197,28 @@ def _shifted(model: nn.Module, labels: Tensor, path: Path) -> Tensor:
     return found
 
 
-def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def left_out(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The columns that the model's forward does not name: like transformers' Trainer, losses here do not pass them.
+
+    A module of another library's or of one's own that takes any keyword gets all of them.
+    """
+    parameters = _parameters(model)
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not hasattr(model, "main_input_name")
+    # What a plain module calls its ids or pixels is its own affair: they are passed by position.
+    return [n for n in names if not anything and n not in parameters and n not in ("labels", "input_ids", "pixel_values")]
+
+
+def _parameters(model: nn.Module) -> Mapping[str, Parameter]:
+    adapted = getattr(model, "get_base_model", None)  # peft's wrapper names few of what its model takes
+    return signature(adapted().forward if callable(adapted) else model.forward).parameters
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits of a forward pass: a single input by position, so that a plain module may call it what it likes."""
+    unused = left_out(model, batch)
+    inputs: dict[str, Any] = {name: column for name, column in batch.items() if name not in (*unused, "labels")}
+    if "position_ids" in inputs and "use_cache" in _parameters(model):
+        inputs["use_cache"] = False  # with a cache transformers does not look where packed documents begin
     try:
         output = model(*inputs.values()) if len(inputs) == 1 else model(**inputs)
     except IndexError as error:

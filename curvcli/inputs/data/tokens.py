@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from importlib import import_module
-from io import BufferedReader
+from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from curvcli.errors import InputError
 from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.bounds import inside
 from curvcli.inputs.data.binary import open_bin, open_idx
-from curvcli.inputs.safe import read_json
+from curvcli.inputs.data.tables import EMPTY, Table, open_table, opened, packing
+from curvcli.inputs.safe import first_line
 from curvcli.inputs.tensors import safetensors_header, stored
 
 Ids = NDArray[np.generic]
 
 # Text is tokenised on every call; whoever samples from more than this should store tokens.
 MOST = 2**26
-_LINE = 2**26
-# Documents without a token, one after the other. A packed file says more of them in a kilobyte than can be skipped.
-_EMPTY = 2**18
-# Values of a table's column that a byte of its file stores at most, beyond so many: tokens take half a byte each.
-_CALM, _PER_BYTE = 2**24, 64
-_FILES = 2**16  # of one dataset; each is looked at before any is read
 _NOTHING = np.zeros(0, dtype=np.int64)
 _ID_COLUMNS, _TEXT_COLUMNS = ("input_ids", "tokens", "ids"), ("text", "content")
+CHATS = frozenset({"messages", "conversations", "conversation"})
 
 
 @dataclass(frozen=True)
@@ -56,11 +47,10 @@ class Source:
 
 def open_source(path: Path, checkpoint: Checkpoint) -> Source:
     """Recognise a file or a dataset directory by its name and header. Raises InputError."""
-    if path.is_dir():
-        return _dataset(path, checkpoint)
-    name = path.name.lower()
-    packed = next((s for s in (".gz", ".zst") if name.endswith(s)), "")
-    suffix = Path(name.removesuffix(packed)).suffix
+    table = open_table(path)
+    if table is not None:
+        return Source(path, table.kind, None, lambda n: _gathered(_documents(table, checkpoint), n, path))
+    packed, suffix = packing(path)
     if not packed:
         if suffix == ".bin":
             kind, array = open_bin(path, checkpoint.vocabulary)
@@ -68,13 +58,12 @@ def open_source(path: Path, checkpoint: Checkpoint) -> Source:
         if suffix == ".idx":
             kind, array = open_idx(path)
             return Source(path, kind, array.size, lambda n: array[:n])
-        if suffix in (".npy", ".safetensors"):
-            ids = _npy(path) if suffix == ".npy" else _safetensors(path)
-            return Source(path, suffix[1:], ids.size, lambda n: ids)
-        if suffix == ".parquet":
-            return _parquet(path, checkpoint)
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return Source(path, f"jsonl{packed}", None, lambda n: _gathered(_json_lines(path, packed, checkpoint), n, path))
+        if suffix == ".npy":
+            ids = _npy(path)
+            return Source(path, "npy", ids.size, lambda n: ids)
+        if suffix == ".safetensors":
+            shape = {tensor.name: tensor.shape for tensor in safetensors_header(path)}.get("input_ids")
+            return Source(path, "safetensors", None if shape is None else prod(shape), lambda n: _safetensors(path))
     return Source(path, f"text{packed}", None, lambda n: _text(path, packed, checkpoint, n))
 
 
@@ -103,141 +92,72 @@ def _integers(array: Ids, path: Path) -> Ids:
     return array
 
 
-# --- columns of tables ---------------------------------------------------------------------------
+# --- documents of tables -------------------------------------------------------------------------
 
 
-def _parquet(path: Path, checkpoint: Checkpoint) -> Source:
-    parquet = _needs("pyarrow.parquet", "data", path)
-
-    def batches() -> Iterator[Any]:
-        with closing(parquet.ParquetFile(path)) as file:
-            column = _column(file.schema_arrow.names, path)
-            _refuse_repeated(file.metadata, column, path)
-            # Of text few rows at a time: one long string that a page names again and again is as long each time.
-            rows = 16 if "string" in str(file.schema_arrow.field(column).type) else 1024
-            for batch in file.iter_batches(batch_size=rows, columns=[column]):
-                yield batch.column(0)
-
-    return Source(path, "parquet", None, lambda n: _gathered(_rows(batches(), checkpoint, path), n, path))
-
-
-def _refuse_repeated(metadata: Any, column: str, path: Path) -> None:
-    """Raises InputError where a column has far more values than bytes: a row of billions, said in a kilobyte."""
-    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
-        parts = [part for part in map(group.column, range(group.num_columns)) if part.path_in_schema.split(".")[0] == column]
-        for part in parts:
-            if part.num_values > _CALM and part.num_values > _PER_BYTE * part.total_compressed_size:
+def _documents(table: Table, checkpoint: Checkpoint) -> Iterator[Ids]:
+    """One array of ids a row, without its padding where an attention_mask says which that is."""
+    path = table.path
+    column = _column(table.names(), path)
+    tokenize: Callable[[str], Ids] | None = None
+    with closing(table.rows([column, "attention_mask"])) as rows:
+        for number, row in enumerate(rows, 1):
+            value, mask = row.get(column), row.get("attention_mask")
+            if isinstance(value, str):
+                tokenize = tokenize or tokenizer_of(checkpoint, path)
+                yield tokenize(value) if value else _NOTHING
+            elif isinstance(value, np.ndarray):
+                yield _unpadded(value, mask, path)
+            elif isinstance(value, list) and all(isinstance(i, int) and abs(i) < 2**62 for i in value):
+                yield _unpadded(np.asarray(value, dtype=np.int64), mask, path)
+            elif value is None and column in row:
+                yield _NOTHING
+            else:
                 raise InputError(
-                    f"{path} claims {part.num_values:,} values of {column} in {part.total_compressed_size:,} bytes",
-                    hint="the file is damaged or was made to exhaust this machine: do not trust it",
+                    f"{path}: row {number} holds neither text nor token ids in {column}", hint="integers in a list, or text"
                 )
 
 
-def _dataset(path: Path, checkpoint: Checkpoint) -> Source:
-    """What `datasets.save_to_disk` wrote: Arrow streams and the list of their names."""
-    if (path / "dataset_dict.json").is_file():
-        splits = _object(path / "dataset_dict.json").get("splits")
-        names = [s for s in splits if isinstance(s, str)] if isinstance(splits, list) else []
-        chosen = "train" if "train" in names else names[0] if len(names) == 1 else None
-        if chosen is None:
-            raise InputError(f"{path} holds the splits {', '.join(names) or 'none'}", hint="give one of them: PATH/SPLIT")
-        return _dataset(inside(path, chosen), checkpoint)
-    if not (path / "state.json").is_file():
-        raise InputError(
-            f"data shard {path} is a directory, and no dataset of datasets.save_to_disk",
-            hint="give files, or a pattern in quotes",
-        )
-    ipc = _needs("pyarrow.ipc", "data", path)
-    listed = _object(path / "state.json").get("_data_files")
-    entries = listed if isinstance(listed, list) else []
-    if len(entries) > _FILES:
-        raise InputError(f"{path / 'state.json'} names {len(entries):,} files", hint="save the dataset in fewer shards")
-    files = [inside(path, str(entry.get("filename"))) for entry in entries if isinstance(entry, dict)]
-    if not files:
-        raise InputError(f"{path / 'state.json'} names no data files", hint="save the dataset again")
-    odd = next((file for file in files if not file.is_file()), None)  # a pipe would be waited for
-    if odd:
-        raise InputError(f"{odd} is named in state.json and is no file", hint="copy the dataset again")
-
-    def batches() -> Iterator[Any]:
-        for file in files:
-            with file.open("rb") as stream, ipc.open_stream(stream) as reader:
-                index = reader.schema.get_field_index(_column(reader.schema.names, path))
-                for batch in reader:
-                    yield batch.column(index)
-
-    return Source(path, "datasets", None, lambda n: _gathered(_rows(batches(), checkpoint, path), n, path))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is no object", hint="save the dataset again")
+def _unpadded(ids: Ids, mask: Any, path: Path) -> Ids:
+    if mask is None:
+        return ids
+    kept = np.asarray(mask)
+    if kept.shape != ids.shape or kept.dtype.kind not in "iub":
+        raise InputError(f"{path}: an attention_mask does not fit its ids", hint="give one 0 or 1 for each id")
+    found: Ids = ids[kept != 0]
     return found
 
 
-def _rows(columns: Iterable[Any], checkpoint: Checkpoint, path: Path) -> Iterator[Ids]:
-    """One array of ids a row of an Arrow column of lists or of strings."""
-    arrow = _needs("pyarrow", "data", path)
-    tokenize: Callable[[str], Ids] | None = None
-    try:
-        for column in columns:
-            if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
-                tokenize = tokenize or tokenizer_of(checkpoint, path)
-                yield from (tokenize(text) if text else _NOTHING for text in column.to_pylist())
-            elif arrow.types.is_list(column.type) or arrow.types.is_large_list(column.type):
-                yield from (np.asarray(scalar.values) if scalar.is_valid else _NOTHING for scalar in column)
-            else:
-                raise InputError(f"{path}: its column is {column.type}", hint="expected lists of token ids, or text")
-    except arrow.ArrowException as error:
-        raise InputError(f"{path} cannot be read: {_line(error)}", hint="copy the file again") from error
-
-
-def _column(names: list[str], path: Path) -> str:
+def _column(names: Sequence[str], path: Path) -> str:
     found = next((name for name in (*_ID_COLUMNS, *_TEXT_COLUMNS) if name in names), None)
-    if found is None:
-        raise InputError(
-            f"{path} has the columns {', '.join(names)[:200]}",
-            hint=f"expected one of: {', '.join((*_ID_COLUMNS, *_TEXT_COLUMNS))}",
-        )
-    return found
+    if found is not None:
+        return found
+    if not CHATS.isdisjoint(names):
+        raise chat(path)
+    raise InputError(
+        f"{path} has {'the columns ' + ', '.join(names)[:200] if names else 'no rows'}",
+        hint=f"expected one of: {', '.join((*_ID_COLUMNS, *_TEXT_COLUMNS))}",
+    )
 
 
-# --- lines and text ------------------------------------------------------------------------------
+def chat(path: Path) -> InputError:
+    """Why conversations are not read."""
+    return InputError(
+        f"{path} holds conversations: a checkpoint's chat template is a program, which curv never runs, and which tokens "
+        "the loss counts is the trainer's choice",
+        hint="give the rows that were trained on, as input_ids and labels: with TRL, "
+        "SFTTrainer(...).train_dataset.to_parquet('rows.parquet'); or text rendered by tokenizer.apply_chat_template",
+    )
 
 
-def _json_lines(path: Path, packed: str, checkpoint: Checkpoint) -> Iterator[Ids]:
-    tokenize: Callable[[str], Ids] | None = None
-    with _opened(path, packed) as stream:
-        number = 0
-        while line := stream.readline(_LINE + 1):
-            number += 1
-            if len(line) > _LINE:
-                raise InputError(f"{path}: line {number} is longer than {_LINE >> 20} MiB", hint="one document a line")
-            if not line.strip():
-                yield _NOTHING
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}: line {number} is no JSON: {_line(error)}", hint="one document a line") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path}: line {number} is no object", hint='as in {"text": "..."}')
-            value = row[_column(list(row), path)]
-            if isinstance(value, str):
-                tokenize = tokenize or tokenizer_of(checkpoint, path)
-                yield tokenize(value)
-            elif isinstance(value, list) and all(isinstance(i, int) and abs(i) < 2**62 for i in value):
-                yield np.asarray(value, dtype=np.int64)
-            else:
-                raise InputError(f"{path}: line {number} holds neither text nor token ids", hint="integers in a list")
+# --- text ----------------------------------------------------------------------------------------
 
 
 def _text(path: Path, packed: str, checkpoint: Checkpoint, wanted: int | None) -> Ids:
     tokenize = tokenizer_of(checkpoint, path, end=False)
     # No tokenizer in use takes more than 16 bytes of text for a token on average.
     most = 16 * (wanted if wanted is not None else MOST)
-    with _opened(path, packed) as stream:
+    with opened(path, packed) as stream:
         raw = stream.read(most + 1)
     if wanted is None and len(raw) > most:
         raise InputError(f"{path} is more text than can be sampled from", hint="store tokens, or use --sample first")
@@ -258,7 +178,7 @@ def load_tokenizer(checkpoint: Checkpoint, path: Path) -> Any:
         return AutoTokenizer.from_pretrained(checkpoint.tokenizer, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises every kind there is
         raise InputError(
-            f"transformers cannot build the tokenizer in {checkpoint.tokenizer}: {_line(error)}",
+            f"transformers cannot build the tokenizer in {checkpoint.tokenizer}: {first_line(error)}",
             hint="give tokens instead (.bin, .npy, .safetensors)",
         ) from error
 
@@ -281,8 +201,8 @@ def _gathered(rows: Iterator[Ids], wanted: int | None, path: Path) -> Ids:
     with closing(rows):  # type: ignore[type-var]
         for row in rows:
             empty = 0 if len(row) else empty + 1
-            if empty > _EMPTY:
-                raise InputError(f"{path} has {_EMPTY:,} documents without a token in a row", hint="check the file")
+            if empty > EMPTY:
+                raise InputError(f"{path} has {EMPTY:,} documents without a token in a row", hint="check the file")
             if len(row):
                 found.append(_integers(row, path))
                 count += len(row)
@@ -295,33 +215,3 @@ def _gathered(rows: Iterator[Ids], wanted: int | None, path: Path) -> Ids:
     if len(found) > 1 and len(found[0]) > 1 and len({len(row) for row in found}) == 1:
         return np.stack(found)
     return np.concatenate(found)
-
-
-@contextmanager
-def _opened(path: Path, packed: str) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked while they are read: a bomb costs no more than what is asked for."""
-    damaged: tuple[type[Exception], ...] = (EOFError, zlib.error)
-    if packed == ".gz":
-        opened: Any = gzip.open(path, "rb")  # noqa: SIM115 - entered below
-    elif packed == ".zst":
-        zstandard = _needs("zstandard", "data", path)
-        damaged += (zstandard.ZstdError,)
-        opened = BufferedReader(zstandard.open(path, "rb"))
-    else:
-        opened = path.open("rb")
-    with opened as stream:
-        try:
-            yield stream
-        except damaged as error:
-            raise InputError(f"{path} cannot be read: {_line(error)}", hint="copy the file again") from error
-
-
-def _needs(module: str, extra: str, path: Path) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise InputError(f"{path} needs {module.split('.')[0]}", hint=f"pip install 'curvcli[{extra}]'") from error
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

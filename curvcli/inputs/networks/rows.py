@@ -1,0 +1,76 @@
+"""Which weight matrices have a row per token or per position: by what they are used for, never by their shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvcli.curvature.problem import Problem
+
+RowKind = Literal["tokens", "positions"]
+# Columns of a batch whose numbers are looked up, too, and are no tokens.
+_NO_TOKENS = frozenset({"labels", "attention_mask", "position_ids", "token_type_ids"})
+
+
+def row_kinds(problem: Problem) -> dict[int, RowKind]:
+    """What the rows of embeddings and heads are, by `id` of the weight; one forward pass of the first batch.
+
+    Rows are tokens in the embedding that a transformers model names as its input's or output's, in one that looks the
+    batch's own ids up, and in the layer that makes logits of as many for each. They are positions where consecutive numbers
+    are looked up. Of no other matrix is anything said.
+    """
+    model = problem.model
+    looked_up: list[tuple[nn.Embedding, Tensor]] = []
+    projected: list[tuple[nn.Linear, Tensor]] = []
+    returned: list[Tensor] = []
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, nn.Embedding) and arguments and isinstance(arguments[0], Tensor):
+            looked_up.append((module, arguments[0]))
+        elif isinstance(module, nn.Linear):
+            projected[:] = [(module, output)]  # the last one is what makes logits
+        if module is model:
+            returned.extend(_tensors(output))
+
+    handles = [m.register_forward_hook(hook) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            problem.batch_loss(0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    given = [ids for ids in _tensors(problem.batches[0]) if not ids.is_floating_point() and ids.dim()]
+    found: dict[int, RowKind] = {}
+    for module, ids in looked_up:
+        if any(_begins(batch, ids) for batch in given):
+            found[id(module.weight)] = "tokens"
+        elif ids.shape[-1:] > (1,) and bool((ids.diff(dim=-1) == 1).all()):
+            found.setdefault(id(module.weight), "positions")
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        own = getattr(model, name, lambda: None)()
+        if isinstance(own, (nn.Embedding, nn.Linear)):
+            found[id(own.weight)] = "tokens"
+    shapes = {(*ids.shape, m.num_embeddings) for m, ids in looked_up if found.get(id(m.weight)) == "tokens"}
+    for head, output in projected:
+        if tuple(output.shape) in shapes and any(output is tensor for tensor in returned):
+            found[id(head.weight)] = "tokens"
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (x for name, part in value.items() if name not in _NO_TOKENS for x in _tensors(part))
+    elif isinstance(value, (list, tuple)):
+        yield from (x for part in value for x in _tensors(part))
+
+
+def _begins(batch: Tensor, ids: Tensor) -> bool:
+    """Whether ids are the batch's, or its windows without their last token."""
+    if ids.shape[:-1] != batch.shape[:-1] or ids.shape[-1] > batch.shape[-1]:
+        return False
+    return torch.equal(ids, batch[..., : ids.shape[-1]].to(ids))
