@@ -20,6 +20,7 @@ from typing import Annotated
 import typer
 
 from curvcli.errors import CurvError, UsageError
+from curvcli.plain import plain
 
 app = typer.Typer(
     name="curv",
@@ -51,7 +52,7 @@ def exit_codes() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("CURV_TRACEBACK"):
             raise
-        text = " ".join(str(error).split())[:300]
+        text = plain(" ".join(str(error)[:2000].split()))[:300]
         if type(error).__name__ == "OutOfMemoryError":
             _fail("curv: error: the device is out of memory; use --mode fresh, a smaller --batch-size or fewer --tokens", 2)
         _fail(f"curv: internal error: {type(error).__name__}: {text}; set CURV_TRACEBACK=1 and report it", 2)
@@ -125,13 +126,11 @@ def _version(wanted: bool) -> None:
 
 def check_outputs(output: Path | None, plot: Path | None) -> None:
     """Fail before the minute of work, not after it."""
+    from curvcli.results import check_writable
+
     for path in (output, plot):
-        if path is None:
-            continue
-        parent = path.parent
-        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-            reason = "it is a directory" if path.is_dir() else f"{parent} is not a writable directory"
-            raise UsageError(f"cannot write {path}: {reason}", hint="choose another place")
+        if path is not None:
+            check_writable(path)
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"cannot draw to {plot}", hint="end the name in .png, .svg or .pdf")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from curvcli.errors import CurvError, InputError
 from curvcli.inputs.foreign import Foreign
+from curvcli.limits import inside as inside
 
 _PICKLE_LIMIT = 64 * 2**20
 _NODES, _DEPTH, _TEXT = 20_000_000, 200, 64 * 2**20
@@ -31,26 +32,6 @@ _GROWING = (
 )
 _DAMAGED = "the file is damaged or was made to exhaust this machine: copy it again, or do not trust it"
 _CALM_INTEGER, _CALM_COUNT, _BUFFERS = 2**53, 10**5, 2**28
-
-
-def inside(directory: Path, name: object) -> Path:
-    """The file that an index names, which must lie in the index's directory, also after links. Raises InputError.
-
-    Links of the Hugging Face cache, from snapshots/<revision> into the blobs beside, count as inside.
-    """
-    path = directory / name if isinstance(name, str) and name and "\0" not in name else directory
-    try:
-        home, real = directory.resolve(), path.resolve()
-    except (OSError, RuntimeError) as error:  # a link to itself
-        raise InputError(f"cannot follow {str(path)[:400]}: {str(error)[:100]}", hint="copy the file again") from error
-    cached = home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs"
-    plain = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if path == directory or not plain or not (real.is_relative_to(home) or cached):
-        raise InputError(
-            f"a path of the checkpoint in {directory} leads outside its directory: {str(name)[:200]!r}",
-            hint="do not trust this checkpoint",
-        )
-    return path
 
 
 def check_zip(source: Path | io.BytesIO, path: object, size: int) -> None:
