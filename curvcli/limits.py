@@ -26,9 +26,11 @@ def read_limited(path: Path, most: int) -> bytes:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no regular file", hint="a pipe or device cannot be read twice: save it first")
-    with path.open("rb") as stream:
-        content = stream.read(most + 1)  # a size that the system tells may be wrong: /proc, a file that grows
-    if len(content) > most:
+    content = b""
+    if (size := path.stat().st_size) <= most:
+        with path.open("rb") as stream:
+            content = stream.read(most + 1)  # the size may be a wrong one: of /proc, of a file that grows
+    if max(size, len(content)) > most:
         raise InputError(f"{path} is larger than {most >> 20:,} MiB", hint="no such file is: check that it is the right one")
     return content
 

@@ -337,7 +337,10 @@ def test_a_table_with_a_fault_is_refused(
     assert words in result.stderr
 
 
-def test_a_file_with_rules_alone_does_not_hide_the_data_above_it(run: Path, tmp_path: Path) -> None:
+def test_a_file_with_rules_alone_does_not_hide_the_data_above_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "nanogpt")
     (tmp_path / "nanogpt" / "curv.toml").write_text("[gate]\nmax-rho = 1.0\n")
     done = curv(tmp_path / "nanogpt" / "ckpt.pt", "-q", "--format", "json")
     assert done.returncode in (0, 1, 3), done.stderr

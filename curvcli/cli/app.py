@@ -11,19 +11,58 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from curvcli.errors import CurvError, UsageError
 from curvcli.plain import plain
 
-app = typer.Typer(
+# Larger counts and rates say nothing, and overflow somewhere.
+MOST = 2**53
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class BoundedCommand(TyperCommand):
+    """A verb whose every number is one: finite, and of a size that a computation can hold."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        _check_numbers(self, ctx)
+        return rest
+
+
+class BoundedGroup(TyperGroup):
+    """The same of a verb that has others below it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        _check_numbers(self, ctx)
+        return rest
+
+
+def _check_numbers(command: Any, ctx: Any) -> None:
+    for parameter in command.params:
+        value = ctx.params.get(parameter.name)
+        if isinstance(value, (int, float)) and not -MOST <= value <= MOST:  # nor is nan
+            _fail(f"curv: error: {parameter.opts[0]} {str(value)[:40]} is out of any range; give a smaller number", 2)
+
+
+class BoundedTyper(typer.Typer):
+    """An application all of whose verbs are bounded."""
+
+    def command(self, *names: Any, **settings: Any) -> Callable[[F], F]:
+        return super().command(*names, **{"cls": BoundedCommand, **settings})
+
+
+app = BoundedTyper(
     name="curv",
+    cls=BoundedGroup,
     help="Know how close a training run is to blowing up, before it does.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -85,7 +85,7 @@ ModeOption = Annotated[
 ]
 Tolerance = Annotated[float, typer.Option(metavar="X", help="Residual over lambda at which an estimate has converged.")]
 MaxHvps = Annotated[int, typer.Option(metavar="N", min=3, help="Hessian-vector products per estimate, at most.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Of the eigensolver's random start.  [default: 0]")]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Of the eigensolver's random start.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the document (JSON) here.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (.png, .svg, .pdf).")]
 FormatOption = Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
+from curvcli.cli.app import BoundedGroup, BoundedTyper, app, check_outputs, exit_codes, readers_may_leave
 from curvcli.errors import UsageError
 from curvcli.plain import plain
 
@@ -33,7 +33,7 @@ class Format(StrEnum):
     json = "json"
 
 
-verbs = typer.Typer()
+verbs = BoundedTyper(cls=BoundedGroup)
 app.add_typer(verbs, name="schedule")
 
 EXAMPLES = (

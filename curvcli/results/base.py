@@ -8,13 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from curvcli import __version__
 from curvcli.errors import InputError
 from curvcli.limits import parse_json, read_limited
 from curvcli.plain import visible_json
 
+MOST = 2**53  # of any count: what a float holds exactly
 Severity = Literal["info", "warning", "error"]
 
 
@@ -22,6 +23,13 @@ class Document(BaseModel):
     """Strict JSON in and out: unknown fields, NaN and infinity are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int) and abs(value) > MOST:
+                raise ValueError(f"{name} is out of any range")
+        return self
 
     def to_json(self) -> str:
         """Strict JSON text, one trailing newline."""
