@@ -171,6 +171,7 @@ def test_no_checkpoint_brings_the_rules_it_is_judged_by(away: Path, name: str) -
 @NAMES
 def test_data_and_gate_in_one_file(small: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example of docs/gate.md."""
+    (tmp_path / "curv.toml").unlink()
     write(tmp_path, name, 'data = "data/shard.bin"\ntokens = 64\nsequence-length = 32', "max-rho = 1e6\nmin-tokens = 65")
     monkeypatch.chdir(tmp_path)
     assert curv("analyze", small, "--no-depths", "--max-hvps", 3, "-q").exit_code == 0

@@ -31,7 +31,7 @@ _GROWING = (
     b"_rebuild_device_tensor_from_cpu_tensor",
 )
 _DAMAGED = "the file is damaged or was made to exhaust this machine: copy it again, or do not trust it"
-_CALM_INTEGER, _CALM_COUNT, _BUFFERS, _MODULES = 2**53, 10**5, 2**28, 10**6
+_CALM_INTEGER, _CALM_COUNT, _BUFFERS, _MODULES = 2**53, 10**5, 2**28, 250_000
 # What a configuration or a model makes a Python object of each: no tensor's limit would stop it.
 _COUNTS = ("layer", "block", "expert", "depth", "head", "group", "label", "class", "stage", "branch", "codebook", "adapter")
 
@@ -98,8 +98,8 @@ def check_document(document: Any, path: object, size: int) -> None:
     def measure(value: Any, depth: int) -> tuple[int, int]:
         """Nodes of the tree, and its height."""
         if isinstance(value, Tensor):
-            _check_tensor(value, size, path)
             _parts(value, path)
+            _check_tensor(value, size, path)
             return 1, 1
         if isinstance(value, (str, bytes)):
             return 1 + len(value) // 64, 1

@@ -16,6 +16,7 @@ from curvcli.limits import parse_json, read_limited
 from curvcli.plain import visible_json
 
 MOST = 2**53  # of any count: what a float holds exactly
+LARGEST = 1e300  # of any measured value: what is drawn of one is a few times as large
 Severity = Literal["info", "warning", "error"]
 
 
@@ -27,7 +28,7 @@ class Document(BaseModel):
     @model_validator(mode="after")
     def _countable(self) -> Self:
         for name, value in self:
-            if isinstance(value, int) and abs(value) > MOST:
+            if isinstance(value, (int, float)) and abs(value) > (LARGEST if isinstance(value, float) else MOST):
                 raise ValueError(f"{name} is out of any range")
         return self
 
