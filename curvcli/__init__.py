@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from curvcli.results import Report
     from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = [
     "ArchitectureWarmup",
     "CurvError",
@@ -47,6 +48,13 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("curvcli")
+        except PackageNotFoundError:  # a source tree that was not installed
+            return "unknown"
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"curvcli.{_HOME[name]}"), name)

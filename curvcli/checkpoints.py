@@ -186,7 +186,7 @@ def analyze_checkpoint(path: Path, options: Options, progress: Progress | None =
 def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: str | None = None) -> dict[str, Any]:
     """`curv inspect`: what would be read, from headers alone. Raises CurvError."""
     checkpoint = open_checkpoint(path, architecture_of(model))
-    config, file = find_config(checkpoint.path)
+    config, file = find_config(checkpoint.path, data=not data)
     shard = data or config.data
     sources = find_sources(shard, checkpoint) if shard else ()
     sizes = {t.name: prod(t.shape) for t in checkpoint.tensors}
@@ -210,11 +210,9 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: st
 
 
 def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path | Sequence[Path]]:
-    config, file = find_config(checkpoint.path)
-    merged = replace(
-        options,
-        **{key: value for key, value in config.model_dump().items() if value is not None and getattr(options, key) is None},
-    )
+    config, file = find_config(checkpoint.path, data=options.data is None)
+    said = config.model_dump(exclude={"gate"}, exclude_none=True)
+    merged = replace(options, **{key: value for key, value in said.items() if getattr(options, key) is None})
     if merged.data is None:
         where = f"{file} names none" if file else "no curv.toml was found"
         raise UsageError(f"no data shard: --data was not given and {where}", hint="pass --data FILE of training tokens")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from curvcli.plain import plain
+
+LONGEST = 900  # characters of a message: names in a file have any length
+
 
 class CurvError(Exception):
     """Base of every error that the user can act on. The command line turns it into exit code 2.
@@ -17,9 +21,9 @@ class CurvError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        # One line, whatever a library's own message holds: the terminal and CI logs rely on it.
-        text = f"{self.message}; {self.hint}" if self.hint else self.message
-        return " ".join(text.split())
+        # One line, whatever a library's own message or a name in a file holds: the terminal and CI logs rely on it.
+        message = self.message if len(self.message) <= LONGEST else f"{self.message[:LONGEST]}..."
+        return plain(" ".join((f"{message}; {self.hint}" if self.hint else message).split()))
 
 
 class UsageError(CurvError):

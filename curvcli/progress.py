@@ -7,10 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from curvcli.plain import plain
+
 
 @contextmanager
 def reporting(quiet: bool, verbose: bool = False) -> Iterator[Callable[[str, float], None]]:
     """A callback taking what is being done and the fraction done, for the length of the context."""
+    with _reporting(quiet, verbose) as tell:
+        yield lambda stage, done: tell(plain(stage), done)  # a stage names files and layers
+
+
+@contextmanager
+def _reporting(quiet: bool, verbose: bool) -> Iterator[Callable[[str, float], None]]:
     if verbose:
         yield _Log()
     elif quiet:
@@ -19,7 +27,8 @@ def reporting(quiet: bool, verbose: bool = False) -> Iterator[Callable[[str, flo
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+        stage_column = TextColumn("{task.description}", markup=False)
+        columns = (stage_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("starting", total=1.0)
             yield lambda stage, done: bar.update(task, description=stage, completed=done)

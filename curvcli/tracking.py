@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from curvcli import __version__
 from curvcli.cache import Cache, Entry, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.checkpoints import Opened, Options, architecture_of, open_for_analysis
 from curvcli.errors import CurvError, InputError
@@ -148,7 +147,7 @@ def key_of(opened: Opened) -> str:
         tokens=[shard.sha256, shard.sequence_length],
         how=how,
         code=[source_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec],
-        versions=[__version__, versions.torch, versions.transformers],
+        versions=[versions.torch, versions.transformers],
     )
 
 

@@ -95,7 +95,7 @@ def test_documents_go_by_content(tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text('{"schema": "curv.track/1"}')
     for arguments, said in (
-        ((other, HOT), "is curv.track/1, no report"),
+        ((other, HOT), "is a track of many checkpoints"),
         ((CALM, HOT, "--lr", 1), "--lr is for checkpoints"),
     ):
         refused = curv("compare", *arguments)

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from curvcli.cli import app
 from curvcli.cli.budget import GRACE
 from curvcli.gate import decide
+from curvcli.plain import plain
 from curvcli.readings import ReportReadings
 from curvcli.report.gate import BY_SUFFIX, GATE
 from curvcli.report.gate_github import escape_data, escape_property
@@ -223,7 +224,7 @@ def test_no_text_forges_an_annotation(name: str) -> None:
     assert all(line.startswith("::error title=curv gate%3A max-") for line in lines[:2])
     assert lines[2] == "curv gate: broken, 2 rules, exit code 1"
     decoded = lines[0].split("::", 2)[2].replace("%0A", "\n").replace("%0D", "\r").replace("%25", "%")
-    assert decoded.startswith(f"{name}: rho ")
+    assert decoded.startswith(f"{plain(name)}: rho ")
 
 
 def test_escapes_are_those_of_the_runner() -> None:
@@ -265,7 +266,10 @@ def test_a_terminal_gets_no_escape_sequences_from_a_file() -> None:
 # --- configuration -----------------------------------------------------------------------------
 
 
-def test_flags_win_over_the_nearest_table_and_explain_says_so(hot: Path, tmp_path: Path) -> None:
+def test_flags_win_over_the_nearest_table_and_explain_says_so(
+    hot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "curv.toml").write_text("[gate]\nmax-rho = 1.6\nmin-tokens = 100\nrequire-resolved = false\n")
     assert curv(hot).returncode == 0
     assert curv(hot, "--max-rho", 1).returncode == 1
@@ -284,16 +288,19 @@ def test_pyproject_and_the_working_directory(hot: Path, tmp_path: Path, monkeypa
     away = tmp_path / "away"
     away.mkdir()
     (away / "pyproject.toml").write_text('[tool.curv.gate]\nmax-rho = 1.0\nunresolved = "pass"\n')
-    assert curv(hot).returncode == 2, "nothing above the report"
+    assert curv(hot).returncode == 2, "nothing above the working directory"
     monkeypatch.chdir(away)
     assert curv(hot).returncode == 1
     assert curv(hot, "--max-rho", 1.46).returncode == 0
     assert curv("--explain").returncode == 0
     (tmp_path / "curv.toml").write_text("[gate]\nmax-rho = 1.6\n")
-    assert curv(hot).returncode == 0, "the report's own neighbourhood first"
+    assert curv(hot).returncode == 1, "the nearest to the working directory, not to the report"
 
 
-def test_a_baseline_in_the_table_is_relative_to_its_file(hot: Path, calm: Path, tmp_path: Path) -> None:
+def test_a_baseline_in_the_table_is_relative_to_its_file(
+    hot: Path, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "curv.toml").write_text('[gate]\nmax-surge = 2.0\nbaseline = "calm.json"\nmax-regression = 5\n')
     done = curv(hot, "--format", "json")
     assert done.returncode == 1
@@ -319,7 +326,10 @@ def test_a_baseline_in_the_table_is_relative_to_its_file(hot: Path, calm: Path, 
         ('unresolved = "maybe"', "gate.unresolved"),
     ],
 )
-def test_a_table_with_a_fault_is_refused(hot: Path, tmp_path: Path, content: str, words: str) -> None:
+def test_a_table_with_a_fault_is_refused(
+    hot: Path, tmp_path: Path, content: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "curv.toml").write_text(f"[gate]\n{content}\n")
     result = CliRunner().invoke(app, ["gate", str(hot), "--max-rho", "1"])
     assert result.exit_code == 2
@@ -327,7 +337,10 @@ def test_a_table_with_a_fault_is_refused(hot: Path, tmp_path: Path, content: str
     assert words in result.stderr
 
 
-def test_a_file_with_rules_alone_does_not_hide_the_data_above_it(run: Path, tmp_path: Path) -> None:
+def test_a_file_with_rules_alone_does_not_hide_the_data_above_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "nanogpt")
     (tmp_path / "nanogpt" / "curv.toml").write_text("[gate]\nmax-rho = 1.0\n")
     done = curv(tmp_path / "nanogpt" / "ckpt.pt", "-q", "--format", "json")
     assert done.returncode in (0, 1, 3), done.stderr

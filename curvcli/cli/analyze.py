@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "`curv analyze ckpt/ --data train.bin --tokens 32768 -o report.json --plot curv.png`\n\n"
     "`curv analyze ckpt/ --format json | jq .full.rho`"
 )
-@options.measuring
+@options.measuring()
 def analyze(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/checkpoints.md.")

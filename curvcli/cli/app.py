@@ -11,18 +11,58 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from curvcli.errors import CurvError, UsageError
+from curvcli.plain import plain
 
-app = typer.Typer(
+# Larger counts and rates say nothing, and overflow somewhere.
+MOST = 2**53
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class BoundedCommand(TyperCommand):
+    """A verb whose every number is one: finite, and of a size that a computation can hold."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        _check_numbers(self, ctx)
+        return rest
+
+
+class BoundedGroup(TyperGroup):
+    """The same of a verb that has others below it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        _check_numbers(self, ctx)
+        return rest
+
+
+def _check_numbers(command: Any, ctx: Any) -> None:
+    for parameter in command.params:
+        value = ctx.params.get(parameter.name)
+        if isinstance(value, (int, float)) and not -MOST <= value <= MOST:  # nor is nan
+            _fail(f"curv: error: {parameter.opts[0]} {str(value)[:40]} is out of any range; give a smaller number", 2)
+
+
+class BoundedTyper(typer.Typer):
+    """An application all of whose verbs are bounded."""
+
+    def command(self, *names: Any, **settings: Any) -> Callable[[F], F]:
+        return super().command(*names, **{"cls": BoundedCommand, **settings})
+
+
+app = BoundedTyper(
     name="curv",
+    cls=BoundedGroup,
     help="Know how close a training run is to blowing up, before it does.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -51,7 +91,7 @@ def exit_codes() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("CURV_TRACEBACK"):
             raise
-        text = " ".join(str(error).split())[:300]
+        text = plain(" ".join(str(error)[:2000].split()))[:300]
         if type(error).__name__ == "OutOfMemoryError":
             _fail("curv: error: the device is out of memory; use --mode fresh, a smaller --batch-size or fewer --tokens", 2)
         _fail(f"curv: internal error: {type(error).__name__}: {text}; set CURV_TRACEBACK=1 and report it", 2)
@@ -125,13 +165,11 @@ def _version(wanted: bool) -> None:
 
 def check_outputs(output: Path | None, plot: Path | None) -> None:
     """Fail before the minute of work, not after it."""
+    from curvcli.results import check_writable
+
     for path in (output, plot):
-        if path is None:
-            continue
-        parent = path.parent
-        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-            reason = "it is a directory" if path.is_dir() else f"{parent} is not a writable directory"
-            raise UsageError(f"cannot write {path}: {reason}", hint="choose another place")
+        if path is not None:
+            check_writable(path)
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"cannot draw to {plot}", hint="end the name in .png, .svg or .pdf")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.errors import InputError, UsageError
 
@@ -46,6 +47,7 @@ class Taken(StrEnum):
     "`curv gate report.json --max-layer-rho 0.8 --max-surge 2 --baseline last-good.json --format github`\n\n"
     "`curv gate ckpt/ --budget 120s -o gate.json -o gate.xml`"
 )
+@options.measuring(MEASURING)
 def gate(
     subject: Annotated[
         Path | None, typer.Argument(help="Checkpoint, run (its newest checkpoint), report, or track (its newest point).")
@@ -87,17 +89,8 @@ def gate(
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="As 90, 120s or 2m; imports count.", rich_help_panel=MEASURING)
     ] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Training data; repeatable.", rich_help_panel=MEASURING)
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="To average over.", rich_help_panel=MEASURING)] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.", rich_help_panel=MEASURING)] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NETWORK", help="As of curv analyze.", rich_help_panel=MEASURING)
-    ] = None,
-    loss: Annotated[str | None, typer.Option(metavar="LOSS", help="As of curv analyze.", rich_help_panel=MEASURING)] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=MEASURING)] = None,
-    max_hvps: Annotated[int | None, typer.Option(min=3, help="Products per estimate.", rich_help_panel=MEASURING)] = None,
+    *,
+    given: dict[str, Any],
     report: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the report, a later --baseline.", rich_help_panel=MEASURING),
@@ -146,22 +139,12 @@ def gate(
             return
         if subject is None:
             raise UsageError("nothing to judge was given", hint="pass a checkpoint, a run directory or a report")
-        options = {
-            "data": data,
-            "tokens": tokens,
-            "lr": lr,
-            "device": device,
-            "max_hvps": max_hvps,
-            "model": model,
-            "loss": loss,
-        }
-        options = {name: value for name, value in options.items() if value is not None}
         outputs = output or []
         for path in [*outputs, *([report] if report else [])]:
             check_outputs(path, None)
         _check_suffixes(outputs)
         seconds = None if budget is None else _seconds(budget)
-        document = _judge(subject, settings, options, report, started, seconds, quiet, verbose)
+        document = _judge(subject, settings, given, report, started, seconds, quiet, verbose)
         _write(document, outputs)
         _print(document, format)
         code = document.exit_code
@@ -175,6 +158,7 @@ class _Settings:
         from curvcli.config import find_gate
 
         self.flags = flags
+        self.subject = subject or Path()
         self.table, self.file = find_gate(subject or Path())
         self.rules = self._rules()
         self.baseline: Path | None = self.of("baseline")[0]
@@ -204,6 +188,7 @@ class _Settings:
     def _rules(self) -> list[Rule]:
         from typing import get_args
 
+        from curvcli.config import gate_not_counted
         from curvcli.results import Rule, RuleName
 
         rules = []
@@ -212,7 +197,13 @@ class _Settings:
             if value is not None and value is not False:
                 rules.append(Rule(name=name, limit=None if value is True else float(value), source=source))
         if not rules:
-            raise UsageError("no rule is in force", hint="pass one, as --max-rho 1.0, or put it into [gate] of curv.toml")
+            foreign = gate_not_counted(self.subject)
+            raise UsageError(
+                f"no rule is in force: those of {foreign} do not count, as it is not in the working directory or above it"
+                if foreign
+                else "no rule is in force",
+                hint="pass one, as --max-rho 1.0, or put it into [gate] of a curv.toml in the working directory",
+            )
         return rules
 
 
@@ -249,7 +240,7 @@ def _check_suffixes(outputs: list[Path]) -> None:
 def _judge(
     subject: Path,
     settings: _Settings,
-    options: dict[str, Any],
+    given: dict[str, Any],
     report_to: Path | None,
     started: float,
     seconds: float | None,
@@ -264,10 +255,9 @@ def _judge(
     report: Report | None
     readings: Readings
     if schema := _schema(subject):
-        given = [*options, *(["report"] if report_to else []), *(["budget"] if seconds is not None else [])]
-        if given:
-            flag = given[0].replace("_", "-")
-            raise UsageError(f"--{flag} is for checkpoints, and {subject} is a document", hint=f"drop --{flag}")
+        flags = [*options.changed(given), *["--report"][: report_to is not None], *["--budget"][: seconds is not None]]
+        if flags:
+            raise UsageError(f"{flags[0]} is for checkpoints, and {subject} is a document", hint=f"drop {flags[0]}")
         if schema == TRACK:
             track = load_track(subject)
             report = track.points[-1].report
@@ -278,7 +268,7 @@ def _judge(
     else:
         from curvcli.cli.budget import measure
 
-        report, reason = measure(subject, options, started, seconds, quiet, verbose)
+        report, reason = measure(subject, options.settings(given), started, seconds, quiet, verbose)
         if report is not None and report_to is not None:
             write_whole(report_to, report.to_json().encode())
         readings = NoReadings(reason) if report is None else ReportReadings(report, *_compared(baseline, report))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from enum import Enum, StrEnum
 from functools import wraps
-from inspect import signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -93,7 +94,7 @@ ModeOption = Annotated[
 ]
 Tolerance = Annotated[float, typer.Option(metavar="X", help="Residual over lambda at which an estimate has converged.")]
 MaxHvps = Annotated[int, typer.Option(metavar="N", min=3, help="Hessian-vector products per estimate, at most.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Of the eigensolver's random start.  [default: 0]")]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Of the eigensolver's random start.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the document (JSON) here.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (.png, .svg, .pdf).")]
 FormatOption = Annotated[
@@ -126,21 +127,47 @@ def _measuring(
     """The options of every verb that measures in full, in the order of its help."""
 
 
-def measuring(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `_measuring`, after its argument; it takes their values as a dict, `given`."""
+def measuring(panel: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `_measuring` where it has the parameter `given`, which takes their values as a dict.
+
+    Args:
+        panel: of the help, that they stand in.
+    """
     hints = get_type_hints(_measuring, include_extras=True)
-    shared = [p.replace(annotation=hints[p.name]) for p in signature(_measuring).parameters.values()]
-    hints = get_type_hints(command, include_extras=True)
-    own = [p.replace(annotation=hints[p.name]) for p in signature(command).parameters.values() if p.name != "given"]
+    shared = [p.replace(annotation=_in(panel, hints[p.name])) for p in signature(_measuring).parameters.values()]
 
-    @wraps(command)
-    def with_options(**values: Any) -> None:
-        command(given={p.name: values.pop(p.name) for p in shared}, **values)
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        own = get_type_hints(command, include_extras=True)
+        parameters: list[Parameter] = []
+        for parameter in signature(command).parameters.values():
+            parameters += shared if parameter.name == "given" else [parameter.replace(annotation=own[parameter.name])]
 
-    parameters = [own[0], *shared, *own[1:]]
-    with_options.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
-    return with_options
+        @wraps(command)
+        def with_options(**values: Any) -> None:
+            command(given={p.name: values.pop(p.name) for p in shared}, **values)
+
+        # In Python no parameter without a default follows one with, which on a command line means nothing.
+        parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters]
+        with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+        return with_options
+
+    return give
+
+
+def _in(panel: str | None, annotation: Any) -> Any:
+    if panel is None:
+        return annotation
+    kind, option = get_args(annotation)
+    option = copy(option)
+    option.rich_help_panel = panel
+    return Annotated[kind, option]
+
+
+def changed(given: dict[str, Any]) -> list[str]:
+    """Flags of the options of `_measuring` that are not as they are by default."""
+    defaults = {p.name: p.default for p in signature(_measuring).parameters.values()}
+    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value != defaults[name]]
 
 
 def settings(given: dict[str, Any]) -> dict[str, Any]:

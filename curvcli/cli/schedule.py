@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
+from curvcli.cli.app import BoundedGroup, BoundedTyper, app, check_outputs, exit_codes, readers_may_leave
 from curvcli.errors import UsageError
+from curvcli.plain import plain
 
 if TYPE_CHECKING:
     from curvcli.results import LrSchedule, Report, Schedule
@@ -32,7 +33,7 @@ class Format(StrEnum):
     json = "json"
 
 
-verbs = typer.Typer()
+verbs = BoundedTyper(cls=BoundedGroup)
 app.add_typer(verbs, name="schedule")
 
 EXAMPLES = (
@@ -135,9 +136,9 @@ def verify(
         found = problems(plan, checkpoint)
         with readers_may_leave():
             for problem in found:
-                typer.echo(f"{problem.code}: {problem.message}")
+                typer.echo(plain(f"{problem.code}: {problem.message}"))
             if not found:
-                typer.echo(f"{schedule} fits {checkpoint}: {plan.depth} blocks, {len(plan.phases)} phases")
+                typer.echo(plain(f"{schedule} fits {checkpoint}: {plan.depth} blocks, {len(plan.phases)} phases"))
     if found:
         raise typer.Exit(1)
 

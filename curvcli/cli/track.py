@@ -12,6 +12,7 @@ from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes, starts_as_json
 from curvcli.cli.options import Format
 from curvcli.errors import InputError, UsageError
+from curvcli.plain import plain
 
 if TYPE_CHECKING:
     from curvcli.results import Comparison, Report, Track
@@ -30,7 +31,7 @@ class TrackFormat(StrEnum):
     "`curv track sample_checkpoints/hot --plot hot.png`\n\n"
     "`curv track 'out/ckpt*.pt' --data train.bin -o track.json && curv gate track.json --max-surge 2`"
 )
-@options.measuring
+@options.measuring()
 def track(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or a pattern in quotes.")],
     given: dict[str, Any],
@@ -67,7 +68,7 @@ def track(
             store = NoCache() if no_cache else FileCache()
             found = track_run(run, how, store, last=last, window=window, surge_limit=surge, progress=progress)
         if isinstance(store, FileCache) and store.complaint:
-            typer.echo(f"curv: {store.complaint}", err=True)
+            typer.echo(plain(f"curv: {store.complaint}"), err=True)
         from curvcli.results import write_whole
 
         if output:
@@ -84,15 +85,11 @@ def track(
     "`curv compare before.json after.json`\n\n"
     "`curv compare run/checkpoint-1000 run/checkpoint-2000 --data train.bin --format markdown`"
 )
+@options.measuring()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Report or checkpoint, the earlier one.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Report or checkpoint, the later one.")],
-    data: options.Data = None,
-    tokens: options.Tokens = None,
-    lr: options.Lr = None,
-    model: options.Network = None,
-    loss: options.LossOption = "auto",
-    device: options.Device = "auto",
+    given: dict[str, Any],
     output: options.Output = None,
     format: options.FormatOption = Format.table,  # noqa: A002
     quiet: options.Quiet = False,
@@ -104,13 +101,7 @@ def compare(
     """
     with exit_codes():
         check_outputs(output, None)
-        a, b = _reports(
-            first,
-            second,
-            {"data": data, "tokens": tokens, "lr": lr, "model": model, "loss": loss, "device": device},
-            quiet,
-            verbose,
-        )
+        a, b = _reports(first, second, given, quiet, verbose)
         from curvcli.compare import compare as compared
         from curvcli.results import write_whole
 
@@ -126,9 +117,10 @@ def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verb
 
     documents = [_is_report(path) for path in (first, second)]
     if all(documents):
-        if flag := next((name for name, value in given.items() if value not in (None, "auto")), None):
-            raise UsageError(f"--{flag} is for checkpoints, and both are reports", hint=f"drop --{flag}")
+        if flags := options.changed(given):
+            raise UsageError(f"{flags[0]} is for checkpoints, and both are reports", hint=f"drop {flags[0]}")
         return load_report(first), load_report(second)
+    settings = options.settings(given)
     with reporting(quiet, verbose) as progress:
         progress("importing torch", 0.0)
         from curvcli.checkpoints import Options, open_for_analysis
@@ -143,7 +135,7 @@ def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verb
                 progress(f"{name}: {stage}", (place + done) / 2)
 
             within("reading", 0.0)
-            analysis = open_for_analysis(path, Options(**given, depths=False)).measure(within, start)
+            analysis = open_for_analysis(path, Options(**settings, depths=False)).measure(within, start)
             start = analysis.directions
             reports.append(analysis.report)
     return reports[0], reports[1]
@@ -155,7 +147,12 @@ def _is_report(path: Path) -> bool:
 
     if path.is_dir() or not (path.suffix == ".json" or starts_as_json(path)):
         return False
-    if (schema := schema_of(path)) != "curv.report/1":
+    if (schema := schema_of(path)) == "curv.track/1":
+        raise InputError(
+            f"{path} is a track of many checkpoints, and two single ones are compared",
+            hint="name checkpoints or reports; against another track, curv gate TRACK --baseline TRACK --max-regression 10",
+        )
+    if schema != "curv.report/1":
         raise InputError(f"{path} is {schema or 'no document of curv'}, no report", hint="give reports or checkpoints")
     return True
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from curvcli.errors import CurvError, InputError
 from curvcli.inputs.foreign import Foreign
+from curvcli.limits import inside as inside
 
 _PICKLE_LIMIT = 64 * 2**20
 _NODES, _DEPTH, _TEXT = 20_000_000, 200, 64 * 2**20
@@ -30,27 +31,9 @@ _GROWING = (
     b"_rebuild_device_tensor_from_cpu_tensor",
 )
 _DAMAGED = "the file is damaged or was made to exhaust this machine: copy it again, or do not trust it"
-_CALM_INTEGER, _CALM_COUNT, _BUFFERS = 2**53, 10**5, 2**28
-
-
-def inside(directory: Path, name: object) -> Path:
-    """The file that an index names, which must lie in the index's directory, also after links. Raises InputError.
-
-    Links of the Hugging Face cache, from snapshots/<revision> into the blobs beside, count as inside.
-    """
-    path = directory / name if isinstance(name, str) and name and "\0" not in name else directory
-    try:
-        home, real = directory.resolve(), path.resolve()
-    except (OSError, RuntimeError) as error:  # a link to itself
-        raise InputError(f"cannot follow {str(path)[:400]}: {str(error)[:100]}", hint="copy the file again") from error
-    cached = home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs"
-    plain = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if path == directory or not plain or not (real.is_relative_to(home) or cached):
-        raise InputError(
-            f"a path of the checkpoint in {directory} leads outside its directory: {str(name)[:200]!r}",
-            hint="do not trust this checkpoint",
-        )
-    return path
+_CALM_INTEGER, _CALM_COUNT, _BUFFERS, _MODULES = 2**53, 10**5, 2**28, 250_000
+# What a configuration or a model makes a Python object of each: no tensor's limit would stop it.
+_COUNTS = ("layer", "block", "expert", "depth", "head", "group", "label", "class", "stage", "branch", "codebook", "adapter")
 
 
 def check_zip(source: Path | io.BytesIO, path: object, size: int) -> None:
@@ -115,13 +98,14 @@ def check_document(document: Any, path: object, size: int) -> None:
     def measure(value: Any, depth: int) -> tuple[int, int]:
         """Nodes of the tree, and its height."""
         if isinstance(value, Tensor):
+            _parts(value, path)
             _check_tensor(value, size, path)
             return 1, 1
         if isinstance(value, (str, bytes)):
             return 1 + len(value) // 64, 1
         if isinstance(value, int) and abs(value) >= 2**64:
             raise InputError(f"{path} holds an integer of {value.bit_length()} bits", hint=_DAMAGED)
-        parts = _parts(value)
+        parts = _parts(value, path)
         if not parts:
             return 1, 1
         key = id(value)
@@ -144,8 +128,11 @@ def check_document(document: Any, path: object, size: int) -> None:
     measure(document, 0)
 
 
-def _parts(value: Any) -> list[Any]:
-    parts = list(vars(value).values()) if hasattr(value, "__dict__") and not isinstance(value, type) else []
+def _parts(value: Any, path: object) -> list[Any]:
+    own = vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else {}
+    if not isinstance(value, Foreign) and (found := next((name for name in own if hasattr(type(value), str(name))), None)):
+        raise InputError(f"{path} holds a {type(value).__name__} with an attribute {str(found)[:40]!r}", hint=_DAMAGED)
+    parts = list(own.values())
     if isinstance(value, dict):
         parts += [*value.keys(), *value.values()]
     elif isinstance(value, (list, tuple, set, frozenset)):
@@ -181,7 +168,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         elif isinstance(value, list):
             found += [(key, v) for v in value]
         elif isinstance(value, (int, float)):
-            counts = any(word in key.lower() for word in ("layer", "block", "expert", "depth", "head", "group"))
+            counts = any(word in key.lower() for word in _COUNTS)
             limit = _CALM_COUNT if counts and isinstance(value, int) else _CALM_INTEGER
             if (isinstance(value, int) and abs(value) > limit) or value != value:
                 raise InputError(f"{path} says {key} = {str(value)[:40]}, out of any range", hint="the file is damaged")
@@ -197,12 +184,12 @@ def check_size(build: Callable[[], nn.Module], *, values: int, where: object) ->
     Raises:
         InputError: the configuration asks for more. What `build` raises is passed on.
     """
-    taken = {"parameters": 0, "buffers": 0}
-    limits = {"parameters": values + 2**20, "buffers": values + _BUFFERS}
+    taken = {"parameters": 0, "buffers": 0, "modules": 0}
+    limits = {"parameters": values + 2**20, "buffers": values + _BUFFERS, "modules": _MODULES}
 
-    def count(kind: str, tensor: Tensor | None) -> None:
-        if tensor is not None:
-            taken[kind] += tensor.numel()
+    def count(kind: str, part: Tensor | nn.Module | None) -> None:
+        if part is not None:
+            taken[kind] += max(1, part.numel()) if isinstance(part, Tensor) else 1
         if taken[kind] > limits[kind]:
             raise _TooLargeError
 
@@ -210,6 +197,7 @@ def check_size(build: Callable[[], nn.Module], *, values: int, where: object) ->
     handles = [
         hooks.register_module_parameter_registration_hook(lambda module, name, tensor: count("parameters", tensor)),
         hooks.register_module_buffer_registration_hook(lambda module, name, tensor: count("buffers", tensor)),
+        hooks.register_module_module_registration_hook(lambda module, name, inner: count("modules", inner)),
     ]
     try:
         with torch.device("meta"):

@@ -18,6 +18,7 @@ from platformdirs import user_cache_path
 
 from curvcli.errors import InputError
 from curvcli.inputs.runs import step_of
+from curvcli.plain import plain
 
 # pathlib takes one of the two slashes; a scheme of one letter would be a drive.
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)
@@ -57,7 +58,7 @@ def fetched(path: Path, folder: Path | None = None) -> Path:
     target = place / PurePosixPath(root).name
     if not target.exists():
         size = sum(int(info.get("size") or 0) for info in files.values())
-        print(f"curv: fetching {len(files)} files, {size / 1e6:,.1f} MB, from {url}", file=sys.stderr, flush=True)
+        print(plain(f"curv: fetching {len(files)} files, {size / 1e6:,.1f} MB, from {url}"), file=sys.stderr, flush=True)
         try:
             _download(lambda far, near: system.get_file(far, near), root, files, target)
         except OSError as error:

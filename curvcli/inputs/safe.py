@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import re
 import zipfile
@@ -17,6 +16,7 @@ from torch import nn
 from curvcli.errors import InputError
 from curvcli.inputs.bounds import check_document, check_legacy, check_zip
 from curvcli.inputs.foreign import stand_ins
+from curvcli.limits import parse_json, read_limited
 
 _JSON_LIMIT = 64 * 2**20
 
@@ -97,14 +97,8 @@ def _restricted(source: Path | io.BytesIO, settings: dict[str, Any]) -> Any:
 def read_json(path: Path) -> Any:
     """A JSON file. Raises InputError."""
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is not readable JSON: not a file", hint="check the path")
-        if path.stat().st_size > _JSON_LIMIT:
-            raise InputError(
-                f"{path} is larger than {_JSON_LIMIT >> 20} MiB", hint="no checkpoint's JSON is: check the file"
-            )
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(read_limited(path, _JSON_LIMIT))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {first_line(error)}", hint="copy the file again") from error
 
 

@@ -91,7 +91,7 @@ def log_chart(data: Mapping[str, Curve], edge: float | None, last: int) -> Chart
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Round values between two powers of ten (exponents), few enough to read."""
-    powers = range(floor(low), ceil(high) + 1)
+    powers = range(max(floor(low), -307), min(ceil(high), 308) + 1)  # what a float holds
     # A narrow range has too few powers of ten to read values by.
     factors = (1, 2, 5) if high - low < 2.5 else (1,)
     return [f * 10.0**p for p in powers for f in factors if low <= log10(f * 10.0**p) <= high]

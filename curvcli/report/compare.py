@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.report.fit import fitting, plain
+from curvcli.plain import plain
+from curvcli.report.csv import cell
+from curvcli.report.fit import fitting
 from curvcli.report.frame import number
 from curvcli.report.markdown import escape
 from curvcli.report.table import COLOURS, finding_line
@@ -45,7 +47,7 @@ def to_csv(found: Comparison) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(Change.model_fields), lineterminator="\r\n")
     writer.writeheader()
-    writer.writerows(change.model_dump() for change in found.changes)
+    writer.writerows({key: cell(value) for key, value in change.model_dump().items()} for change in found.changes)
     return buffer.getvalue()
 
 
@@ -56,7 +58,7 @@ def to_markdown(found: Comparison) -> str:
     lines += ["| part | lambda A | lambda B | B/A | rho A | rho B | B/A rho |", "|---|--:|--:|--:|--:|--:|--:|"]
     for change in found.changes:
         lines.append(f"| {' | '.join(map(escape, _cells(change).values()))} |")
-    lines += ["", *(f"- {finding.severity} `{finding.code}`: {escape(finding.message)}" for finding in found.findings)]
+    lines += ["", *(f"- {finding.severity} {escape(finding.code)}: {escape(finding.message)}" for finding in found.findings)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -9,11 +9,6 @@ Points = list[tuple[int, float]]
 LOG_ABOVE = 5.0
 
 
-def plain(text: str) -> str:
-    """One line without control characters: a file is anybody's text, and a terminal obeys escapes."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
-
-
 def fitting(cells: Sequence[dict[str, str]], width: int, titles: Sequence[str], least_needed: Sequence[str]) -> list[str]:
     """Titles of the columns that a line of that width holds, the least needed left out first.
 

@@ -6,6 +6,7 @@ begin a line of its own. Escaping is that of the runner's own toolkit (actions/t
 
 from __future__ import annotations
 
+from curvcli.plain import plain
 from curvcli.results import Gate
 
 
@@ -18,7 +19,7 @@ def github(gate: Gate) -> str:
         unresolved = {"report": "warning", "fail": "error", "pass": "notice"}[gate.unresolved]
         level = "error" if outcome.outcome == "broken" else unresolved
         title = escape_property(f"curv gate: {outcome.rule} {outcome.outcome}")
-        lines.append(f"::{level} title={title}::{escape_data(f'{gate.subject.path}: {outcome.message}')}")
+        lines.append(f"::{level} title={title}::{escape_data(plain(f'{gate.subject.path}: {outcome.message}'))}")
     lines.append(f"curv gate: {gate.outcome}, {len(gate.outcomes)} rules, exit code {gate.exit_code}")
     return "\n".join(lines) + "\n"
 

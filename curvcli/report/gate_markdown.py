@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from curvcli.report.frame import number
+from curvcli.report.markdown import escape
 from curvcli.results import Gate
-
-# Punctuation that Markdown, its tables, HTML or a forge gives a meaning to within a line.
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|~&!#@$])")
 
 
 def markdown(gate: Gate) -> str:
@@ -31,8 +27,3 @@ def markdown(gate: Gate) -> str:
     if gate.findings:
         lines += ["", *(f"- {escape(finding.code)}: {escape(finding.message)}" for finding in gate.findings)]
     return "\n".join([*lines, ""])
-
-
-def escape(text: str) -> str:
-    """Text from a file as plain words on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from io import StringIO
 
@@ -10,26 +9,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.plain import plain
 from curvcli.report.frame import number
 from curvcli.results import Gate, Outcome, Rule
 
 COLOURS = {"passed": "green", "broken": "red", "unresolved": "magenta"}
-# Control characters, which a terminal would obey, and the marks that turn text around.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def show(gate: Gate, console: Console) -> None:
     """Print subject, outcome, a line a rule and why; readable at 60 columns."""
     subject = gate.subject
-    head = Text(_plain(subject.path), style="bold")
+    head = Text(plain(subject.path), style="bold")
     if subject.checkpoint not in (None, subject.path):
-        head.append(f"\nof {_plain(subject.checkpoint or '')}", style="")
+        head.append(f"\nof {plain(subject.checkpoint or '')}", style="")
     facts = [f"step {subject.step:,}"] if subject.step is not None else []
     facts += [f"{subject.tokens:,} tokens"] if subject.tokens is not None else []
     facts += [f"verdict {subject.verdict}"]
     head.append(f"\n{', '.join(facts)}\n", style="")
     if gate.baseline is not None:
-        head.append(f"baseline {_plain(gate.baseline)}\n", style="")
+        head.append(f"baseline {plain(gate.baseline)}\n", style="")
     colour = COLOURS[gate.outcome]
     head.append("\n")
     head.append(f" {gate.outcome.upper()} ", style=f"bold reverse {colour}")
@@ -38,9 +36,9 @@ def show(gate: Gate, console: Console) -> None:
     head.append(f"  {count} of {len(gate.outcomes)} rules{taken}, exit code {gate.exit_code}\n", style="")
     console.print(head, _table(gate.outcomes), Text(""), sep="\n")
     for outcome in gate.outcomes:
-        console.print(Text.assemble((f"{outcome.rule}: ", COLOURS[outcome.outcome]), _plain(outcome.message)))
+        console.print(Text.assemble((f"{outcome.rule}: ", COLOURS[outcome.outcome]), plain(outcome.message)))
     for finding in gate.findings:
-        console.print(Text.assemble((f"{_plain(finding.code)}: ", "yellow"), _plain(finding.message)))
+        console.print(Text.assemble((f"{plain(finding.code)}: ", "yellow"), plain(finding.message)))
 
 
 def text(gate: Gate) -> str:
@@ -54,14 +52,10 @@ def show_rules(rules: Sequence[Rule], settings: Sequence[tuple[str, str, str]], 
     """Print the rules in force and the settings beside them (name, value, source)."""
     table = _columns("rule", "limit", "from")
     for rule in rules:
-        table.add_row(rule.name, "yes" if rule.limit is None else f"{rule.limit:g}", Text(rule.source))
+        table.add_row(rule.name, "yes" if rule.limit is None else f"{rule.limit:g}", Text(plain(rule.source)))
     for name, value, source in settings:
-        table.add_row(Text(name, style="dim"), Text(value), Text(source))
+        table.add_row(Text(name, style="dim"), Text(plain(value)), Text(plain(source)))
     console.print(table)
-
-
-def _plain(text: str) -> str:
-    return _CONTROL.sub("\ufffd", text)
 
 
 def _columns(first: str, second: str, last: str) -> Table:

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from curvcli.errors import InputError
+from curvcli.plain import plain
 from curvcli.report.advice import advice, track_advice
 from curvcli.report.chart import curves, log_chart
 from curvcli.report.frame import number, records
@@ -23,6 +24,12 @@ from curvcli.results import Document, Report, Schedule, Track, load_report, load
 
 def page(path: Path) -> str:
     """The page of a document. Raises InputError where the file is none that has a page."""
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a directory, and a page is made of a document",
+            hint="measure it first: curv analyze (a checkpoint) or curv track (a run) with -o report.json, then curv report "
+            "report.json",
+        )
     name = schema_of(path)
     if name not in PAGES:
         raise InputError(f"{path} has the schema {name!r:.80}, which has no page", hint=f"one of: {', '.join(PAGES)}")
@@ -74,6 +81,7 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         loader=PackageLoader("curvcli.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_plain,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -92,6 +100,11 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         schema=document.model_dump(by_alias=True)["schema"],
         **values,
     )
+
+
+def _plain(value: object) -> object:
+    """Text without what turns it around or cannot be in a page; our own markup as it is."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _asset(name: str) -> str:

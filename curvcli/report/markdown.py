@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
+
+from curvcli.plain import plain
 from curvcli.report.frame import frame, number
 from curvcli.results import Report
+
+# Punctuation that Markdown, its tables, HTML or a forge gives a meaning to within a line.
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~&!#@$])")
 
 
 def markdown(report: Report) -> str:
     """Verdict, findings and the table of estimates."""
     import pandas as pd
 
+    step = report.checkpoint.step
     lines = [
         f"## curv: {report.verdict}",
         "",
-        f"`{report.checkpoint.path}`, step {report.checkpoint.step if report.checkpoint.step is not None else 'unknown'}, "
-        f"{report.optimizer.name}, lr {number(report.optimizer.lr)}, preconditioner {report.optimizer.preconditioner}, "
-        f"{report.data.tokens:,} tokens",
+        f"{escape(report.checkpoint.path)}, step {'unknown' if step is None else step}, {escape(report.optimizer.name)}, "
+        f"lr {number(report.optimizer.lr)}, preconditioner {report.optimizer.preconditioner}, {report.data.tokens:,} tokens",
         "",
-        *(f"- **{finding.code}** ({finding.severity}): {escape(finding.message)}" for finding in report.findings),
+        *(f"- **{escape(finding.code)}** ({finding.severity}): {escape(finding.message)}" for finding in report.findings),
         "",
         "| part | name | parameters | lambda | rho | residual | most negative | status |",
         "|---|---|--:|--:|--:|--:|--:|---|",
@@ -31,10 +37,10 @@ def markdown(report: Report) -> str:
         cells += f" | {bound}{number(values[3])}"
         lines.append(f"| {row['part']} | {escape(row['name'])} | {parameters} | {cells} | {row['status']} |")
     cost = report.cost
-    lines += ["", f"{cost.hvps} Hessian-vector products, {cost.seconds:.1f} s on {cost.device}", ""]
+    lines += ["", f"{cost.hvps} Hessian-vector products, {cost.seconds:.1f} s on {escape(cost.device)}", ""]
     return "\n".join(lines)
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it is, in a table too."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    """Text from a file as plain words on one line, in a table too."""
+    return _SPECIAL.sub(r"\\\1", " ".join(plain(text).split()))

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.report.fit import fitting, plain
+from curvcli.plain import plain
+from curvcli.report.csv import cell
+from curvcli.report.fit import fitting
 from curvcli.report.frame import number
 from curvcli.report.table import COLOURS, bar, finding_line
 from curvcli.report.track_points import Row, certified, newest, part_names, rows
@@ -38,10 +40,11 @@ def to_csv(track: Track) -> str:
     """
     parts = part_names(track)
     text = StringIO()
-    writer = csv.DictWriter(text, [*_record(rows(track)[0]), *(f"lambda {name}" for name in parts)], lineterminator="\r\n")
-    writer.writeheader()
+    columns = [*_record(rows(track)[0]), *(f"lambda {name}" for name in parts)]
+    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
+    writer.writerow({column: cell(column) for column in columns})
     for row in rows(track):
-        writer.writerow({**_record(row), **_lambdas(row.report)})
+        writer.writerow({key: cell(value) for key, value in {**_record(row), **_lambdas(row.report)}.items()})
     return text.getvalue()
 
 
@@ -113,8 +116,8 @@ def _table(found: list[Row], console: Console) -> Table:
     if bars:
         table.add_column("", no_wrap=True)
     limit = max(1.0, min(LONGEST, max(values, default=1.0)))
-    for row, cell in zip(found, cells, strict=True):
-        line = [Text(cell[title], style=_style(title, row)) for title in titles]
+    for row, texts in zip(found, cells, strict=True):
+        line = [Text(texts[title], style=_style(title, row)) for title in titles]
         table.add_row(*line, *([_bar(row, limit, width, console)] if bars else []))
     return table
 

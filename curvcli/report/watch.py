@@ -11,7 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.report.fit import LOG_ABOVE, Points, fitting, plain, thin
+from curvcli.plain import plain
+from curvcli.report.fit import LOG_ABOVE, Points, fitting, thin
 from curvcli.report.frame import number
 from curvcli.report.table import COLOURS
 from curvcli.results import Log, Record

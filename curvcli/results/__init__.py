@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from curvcli.errors import UsageError
-from curvcli.results.base import Document, Finding, Severity, Versions, dumps, read_document, schema_of, write_whole
+from curvcli.results.base import Document, Finding, Severity, Versions, dumps, first_problem, read_document, schema_of
 from curvcli.results.compare import Change, Comparison, Side, load_comparison
 from curvcli.results.gate import Gate, Outcome, OutcomeName, Rule, RuleName, Subject, load_gate
 from curvcli.results.log import LOG_NAME, Follower, Log, find_log, load_records
+from curvcli.results.output import check_writable, write_whole
 from curvcli.results.record import Record, RecordStatus
 from curvcli.results.report import (
     ENDS,
@@ -82,8 +83,10 @@ __all__ = [
     "VerdictName",
     "Versions",
     "WarmStart",
+    "check_writable",
     "dumps",
     "find_log",
+    "first_problem",
     "json_schema",
     "load_comparison",
     "load_gate",

@@ -1,19 +1,22 @@
-"""What every document shares: strict JSON, findings, versions, and files written whole or not at all. No torch."""
+"""What every document shares: strict JSON, findings, versions, and files read within limits. No torch."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from curvcli import __version__
 from curvcli.errors import InputError
+from curvcli.limits import parse_json, read_limited
+from curvcli.plain import visible_json
 
+MOST = 2**53  # of any count: what a float holds exactly
+LARGEST = 1e300  # of any measured value: what is drawn of one is a few times as large
 Severity = Literal["info", "warning", "error"]
 
 
@@ -22,9 +25,16 @@ class Document(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        for name, value in self:
+            if isinstance(value, (int, float)) and abs(value) > (LARGEST if isinstance(value, float) else MOST):
+                raise ValueError(f"{name} is out of any range")
+        return self
+
     def to_json(self) -> str:
         """Strict JSON text, one trailing newline."""
-        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+        return visible_json(self.model_dump_json(by_alias=True, indent=2)) + "\n"
 
 
 D = TypeVar("D", bound=Document)
@@ -45,8 +55,8 @@ class Versions(Document):
     @classmethod
     def installed(cls) -> Self:
         """This package and what its numbers depend on, from their metadata: nothing is imported for it."""
-        found: dict[str, str | None] = {}
-        for package in ("curvcli", "torch", "transformers"):
+        found: dict[str, str | None] = {"curvcli": __version__}
+        for package in ("torch", "transformers"):
             try:
                 found[package] = version(package)
             except PackageNotFoundError:
@@ -54,24 +64,27 @@ class Versions(Document):
         return cls.model_validate({**found, "python": platform.python_version()})
 
 
-_LIMIT = 2**30
-
-
-def _content(path: Path) -> bytes:
-    """Raises InputError for what is no file, which might never end or be gone at the second look, and OSError."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is no regular file", hint="a pipe or device cannot be read twice: save it first")
-    if path.stat().st_size > _LIMIT:
-        raise InputError(f"{path} is larger than {_LIMIT >> 30} GiB", hint="no document of curv is: check the file")
-    return path.read_bytes()
+_LIMIT = 2**28  # a track of a thousand checkpoints has a fifth of it
 
 
 def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:
     """Read a document of one kind. Raises InputError where the file is something else."""
     try:
-        return kind.model_validate_json(_content(path))
+        content = read_limited(path, _LIMIT)
+        parse_json(content)
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise InputError(f"{path} is not a {name} document: {first_problem(error)}", hint=hint) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a {name} document: {str(error).splitlines()[0]}", hint=hint) from error
+        raise InputError(f"{path} is not a {name} document: {str(error)[:300]}", hint=hint) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where a document is wrong and why."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part)[:100] for part in first["loc"])
+    reason = first["msg"][:300]
+    return f"{where}: {reason}" if where else reason
 
 
 def schema_of(path: Path) -> str | None:
@@ -81,31 +94,11 @@ def schema_of(path: Path) -> str | None:
         InputError: the file is no JSON.
     """
     try:
-        document = json.loads(_content(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON document: {error}", hint="write one with curv analyze -o") from error
+        document = parse_json(read_limited(path, _LIMIT))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no JSON document: {str(error)[:300]}", hint="write one with curv analyze -o") from error
     name = document.get("schema") if isinstance(document, dict) else None
     return name if isinstance(name, str) else None
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises InputError where it cannot be written."""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink()
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}", hint="choose a writable place with -o") from error
 
 
 def dumps(value: Any) -> str:

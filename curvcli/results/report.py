@@ -75,7 +75,7 @@ class Checkpoint(Document):
     format: str
     step: int | None
     parameters: int
-    layers: int
+    layers: Annotated[int, Field(ge=0, le=100_000)]
 
 
 class DataFile(Document):

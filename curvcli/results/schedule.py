@@ -8,11 +8,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from curvcli.results.base import Document, Finding, Versions, read_document
+from curvcli.results.base import MOST, Document, Finding, Versions, read_document
 
 Order = Literal["last", "first", "interleaved"]
 LrKind = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt", "csv"]
-Step = Annotated[int, Field(ge=0)]
+Step = Annotated[int, Field(ge=0, le=MOST)]
+DEEPEST = 10_000  # blocks of a model, at most
 
 
 class LrSchedule(Document):
@@ -79,7 +80,7 @@ class Schedule(Document):
 
     schema_: Literal["curv.schedule/1"] = Field(default="curv.schedule/1", alias="schema")
     mode: Literal["grow", "freeze"]
-    depth: Annotated[int, Field(gt=0)]
+    depth: Annotated[int, Field(gt=0, le=DEEPEST)]
     order: Order
     blocks: list[str] | None = Field(description="module path of each block; null where only the depth was known")
     lock: Literal["zero-output", "no-update"] = Field(description="how a block is locked: grow, freeze")
@@ -97,6 +98,8 @@ class Schedule(Document):
         for number, phase in enumerate(self.phases):
             active, unlock = set(phase.active), set(phase.unlock)
             where = f"phase {number} (step {phase.step})"
+            if len(active) < len(phase.active) or len(unlock) < len(phase.unlock):
+                raise ValueError(f"{where} names a block twice")
             if not active <= everything:
                 raise ValueError(f"{where} names block {max(active)} of {self.depth}")
             if phase.step <= last and number:
