@@ -20,6 +20,7 @@ import curvcli
 from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import CurvError, InputError, UnsupportedError
 from curvcli.inputs import open_checkpoint
+from curvcli.inputs.base import Architecture
 
 Run = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -150,6 +151,24 @@ def test_wrappers_do_not_count_in_optimizers_names(prefix: str, tmp_path: Path) 
     is_the_run(tmp_path / "a.pt", model, optimizer)
     torch.save(optimizer.state_dict(), weights(tmp_path / "dir", model) / "optimizer.pt")
     is_the_run(tmp_path / "dir", model, optimizer, None)
+
+
+class Holder(nn.Module):
+    """A network with a part that is called as a wrapper's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.module = nn.Linear(3, 3)
+
+
+def test_a_part_that_is_called_module(tmp_path: Path) -> None:
+    model = Holder()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+    model.module(torch.ones(3)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    is_the_run(tmp_path / "a.pt", model, optimizer, Architecture("Holder", Holder))
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

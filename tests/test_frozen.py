@@ -20,6 +20,7 @@ from curvcli.inputs import open_checkpoint
 from curvcli.inputs.state.evidence import Evidence, choose, contradictions, gather
 from curvcli.inputs.state.mapping import AmbiguousStateError
 from curvcli.inputs.state.partial import MOST, assignments
+from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live
 
 IDS = torch.randint(64, (20, 33), generator=torch.Generator().manual_seed(0)) ** 2 % 61
@@ -186,15 +187,20 @@ def test_a_hostile_search_ends() -> None:
     assert assignments([[(2, 2)]] * 200, parameters) == []
 
 
-def test_tiny_tensors_prove_no_swap() -> None:
-    """Sound runs of matrices of 16 entries, whose ranks scatter; of eight, five were refused by the single-tensor test."""
-    for seed in range(8):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=64, hidden_size=4, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2,
-                max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
-            )
-        )  # fmt: skip
-        optimizer = train(model, torch.optim.Adam(model.parameters(), lr=1e-2), 3)
-        contradictions(live(optimizer, dict(model.named_parameters())), evidence(model), "here")
+@pytest.mark.parametrize(("entries", "refused"), [(16, False), (100, False), (256, True)])
+def test_tensors_of_few_entries_prove_no_swap(entries: int, refused: bool) -> None:
+    """Two tensors that fit each other's moments alone: by chance where there are few entries."""
+    names = [f"layers.{i}.k_proj.weight" for i in range(2)]
+    squares = [torch.rand(entries, 1, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+
+    def centred(values: torch.Tensor) -> torch.Tensor:
+        ranks = values.flatten().argsort().argsort().double() - (entries - 1) / 2
+        return ranks / ranks.norm()
+
+    found = Evidence({n: torch.arange(entries) for n in names}, {n: centred(v) for n, v in zip(names, squares, strict=True)})
+    view = OptimizerView((), {names[0]: {"exp_avg_sq": squares[1]}, names[1]: {"exp_avg_sq": squares[0]}})
+    if refused:
+        with pytest.raises(InputError, match="fit each other's second moments"):
+            contradictions(view, found, "here")
+    else:
+        contradictions(view, found, "here")

@@ -193,3 +193,14 @@ def test_without_peft(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises((InputError, UsageError), match="pip install peft"):
         open_checkpoint(adapter).model()
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_base_elsewhere_is_not_followed(link: bool, adapter: Path, tmp_path: Path) -> None:
+    """A sound model, and none of the adapter's to name: by its path, or behind a link in the run."""
+    elsewhere = adapter.parents[1] / "base"
+    path = edited(adapter, tmp_path / "copy", base_model_name_or_path="../base" if link else str(elsewhere))
+    if link:
+        (path.parent / "base").symlink_to(elsewhere)
+    with pytest.raises(InputError, match="--model DIR"):
+        open_checkpoint(path)

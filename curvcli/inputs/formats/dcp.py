@@ -81,7 +81,7 @@ def assemble(
     """
     found = architecture or beside(path)
     said, findings = dict(notes or {}), []
-    average, among = averages_of((tensor.name for tensor in tensors), part, path.stem)
+    average, among = averages_of((tensor.name for tensor in tensors), part, *([] if aside else [path.stem]))
     aside = [*aside, *([among] if among else [])]
     if aside and not average:
         said["averaged-weights"] = (
