@@ -54,6 +54,15 @@ def test_frozen_blocks_are_not_zeroed() -> None:
     Job(model=model).run(range(2))
 
 
+def test_blocks_that_are_frozen_before_the_first_step() -> None:
+    job = Job()
+    job.model.model.layers[2].requires_grad_(False)
+    before = weights(job.model)
+    with pytest.raises(UsageError, match="block 2 is to begin as an identity"):
+        job.warmup.step(0)
+    assert all(torch.equal(before[n], p) for n, p in job.model.named_parameters())
+
+
 def test_one_frozen_output_is_enough() -> None:
     model = build()
     model.model.layers[3].mlp.down_proj.requires_grad_(False)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from curvcli import analyze
 from curvcli.cli import app
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.untouched import hushed
 from curvcli.results import Record
 from curvcli.results.log import Follower, load_records
 from curvcli.training import CurvatureTracker
@@ -221,15 +222,23 @@ def test_hooks_do_not_fire_in_measurements(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_hooks_fire_in_the_order_that_they_had() -> None:
-    net, optimizer, batches = trained()
-    order: list[int] = []
-    for i in range(3):
-        net.head.register_forward_hook(lambda *_, i=i: order.append(i))
-    net.head.register_forward_hook(lambda *_: order.append(9), prepend=True)
-    measured(tracker_of(net, optimizer, batches).step(0))
-    with torch.no_grad():
-        net(batches[0][0])
-    assert order == [9, 0, 1, 2]
+    class Head(nn.Linear):
+        def note(self, *_: Any) -> None:
+            order.append("own")
+
+    order: list[str] = []
+    net = models.Net()
+    net.head = Head(5, 7).double()
+    net.head.register_forward_hook(lambda *_: order.append("first"))
+    net.head.register_forward_hook(net.head.note)
+    net.head.register_forward_hook(lambda *_: order.append("last"))
+    with hushed(net) as still:
+        net(torch.tensor([1]))
+    assert still == ["head"]
+    assert order == ["own"]
+    order.clear()
+    net(torch.tensor([1]))
+    assert order == ["first", "own", "last"]
 
 
 def test_hooks_that_make_the_weights_are_part_of_the_model() -> None:

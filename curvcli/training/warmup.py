@@ -123,9 +123,7 @@ class ArchitectureWarmup:
         """
         if not self._attached:
             raise UsageError("this warm-up was detached", hint="make a new ArchitectureWarmup")
-        if self.current is None:
-            self._begin(step)
-        elif step < self.current:
+        if self.current is not None and step < self.current:
             raise UsageError(
                 f"step {step} comes after step {self.current}: blocks that train would be locked again",
                 hint="count steps over the whole run, not within an epoch; for a run that is set back make a new warm-up "
@@ -133,6 +131,8 @@ class ArchitectureWarmup:
             )
         self._check_parameters()
         self._hook_gradients()
+        if self.current is None:
+            self._begin(step)
         if self.locked:
             # One block a step: what moves weights past an optimizer's hooks moves every block.
             self._still[sorted(self.locked)[step % len(self.locked)]].check(step)
@@ -194,6 +194,7 @@ class ArchitectureWarmup:
                 f"step {step} begins the schedule, but the optimizer has taken steps: blocks would lose what they learned",
                 hint="pass the global step of the resumed run",
             )
+        self._check_outputs()
         for index in sorted(wanted):
             lock = self.locks[index]
             if fresh:
