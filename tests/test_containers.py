@@ -219,6 +219,26 @@ def test_other_columns_are_left_out_in_all_alike(name: str, model: LlamaForCausa
     assert measured(model, found) == pytest.approx(row_by_row(model, ragged()), rel=1e-5)
 
 
+class Plain(torch.nn.Module):
+    """A model of one's own that takes ids and calls them what it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(idx))
+
+
+def test_a_model_gets_what_it_takes(tmp_path: Path) -> None:
+    found = read(written(tmp_path, "rows.parquet", ragged()))
+    assert isinstance(found, Examples)
+    assert left_out(Plain(), found.columns) == ["attention_mask"]
+    model, labels = Plain(), found.columns["labels"]
+    own = torch.nn.functional.cross_entropy(model(found.columns["input_ids"])[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert causal_loss(model, found.columns).item() == pytest.approx(own.item())
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
