@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs.data.examples import Examples
 from curvcli.inputs.data.shards import Shard
-from curvcli.inputs.data.tasks import causal_loss, left_out, predictions, read_data
+from curvcli.inputs.data.tasks import causal_loss, labelled_loss, left_out, predictions, read_data
 
 Rows = list[dict[str, Any]]
 CHECKPOINT = SimpleNamespace(vocabulary=64, context=32, tokenizer=None, path=Path("checkpoint"))
@@ -237,6 +237,13 @@ def test_a_model_gets_what_it_takes(tmp_path: Path) -> None:
     model, labels = Plain(), found.columns["labels"]
     own = torch.nn.functional.cross_entropy(model(found.columns["input_ids"])[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert causal_loss(model, found.columns).item() == pytest.approx(own.item())
+
+
+def test_rows_without_labels_for_other_tasks(tmp_path: Path) -> None:
+    found = read(written(tmp_path, "rows.parquet", [{"input_ids": [1, 2]}] * 3), task="seq2seq")
+    assert isinstance(found, Examples)
+    with pytest.raises(InputError, match="no column labels"):
+        labelled_loss(Plain(), found.columns)
 
 
 @pytest.mark.parametrize(
