@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from curvcli.errors import InputError, UsageError
 from curvcli.inputs.data.examples import Examples
 from curvcli.inputs.data.shards import Shard
-from curvcli.inputs.data.tasks import causal_loss, left_out, predictions, read_data
+from curvcli.inputs.data.tasks import causal_loss, labelled_loss, left_out, predictions, read_data
 
 Rows = list[dict[str, Any]]
 CHECKPOINT = SimpleNamespace(vocabulary=64, context=32, tokenizer=None, path=Path("checkpoint"))
@@ -217,6 +217,33 @@ def test_other_columns_are_left_out_in_all_alike(name: str, model: LlamaForCausa
     assert set(found.columns) == {"input_ids", "attention_mask", "labels", "token_type_ids", "length"}
     assert left_out(model, found.columns) == ["token_type_ids", "length"]
     assert measured(model, found) == pytest.approx(row_by_row(model, ragged()), rel=1e-5)
+
+
+class Plain(torch.nn.Module):
+    """A model of one's own that takes ids and calls them what it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(idx))
+
+
+def test_a_model_gets_what_it_takes(tmp_path: Path) -> None:
+    found = read(written(tmp_path, "rows.parquet", ragged()))
+    assert isinstance(found, Examples)
+    assert left_out(Plain(), found.columns) == ["attention_mask"]
+    model, labels = Plain(), found.columns["labels"]
+    own = torch.nn.functional.cross_entropy(model(found.columns["input_ids"])[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert causal_loss(model, found.columns).item() == pytest.approx(own.item())
+
+
+def test_rows_without_labels_for_other_tasks(tmp_path: Path) -> None:
+    found = read(written(tmp_path, "rows.parquet", [{"input_ids": [1, 2]}] * 3), task="seq2seq")
+    assert isinstance(found, Examples)
+    with pytest.raises(InputError, match="no column labels"):
+        labelled_loss(Plain(), found.columns)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import models
 import pytest
 
-from curvcli.checkpoints import Options, analyze_checkpoint
+from curvcli.analysis import Analysis, Provenance, examine
+from curvcli.checkpoints import Options, open_for_analysis
+from curvcli.errors import InputError
 from curvcli.verdict import _loss
 
 
@@ -29,15 +32,27 @@ def test_far_above_or_below(measured: float, logged: float | None, said: bool) -
     assert [finding.code for finding in _loss(measured, logged)] == (["loss-apart"] if said else [])
 
 
-def test_the_runs_own_log_is_looked_at(run: Path) -> None:
-    """The sample run's data, and the same with a log of another loss."""
-    options = Options(depths=False, max_hvps=3, device="cpu")
-    own = analyze_checkpoint(run, options)
-    assert "loss-apart" not in [finding.code for finding in own.findings]
-    log = json.loads((run / "trainer_state.json").read_text())
-    for entry in log["log_history"]:
-        entry["loss"] = 2.0
-    (run / "trainer_state.json").write_text(json.dumps(log))
-    found = {finding.code: finding for finding in analyze_checkpoint(run, options).findings}
-    assert found["loss-apart"].severity == "warning"
-    assert "the last one in the run's log 2:" in found["loss-apart"].message
+def test_the_finding_is_in_the_report() -> None:
+    model, batches = models.Net(), models.data()
+    for logged, said in ((None, False), (0.1, True)):
+        found = examine(
+            model, models.loss, batches, weights=[1, 2], max_hvps=3, depths=False, provenance=Provenance(logged_loss=logged)
+        )
+        findings = {finding.code: finding for finding in found.report.findings}
+        assert ("loss-apart" in findings) == said
+    assert findings["loss-apart"].severity == "warning"
+    assert "the last one in the run's log 0.1:" in findings["loss-apart"].message
+
+
+def test_the_runs_own_log_is_looked_at(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Provenance] = []
+
+    def looked(*arguments: object, provenance: Provenance, **given: object) -> Analysis:
+        seen.append(provenance)
+        raise InputError("enough", hint="")
+
+    monkeypatch.setattr("curvcli.checkpoints.examine", looked)
+    with pytest.raises(InputError, match="enough"):
+        open_for_analysis(run, Options(optimizer="none", device="cpu", tokens=64)).measure()
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert seen[0].logged_loss == log[-1]["loss"]

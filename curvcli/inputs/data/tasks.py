@@ -36,12 +36,12 @@ def causal_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tenso
     """
     if isinstance(batch, Tensor):
         return _cross_entropy(_logits(model, {"input_ids": batch[:, :-1]}), batch[:, 1:])
-    return _cross_entropy(_logits(model, batch)[:, :-1], batch["labels"][:, 1:])
+    return _cross_entropy(_logits(model, batch)[:, :-1], _labels(batch)[:, 1:])
 
 
 def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy over the labels of masked positions, decoder positions or whole examples, in nats."""
-    return _cross_entropy(_logits(model, batch), batch["labels"])
+    return _cross_entropy(_logits(model, batch), _labels(batch))
 
 
 LOSSES: Mapping[Task, Loss] = {
@@ -195,6 +195,15 @@ def _shifted(model: nn.Module, labels: Tensor, path: Path) -> Tensor:
             hint="add the column, or decoder_start_token_id and pad_token_id to config.json",
         )
     return found
+
+
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    if "labels" not in batch:
+        raise InputError(
+            f"the data have no column labels, only {', '.join(batch)[:200]}",
+            hint="add one, with -100 where nothing is predicted",
+        )
+    return batch["labels"]
 
 
 def left_out(model: nn.Module, names: Iterable[str]) -> list[str]:
