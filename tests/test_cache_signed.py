@@ -11,6 +11,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from curvcli import cache as module
 from curvcli.cache import Entry, FileCache, cache_key, method_digest
 from curvcli.cli import app
 from curvcli.errors import UsageError
+from curvcli.inputs import remote
 from curvcli.results import Versions, load_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,3 +175,20 @@ def test_a_size_that_is_none_is_one_line(text: str, monkeypatch: pytest.MonkeyPa
 def test_a_key_of_another_user_is_none(folder: Path) -> None:
     os.chown(folder / ".key", 54321, -1)
     assert FileCache(folder).get(K) is None
+
+
+def test_copies_of_what_lies_behind_a_url_are_for_their_owner_and_go_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fsspec.filesystem("memory")
+    monkeypatch.setattr(remote, "MOST", 150)
+    kept = tmp_path / "remote"
+    (kept / "documents").mkdir(parents=True)
+    (kept / "documents" / "thesis").write_bytes(bytes(1000))
+    (kept / ("0" * 32)).symlink_to(tmp_path)
+    for i in range(2):
+        memory.pipe(f"/signed/{i}.bin", bytes(100))
+        os.utime(remote.fetched(Path(f"memory://signed/{i}.bin"), kept).parent, (i, i))
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
+    assert [p.name for p in kept.rglob("*.bin")] == ["1.bin"]
+    assert (kept / "documents" / "thesis").exists()

@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from test_track import course_of
-from test_watch import record
+from test_watch import record, write
 from tiny import build
 from typer.testing import CliRunner
 

@@ -27,6 +27,7 @@ _BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub
 _SKIPPED = re.compile(r"rng_state.*|training_args\.bin|.*\.(?:onnx|h5|msgpack|gguf|ot)")
 _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 MOST = 64 * 2**30
+_COPY = re.compile("[0-9a-f]{32}")
 _T = TypeVar("_T")
 
 
@@ -131,6 +132,8 @@ def _files(system: Any, root: str) -> dict[str, dict[str, Any]]:
 
 def _download(get: Callable[[str, str], None], root: str, files: dict[str, dict[str, Any]], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # what the user may read is not for others
+        target.parent.parent.chmod(0o700)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial:
         near = Path(partial) / target.name
         for inner, entry in files.items():
@@ -147,7 +150,9 @@ def _version(info: dict[str, Any]) -> list[str]:
 
 
 def _evict(newest: Path) -> None:
-    places = sorted((p for p in newest.parent.iterdir() if p.is_dir() and p != newest), key=lambda p: -p.stat().st_mtime)
+    # Copies and nothing else, and none behind a link.
+    copies = (p for p in newest.parent.iterdir() if _COPY.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
+    places = sorted((p for p in copies if p != newest), key=lambda p: -p.stat().st_mtime)
     total = _size(newest)
     for place in places:
         total += _size(place)
