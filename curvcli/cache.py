@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from curvcli.errors import CurvError
-from curvcli.limits import byte_size, parse_json, read_limited
+from curvcli.inputs.parse import byte_size, parse_json, read_limited
 from curvcli.measurement import Directions
 from curvcli.results import Report, write_whole
 

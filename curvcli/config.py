@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from curvcli.errors import InputError
-from curvcli.limits import inside, read_toml
+from curvcli.inputs.parse import inside, read_toml
 
 MOST = 2**53  # of any count: what a float holds exactly
 Positive = Annotated[int, Field(gt=0, le=MOST)]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from curvcli.plain import plain
-
 LONGEST = 900  # characters of a message: names in a file have any length
+
+
+def plain(text: str) -> str:
+    """One line of what can be printed: other blanks become blanks, and control and formatting characters "?".
+
+    A terminal obeys escape sequences, marks of direction turn a line around, and a line break forges a second line.
+    """
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 class CurvError(Exception):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from curvcli.plain import plain
+from curvcli.errors import plain
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from curvcli.cli import app
 from curvcli.cli.budget import GRACE
+from curvcli.errors import plain
 from curvcli.gate import decide
-from curvcli.plain import plain
 from curvcli.readings import ReportReadings
 from curvcli.report.gate import BY_SUFFIX, GATE
 from curvcli.report.gate_github import escape_data, escape_property

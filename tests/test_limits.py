@@ -24,8 +24,8 @@ from curvcli.config import find_config
 from curvcli.errors import CurvError, InputError
 from curvcli.inputs import bounds, open_checkpoint
 from curvcli.inputs.bounds import check_size
+from curvcli.inputs.parse import parse_json, read_limited, read_toml
 from curvcli.inputs.safe import load_pickle, read_json
-from curvcli.limits import parse_json, read_limited, read_toml
 from curvcli.results import load_report, load_schedule, load_track, schema_of
 
 ROOT = Path(__file__).resolve().parent.parent

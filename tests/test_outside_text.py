@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from curvcli.cli import app
 from curvcli.compare import compare
-from curvcli.errors import InputError
-from curvcli.plain import plain, visible_json
+from curvcli.errors import InputError, plain
 from curvcli.progress import reporting
 from curvcli.report import TEXT
 from curvcli.report.compare import to_csv as comparison_csv
@@ -27,6 +26,7 @@ from curvcli.report.facts import show_facts
 from curvcli.report.html import page
 from curvcli.report.markdown import escape
 from curvcli.results import Finding, Report, dumps, load_report
+from curvcli.results.base import visible_json
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 HOT = load_report(ASSETS / "hot-60.gate.report.json")

@@ -20,8 +20,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from curvcli.errors import CurvError, UsageError
-from curvcli.plain import plain
+from curvcli.errors import CurvError, UsageError, plain
 
 # Larger counts and rates say nothing, and overflow somewhere.
 MOST = 2**53

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from curvcli.cli.app import BoundedGroup, BoundedTyper, app, check_outputs, exit_codes, readers_may_leave
-from curvcli.errors import UsageError
-from curvcli.plain import plain
+from curvcli.errors import UsageError, plain
 
 if TYPE_CHECKING:
     from curvcli.results import LrSchedule, Report, Schedule

@@ -11,8 +11,7 @@ import typer
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes, starts_as_json
 from curvcli.cli.options import Format
-from curvcli.errors import InputError, UsageError
-from curvcli.plain import plain
+from curvcli.errors import InputError, UsageError, plain
 
 if TYPE_CHECKING:
     from curvcli.results import Comparison, Report, Track

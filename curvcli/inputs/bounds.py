@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvcli.errors import CurvError, InputError
 from curvcli.inputs.foreign import Foreign
-from curvcli.limits import inside as inside
+from curvcli.inputs.parse import inside as inside
 
 _PICKLE_LIMIT = 64 * 2**20
 _NODES, _DEPTH, _TEXT = 20_000_000, 200, 64 * 2**20

@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 from platformdirs import user_cache_path
 
-from curvcli.errors import InputError
+from curvcli.errors import InputError, plain
 from curvcli.inputs.runs import step_of
-from curvcli.plain import plain
 
 # pathlib takes one of the two slashes; a scheme of one letter would be a drive.
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)

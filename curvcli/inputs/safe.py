@@ -16,7 +16,7 @@ from torch import nn
 from curvcli.errors import InputError
 from curvcli.inputs.bounds import check_document, check_legacy, check_zip
 from curvcli.inputs.foreign import stand_ins
-from curvcli.limits import parse_json, read_limited
+from curvcli.inputs.parse import parse_json, read_limited
 
 _JSON_LIMIT = 64 * 2**20
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.plain import plain
+from curvcli.errors import plain
 from curvcli.report.csv import cell
 from curvcli.report.fit import fitting
 from curvcli.report.frame import number

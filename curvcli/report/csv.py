@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvcli.plain import plain
+from curvcli.errors import plain
 from curvcli.report.frame import frame
 from curvcli.results import Report
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.plain import plain
+from curvcli.errors import plain
 
 
 def show_facts(facts: Mapping[str, Any], console: Console | None = None) -> None:

@@ -6,7 +6,7 @@ begin a line of its own. Escaping is that of the runner's own toolkit (actions/t
 
 from __future__ import annotations
 
-from curvcli.plain import plain
+from curvcli.errors import plain
 from curvcli.results import Gate
 
 

@@ -7,7 +7,7 @@ from io import BytesIO
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 from junitparser.junitparser import FinalResult
 
-from curvcli.plain import plain
+from curvcli.errors import plain
 from curvcli.results import Gate, Outcome
 
 

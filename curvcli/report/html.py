@@ -12,8 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from curvcli.errors import InputError
-from curvcli.plain import plain
+from curvcli.errors import InputError, plain
 from curvcli.report.advice import advice, track_advice
 from curvcli.report.chart import curves, log_chart
 from curvcli.report.frame import number, records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from curvcli.plain import plain
+from curvcli.errors import plain
 from curvcli.report.frame import frame, number
 from curvcli.results import Report
 

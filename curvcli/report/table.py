@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.plain import plain
+from curvcli.errors import plain
 from curvcli.report.frame import number
 from curvcli.results import Estimate, Finding, Report
 from curvcli.verdict import classify

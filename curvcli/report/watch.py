@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.plain import plain
+from curvcli.errors import plain
 from curvcli.report.fit import LOG_ABOVE, Points, fitting, thin
 from curvcli.report.frame import number
 from curvcli.report.table import COLOURS

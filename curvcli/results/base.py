@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -12,12 +13,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from curvcli import __version__
 from curvcli.errors import InputError
-from curvcli.limits import parse_json, read_limited
-from curvcli.plain import visible_json
+from curvcli.inputs.parse import parse_json, read_limited
 
 MOST = 2**53  # of any count: what a float holds exactly
 LARGEST = 1e300  # of any measured value: what is drawn of one is a few times as large
 Severity = Literal["info", "warning", "error"]
+
+# Nothing that a terminal obeys or that turns text around, and no surrogate, has a place in JSON either, where an escape
+# says the same. Beyond the basic plane: tags, which nobody sees.
+_HIDDEN = re.compile(
+    "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\U000e0000-\U000e007f]"
+)
 
 
 class Document(BaseModel):
@@ -99,6 +105,11 @@ def schema_of(path: Path) -> str | None:
         raise InputError(f"{path} is no JSON document: {str(error)[:300]}", hint="write one with curv analyze -o") from error
     name = document.get("schema") if isinstance(document, dict) else None
     return name if isinstance(name, str) else None
+
+
+def visible_json(text: str) -> str:
+    """JSON that says the same without a character that is not to be printed: each becomes its escape."""
+    return _HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def dumps(value: Any) -> str:
