@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.problem import Problem
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.data.shards import read_shard
-from curvcli.inputs.data.tasks import causal_loss
+from curvcli.checkpoints import open_checkpoint
+from curvcli.data.shards import read_shard
+from curvcli.data.tasks import causal_loss
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = HERE.parent / "sample_checkpoints"

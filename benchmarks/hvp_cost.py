@@ -7,7 +7,7 @@ from common import arguments, machine, problem, save, seconds
 
 from curvcli.curvature.hvp import MODES, build
 from curvcli.curvature.problem import gradient
-from curvcli.inputs.networks.blocks import find_blocks
+from curvcli.models.blocks import find_blocks
 
 
 def main() -> None:

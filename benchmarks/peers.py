@@ -23,7 +23,7 @@ from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import build
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Problem
-from curvcli.inputs.data.tasks import causal_loss
+from curvcli.data.tasks import causal_loss
 
 COUNTS = (*range(2, 13), 15, 20, 25, 30, 40)  # the same for all
 

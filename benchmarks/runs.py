@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from curvcli import __version__
-from curvcli.results import Order, Phase, Schedule, ScheduleProvenance, Versions
+from curvcli.documents import Order, Phase, Schedule, ScheduleProvenance, Versions
 from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
 SEQUENCE, BATCH = 64, 8

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from curvcli.analysis import Analysis
-from curvcli.checkpoints import Options, open_for_analysis
+from curvcli.analysis.api import Analysis
+from curvcli.analysis.checkpoint import Options, open_for_analysis
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = HERE.parent / "sample_checkpoints"

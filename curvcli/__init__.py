@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from curvcli.analysis import Estimated, analyze
+    from curvcli.analysis.api import Estimated, analyze
     from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
-    from curvcli.inputs.formats.optimizer_file import save_optimizer
-    from curvcli.results import Report
+    from curvcli.checkpoints.formats.optimizer_file import save_optimizer
+    from curvcli.documents import Report
     from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
     __version__: str

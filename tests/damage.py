@@ -21,12 +21,12 @@ from formats import NETWORKS, RANKED, earlier, fresh, master, tokenizer
 from safetensors.torch import load_file, save_file
 from stored import stored
 
-from curvcli.checkpoints import inspect_checkpoint
+from curvcli.analysis.checkpoint import inspect_checkpoint
 from curvcli.errors import CurvError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.data.shards import read_shard
-from curvcli.inputs.state.soundness import state_findings, weight_findings
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Checkpoint
+from curvcli.data.shards import read_shard
+from curvcli.checkpoints.state.soundness import state_findings, weight_findings
 from curvcli.optimizers.preconditioner import prepare
 
 SECONDS = 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from curvcli.results import Phase, Schedule, ScheduleProvenance, Versions
+from curvcli.documents import Phase, Schedule, ScheduleProvenance, Versions
 
 
 def schedule(

@@ -18,11 +18,11 @@ import pytest
 import torch
 from formats import CHECKPOINTS
 
-import curvcli.inputs.safe as safe
-from curvcli.checkpoints import inspect_checkpoint
+import curvcli.files.safe as safe
+from curvcli.analysis.checkpoint import inspect_checkpoint
 from curvcli.errors import CurvError, InputError
-from curvcli.inputs import open_checkpoint
-from curvcli.results import write_whole
+from curvcli.checkpoints import open_checkpoint
+from curvcli.documents import write_whole
 
 NOBODY = 65534
 
@@ -60,7 +60,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from curvcli.errors import InputError
-from curvcli.results import write_whole
+from curvcli.documents import write_whole
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     write_whole(Path(sys.argv[1]), b"x" * 100_000)
@@ -81,7 +81,7 @@ def test_disk_full_leaves_the_old_file(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from curvcli.results import write_whole
+from curvcli.documents import write_whole
 print("ready", flush=True)
 while True:
     for letter in b"ab":
@@ -182,7 +182,7 @@ CUT_SHORT = """
 import sys
 from pathlib import Path
 from curvcli.errors import InputError
-from curvcli.inputs.tensors import stored
+from curvcli.files.tensors import stored
 path = Path(sys.argv[1])
 tensors = stored({"model.norm.weight": path, "model.embed_tokens.weight": path})
 first = tensors["model.embed_tokens.weight"]

@@ -21,13 +21,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from curvcli import analyze
-from curvcli.checkpoints import Options, analyze_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 from curvcli.curvature.hvp import MODES, build, choose, random_direction
 from curvcli.curvature.problem import Problem, gradient, measurable
-from curvcli.inputs.data.tasks import LOSSES, predictions
-from curvcli.inputs.networks.blocks import find_blocks, stacks, survey
-from curvcli.inputs.networks.registered import twice_differentiable
-from curvcli.report.table import show
+from curvcli.data.tasks import LOSSES, predictions
+from curvcli.models.blocks import find_blocks, stacks, survey
+from curvcli.models.registered import twice_differentiable
+from curvcli.render.table import show
 
 
 def _problem(case: Case, model: nn.Module, dtype: torch.dtype = torch.float32) -> Problem:

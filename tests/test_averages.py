@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel
 
-from curvcli.checkpoints import Options, analyze_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 from curvcli.errors import InputError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Architecture
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Architecture
 
 Trained = tuple[nn.Module, torch.optim.Optimizer, AveragedModel]
 

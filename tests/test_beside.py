@@ -17,10 +17,10 @@ from tiny import build, config
 from torch import Tensor, nn
 
 import curvcli
-from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import CurvError, InputError, UnsupportedError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Architecture
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Architecture
 
 Run = tuple[nn.Module, torch.optim.Optimizer]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from curvcli.cache import Entry, FileCache, cache_key, checkpoint_digest, checkpoint_stamp
+from curvcli.analysis.cache import Entry, FileCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.errors import UsageError
-from curvcli.results import load_report
+from curvcli.documents import load_report
 
 ASSET = next((Path(__file__).resolve().parent / "assets").glob("calm-60*.report.json"))
 

@@ -17,12 +17,12 @@ import torch
 from typer.testing import CliRunner
 
 import curvcli
-from curvcli import cache as module
-from curvcli.cache import Entry, FileCache, cache_key, method_digest
+from curvcli.analysis.api import cache as module
+from curvcli.analysis.cache import Entry, FileCache, cache_key, method_digest
 from curvcli.cli import app
 from curvcli.errors import UsageError
-from curvcli.inputs import remote
-from curvcli.results import Versions, load_report
+from curvcli.checkpoints import remote
+from curvcli.documents import Versions, load_report
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = load_report(next((ROOT / "tests" / "assets").glob("calm-60*.report.json")))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from curvcli.errors import UsageError
-from curvcli.results import Record
+from curvcli.documents import Record
 from curvcli.training.transformers import CurvCallback
 
 TOTAL = 12

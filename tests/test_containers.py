@@ -21,9 +21,9 @@ from tiny import build
 from transformers import LlamaForCausalLM
 
 from curvcli.errors import InputError, UsageError
-from curvcli.inputs.data.examples import Examples
-from curvcli.inputs.data.shards import Shard
-from curvcli.inputs.data.tasks import causal_loss, labelled_loss, left_out, predictions, read_data
+from curvcli.data.examples import Examples
+from curvcli.data.shards import Shard
+from curvcli.data.tasks import causal_loss, labelled_loss, left_out, predictions, read_data
 
 Rows = list[dict[str, Any]]
 CHECKPOINT = SimpleNamespace(vocabulary=64, context=32, tokenizer=None, path=Path("checkpoint"))
@@ -271,7 +271,7 @@ def test_conversations_are_refused_for_other_tasks_too(tmp_path: Path) -> None:
 
 
 def test_rows_without_end_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvcli.inputs.data.examples.MOST", 1000)
+    monkeypatch.setattr("curvcli.data.examples.MOST", 1000)
     rows = [{"input_ids": [1] * 30, "labels": [-100] * 30} for _ in range(100)]
     with pytest.raises(InputError, match="hold 1,020 ids and 0 predictions"):
         read(written(tmp_path, "rows.parquet", rows))

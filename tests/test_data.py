@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from curvcli.errors import InputError, UsageError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.data import tokens
-from curvcli.inputs.data.shards import Shard, find_sources, read_shard
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Checkpoint
+from curvcli.data import tokens
+from curvcli.data.shards import Shard, find_sources, read_shard
 
 IDS = (np.arange(1000) * 37 % 251).astype(np.int64)
 

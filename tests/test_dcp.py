@@ -26,12 +26,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from transformers import LlamaForCausalLM
 
-from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import InputError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Architecture
-from curvcli.inputs.formats.dcp_files import read_metadata
-from curvcli.inputs.state.mapping import map_named
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Architecture
+from curvcli.checkpoints.formats.dcp_files import read_metadata
+from curvcli.checkpoints.state.mapping import map_named
 from curvcli.optimizers.base import OptimizerView
 
 LAYOUTS = ("nested", "flattened", "torchtitan", "by position", "inside an application")

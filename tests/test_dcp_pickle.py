@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from curvcli.inputs.formats import dcp_pickle
+from curvcli.checkpoints.formats import dcp_pickle
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64])
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | DTYPES

@@ -11,7 +11,7 @@ import torch
 from curvcli import analyze
 from curvcli.curvature import davidson
 from curvcli.errors import OutOfTime
-from curvcli.results import Report
+from curvcli.documents import Report
 
 
 class Clock:

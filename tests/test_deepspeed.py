@@ -17,14 +17,14 @@ from ranks import EARLIER, launch
 from test_bad_input import Evil, _one_line, _truncate
 from torch import nn
 
-from curvcli.cache import NoCache
-from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.cache import NoCache
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import CurvError, InputError, UnsupportedError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Architecture, Checkpoint
-from curvcli.inputs.formats.zero import Partitions, rank_files
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Architecture, Checkpoint
+from curvcli.checkpoints.formats.zero import Partitions, rank_files
 from curvcli.optimizers.preconditioner import prepare
-from curvcli.tracking import track_run
+from curvcli.analysis.track import track_run
 
 pytest.importorskip("deepspeed")
 NET = Architecture("Net", build, vocabulary=11)

@@ -15,8 +15,8 @@ from torch.func import functional_call, hessian
 
 from curvcli import analyze
 from curvcli.curvature.davidson import Extremes, Ritz
-from curvcli.measurement import Solved, violates
-from curvcli.results import Report
+from curvcli.analysis.solve import Solved, violates
+from curvcli.documents import Report
 
 TOLERANCE = 1e-4
 

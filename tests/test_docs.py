@@ -26,11 +26,11 @@ from test_watch import record, write
 from tiny import build
 from typer.testing import CliRunner
 
-from curvcli.analysis import Analysis
-from curvcli.checkpoints import Opened
+from curvcli.analysis.api import Analysis
+from curvcli.analysis.checkpoint import Opened
 from curvcli.cli import app
-from curvcli.results import Report, load_report
-from curvcli.schedule.plan import grow
+from curvcli.documents import Report, load_report
+from curvcli.schedules.plan import grow
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "tests" / "assets"

@@ -13,21 +13,21 @@ import torch
 from rich.console import Console
 from tracks import ASSETS, asset, track
 
-from curvcli.analysis import analyze
-from curvcli.compare import compare
+from curvcli.analysis.api import analyze
+from curvcli.judge.compare import compare
 from curvcli.curvature.davidson import Extremes, Ritz
-from curvcli.gate import judge
-from curvcli.measurement import Measurement, Solved
-from curvcli.readings import ReportReadings
-from curvcli.report import compare as compared
-from curvcli.report import table, track_table
-from curvcli.report.chart import curves
-from curvcli.report.csv import csv as report_csv
-from curvcli.report.html import report_page, track_page
-from curvcli.report.markdown import markdown
-from curvcli.report.plot import plot
-from curvcli.report.track_chart import heat
-from curvcli.results import Report, Rule, load_report
+from curvcli.judge.gate import judge
+from curvcli.analysis.solve import Measurement, Solved
+from curvcli.judge.readings import ReportReadings
+from curvcli.render import compare as compared
+from curvcli.render import table, track_table
+from curvcli.render.chart import curves
+from curvcli.render.csv import csv as report_csv
+from curvcli.render.html import report_page, track_page
+from curvcli.render.markdown import markdown
+from curvcli.render.plot import plot
+from curvcli.render.track_chart import heat
+from curvcli.documents import Report, Rule, load_report
 
 OUTER = ["embed.weight", "head.weight", "head.bias"]
 

@@ -12,12 +12,12 @@ import pytest
 from tiny import build
 from typer.testing import CliRunner, Result
 
-from curvcli import config
-from curvcli.checkpoints import inspect_checkpoint
+from curvcli.analysis.api import config
+from curvcli.analysis.checkpoint import inspect_checkpoint
 from curvcli.cli import app
-from curvcli.config import find_config, find_gate, is_own
+from curvcli.analysis.config import find_config, find_gate, is_own
 from curvcli.errors import InputError
-from curvcli.inputs import remote
+from curvcli.checkpoints import remote
 
 NAMES = pytest.mark.parametrize("name", ["curv.toml", "pyproject.toml"])
 SMALL = ["--tokens", "64", "--sequence-length", "32", "--max-hvps", "3", "-q"]

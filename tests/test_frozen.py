@@ -14,12 +14,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import curvcli
-from curvcli.checkpoints import Options, analyze_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 from curvcli.errors import InputError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.state.evidence import Evidence, choose, contradictions, gather
-from curvcli.inputs.state.mapping import AmbiguousStateError
-from curvcli.inputs.state.partial import MOST, assignments
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
+from curvcli.checkpoints.state.mapping import AmbiguousStateError
+from curvcli.checkpoints.state.partial import MOST, assignments
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live
 

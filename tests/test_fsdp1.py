@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaForCausalLM
 
 from curvcli.errors import InputError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Architecture
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Architecture
 
 pytest.importorskip("accelerate", reason="writes the checkpoints")
 pytestmark = pytest.mark.slow  # two processes that import torch and transformers

@@ -16,12 +16,12 @@ from test_watch import record, write
 from typer.testing import CliRunner
 
 from curvcli.cli import app
-from curvcli.compare import compare
-from curvcli.config import find_config, find_gate
-from curvcli.gate import decide
-from curvcli.readings import ReportReadings
-from curvcli.report.html import page
-from curvcli.results import (
+from curvcli.judge.compare import compare
+from curvcli.analysis.config import find_config, find_gate
+from curvcli.judge.gate import decide
+from curvcli.judge.readings import ReportReadings
+from curvcli.render.html import page
+from curvcli.documents import (
     Rule,
     load_comparison,
     load_gate,
@@ -30,8 +30,8 @@ from curvcli.results import (
     load_schedule,
     load_track,
 )
-from curvcli.schedule.lr import read_points
-from curvcli.schedule.plan import grow
+from curvcli.schedules.lr import read_points
+from curvcli.schedules.plan import grow
 
 ASSET = next((Path(__file__).resolve().parent / "assets").glob("hot-60.json"))
 EXAMPLES = int(os.environ.get("CURV_FUZZ", "24"))

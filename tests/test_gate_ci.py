@@ -16,7 +16,7 @@ import yaml
 from typer.main import get_command
 
 from curvcli.cli import app
-from curvcli.results import load_gate
+from curvcli.documents import load_gate
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "tests" / "assets"
@@ -178,7 +178,7 @@ def test_the_guide_shows_what_there_is() -> None:
         assert set(re.findall(r"--[a-z-]+", line)) <= flags(), line
     for kind, text in blocks:
         if kind == "toml":
-            from curvcli.config import Config
+            from curvcli.analysis.config import Config
 
             Config.model_validate(tomllib.loads(text))
         if kind == "yaml":

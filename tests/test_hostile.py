@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from curvcli.errors import CurvError, InputError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.bounds import check_config, check_document, inside
-from curvcli.inputs.safe import load_bytes, load_pickle, read_json
-from curvcli.inputs.tensors import safetensors_header
+from curvcli.checkpoints import open_checkpoint
+from curvcli.files.limits import check_config, check_document, inside
+from curvcli.files.safe import load_bytes, load_pickle, read_json
+from curvcli.files.tensors import safetensors_header
 
 MANY = 10**12
 

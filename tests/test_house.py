@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from curvcli.results import Estimate, Generalisation
-from curvcli.verdict import judge
+from curvcli.documents import Estimate, Generalisation
+from curvcli.judge.verdict import judge
 
 PACKAGE = Path(__file__).resolve().parent.parent / "curvcli"
 # A room imports itself and what stands before it in its line; nothing else.
@@ -86,7 +86,7 @@ def test_rooms_of_inputs_do_not_know_each_other(room: str) -> None:
     for path in (PACKAGE / "inputs" / room).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            _, _, rest = module.partition("curvcli.inputs.")
+            _, _, rest = module.partition("curvcli.checkpoints.")
             assert rest.split(".")[0] in INSIDE_INPUTS[room] | {room} or rest.split(".")[0] not in INSIDE_INPUTS, path
 
 

@@ -25,7 +25,7 @@ INSPECT = """
 import json, resource, sys, time
 from pathlib import Path
 start = time.process_time()
-from curvcli.checkpoints import inspect_checkpoint
+from curvcli.analysis.checkpoint import inspect_checkpoint
 found = inspect_checkpoint(Path(sys.argv[1]))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 if Path("/proc/self/status").exists():  # Linux passes the parent's peak on in ru_maxrss

@@ -13,8 +13,8 @@ from curvcli import analyze
 from curvcli.curvature.hvp import MODES, build, choose
 from curvcli.curvature.problem import Problem
 from curvcli.errors import UnsupportedError, UsageError
-from curvcli.inputs.data.tasks import causal_loss
-from curvcli.inputs.networks.blocks import find_blocks
+from curvcli.data.tasks import causal_loss
+from curvcli.models.blocks import find_blocks
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=19, n_positions=16, n_embd=8, n_layer=2, n_head=2)),

@@ -10,14 +10,14 @@ import torch
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from curvcli.checkpoints import Options, analyze_checkpoint
-from curvcli.config import find_config
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+from curvcli.analysis.config import find_config
 from curvcli.errors import CurvError, InputError, UsageError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Checkpoint
-from curvcli.inputs.data.shards import read_shard
-from curvcli.inputs.data.tasks import causal_loss
-from curvcli.inputs.networks.blocks import find_blocks
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Checkpoint
+from curvcli.data.shards import read_shard
+from curvcli.data.tasks import causal_loss
+from curvcli.models.blocks import find_blocks
 
 
 def _gradients(checkpoint: Checkpoint, samples: Path) -> tuple[dict, dict]:

@@ -17,9 +17,9 @@ from test_torchfiles import NET, Lit, fit, is_the_run
 from tiny import STEPS, build, config
 from torch import Tensor
 
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.foreign import Foreign
-from curvcli.inputs.safe import load_pickle
+from curvcli.checkpoints import open_checkpoint
+from curvcli.files.foreign import Foreign
+from curvcli.files.safe import load_pickle
 
 FEW = ("--tokens", "256", "--sequence-length", "16")
 

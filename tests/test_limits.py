@@ -20,13 +20,13 @@ from tiny import build, config
 from torch import nn
 
 from curvcli import limits
-from curvcli.config import find_config
+from curvcli.analysis.config import find_config
 from curvcli.errors import CurvError, InputError
-from curvcli.inputs import bounds, open_checkpoint
-from curvcli.inputs.bounds import check_size
-from curvcli.inputs.parse import parse_json, read_limited, read_toml
-from curvcli.inputs.safe import load_pickle, read_json
-from curvcli.results import load_report, load_schedule, load_track, schema_of
+from curvcli.checkpoints import bounds, open_checkpoint
+from curvcli.files.limits import check_size
+from curvcli.files.parse import parse_json, read_limited, read_toml
+from curvcli.files.safe import load_pickle, read_json
+from curvcli.documents import load_report, load_schedule, load_track, schema_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = 2**30
@@ -125,7 +125,7 @@ def test_json_of_more_values_than_any_document(unit: str) -> None:
 
 def _documents() -> dict[str, tuple[Any, Callable[[Path], object]]]:
     reports = sorted((ROOT / "tests" / "assets").glob("*.report.json"))
-    from curvcli.schedule.plan import grow
+    from curvcli.schedules.plan import grow
 
     return {
         "report": (json.loads(reports[0].read_text()), load_report),
@@ -149,8 +149,8 @@ def _numbers(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
 @given(data=st.data())
 def test_a_number_of_any_size_in_a_document(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     """Refused, or shown in every form in little memory and time."""
-    from curvcli.report import TEXT
-    from curvcli.report.html import page
+    from curvcli.render import TEXT
+    from curvcli.render.html import page
 
     document, load = _documents()[kind]
     place = data.draw(st.sampled_from(_numbers(document)))
@@ -170,7 +170,7 @@ def test_a_number_of_any_size_in_a_document(tmp_path: Path, kind: str, data: st.
             for render in TEXT.values():
                 render(loaded)
         else:
-            from curvcli.report.schedule_plot import series
+            from curvcli.render.schedule_plot import series
 
             series(loaded)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvcli.curvature.problem import Blocks
 from curvcli.errors import UnsupportedError
-from curvcli.inputs.networks.blocks import find_blocks
+from curvcli.models.blocks import find_blocks
 from curvcli.training.locks import find_locks
 
 SMALL: dict[str, Any] = {

@@ -14,11 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import build, config
 from torch import nn
 
-from curvcli.checkpoints import Options, analyze_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 from curvcli.errors import InputError, UnsupportedError, UsageError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.networks.architecture import named
-from curvcli.tracking import key_of, open_for_analysis
+from curvcli.checkpoints import open_checkpoint
+from curvcli.models.architecture import named
+from curvcli.analysis.track import key_of, open_for_analysis
 
 LR, BETAS = 1e-2, (0.9, 0.95)
 IDS = torch.randint(64, (40, 17), generator=torch.Generator().manual_seed(0)) ** 2 % 61

@@ -8,10 +8,10 @@ from pathlib import Path
 import models
 import pytest
 
-from curvcli.analysis import Analysis, Provenance, examine
-from curvcli.checkpoints import Options, open_for_analysis
+from curvcli.analysis.api import Analysis, Provenance, examine
+from curvcli.analysis.checkpoint import Options, open_for_analysis
 from curvcli.errors import InputError
-from curvcli.verdict import _loss
+from curvcli.judge.verdict import _loss
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_runs_own_log_is_looked_at(run: Path, monkeypatch: pytest.MonkeyPatc
         seen.append(provenance)
         raise InputError("enough", hint="")
 
-    monkeypatch.setattr("curvcli.checkpoints.examine", looked)
+    monkeypatch.setattr("curvcli.analysis.checkpoint.examine", looked)
     with pytest.raises(InputError, match="enough"):
         open_for_analysis(run, Options(optimizer="none", device="cpu", tokens=64)).measure()
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]

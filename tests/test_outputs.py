@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from curvcli.cli import app
 from curvcli.errors import InputError
-from curvcli.results import output
-from curvcli.results.output import check_writable, write_whole
+from curvcli.documents import output
+from curvcli.documents.output import check_writable, write_whole
 
 
 def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_disk_a_socket_and_a_directory_are_refused(tmp_path: Path, monkeypatch
 def test_standard_output_by_its_name_is_appended_to_and_not_replaced(tmp_path: Path) -> None:
     """`-o /dev/stdout > file`: the file that the shell opened gets both, in order."""
     code = (
-        "from curvcli.results.output import write_whole; from pathlib import Path; print('before')\n"
+        "from curvcli.documents.output import write_whole; from pathlib import Path; print('before')\n"
         "write_whole(Path('/dev/stdout'), b'document\\n'); write_whole(Path('/dev/fd/1'), b'again\\n'); print('after')"
     )
     file = tmp_path / "out"

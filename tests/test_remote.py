@@ -16,8 +16,8 @@ import fsspec
 import pytest
 
 from curvcli.errors import InputError
-from curvcli.inputs import find_checkpoints, open_checkpoint, remote
-from curvcli.inputs.remote import _address, fetched
+from curvcli.checkpoints import find_checkpoints, open_checkpoint, remote
+from curvcli.files.remote import _address, fetched
 
 CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
 

@@ -19,13 +19,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from curvcli.analysis import analyze
+from curvcli.analysis.api import analyze
 from curvcli.curvature.problem import Problem
-from curvcli.inputs.data.tasks import causal_loss, labelled_loss
-from curvcli.inputs.networks.rows import row_kinds
-from curvcli.report.html import report_page
-from curvcli.results import Mass
-from curvcli.verdict import _shape
+from curvcli.data.tasks import causal_loss, labelled_loss
+from curvcli.models.rows import row_kinds
+from curvcli.render.html import report_page
+from curvcli.documents import Mass
+from curvcli.judge.verdict import _shape
 
 SIZE = 16
 IDS = torch.randint(SIZE, (4, SIZE), generator=torch.Generator().manual_seed(0))

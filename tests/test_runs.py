@@ -11,11 +11,11 @@ import pytest
 from formats import trainer
 from tiny import config
 
-from curvcli.cache import NoCache
-from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.cache import NoCache
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import CurvError, InputError
-from curvcli.inputs import find_checkpoints, open_checkpoint, step_of
-from curvcli.tracking import track_run
+from curvcli.checkpoints import find_checkpoints, open_checkpoint, step_of
+from curvcli.analysis.track import track_run
 
 
 @pytest.fixture(scope="module")

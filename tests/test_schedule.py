@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from curvcli.errors import CurvError, InputError, UsageError
-from curvcli.report.schedule_plot import plot, series
-from curvcli.report.schedule_table import ranges
-from curvcli.results import DepthEstimate, LrSchedule, Report, Schedule, load_report
-from curvcli.schedule import Measured, freeze, grow, grow_from, highest_from, lr_at, lr_schedule, settles
-from curvcli.schedule.lr import read_points
-from curvcli.schedule.plan import joining, split
+from curvcli.render.schedule_plot import plot, series
+from curvcli.render.schedule_table import ranges
+from curvcli.documents import DepthEstimate, LrSchedule, Report, Schedule, load_report
+from curvcli.schedules import Measured, freeze, grow, grow_from, highest_from, lr_at, lr_schedule, settles
+from curvcli.schedules.lr import read_points
+from curvcli.schedules.plan import joining, split
 
 ASSETS = Path(__file__).parent / "assets"
 PEAK = 3e-3

@@ -12,9 +12,9 @@ import jsonschema
 import pytest
 from test_cli import curv
 
-from curvcli.results import Finding, load_schedule
-from curvcli.schedule import grow
-from curvcli.verify import phase_problems
+from curvcli.documents import Finding, load_schedule
+from curvcli.schedules import grow
+from curvcli.training.verify import phase_problems
 
 ASSETS = Path(__file__).parent / "assets"
 INIT, HOT = ASSETS / "init.json", ASSETS / "hot-60.json"

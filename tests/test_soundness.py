@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from curvcli.analysis import Provenance
-from curvcli.checkpoints import Options, analyze_checkpoint, open_for_analysis
+from curvcli.analysis.api import Provenance
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint, open_for_analysis
 from curvcli.errors import InputError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.data.shards import read_shard
-from curvcli.inputs.data.tasks import causal_loss
-from curvcli.inputs.state.evidence import Evidence, choose, contradictions, gather
-from curvcli.inputs.state.mapping import AmbiguousStateError, map_state, single_order
-from curvcli.inputs.state.soundness import state_findings, weight_findings
+from curvcli.checkpoints import open_checkpoint
+from curvcli.data.shards import read_shard
+from curvcli.data.tasks import causal_loss
+from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
+from curvcli.checkpoints.state.mapping import AmbiguousStateError, map_state, single_order
+from curvcli.checkpoints.state.soundness import state_findings, weight_findings
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import prepare
 
@@ -264,7 +264,7 @@ def test_findings_reach_the_measurement(run: Path, monkeypatch: pytest.MonkeyPat
     def measured(*_: object, provenance: Provenance, **__: object) -> None:
         given.extend(f.code for f in provenance.findings)
 
-    monkeypatch.setattr("curvcli.checkpoints.examine", measured)
+    monkeypatch.setattr("curvcli.analysis.checkpoint.examine", measured)
     open_for_analysis(run, Options()).measure()
     assert given == ["step-mismatch"]
 

@@ -11,8 +11,8 @@ from tiny import STEPS, build
 from torch import Tensor, nn
 
 from curvcli.errors import CurvError, InputError, UnsupportedError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.state.soundness import state_findings
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.state.soundness import state_findings
 from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.given import override
 from curvcli.optimizers.preconditioner import live, prepare

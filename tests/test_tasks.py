@@ -21,12 +21,12 @@ from typer.testing import CliRunner
 from curvcli.cli import app
 from curvcli.curvature.problem import Problem
 from curvcli.errors import CurvError, InputError, UsageError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.data.examples import holds_examples, read_examples
-from curvcli.inputs.data.shards import Shard
-from curvcli.inputs.data.tasks import LOSSES, causal_loss, labelled_loss, masked, predictions
-from curvcli.inputs.data.tokens import Source
-from curvcli.inputs.networks.architecture import named
+from curvcli.checkpoints import open_checkpoint
+from curvcli.data.examples import holds_examples, read_examples
+from curvcli.data.shards import Shard
+from curvcli.data.tasks import LOSSES, causal_loss, labelled_loss, masked, predictions
+from curvcli.data.tokens import Source
+from curvcli.models.architecture import named
 
 OWN = '''
 import torch
@@ -518,7 +518,7 @@ def test_tasks_read_from_names_are_transformers_own() -> None:
     """Every class that transformers' tables list for a task is read as of that task, or as one that lists it too."""
     from transformers.models.auto import modeling_auto
 
-    from curvcli.inputs.networks.registered import _CLASSES, _task
+    from curvcli.models.registered import _CLASSES, _task
 
     listed: dict[str, set[str]] = {}
     for task, tables in _CLASSES.items():

@@ -21,9 +21,9 @@ from tracks import course
 
 from curvcli.cli.app import exit_codes
 from curvcli.errors import InputError
-from curvcli.report import schedule_table, table
-from curvcli.report.facts import show_facts
-from curvcli.results import Finding, load_report
+from curvcli.render import schedule_table, table
+from curvcli.render.facts import show_facts
+from curvcli.documents import Finding, load_report
 
 ASSETS = Path(__file__).parent / "assets"
 REPORT, CALM = ASSETS / "hot-60.gate.report.json", ASSETS / "calm-60.gate.report.json"

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from curvcli.errors import InputError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.data.tasks import LOSSES, read_data
+from curvcli.checkpoints import open_checkpoint
+from curvcli.data.tasks import LOSSES, read_data
 
 WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "whale", "is", "white", "ship", "sinks")
 TEXTS = ["the whale is white", "the ship", "whale", "the white ship sinks is the whale the whale the whale"]

@@ -24,12 +24,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import curvcli
-from curvcli.checkpoints import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.base import Architecture
-from curvcli.inputs.foreign import Foreign
-from curvcli.inputs.safe import load_pickle
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Architecture
+from curvcli.files.foreign import Foreign
+from curvcli.files.safe import load_pickle
 from curvcli.optimizers.base import OptimizerView
 
 NET = Architecture("Llama", build, vocabulary=64)

@@ -14,7 +14,7 @@ from test_hvp import FusedCrossEntropy
 from test_warmup import Job, batch, build, same
 from torch import Tensor, nn
 
-from curvcli.results import Record
+from curvcli.documents import Record
 from curvcli.training import ArchitectureWarmup, CurvatureTracker
 from curvcli.training.log import tensorboard
 

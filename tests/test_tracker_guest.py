@@ -21,8 +21,8 @@ from curvcli import analyze
 from curvcli.cli import app
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.untouched import hushed
-from curvcli.results import Record
-from curvcli.results.log import Follower, load_records
+from curvcli.documents import Record
+from curvcli.documents.log import Follower, load_records
 from curvcli.training import CurvatureTracker
 from curvcli.training.log import jsonl
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curvcli.errors import InputError, UnsupportedError, UsageError
-from curvcli.results import Schedule
+from curvcli.documents import Schedule
 from curvcli.training import ArchitectureWarmup, DeadBlockError
 
 DEPTH, TOTAL = 4, 12

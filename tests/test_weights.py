@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from curvcli.errors import InputError
-from curvcli.inputs import open_checkpoint
-from curvcli.inputs.networks.architecture import named
+from curvcli.checkpoints import open_checkpoint
+from curvcli.models.architecture import named
 
 FEW = ("--tokens", "256", "--sequence-length", "16")
 INDEX = "pytorch_model.bin.index.json"

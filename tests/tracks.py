@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from curvcli.results import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart, load_report
+from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart, load_report
 
 ASSETS = Path(__file__).parent / "assets"
 

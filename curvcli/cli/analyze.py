@@ -12,7 +12,7 @@ from curvcli.cli.app import app, check_outputs, exit_codes
 from curvcli.cli.options import Format
 
 if TYPE_CHECKING:
-    from curvcli.results import Report
+    from curvcli.documents import Report
 
 
 @app.command(
@@ -43,19 +43,19 @@ def analyze(
     with exit_codes():
         settings = options.settings(given)
         check_outputs(output, plot)
-        from curvcli.progress import reporting
+        from curvcli.cli.progress import reporting
 
         with reporting(quiet, verbose) as progress:
             progress("importing torch", 0.0)
-            from curvcli.checkpoints import Options, analyze_checkpoint
+            from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 
             report = analyze_checkpoint(checkpoint, Options(**settings, depths=not no_depths), progress)
-        from curvcli.results import write_whole
+        from curvcli.documents import write_whole
 
         if output:
             write_whole(output, report.to_json().encode())
         if plot:
-            from curvcli.report.plot import plot as draw
+            from curvcli.render.plot import plot as draw
 
             write_whole(plot, draw(report, plot.suffix[1:].lower()))
         _print(report, format)
@@ -72,15 +72,15 @@ def inspect(
 ) -> None:
     """Show what `curv analyze` would read. Reads headers, computes nothing."""
     with exit_codes():
-        from curvcli.checkpoints import inspect_checkpoint
+        from curvcli.analysis.checkpoint import inspect_checkpoint
 
         found = inspect_checkpoint(checkpoint, data, model)
         if json:
-            from curvcli.results import dumps
+            from curvcli.documents import dumps
 
             typer.echo(dumps(found), nl=False)
         else:
-            from curvcli.report.facts import show_facts
+            from curvcli.render.facts import show_facts
 
             show_facts(found)
 
@@ -89,10 +89,10 @@ def _print(report: Report, format: Format) -> None:  # noqa: A002
     if format is Format.table:
         from rich.console import Console
 
-        from curvcli.report.table import show
+        from curvcli.render.table import show
 
         show(report, Console())
     else:
-        from curvcli.report import TEXT
+        from curvcli.render import TEXT
 
         typer.echo(TEXT[format.value](report), nl=False)

@@ -164,7 +164,7 @@ def _version(wanted: bool) -> None:
 
 def check_outputs(output: Path | None, plot: Path | None) -> None:
     """Fail before the minute of work, not after it."""
-    from curvcli.results import check_writable
+    from curvcli.documents import check_writable
 
     for path in (output, plot):
         if path is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from curvcli.errors import OutOfTime
 
 if TYPE_CHECKING:
-    from curvcli.results import Report
+    from curvcli.documents import Report
 
 GRACE = 2.0  # seconds for the product in hand to end
 
@@ -29,11 +29,11 @@ def measure(
     """The report of a checkpoint, or None and why, where not even the full model was reached in time.
 
     Args:
-        options: of `curvcli.checkpoints.Options`.
+        options: of `curvcli.analysis.checkpoint.Options`.
         started: instant of `time.monotonic()` at which the budget began.
         seconds: the budget; None is without end.
     """
-    from curvcli.progress import reporting
+    from curvcli.cli.progress import reporting
 
     deadline = float("inf") if seconds is None else started + seconds
     doing = "starting"
@@ -48,7 +48,7 @@ def measure(
                 tell(stage, done)
 
             progress("importing torch", 0.0)
-            from curvcli.checkpoints import Options, analyze_checkpoint
+            from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 
             return analyze_checkpoint(checkpoint, Options(**options, deadline=deadline), progress), ""
     except OutOfTime:

@@ -16,8 +16,8 @@ from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from curvcli.config import GateTable
-    from curvcli.results import Gate, Report, Rule
+    from curvcli.analysis.config import GateTable
+    from curvcli.documents import Gate, Report, Rule
 
 TRACK = "curv.track/1"
 RULES, MEASURING, OUTPUT = "Rules", "Measuring, where a checkpoint is given", "Output"
@@ -133,7 +133,7 @@ def gate(
         if explain:
             from rich.console import Console
 
-            from curvcli.report.gate_text import show_rules
+            from curvcli.render.gate_text import show_rules
 
             show_rules(settings.rules, settings.others(), Console())
             return
@@ -155,7 +155,7 @@ class _Settings:
     """The rules in force, and what goes with them: a flag, else the configuration, else the default."""
 
     def __init__(self, flags: GateTable, subject: Path | None) -> None:
-        from curvcli.config import find_gate
+        from curvcli.analysis.config import find_gate
 
         self.flags = flags
         self.subject = subject or Path()
@@ -188,8 +188,8 @@ class _Settings:
     def _rules(self) -> list[Rule]:
         from typing import get_args
 
-        from curvcli.config import gate_not_counted
-        from curvcli.results import Rule, RuleName
+        from curvcli.analysis.config import gate_not_counted
+        from curvcli.documents import Rule, RuleName
 
         rules = []
         for name in get_args(RuleName):
@@ -210,7 +210,7 @@ class _Settings:
 def _table(flags: dict[str, Any]) -> GateTable:
     from pydantic import ValidationError
 
-    from curvcli.config import GateTable
+    from curvcli.analysis.config import GateTable
 
     try:
         return GateTable.model_validate({name: value for name, value in flags.items() if value is not None})
@@ -230,7 +230,7 @@ def _seconds(text: str) -> float:
 
 
 def _check_suffixes(outputs: list[Path]) -> None:
-    from curvcli.report.gate import BY_SUFFIX
+    from curvcli.render.gate import BY_SUFFIX
 
     for path in outputs:
         if path.suffix.lower() not in BY_SUFFIX:
@@ -247,9 +247,9 @@ def _judge(
     quiet: bool,
     verbose: bool,
 ) -> Gate:
-    from curvcli.gate import decide
-    from curvcli.readings import NoReadings, Readings, ReportReadings, track_readings
-    from curvcli.results import load_report, load_track, write_whole
+    from curvcli.judge.gate import decide
+    from curvcli.judge.readings import NoReadings, Readings, ReportReadings, track_readings
+    from curvcli.documents import load_report, load_track, write_whole
 
     baseline = _baseline(settings.baseline)  # before minutes are spent
     report: Report | None
@@ -286,8 +286,8 @@ def _judge(
 
 def _baseline(path: Path | None) -> Report | list[Report] | None:
     """What the baseline holds: a report, or the certified points of a track."""
-    from curvcli.readings import certified
-    from curvcli.results import load_report, load_track
+    from curvcli.judge.readings import certified
+    from curvcli.documents import load_report, load_track
 
     if path is None:
         return None
@@ -301,7 +301,7 @@ def _baseline(path: Path | None) -> Report | list[Report] | None:
 
 def _compared(baseline: Report | list[Report] | None, report: Report | None) -> tuple[Report | None, list[Report]]:
     """What lambda is held against, and what rho is, where there is a run: never the judged checkpoint itself."""
-    from curvcli.readings import others
+    from curvcli.judge.readings import others
 
     if not isinstance(baseline, list) or report is None:
         return (None if isinstance(baseline, list) else baseline), []
@@ -316,7 +316,7 @@ def _name(path: Path) -> str:
 
 def _schema(path: Path) -> str | None:
     """The schema of a document; None for checkpoints: directories, URLs, zip archives or pickles, not JSON."""
-    from curvcli.results import schema_of
+    from curvcli.documents import schema_of
 
     if not path.is_file():
         if not path.exists() and not set(":*?[") & set(str(path)):  # no URL and no pattern: known without minutes of work
@@ -331,21 +331,21 @@ def _schema(path: Path) -> str | None:
 
 
 def _write(document: Gate, outputs: list[Path]) -> None:
-    from curvcli.report.gate import BY_SUFFIX
-    from curvcli.results import write_whole
+    from curvcli.render.gate import BY_SUFFIX
+    from curvcli.documents import write_whole
 
     for path in outputs:
         write_whole(path, BY_SUFFIX[path.suffix.lower()](document).encode())
 
 
 def _print(document: Gate, format: Format) -> None:  # noqa: A002
-    from curvcli.report.gate import GATE
+    from curvcli.render.gate import GATE
 
     with readers_may_leave():  # who must not turn a broken rule into exit code 0, nor a passed one into 1
         if format is Format.text:
             from rich.console import Console
 
-            from curvcli.report.gate_text import show
+            from curvcli.render.gate_text import show
 
             show(document, Console())
         else:

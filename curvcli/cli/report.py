@@ -23,8 +23,8 @@ def report(
     """Turn a document into one self-contained HTML file: no network, light and dark, fit for print."""
     with exit_codes():
         check_outputs(output, None)
-        from curvcli.report.html import page
-        from curvcli.results import write_whole
+        from curvcli.render.html import page
+        from curvcli.documents import write_whole
 
         text = page(document)
         if output:
@@ -37,6 +37,6 @@ def report(
 def schema(document: Annotated[str, typer.Argument(help="report, track, compare, schedule, curvature or gate")]) -> None:
     """Print the JSON Schema of a document that curv writes."""
     with exit_codes():
-        from curvcli.results import dumps, json_schema
+        from curvcli.documents import dumps, json_schema
 
         typer.echo(dumps(json_schema(document)), nl=False)

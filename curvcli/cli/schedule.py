@@ -14,7 +14,7 @@ from curvcli.cli.app import BoundedGroup, BoundedTyper, app, check_outputs, exit
 from curvcli.errors import UsageError, plain
 
 if TYPE_CHECKING:
-    from curvcli.results import LrSchedule, Report, Schedule
+    from curvcli.documents import LrSchedule, Report, Schedule
 
 
 class Order(StrEnum):
@@ -127,10 +127,10 @@ def verify(
 ) -> None:
     """Check that a schedule fits a checkpoint's model: 0 it fits, 1 it does not, each reason one line, 2 could not run."""
     with exit_codes():
-        from curvcli.results import load_schedule
+        from curvcli.documents import load_schedule
 
         plan = load_schedule(schedule)
-        from curvcli.verify import problems
+        from curvcli.training.verify import problems
 
         found = problems(plan, checkpoint)
         with readers_may_leave():
@@ -159,7 +159,7 @@ class _Rates:
 
     def schedule(self, *, peak: float | None, warmup_steps: int) -> LrSchedule:
         """The schedule with this peak (None with a file); `warmup_steps` is the default of a formula's."""
-        from curvcli.schedule import lr_schedule
+        from curvcli.schedules import lr_schedule
 
         default = None if self.from_file else warmup_steps
         return lr_schedule(
@@ -173,7 +173,7 @@ class _Rates:
 
 
 def _grow(depth: int, rates: _Rates, **options: Any) -> Schedule:
-    from curvcli.schedule import WARMUP, grow
+    from curvcli.schedules import WARMUP, grow
 
     if rates.peak is None and rates.kind is None:
         _refuse("a plan without a learning rate", {"--min-lr-ratio": rates.min_ratio, "--decay-steps": rates.decay_steps})
@@ -184,7 +184,7 @@ def _grow(depth: int, rates: _Rates, **options: Any) -> Schedule:
 
 
 def _grow_from(report: Path, rates: _Rates, **options: Any) -> Schedule:
-    from curvcli.schedule import WARMUP, Measured, grow_from
+    from curvcli.schedules import WARMUP, Measured, grow_from
 
     measured = Measured.read(report)
     own = rates.peak is None and not rates.from_file
@@ -195,7 +195,7 @@ def _grow_from(report: Path, rates: _Rates, **options: Any) -> Schedule:
 def _freeze(
     path: Path, from_file: bool, rates: _Rates, data: Path | None, tokens: int | None, quiet: bool, **options: Any
 ) -> Schedule:
-    from curvcli.schedule import Measured, freeze, lr_at
+    from curvcli.schedules import Measured, freeze, lr_at
 
     own = rates.peak is None and not rates.from_file
     # Before a minute of measuring, not after it: what is wrong with the schedule is known from its options.
@@ -213,11 +213,11 @@ def _freeze(
 
 
 def _analyze(checkpoint: Path, data: Path | None, tokens: int | None, quiet: bool) -> Report:
-    from curvcli.progress import reporting
+    from curvcli.cli.progress import reporting
 
     with reporting(quiet) as progress:
         progress("importing torch", 0.0)
-        from curvcli.checkpoints import Options, analyze_checkpoint
+        from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 
         return analyze_checkpoint(checkpoint, Options(data=data, tokens=tokens), progress)
 
@@ -232,7 +232,7 @@ def _noted(plan: Schedule, own: bool, what: str) -> Schedule:
     """The schedule, with a finding where its peak learning rate was taken from the report."""
     if not own or plan.lr_schedule is None:
         return plan
-    from curvcli.results import Finding
+    from curvcli.documents import Finding
 
     message = f"no --lr was given: the peak, {plan.lr_schedule.peak:.4g}, {what}"
     return plan.model_copy(
@@ -257,12 +257,12 @@ def _only_last(order: Order | None, what: str) -> None:
 
 
 def _write(plan: Schedule, output: Path | None, plot: Path | None, format: Format) -> None:  # noqa: A002
-    from curvcli.results import write_whole
+    from curvcli.documents import write_whole
 
     if output:
         write_whole(output, plan.to_json().encode())
     if plot:
-        from curvcli.report.schedule_plot import plot as draw
+        from curvcli.render.schedule_plot import plot as draw
 
         write_whole(plot, draw(plan, plot.suffix[1:].lower()))
     if format is Format.json:
@@ -270,6 +270,6 @@ def _write(plan: Schedule, output: Path | None, plot: Path | None, format: Forma
     else:
         from rich.console import Console
 
-        from curvcli.report.schedule_table import show
+        from curvcli.render.schedule_table import show
 
         show(plan, Console())

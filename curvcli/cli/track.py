@@ -14,7 +14,7 @@ from curvcli.cli.options import Format
 from curvcli.errors import InputError, UsageError, plain
 
 if TYPE_CHECKING:
-    from curvcli.results import Comparison, Report, Track
+    from curvcli.documents import Comparison, Report, Track
 
 
 class TrackFormat(StrEnum):
@@ -55,25 +55,25 @@ def track(
     with exit_codes():
         settings = options.settings(given)
         check_outputs(output, plot)
-        from curvcli.progress import reporting
+        from curvcli.cli.progress import reporting
 
         with reporting(quiet, verbose) as progress:
             progress("importing torch", 0.0)
-            from curvcli.cache import FileCache, NoCache
-            from curvcli.checkpoints import Options
-            from curvcli.tracking import track_run
+            from curvcli.analysis.cache import FileCache, NoCache
+            from curvcli.analysis.checkpoint import Options
+            from curvcli.analysis.track import track_run
 
             how = Options(**settings, depths=False)
             store = NoCache() if no_cache else FileCache()
             found = track_run(run, how, store, last=last, window=window, surge_limit=surge, progress=progress)
         if isinstance(store, FileCache) and store.complaint:
             typer.echo(plain(f"curv: {store.complaint}"), err=True)
-        from curvcli.results import write_whole
+        from curvcli.documents import write_whole
 
         if output:
             write_whole(output, found.to_json().encode())
         if plot:
-            from curvcli.report.track_plot import plot_track
+            from curvcli.render.track_plot import plot_track
 
             write_whole(plot, plot_track(found, plot.suffix[1:].lower()))
         _print_track(found, format)
@@ -101,8 +101,8 @@ def compare(
     with exit_codes():
         check_outputs(output, None)
         a, b = _reports(first, second, given, quiet, verbose)
-        from curvcli.compare import compare as compared
-        from curvcli.results import write_whole
+        from curvcli.judge.compare import compare as compared
+        from curvcli.documents import write_whole
 
         found = compared(a, b, names=(str(first), str(second)))
         if output:
@@ -111,8 +111,8 @@ def compare(
 
 
 def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verbose: bool) -> tuple[Report, Report]:
-    from curvcli.progress import reporting
-    from curvcli.results import load_report
+    from curvcli.cli.progress import reporting
+    from curvcli.documents import load_report
 
     documents = [_is_report(path) for path in (first, second)]
     if all(documents):
@@ -122,7 +122,7 @@ def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verb
     settings = options.settings(given)
     with reporting(quiet, verbose) as progress:
         progress("importing torch", 0.0)
-        from curvcli.checkpoints import Options, open_for_analysis
+        from curvcli.analysis.checkpoint import Options, open_for_analysis
 
         start, reports = None, []
         for i, (path, is_report) in enumerate(zip((first, second), documents, strict=True)):
@@ -142,7 +142,7 @@ def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verb
 
 def _is_report(path: Path) -> bool:
     """Whether this is a document, by its content or its name. Raises InputError where it is another than a report."""
-    from curvcli.results import schema_of
+    from curvcli.documents import schema_of
 
     if path.is_dir() or not (path.suffix == ".json" or starts_as_json(path)):
         return False
@@ -160,11 +160,11 @@ def _print_track(found: Track, format: TrackFormat) -> None:  # noqa: A002
     if format is TrackFormat.table:
         from rich.console import Console
 
-        from curvcli.report.track_table import show
+        from curvcli.render.track_table import show
 
         show(found, Console())
     elif format is TrackFormat.csv:
-        from curvcli.report.track_table import to_csv
+        from curvcli.render.track_table import to_csv
 
         typer.echo(to_csv(found), nl=False)
     else:
@@ -172,7 +172,7 @@ def _print_track(found: Track, format: TrackFormat) -> None:  # noqa: A002
 
 
 def _print_comparison(found: Comparison, format: Format) -> None:  # noqa: A002
-    from curvcli.report.compare import show, to_csv, to_markdown
+    from curvcli.render.compare import show, to_csv, to_markdown
 
     if format is Format.table:
         from rich.console import Console

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from curvcli.results import Log
+    from curvcli.documents import Log
 
 # A terminal that was resized is drawn again this soon, in seconds; the file is looked at every --interval.
 _REDRAW = 0.2
@@ -57,14 +57,14 @@ def watch(
 def _one_frame(path: Path, tail: int, plot: Path | None) -> None:
     from rich.console import Console
 
-    from curvcli.report.watch import screen
-    from curvcli.results import find_log, load_records, write_whole
+    from curvcli.render.watch import screen
+    from curvcli.documents import find_log, load_records, write_whole
 
     if (found := find_log(path)) is None:
         raise InputError(f"{path} is no log and holds none", hint="without --once, on a terminal, curv watch waits for it")
     log = load_records(found)
     if plot:
-        from curvcli.report.plot_log import plot_log
+        from curvcli.render.plot_log import plot_log
 
         write_whole(plot, plot_log(log, plot.suffix[1:].lower()))
     # No colour system: no escape reaches a file or a pager.
@@ -76,7 +76,7 @@ def _live(path: Path, tail: int, interval: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from curvcli.report.watch import screen
+    from curvcli.render.watch import screen
 
     console = Console()
     # A terminal must get its own screen back, whatever ends the watcher.
@@ -95,7 +95,7 @@ def _live(path: Path, tail: int, interval: float) -> None:
 
 def _looks(path: Path, interval: float, console: Console) -> Iterator[Log]:
     """What to draw, each time that there is something to draw: after a look, or on a new size."""
-    from curvcli.results import LOG_NAME, Follower, Log, find_log
+    from curvcli.documents import LOG_NAME, Follower, Log, find_log
 
     follower: Follower | None = None
     while True:

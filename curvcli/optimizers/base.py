@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvcli.errors import InputError, UnsupportedError
-from curvcli.results import Finding
+from curvcli.documents import Finding
 
 Options = Mapping[str, Any]
 State = Mapping[str, Any]

@@ -11,7 +11,7 @@ from torch import Tensor
 from curvcli.errors import InputError, UsageError
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
-from curvcli.results import Finding
+from curvcli.documents import Finding
 
 
 def lead(view: OptimizerView, parameters: Mapping[str, Tensor]) -> Group | None:

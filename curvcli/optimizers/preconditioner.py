@@ -16,7 +16,7 @@ from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.options import scrutinise
-from curvcli.results import Finding
+from curvcli.documents import Finding
 
 Kind = Literal["checkpoint", "estimated", "none"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.problem import Problem
 from curvcli.optimizers.preconditioner import Preconditioner
-from curvcli.results import Update
+from curvcli.documents import Update
 
 
 def next_update(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvcli.curvature.problem import Loss
 from curvcli.errors import UsageError
-from curvcli.results import Schedule
+from curvcli.documents import Schedule
 from curvcli.training.tracker import CurvatureTracker
 from curvcli.training.warmup import ArchitectureWarmup
 

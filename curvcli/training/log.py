@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from curvcli.results import Record
+from curvcli.documents import Record
 
 Sink = Callable[[Record], None]
 # What is drawn over steps; the rest of a record is in the JSONL file.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from curvcli import resources
+from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction
 from curvcli.curvature.operator import PreconditionedHessian, lift
@@ -23,7 +23,7 @@ from curvcli.curvature.untouched import hushed
 from curvcli.errors import CurvError
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
 from curvcli.optimizers.update import next_update
-from curvcli.results import Record
+from curvcli.documents import Record
 from curvcli.training.log import Sink, open_log
 from curvcli.training.shadow import Shadow
 

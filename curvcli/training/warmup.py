@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.errors import UsageError
-from curvcli.inputs.networks.blocks import find_blocks, locate
-from curvcli.results import Schedule, load_schedule
+from curvcli.models.blocks import find_blocks, locate
+from curvcli.documents import Schedule, load_schedule
 from curvcli.training.alive import DeadBlockError, Stillness, Watch
 from curvcli.training.identity import prove
 from curvcli.training.locks import check_shared, find_locks

@@ -1,0 +1,309 @@
+"""From files to a report: the checkpoint, its data and its optimizer, put together and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvcli import documents
+from curvcli.analysis.api import Analysis, Estimated, Provenance, check_effort, examine
+from curvcli.analysis.config import find_config
+from curvcli.curvature.hvp import Mode
+from curvcli.curvature.problem import Loss
+from curvcli.errors import InputError, UsageError
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Architecture, Checkpoint, Task
+from curvcli.data.examples import Examples
+from curvcli.data.shards import Sample, Shard, find_sources
+from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
+from curvcli.models.architecture import named
+from curvcli.models.user_code import blamed
+from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
+from curvcli.checkpoints.state.mapping import AmbiguousStateError
+from curvcli.checkpoints.state.soundness import state_findings, weight_findings
+from curvcli.analysis.solve import Directions, Progress
+from curvcli.optimizers import NAMES
+from curvcli.optimizers.adam import Adam
+from curvcli.optimizers.base import Group, OptimizerView
+from curvcli.optimizers.given import at_logged, check_known, override, scaled
+from curvcli.optimizers.sgd import SGD
+
+DEFAULT_TOKENS = 8192
+OPTIMIZERS = (*NAMES, "none")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may set; None means the configuration's value, the checkpoint's, or the default."""
+
+    data: Path | Sequence[Path] | None = None
+    sample: Sample | None = None
+    tokens: int | None = None
+    sequence_length: int | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    device: str = "auto"
+    model: str | None = None
+    loss: str = "auto"
+    optimizer: str | None = None
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    momentum: float | None = None
+    mode: Mode | Literal["auto"] = "auto"
+    tolerance: float = 1e-2
+    max_hvps: int = 100
+    deadline: float = float("inf")
+    depths: bool = True
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint and its data, read and not yet measured. `options` have no configuration left to look up."""
+
+    checkpoint: Checkpoint
+    read: Shard | Examples
+    task: Task
+    loss: Loss
+    options: Options
+
+    def measure(self, progress: Progress | None = None, start: Directions | None = None) -> Analysis:
+        """Build the model and measure, from the eigenvectors of another checkpoint where there are any. Raises CurvError."""
+        checkpoint, options = self.checkpoint, self.options
+        device = _device(options.device)
+        model = checkpoint.model()
+        found = [*checkpoint.findings, *weight_findings(model)]
+        shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
+        model.to(device)
+
+        def evidence() -> Evidence:
+            # Up to 32 gradients, of rows that are measured anyway.
+            rows = max(1, 8192 // (shard.sequence_length or 1))
+            parts = shard.batches(max(1, rows // 32))[:32]
+            return gather(model, self.loss, [_to(part, device) for part in parts])
+
+        batches = [_to(b, device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+        with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
+            self.loss(model, batches[0])
+        optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
+        if isinstance(self.read, Shard) and isinstance(shard, Examples):
+            positions = len(self.read.windows) * self.read.sequence_length
+            notes["masked-positions"] = (
+                f"{shard.tokens:,} of {positions:,} positions were replaced by the mask token, "
+                "by the seed, and are what the loss averages over; no special tokens were added"
+            )
+        unused = left_out(model, shard.columns) if isinstance(shard, Examples) and self.loss in LOSSES.values() else []
+        if unused:
+            notes["unused-columns"] = (
+                f"{', '.join(unused)[:200]}: the model's forward takes no such input, they are left out"
+            )
+        return examine(
+            model,
+            self.loss,
+            batches,
+            optimizer,
+            weights=[predictions(b, self.task) for b in batches],
+            mode=options.mode,
+            tolerance=options.tolerance,
+            max_hvps=options.max_hvps,
+            seed=options.seed or 0,
+            progress=progress,
+            deadline=options.deadline,
+            depths=options.depths,
+            start=start,
+            provenance=Provenance(
+                checkpoint=lambda parameters, layers: results.Checkpoint(
+                    path=str(checkpoint.path),
+                    format=checkpoint.format,
+                    step=checkpoint.step,
+                    parameters=parameters,
+                    layers=layers,
+                ),
+                data=lambda loss: self.data(loss, shard.tokens),
+                lr_source=lr_source,
+                notes={**checkpoint.notes, **notes},
+                findings=tuple(found),
+                logged_loss=checkpoint.training_loss,
+            ),
+        )
+
+    def data(self, loss: float, tokens: int) -> results.Data:
+        """What the report says of the data.
+
+        Args:
+            tokens: predictions, which are fewer than the tokens read where only masked ones count.
+        """
+        read = self.read
+        stream = read if isinstance(read, Shard) else None
+        if isinstance(read, Shard):
+            files = [results.DataFile(path=str(s.path), kind=s.kind, tokens=s.tokens) for s in read.sources]
+        else:
+            files = [results.DataFile(path=str(path), kind=kind) for path, kind in read.files]
+        return results.Data(
+            path=str(read.path),
+            files=files,
+            sample=stream.sample if stream else "first",
+            offsets=stream.offsets if stream else [],
+            tokens=tokens,
+            sequence_length=read.sequence_length,
+            sha256=read.sha256,
+            loss=loss,
+        )
+
+
+def open_for_analysis(path: Path, options: Options) -> Opened:
+    """Headers of a checkpoint, its configuration and its data. Raises CurvError."""
+    check_effort(options.tolerance, options.max_hvps)
+    device = str(_device(options.device))
+    checkpoint = open_checkpoint(path, architecture_of(options.model))
+    options, data = _configured(replace(options, device=device), checkpoint)
+    task, loss = loss_for(options.loss, checkpoint.task)
+    read = read_data(
+        data,
+        checkpoint,
+        task,
+        tokens=options.tokens or DEFAULT_TOKENS,
+        sequence_length=options.sequence_length,
+        sample=options.sample or "first",
+        seed=options.seed or 0,
+    )
+    return Opened(checkpoint, read, task, loss, options)
+
+
+def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> results.Report:
+    """`curv analyze`: read a checkpoint and a shard, and measure. Raises CurvError."""
+    (progress or (lambda stage, done: None))("reading", 0.0)
+    return open_for_analysis(path, options).measure(progress).report
+
+
+def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: str | None = None) -> dict[str, Any]:
+    """`curv inspect`: what would be read, from headers alone. Raises CurvError."""
+    checkpoint = open_checkpoint(path, architecture_of(model))
+    config, file = find_config(checkpoint.path, data=not data)
+    shard = data or config.data
+    sources = find_sources(shard, checkpoint) if shard else ()
+    sizes = {t.name: prod(t.shape) for t in checkpoint.tensors}
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "architecture": checkpoint.architecture,
+        "task": checkpoint.task,
+        "step": checkpoint.step,
+        "tensors": len(sizes),
+        "values": sum(sizes.values()),
+        "dtypes": sorted({t.dtype for t in checkpoint.tensors}),
+        "vocabulary": checkpoint.vocabulary,
+        "context": checkpoint.context,
+        "optimizer": checkpoint.optimizer.summary() if checkpoint.optimizer else None,
+        "configuration": str(file) if file else None,
+        "data": [{"path": str(s.path), "kind": s.kind, "tokens": s.tokens} for s in sources],
+        "notes": checkpoint.notes,
+        "findings": {finding.code: finding.message for finding in checkpoint.findings},
+    }
+
+
+def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path | Sequence[Path]]:
+    config, file = find_config(checkpoint.path, data=options.data is None)
+    said = config.model_dump(exclude={"gate"}, exclude_none=True)
+    merged = replace(options, **{key: value for key, value in said.items() if getattr(options, key) is None})
+    if merged.data is None:
+        where = f"{file} names none" if file else "no curv.toml was found"
+        raise UsageError(f"no data shard: --data was not given and {where}", hint="pass --data FILE of training tokens")
+    return merged, merged.data
+
+
+def _optimizer(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    options: Options,
+    evidence: Callable[[], Evidence],
+    found: list[results.Finding],
+) -> tuple[OptimizerView | Estimated | None, Literal["checkpoint", "log", "option", "none"], dict[str, str]]:
+    given: dict[str, Any] = {
+        "lr": options.lr,
+        "betas": options.betas,
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+        "momentum": options.momentum,
+    }
+    given = {k: v for k, v in given.items() if v is not None}
+    names = {n.lower(): n for n in OPTIMIZERS}
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if options.optimizer is not None and options.optimizer.lower() not in names:
+        raise UsageError(f"unknown optimizer {options.optimizer!r}", hint=f"one of: {', '.join(OPTIMIZERS)}")
+    name = names[options.optimizer.lower()] if options.optimizer else None
+    if name == "none":
+        if given:
+            raise UsageError(f"--optimizer none takes no {', '.join(sorted(given))}", hint="drop them, or name an optimizer")
+        return None, "none", {}
+    if checkpoint.optimizer is None:
+        lr_source: Literal["option", "none"] = "option" if options.lr is not None else "none"
+        if name == "SGD":
+            check_known(SGD(), given)
+            return OptimizerView((Group(tuple(parameters), given),), {}, "SGD", vouched=True), lr_source, {}
+        if name not in (None, "Adam", "AdamW"):
+            raise InputError(
+                f"{checkpoint.path} has no optimizer state, and {name}'s cannot be estimated",
+                hint="give a checkpoint with optimizer state, or --optimizer adamw",
+            )
+        check_known(Adam(), given)
+        return Estimated({"betas": (0.9, 0.999), "eps": 1e-8, **given}), lr_source, {}
+    gradients = evidence()
+    try:
+        view = checkpoint.optimizer.view(model)
+    except AmbiguousStateError as error:
+        view, finding = choose(error, gradients)
+        found.append(finding)
+    view = override(replace(view, name=name, vouched=True) if name else view, **{**given, "lr": None})
+    found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)
+    found += contradictions(view, gradients, checkpoint.optimizer.path)
+    if options.lr is not None:
+        return scaled(view, parameters, options.lr), "option", {}
+    rates = [group.number("lr") for group in view.groups]
+    if any(rates):
+        return view, "checkpoint", {}
+    if checkpoint.last_lr is None:
+        scaled(view, parameters, 1.0)  # where the groups' ratios are lost, --lr would not help: say so at once
+        raise InputError(
+            f"the learning rate in {checkpoint.optimizer.path} is 0 and the run's log has none",
+            hint="pass the one in force with --lr",
+        )
+    return at_logged(view, checkpoint.last_lr), "log", {}
+
+
+def architecture_of(model: str | None) -> Architecture | None:
+    """The network that --model names, where it is given. Raises CurvError."""
+    return named(model) if model is not None else None
+
+
+def _to(batch: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    return batch.to(device) if isinstance(batch, Tensor) else {name: column.to(device) for name, column in batch.items()}
+
+
+def _batch_size(shard: Shard | Examples, checkpoint: Checkpoint) -> int:
+    """Rows per batch: logits of at most 2^26 values, pixels of 2^22, and at least 4 batches so that prefixes differ."""
+    rows, pixels = len(shard.windows) if isinstance(shard, Shard) else shard.rows, 1
+    if isinstance(shard, Examples):
+        pixels = max([1, *(column[0].numel() for column in shard.columns.values() if column.is_floating_point())])
+    by_memory = max(1, 2**26 // ((shard.sequence_length or 1) * (checkpoint.vocabulary or 2**16)))
+    return max(1, min(by_memory, 2**22 // pixels, rows // 4))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device {name!r} is not usable here: {str(error).splitlines()[0][:120]}", hint="pass --device cpu"
+        ) from error
+    return device

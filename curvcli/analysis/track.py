@@ -1,0 +1,242 @@
+"""A run over its checkpoints: each measured from the eigenvector of the one before, or taken from the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from curvcli.analysis.cache import Cache, Entry, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
+from curvcli.analysis.checkpoint import Opened, Options, architecture_of, open_for_analysis
+from curvcli.errors import CurvError, InputError
+from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
+from curvcli.models.architecture import config_beside
+from curvcli.models.user_code import source_digest
+from curvcli.analysis.solve import Directions, Progress
+from curvcli.judge.readings import ReportReadings, certified, incomparable
+from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart
+
+WINDOW, SURGE = 5, 2.0
+
+
+def track_run(
+    path: Path,
+    options: Options,
+    cache: Cache,
+    *,
+    last: int | None = None,
+    window: int = WINDOW,
+    surge_limit: float = SURGE,
+    progress: Progress | None = None,
+) -> Track:
+    """`curv track`: every checkpoint of a run in step order.
+
+    A checkpoint that cannot be measured is a point that says why, and the run goes on. Each report is in the cache
+    as soon as it is made: an interrupted call goes on where it stopped.
+
+    Args:
+        path: a run directory, or a pattern.
+        last: only so many of the newest checkpoints.
+        window: certified points that a surge's median is over.
+        surge_limit: rho over that median above which a point counts as surged.
+
+    Raises:
+        InputError: there is no checkpoint, or none of them could be measured.
+    """
+    started = time.monotonic()
+    if any(":" in spec for spec in (options.model or "", options.loss)):
+        cache = NoCache()  # the user's own code may have changed, and nothing in a key would say so
+    say = progress or (lambda stage, done: None)
+    found = _in_order(find_checkpoints(path))
+    over = passed_over(path, found)
+    if last:  # so many complete ones, and what comes after them
+        found = found[max(0, newest_complete(found, architecture_of(options.model)) - last + 1) :]
+    points: list[TrackPoint] = []
+    log: list[TrainingStep] = []
+    before: Directions | None = None
+    shard: tuple[str, int | None] | None = None
+    for i, checkpoint in enumerate(found):
+
+        def within(stage: str, done: float, place: int = i) -> None:
+            say(f"checkpoint {place + 1} of {len(found)}: {stage}", (place + done) / len(found))
+
+        try:
+            within("reading", 0.0)
+            checkpoint = fetched(checkpoint)  # of a run behind a URL, one at a time
+            unchanged = partial(_is_still, checkpoint, _stamp(checkpoint))
+            opened = open_for_analysis(checkpoint, options)
+            for finding in opened.checkpoint.findings:
+                if finding.code == "incomplete-checkpoint":
+                    raise InputError(
+                        finding.message, hint="curv analyze measures it as it is, with an estimated second moment"
+                    )
+            log = [TrainingStep(step=e.step, loss=e.loss, lr=e.lr) for e in opened.checkpoint.log] or log
+            tokens = opened.read.sha256, opened.read.sequence_length
+            if shard not in (None, tokens):
+                raise InputError(
+                    "its tokens are not those of the checkpoints before", hint="give one --data for the whole run"
+                )
+            entry, source, warm = _measured(opened, cache, before, unchanged, within)
+            shard, before = tokens, entry.directions
+            points.append(_point(opened, entry.report, source, warm, points, window, surge_limit))
+        except CurvError as error:
+            points.append(_failed(checkpoint, error))
+            before = None
+    if all(point.report is None for point in points):
+        first = points[0]
+        raise InputError(
+            f"none of {len(points)} checkpoints of {path} could be measured; {first.checkpoint}: {first.message}",
+            hint="try one alone with curv analyze",
+        )
+    hvps = sum(p.report.cost.hvps for p in points if p.report and p.source == "measured")
+    return Track(
+        run=str(path),
+        points=points,
+        log=log,
+        window=window,
+        surge_limit=surge_limit,
+        findings=[*over, *_findings(points, surge_limit)],
+        hvps=hvps,
+        seconds=time.monotonic() - started,
+        versions=Versions.installed(),
+    )
+
+
+def _in_order(found: list[Path]) -> list[Path]:
+    """By the step in the names where all have one, else by the step that the checkpoints themselves have."""
+    if all(step_of(path) is not None for path in found):
+        return found
+
+    def step(path: Path) -> int:
+        with suppress(CurvError):
+            return open_checkpoint(path).step or 0
+        return -1
+
+    return sorted(found, key=step)
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    try:
+        return checkpoint_stamp(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from error
+
+
+def _is_still(path: Path, stamp: list[tuple[str, int, int]]) -> bool:
+    """Whether a checkpoint is as it was, by the path it was found under: what is opened may lie inside of that."""
+    return _stamp(path) == stamp
+
+
+def key_of(opened: Opened) -> str:
+    """The cache's name for a measurement: what it is of and how it is made, not where it lies. Raises InputError."""
+    checkpoint, shard = opened.checkpoint, opened.read
+    config = config_beside(checkpoint.path)
+    try:
+        content = [checkpoint_digest(p) for p in (checkpoint.path, config, *checkpoint.sources) if p]
+    except OSError as error:
+        raise InputError(f"cannot read {checkpoint.path}: {error.strerror}", hint="check its permissions") from error
+    how = {k: v for k, v in asdict(opened.options).items() if k not in ("data", "deadline")}
+    versions = Versions.installed()
+    return cache_key(
+        checkpoint=[*content, checkpoint.step],  # the step may be from the directory's name
+        tokens=[shard.sha256, shard.sequence_length],
+        how=how,
+        code=[source_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec],
+        versions=[versions.torch, versions.transformers],
+    )
+
+
+def _measured(
+    opened: Opened, cache: Cache, before: Directions | None, unchanged: Callable[[], bool], progress: Progress
+) -> tuple[Entry, Literal["measured", "cached"], WarmStart | None]:
+    key = key_of(opened)
+    if (entry := cache.get(key)) is not None:
+        # The same content may have been measured elsewhere.
+        place = {"path": str(opened.checkpoint.path)}
+        data = opened.data(entry.report.data.loss, entry.report.data.tokens)
+        moved = {"checkpoint": entry.report.checkpoint.model_copy(update=place), "data": data}
+        return Entry(entry.report.model_copy(update=moved), entry.directions), "cached", None
+    analysis = opened.measure(progress, before)
+    if not unchanged():
+        raise InputError("it changed while it was measured", hint="call again once it is written")
+    entry = Entry(analysis.report, analysis.directions)
+    cache.put(key, entry)
+    return entry, "measured", analysis.warm_start
+
+
+def _point(
+    opened: Opened,
+    report: Report,
+    source: Literal["measured", "cached"],
+    warm: WarmStart | None,
+    points: Sequence[TrackPoint],
+    window: int,
+    limit: float,
+) -> TrackPoint:
+    reading = ReportReadings(report, history=certified(points, window)).surge()
+    surge = None if reading.reason else reading.value
+    return TrackPoint(
+        checkpoint=str(opened.checkpoint.path),
+        step=opened.checkpoint.step,
+        source=source,
+        report=report,
+        training_loss=opened.checkpoint.training_loss,
+        surge=surge,
+        surged=surge is not None and surge > limit,
+        warm_start=warm,
+    )
+
+
+def _failed(path: Path, error: CurvError) -> TrackPoint:
+    return TrackPoint(
+        checkpoint=str(path),
+        step=step_of(path),
+        source="failed",
+        report=None,
+        message=str(error),
+        training_loss=None,
+        surge=None,
+        surged=False,
+        warm_start=None,
+    )
+
+
+def _findings(points: Sequence[TrackPoint], limit: float) -> list[Finding]:
+    found = []
+    for point in points:
+        where = f"step {point.step:,}" if point.step is not None else point.checkpoint
+        if point.surged and point.surge is not None:
+            message = f"{where}: rho is {point.surge:.2g} times the median of the points before, above {limit:g}"
+            found.append(Finding(code="surge", severity="warning", message=message))
+        if point.source == "failed":
+            found.append(Finding(code="not-measured", severity="warning", message=f"{where}: {point.message}"))
+    measured = [point.report for point in points if point.report]
+    for earlier, later in pairwise(measured):
+        steps = f"step {earlier.checkpoint.step} to {later.checkpoint.step}"
+        if earlier.verdict != later.verdict:
+            message = f"{steps}: {earlier.verdict} before, {later.verdict} then"
+            severity: Literal["error", "info"] = "error" if later.verdict == "unstable" else "info"
+            found.append(Finding(code="verdict-changed", severity=severity, message=message))
+        if reason := incomparable(later, earlier):
+            message = f"{steps}: the two do not compare ({reason}), and no surge is over both"
+            found.append(Finding(code="not-comparable", severity="warning", message=message))
+    return [*found, *_saved(points)]
+
+
+def _saved(points: Sequence[TrackPoint]) -> list[Finding]:
+    """What starting from the checkpoint before saved, as it was measured in this call."""
+    known = [p.warm_start for p in points if p.warm_start and p.warm_start.converged]
+    cold, warm = sum(w.cold_hvps for w in known), sum(w.hvps for w in known)
+    if not cold:
+        return []
+    change = f"saved {cold - warm} of {cold}" if warm <= cold else f"cost {warm - cold} more than the {cold}"
+    message = (
+        f"warm starts {change} products in the {len(known)} solves that were made both ways (full model, a quarter of the "
+        "shard)"
+    )
+    return [Finding(code="warm-start", severity="info", message=message)]

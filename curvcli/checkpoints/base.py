@@ -1,0 +1,144 @@
+"""The seam of checkpoint readers, and what they hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import nn
+
+from curvcli.errors import InputError
+from curvcli.optimizers.base import OptimizerView
+from curvcli.documents import Finding
+
+Task = Literal["causal-lm", "masked-lm", "seq2seq", "classification"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor as its file's header describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class OptimizerFile:
+    """Optimizer state before it is mapped to names: `view(model)` maps it, or raises InputError."""
+
+    path: Path
+    view: Callable[[nn.Module], OptimizerView]
+    summary: Callable[[], dict[str, object]]
+
+
+def unusable(path: Path, what: str, *, hint: str) -> OptimizerFile:
+    """State that is there and no number can be made of: `curv inspect` says so, and mapping it raises InputError."""
+
+    def view(model: nn.Module) -> OptimizerView:
+        raise InputError(what, hint=hint)
+
+    return OptimizerFile(path, view, lambda: {"not used": what})
+
+
+def warning(code: str, message: str) -> Finding:
+    """A finding that headers suffice for."""
+    return Finding(code=code, severity="warning", message=message)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The network that weights belong to, where the file with the weights does not say it or the user says otherwise.
+
+    Attributes:
+        name: for people.
+        build: a float32 model in evaluation mode on the CPU, whose weights are still to be loaded. Raises InputError.
+        task: what its loss is.
+        vocabulary: token ids lie below it; None where that is not known beforehand.
+        context: longest sequence it takes, where known.
+        tokenizer: directory of its tokenizer, where there is one.
+        configuration: transformers' config.json that it is built from, where it is.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    task: Task = "causal-lm"
+    vocabulary: int | None = None
+    context: int | None = None
+    tokenizer: Path | None = None
+    configuration: Path | None = None
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the run's own log says of a step."""
+
+    step: int
+    loss: float | None
+    lr: float | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers were read; weights and state are loaded by the calls.
+
+    Attributes:
+        path: the checkpoint itself, newest of its run where a run was given.
+        format: as the reader calls it.
+        architecture: model class or type, for people.
+        tensors: the stored weights.
+        model: builds the float32 model in evaluation mode. Raises InputError.
+        optimizer: None where the checkpoint has none.
+        step: optimizer steps taken, where known.
+        vocabulary: token ids lie below it; None where nothing says it.
+        context: longest sequence the model takes, where known.
+        task: what the loss is.
+        log: the run's own log up to this checkpoint, in step order, where it has one.
+        notes: what a reader of the numbers should know about how the trainer made them.
+        findings: what is wrong with the files, as far as headers tell.
+        sources: further files and directories that the model is made of, outside the checkpoint.
+    """
+
+    path: Path
+    format: str
+    architecture: str
+    tensors: tuple[TensorInfo, ...]
+    model: Callable[[], nn.Module]
+    optimizer: OptimizerFile | None
+    step: int | None
+    vocabulary: int | None
+    context: int | None
+    task: Task = "causal-lm"
+    log: tuple[Logged, ...] = ()
+    tokenizer: Path | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    sources: tuple[Path, ...] = ()
+
+    @property
+    def last_lr(self) -> float | None:
+        """Last positive learning rate in the run's own log."""
+        return next((entry.lr for entry in reversed(self.log) if entry.lr is not None and entry.lr > 0), None)
+
+    @property
+    def training_loss(self) -> float | None:
+        """Last training loss in the run's own log."""
+        return next((entry.loss for entry in reversed(self.log) if entry.loss is not None), None)
+
+
+class CheckpointReader(Protocol):
+    """One checkpoint format."""
+
+    def accepts(self, path: Path) -> bool:
+        """Whether this looks like the reader's format; looks at names, and at a file's first bytes at most."""
+        ...
+
+    def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """Headers of the checkpoint. Raises InputError.
+
+        Args:
+            architecture: what the user named with --model; None leaves it to what lies in the checkpoint.
+        """
+        ...

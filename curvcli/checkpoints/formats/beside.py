@@ -1,0 +1,115 @@
+"""What lies beside the weights, or in one file with them: optimizers, and averages that no optimizer step made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from curvcli.errors import InputError, UnsupportedError
+from curvcli.checkpoints.base import OptimizerFile, unusable, warning
+from curvcli.files.names import averaged, of_average, plain
+from curvcli.checkpoints.state.mapping import check_document
+from curvcli.optimizers.base import Group, OptimizerView
+from curvcli.optimizers.refused import refuse
+from curvcli.documents import Finding
+
+_OPTIMIZER = re.compile(r"(?:^|[-_.\d])optim(?:izer)?s?(?:_states?|_state_dict)?(?=[-_.\d]|$)", re.IGNORECASE)
+# avg_loss=2.31 in a file's name is a metric.
+_METRIC = re.compile(r"[\w/]+=[+-]?\d[\d.]*(?:e[+-]?\d+)?")
+_TENSORS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl", ".npz", ".msgpack")
+
+
+def optimizer_files(directory: Path) -> list[Path]:
+    """What a directory has by the name of an optimizer's state: files of tensors, and directories. Raises InputError."""
+    try:
+        found = sorted(p for p in directory.iterdir() if _OPTIMIZER.search(p.name))
+    except OSError as error:
+        raise InputError(f"cannot list {directory}: {error.strerror}", hint="check its permissions") from error
+    return [p for p in found if p.suffix in _TENSORS or p.is_dir()]
+
+
+def optimizers_in(document: Any) -> dict[str, Any]:
+    """The optimizers' state_dicts in a saved document, by where they are: itself, under a key, in a list or by name.
+
+    What is called an optimizer and is none comes too, for the reader to refuse by name.
+    """
+    if _is_state(document):
+        return {"": document}
+    whole = document if isinstance(document, dict) else {}
+    found: dict[str, Any] = {}
+    for key, value in whole.items():
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+        inside = {f"{key}.{part}": each for part, each in parts if _is_state(each)}
+        if _is_state(value):
+            found[str(key)] = value
+        elif inside:
+            found |= inside
+        elif isinstance(value, (dict, list, tuple)) and value and _OPTIMIZER.search(str(key)):
+            found[str(key)] = value
+    return found
+
+
+def several(documents: Mapping[str, Any], path: Path) -> UnsupportedError:
+    """What to say of more optimizers than one. Raises UnsupportedError where one of them is no number's."""
+    for document in documents.values():
+        groups, state = check_document(document, path)
+        refuse(OptimizerView(tuple(Group((), g) for g in groups), {str(k): v for k, v in state.items()}))
+    return UnsupportedError(
+        f"{path} has {len(documents)} optimizers ({', '.join(documents)[:200]})",
+        hint="pass --optimizer none, or save one optimizer",
+    )
+
+
+def averages_of(names: Iterable[str], *where: str) -> tuple[bool, str | None]:
+    """Whether stored weights are an average, and if they are not, the name under which one lies among them.
+
+    Args:
+        where: what the file, its directory and the part of it are called.
+    """
+    stored = list(names)
+    apart = [name for name in stored if of_average(name)]
+    called = any(averaged(_METRIC.sub("", name)) for name in where)
+    whole = any(plain(name) == "n_averaged" for name in apart) or (stored and len(apart) == len(stored))
+    if called or whole:
+        return True, None
+    return False, apart[0].rpartition(".")[0] if apart else None
+
+
+def averaged_weights(where: str) -> Finding:
+    """For a report of weights that are an average.
+
+    Args:
+        where: they lie, for people.
+    """
+    what = f"the weights ({where}) are an average of several steps': no optimizer step reached them, and none left them"
+    return warning("averaged-weights", what)
+
+
+def of_another(path: Path, what: str) -> OptimizerFile:
+    """State beside weights that are an average: its moments are of other weights."""
+    return unusable(
+        path,
+        f"the weights in {path} ({what}) are an average, and the optimizer's moments belong to the weights that it moved",
+        hint="give the checkpoint that has the trained weights, or pass --optimizer none for the average's own curvature",
+    )
+
+
+def unread(path: Path, read: Iterable[Path] = ()) -> list[Finding]:
+    """A warning where optimizer state lies beside the weights and no number comes from it.
+
+    Args:
+        path: the checkpoint.
+        read: what of it was read.
+    """
+    left = [p.name for p in optimizer_files(path if path.is_dir() else path.parent) if p not in {path, *read}]
+    if not left:
+        return []
+    return [
+        warning("unread-optimizer", f"{', '.join(left)[:200]} beside the weights was not read: no number here comes from it")
+    ]
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and "param_groups" in value and "state" in value

@@ -1,0 +1,191 @@
+"""Which moments belong to which parameters, by the data: second moments follow squared gradients, entry by entry.
+
+The second moment averages squared gradients, so within a tensor its entries rank as squared gradients on training data
+do, whatever the loss is scaled by, gradients are clipped to, or bias correction is left out. The first moment's
+cosine with the gradient, the other candidate, is 0.5 after ten steps and -0.2 to 0.2 later (docs/security-tests.md).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvcli.errors import InputError
+from curvcli.checkpoints.state.mapping import AmbiguousStateError
+from curvcli.optimizers.base import OptimizerView
+from curvcli.documents import Finding
+
+_SECOND = ("exp_avg_sq", "square_avg", "sum")
+_SAMPLE = 2**15
+# On the sample checkpoints, in the right order: two layers against each other are right by 0.16 or more, single
+# tensors by -0.52 or more (two alike in one layer), the mean correlation is 0.26 or more.
+_LAYERS, _TENSORS, _UNRELATED = -0.1, -0.8, 0.1
+
+
+# Four rank correlations over n entries scatter by 2 / sqrt(n) together. Of 80 sound runs with matrices of 16 entries 20 had
+# two tensors that fit each other better by 0.8; with 128 and more none of 160 had (docs/security-tests.md).
+_ENTRIES = 128
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Ranks of squared gradients at sampled entries of every parameter.
+
+    Attributes:
+        picks: which entries, by parameter.
+        ranks: of their mean squared gradients, centred and of unit norm; zeros where all are equal.
+    """
+
+    picks: Mapping[str, Tensor]
+    ranks: Mapping[str, Tensor]
+
+    def fit(self, name: str, moment: Tensor) -> float:
+        """Rank correlation of a parameter's squared gradients with a second moment of its shape, -1 to 1."""
+        there = moment.reshape(-1)[self.picks[name].to(moment.device)]
+        return float(self.ranks[name] @ _ranks(there))
+
+
+def gather(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Sequence[Any]) -> Evidence:
+    """Evidence from a gradient per batch; many small batches say more than few large ones."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    picks = {
+        name: torch.randint(p.numel(), (_SAMPLE,), generator=generator) if p.numel() > _SAMPLE else torch.arange(p.numel())
+        for name, p in parameters.items()
+    }
+    squares = {name: torch.zeros(len(pick), dtype=torch.float64) for name, pick in picks.items()}
+    for batch in batches:
+        gradients = torch.autograd.grad(
+            loss(model, batch), list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            squares[name] += gradient.reshape(-1)[picks[name].to(gradient.device)].double().cpu().square()
+    return Evidence(picks, {name: _ranks(value) for name, value in squares.items()})
+
+
+def choose(error: AmbiguousStateError, evidence: Evidence) -> tuple[OptimizerView, Finding]:
+    """Of the orders that fit, the one that the gradients single out. Raises the error given where they do not."""
+    known: dict[tuple[str, int], float] = {}
+
+    def fits(view: OptimizerView) -> dict[int, tuple[str, float]]:
+        """Parameter and fit by moment, which several views have in common."""
+        found = {}
+        for name in view.state:
+            if name in evidence.ranks and (v := _second(view, name)) is not None:
+                place = (name, id(v))
+                known[place] = known[place] if place in known else evidence.fit(name, v)
+                found[id(v)] = (name, known[place])
+        return found
+
+    every = [fits(view) for view in error.views]
+    best = max(range(len(every)), key=lambda i: mean(fit for _, fit in every[i].values()) if every[i] else -1.0)
+    leads: list[float] = []
+    for other, label in enumerate(error.labels):
+        if other == best:
+            continue
+        pairs = [(mine, every[other][v]) for v, mine in every[best].items() if v in every[other]]
+        lead = _significant([mine[1] - theirs[1] for mine, theirs in pairs if mine[0] != theirs[0]])
+        leads.append(lead)
+        if lead < -_LAYERS:
+            raise InputError(
+                f"{error.message}; the squared gradients on this shard follow {error.labels[best]} better than "
+                f"{label} by a rank correlation of {lead:.2g} only",
+                hint=error.hint,
+            )
+    if not leads:
+        return error.views[best], Finding(
+            code="order-by-shape",
+            severity="warning",
+            message=f"{error.message.removesuffix(', which 1 assignments fit')}; {error.labels[best]} is taken, the only "
+            "assignment of whole layers that every shape fits",
+        )
+    return error.views[best], Finding(
+        code="order-by-gradient",
+        severity="info",
+        message=f"optimizer state fits the model in {len(every)} orders; {error.labels[best]} is taken, which the squared "
+        f"gradients on this shard follow better by a rank correlation of {min(leads):.2f}",
+    )
+
+
+def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> list[Finding]:
+    """Moments that belong to other parameters than they are stored for.
+
+    Raises:
+        InputError: two layers, or two tensors, fit each other's moments better, beyond doubt.
+    """
+    moments = {n: v for n in view.state if n in evidence.ranks and (v := _second(view, n)) is not None and v.numel() > 1}
+    own = {name: evidence.fit(name, v) for name, v in moments.items() if bool(evidence.ranks[name].any())}
+    if not own:
+        return []
+
+    def margin(a: str, b: str) -> float:
+        """How much better two tensors fit their own moments than each other's."""
+        return own[a] + own[b] - evidence.fit(a, moments[b]) - evidence.fit(b, moments[a])
+
+    worst: tuple[float, str, str] = (0.0, "", "")
+    alike: dict[tuple[str, str], dict[int, str]] = {}
+    for name in own:
+        if moments[name].dim() >= 2 and (parts := re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name)):
+            alike.setdefault((parts[1], parts[3]), {})[int(parts[2])] = name
+    pairs: dict[tuple[str, int, int], list[float]] = {}
+    for (prefix, _), layers in alike.items():
+        for i, j in combinations(sorted(layers), 2):
+            if moments[layers[i]].shape == moments[layers[j]].shape:
+                value = margin(layers[i], layers[j])
+                pairs.setdefault((prefix, i, j), []).append(value)
+                if moments[layers[i]].numel() >= _ENTRIES:
+                    worst = min(worst, (value, layers[i], layers[j]))
+    for (prefix, i, j), margins in pairs.items():
+        if len(margins) >= 3 and -_significant([-value for value in margins]) < _LAYERS:
+            raise _swapped(f"layers {prefix}.{i} and {prefix}.{j}", mean(margins), path)
+    if worst[0] < _TENSORS:
+        raise _swapped(f"{worst[1]} and {worst[2]}", worst[0], path)
+    overall = mean(own.values())
+    if overall < _UNRELATED:
+        return [
+            Finding(
+                code="moments-contradict-gradient",
+                severity="warning",
+                message=f"the second moments do not follow the squared gradients on this shard (mean rank correlation "
+                f"{overall:.2f}, 0.26 and more in sound runs): state of another run or model, or data of another kind",
+            )
+        ]
+    return []
+
+
+def _significant(values: list[float]) -> float:
+    """Mean of the values, or 0 where it lies within two standard errors of 0."""
+    if len(values) < 2:
+        return 0.0
+    error = stdev(values) / math.sqrt(len(values))
+    return mean(values) if abs(mean(values)) > 2 * error else 0.0
+
+
+def _swapped(what: str, margin: float, path: object) -> InputError:
+    return InputError(
+        f"optimizer state in {path}: {what} fit each other's second moments better than their own (rank correlation with "
+        f"squared gradients lower by {-margin:.2f})",
+        hint="their state is swapped, or of another model: use another checkpoint, or pass --optimizer none",
+    )
+
+
+def _second(view: OptimizerView, name: str) -> Tensor | None:
+    entry = view.state[name]
+    return next((entry[k] for k in _SECOND if isinstance(entry.get(k), Tensor) and entry[k].dim()), None)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks, equal ones shared, centred and of unit norm."""
+    _, inverse, counts = torch.unique(values.double().cpu(), return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0).double() - counts.double() / 2)[inverse]
+    ranks -= ranks.mean()
+    norm = ranks.norm()
+    return ranks / norm if norm > 0 else torch.zeros_like(ranks)

@@ -1,0 +1,280 @@
+"""Losses by task, and the batches that they take.
+
+A loss is the mean cross-entropy of the model's logits over the labels other than -100, in nats. Never the model's own
+loss: some divide by another count of tokens, some add terms, and batches are averaged by their counts here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from curvcli.curvature.problem import Loss
+from curvcli.errors import InputError, UsageError
+from curvcli.checkpoints.base import Checkpoint, Task
+from curvcli.data.examples import IGNORED, Examples, holds_examples, labelled, read_examples
+from curvcli.data.shards import Sample, Shard, find_paths, read_shard
+from curvcli.data.texts import encoded
+from curvcli.models.user_code import blamed, imported
+
+MASKED_SHARE = 0.15  # of positions, as BERT was trained
+
+
+def causal_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of the next token, in nats.
+
+    Args:
+        model: takes ids of shape (batch, sequence) and gives logits for each, as a tensor or an output's `.logits`.
+        batch: windows of shape (batch, sequence + 1), or columns with input_ids and labels at the same positions.
+    """
+    if isinstance(batch, Tensor):
+        return _cross_entropy(_logits(model, {"input_ids": batch[:, :-1]}), batch[:, 1:])
+    return _cross_entropy(_logits(model, batch)[:, :-1], _labels(batch)[:, 1:])
+
+
+def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy over the labels of masked positions, decoder positions or whole examples, in nats."""
+    return _cross_entropy(_logits(model, batch), _labels(batch))
+
+
+LOSSES: Mapping[Task, Loss] = {
+    "causal-lm": causal_loss,
+    "masked-lm": labelled_loss,
+    "seq2seq": labelled_loss,
+    "classification": labelled_loss,
+}
+
+
+def loss_for(spec: str, task: Task) -> tuple[Task, Loss]:
+    """The task and the loss that --loss means. Raises UsageError.
+
+    Args:
+        spec: "auto", a task, or package.module:function of the user's, called as function(model, batch).
+        task: the checkpoint's own.
+    """
+    if spec == "auto":
+        return task, LOSSES[task]
+    for known in get_args(Task):
+        if spec == known:
+            return known, LOSSES[known]
+    if ":" not in spec:
+        raise UsageError(
+            f"unknown loss {spec!r}", hint=f"one of: auto, {', '.join(get_args(Task))}, package.module:function"
+        )
+    function = imported(spec, "--loss")
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with blamed(f"--loss {spec}"):
+            value = function(model, batch)
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"--loss {spec} returned a {type(value).__name__}", hint="return the mean loss, a scalar tensor"
+            )
+        return value
+
+    return task, loss
+
+
+def read_data(
+    paths: Path | Sequence[Path],
+    checkpoint: Checkpoint,
+    task: Task,
+    *,
+    tokens: int,
+    sequence_length: int | None,
+    sample: Sample = "first",
+    seed: int = 0,
+) -> Shard | Examples:
+    """What a task averages over: tokens for language models, or examples.
+
+    Args:
+        tokens: predictions wanted.
+
+    Raises:
+        InputError: not readable, or ids beyond the vocabulary.
+    """
+    listed = find_paths(paths)
+    causal = task == "causal-lm"
+    if task in ("seq2seq", "classification") or any(holds_examples(path, causal=causal) for path in listed):
+        if sample != "first":
+            raise UsageError("examples are read from the beginning of the data", hint="leave out --sample")
+        path = listed[0]
+        encode = partial(encoded, checkpoint=checkpoint, path=path) if task == "classification" else None
+        examples = read_examples(listed, predictions=tokens, shifted=causal, encode=encode)
+        if sequence_length is not None:
+            raise UsageError(
+                f"--sequence-length cuts tokens, and {path} holds examples", hint="drop it, or take it out of curv.toml"
+            )
+        _in_range(examples, checkpoint.vocabulary, checkpoint.context, labels=task != "classification")
+        return examples
+    # Of a masked language model only some positions are predictions.
+    wanted = tokens if task == "causal-lm" else round(tokens / MASKED_SHARE)
+    return read_shard(listed, checkpoint, tokens=wanted, sequence_length=sequence_length, sample=sample, seed=seed)
+
+
+def prepared(data: Shard | Examples, task: Task, model: nn.Module, checkpoint: Checkpoint, seed: int) -> Shard | Examples:
+    """The data as the task's loss takes it: windows masked, the decoder's inputs made from labels. Raises InputError."""
+    if isinstance(data, Shard):
+        if task == "causal-lm":
+            found: Shard | Examples = data
+        else:
+            found = masked(data, mask_token(model, checkpoint), seed)
+    elif task == "seq2seq" and "decoder_input_ids" not in data.columns and "labels" in data.columns:
+        found = replace(
+            data, columns={**data.columns, "decoder_input_ids": _shifted(model, data.columns["labels"], data.path)}
+        )
+    else:
+        found = data
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    if checkpoint.vocabulary is None and sizes:
+        # No configuration says the vocabulary; ids past the largest embedding are wrong for certain.
+        _in_range(found, max(sizes), None, labels=False)
+    return found
+
+
+def predictions(batch: Tensor | Mapping[str, Tensor], task: Task) -> int:
+    """Labels that a batch's mean is over."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] * (batch.shape[1] - 1)
+    return int(labelled(batch, shifted=task == "causal-lm").sum())
+
+
+def masked(shard: Shard, mask: int, seed: int) -> Examples:
+    """Windows without their last token, 15 % of each one's positions (one at least) replaced by the mask token.
+
+    Labels are the tokens that were there, and -100 elsewhere. Every chosen position is masked: BERT's recipe leaves a
+    tenth of them as they are and puts random tokens on another. The positions depend on the seed and the shape alone.
+    """
+    ids = shard.windows[:, :-1]
+    count = max(1, round(MASKED_SHARE * ids.shape[1]))
+    draw = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(ids.shape, dtype=torch.bool).scatter_(1, draw.topk(count, dim=1).indices, True)
+    columns = {"input_ids": ids.masked_fill(chosen, mask), "labels": ids.masked_fill(~chosen, IGNORED)}
+    return Examples(Path(shard.path), columns, count * len(ids), shard.sha256)
+
+
+def mask_token(model: nn.Module, checkpoint: Checkpoint) -> int:
+    """Id of the mask token, from the configuration or the tokenizer beside the checkpoint. Raises InputError."""
+    found = getattr(getattr(model, "config", None), "mask_token_id", None)
+    if found is None and checkpoint.tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, trust_remote_code=False, local_files_only=True)
+            found = tokenizer.mask_token_id
+        except Exception as error:  # transformers raises every kind there is
+            raise InputError(
+                f"transformers cannot build the tokenizer in {checkpoint.tokenizer}: {str(error)[:200]}",
+                hint="give examples with masked input_ids and labels instead (.safetensors, .jsonl)",
+            ) from error
+    if not isinstance(found, int) or not 0 <= found < (checkpoint.vocabulary or found + 1):
+        raise InputError(
+            f"{checkpoint.path} does not say which token is the mask ({'none' if found is None else found})",
+            hint="save the tokenizer beside it, or give examples with masked input_ids and labels (.safetensors, .jsonl)",
+        )
+    return found
+
+
+def _shifted(model: nn.Module, labels: Tensor, path: Path) -> Tensor:
+    """The decoder's inputs by the model's own rule: labels one place later, after its start token."""
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    try:
+        found = make(labels=labels) if make is not None else None
+    except (AttributeError, ValueError, TypeError):  # the configuration has no start token, or no padding token
+        found = None
+    if not isinstance(found, Tensor):
+        raise InputError(
+            f"{path} has no column decoder_input_ids, and the model cannot make it from labels",
+            hint="add the column, or decoder_start_token_id and pad_token_id to config.json",
+        )
+    return found
+
+
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    if "labels" not in batch:
+        raise InputError(
+            f"the data have no column labels, only {', '.join(batch)[:200]}",
+            hint="add one, with -100 where nothing is predicted",
+        )
+    return batch["labels"]
+
+
+def left_out(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The columns that the model's forward does not name: like transformers' Trainer, losses here do not pass them.
+
+    A module of another library's or of one's own that takes any keyword gets all of them.
+    """
+    parameters = _parameters(model)
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not hasattr(model, "main_input_name")
+    # What a plain module calls its ids or pixels is its own affair: they are passed by position.
+    return [n for n in names if not anything and n not in parameters and n not in ("labels", "input_ids", "pixel_values")]
+
+
+def _parameters(model: nn.Module) -> Mapping[str, Parameter]:
+    adapted = getattr(model, "get_base_model", None)  # peft's wrapper names few of what its model takes
+    return signature(adapted().forward if callable(adapted) else model.forward).parameters
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits of a forward pass: a single input by position, so that a plain module may call it what it likes."""
+    unused = left_out(model, batch)
+    inputs: dict[str, Any] = {name: column for name, column in batch.items() if name not in (*unused, "labels")}
+    if "position_ids" in inputs and "use_cache" in _parameters(model):
+        inputs["use_cache"] = False  # with a cache transformers does not look where packed documents begin
+    try:
+        output = model(*inputs.values()) if len(inputs) == 1 else model(**inputs)
+    except IndexError as error:
+        raise InputError(
+            f"an id or a position lies beyond what the model has rows for ({error})",
+            hint="check that the data's tokenizer is the model's, and that sequences are no longer than its context",
+        ) from error
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    found = found[0] if isinstance(found, (tuple, list)) and found else found
+    if not isinstance(found, Tensor):
+        raise UsageError(
+            f"the model returned a {type(output).__name__}, not logits",
+            hint="return a tensor or an output with .logits, or pass --loss package.module:function",
+        )
+    return found
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[:-1] != labels.shape:
+        raise UsageError(
+            f"logits of shape {tuple(logits.shape)} do not go with labels of shape {tuple(labels.shape)}",
+            hint="the model must give logits for every label; name the right --loss, or one of your own",
+        )
+    counted = labels[labels != IGNORED]
+    low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+    if low < 0 or high >= logits.shape[-1]:
+        raise InputError(
+            f"label {low if low < 0 else high} is none of the model's {logits.shape[-1]} classes",
+            hint="the data was made for another model; label with -100 what is not to be predicted",
+        )
+    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+def _in_range(data: Shard | Examples, vocabulary: int | None, context: int | None, *, labels: bool) -> None:
+    """Raises InputError where a column of ids has one beyond the vocabulary, or is longer than the context."""
+    columns = {"input_ids": data.windows} if isinstance(data, Shard) else data.columns
+    for name, column in columns.items():
+        if not (name.endswith("input_ids") or (labels and name == "labels")):
+            continue
+        low, high = int(column[column != IGNORED].min()) if name == "labels" else int(column.min()), int(column.max())
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            raise InputError(
+                f"column {name} of {data.path} holds id {low if low < 0 else high}, the model's vocabulary has {vocabulary}",
+                hint="the data was made with another tokenizer",
+            )
+        if context is not None and column.dim() == 2 and column.shape[1] > context:
+            raise InputError(
+                f"column {name} of {data.path} has {column.shape[1]} ids a row, the model's context is {context}",
+                hint="cut the examples",
+            )

@@ -1,0 +1,117 @@
+"""What every document shares: strict JSON, findings, versions, and files read within limits. No torch."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from curvcli import __version__
+from curvcli.errors import InputError
+from curvcli.files.parse import parse_json, read_limited
+
+MOST = 2**53  # of any count: what a float holds exactly
+LARGEST = 1e300  # of any measured value: what is drawn of one is a few times as large
+Severity = Literal["info", "warning", "error"]
+
+# Nothing that a terminal obeys or that turns text around, and no surrogate, has a place in JSON either, where an escape
+# says the same. Beyond the basic plane: tags, which nobody sees.
+_HIDDEN = re.compile(
+    "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\U000e0000-\U000e007f]"
+)
+
+
+class Document(BaseModel):
+    """Strict JSON in and out: unknown fields, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        for name, value in self:
+            if isinstance(value, (int, float)) and abs(value) > (LARGEST if isinstance(value, float) else MOST):
+                raise ValueError(f"{name} is out of any range")
+        return self
+
+    def to_json(self) -> str:
+        """Strict JSON text, one trailing newline."""
+        return visible_json(self.model_dump_json(by_alias=True, indent=2)) + "\n"
+
+
+D = TypeVar("D", bound=Document)
+
+
+class Finding(Document):
+    code: str
+    severity: Severity
+    message: str
+
+
+class Versions(Document):
+    curvcli: str
+    torch: str
+    transformers: str | None
+    python: str
+
+    @classmethod
+    def installed(cls) -> Self:
+        """This package and what its numbers depend on, from their metadata: nothing is imported for it."""
+        found: dict[str, str | None] = {"curvcli": __version__}
+        for package in ("torch", "transformers"):
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                found[package] = None
+        return cls.model_validate({**found, "python": platform.python_version()})
+
+
+_LIMIT = 2**28  # a track of a thousand checkpoints has a fifth of it
+
+
+def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:
+    """Read a document of one kind. Raises InputError where the file is something else."""
+    try:
+        content = read_limited(path, _LIMIT)
+        parse_json(content)
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise InputError(f"{path} is not a {name} document: {first_problem(error)}", hint=hint) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a {name} document: {str(error)[:300]}", hint=hint) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where a document is wrong and why."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part)[:100] for part in first["loc"])
+    reason = first["msg"][:300]
+    return f"{where}: {reason}" if where else reason
+
+
+def schema_of(path: Path) -> str | None:
+    """The schema that a document names, as "curv.report/1"; None where it names none.
+
+    Raises:
+        InputError: the file is no JSON.
+    """
+    try:
+        document = parse_json(read_limited(path, _LIMIT))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no JSON document: {str(error)[:300]}", hint="write one with curv analyze -o") from error
+    name = document.get("schema") if isinstance(document, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def visible_json(text: str) -> str:
+    """JSON that says the same without a character that is not to be printed: each becomes its escape."""
+    return _HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
+def dumps(value: Any) -> str:
+    """JSON text of plain data, strict."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,77 @@
+"""What a gate decided: "curv.gate/1"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from curvcli.documents.base import Document, Finding, read_document
+from curvcli.documents.report import VerdictName
+
+RuleName = Literal[
+    "max-rho",
+    "max-layer-rho",
+    "max-update-ratio",
+    "max-surge",
+    "max-regression",
+    "min-tokens",
+    "require-resolved",
+]
+OutcomeName = Literal["passed", "broken", "unresolved"]
+
+
+class Rule(Document):
+    """A rule in force and where it is from: a flag, or a file."""
+
+    name: RuleName
+    limit: float | None = Field(
+        description="max-regression: percent, with the tolerance not yet added; null for require-resolved"
+    )
+    source: str
+
+
+class Outcome(Document):
+    """What became of one rule. "unresolved": the number is missing, not certified, or its bracket holds the limit."""
+
+    rule: RuleName
+    limit: float | None = Field(description="as compared: for max-regression percent, the tolerance added")
+    source: str
+    outcome: OutcomeName
+    part: str | None = Field(description="the layer, or embedding and head, that decided a rule on layers")
+    value: float | None
+    low: float | None = Field(description="lower end of the bracket that the limit is held against")
+    high: float | None = Field(description="its upper end")
+    message: str
+
+
+class Subject(Document):
+    """What was judged; numbers are null where the time budget ran out before any was known."""
+
+    path: str
+    kind: Literal["report", "track", "checkpoint"] = Field(description="of a track the newest point is judged")
+    checkpoint: str | None
+    step: int | None
+    tokens: int | None
+    rho: float | None
+    verdict: VerdictName
+
+
+class Gate(Document):
+    """What `curv gate` decided; document "curv.gate/1"."""
+
+    schema_: Literal["curv.gate/1"] = Field(default="curv.gate/1", alias="schema")
+    subject: Subject
+    baseline: str | None = Field(description="path of the report or track compared with")
+    outcome: OutcomeName = Field(description="broken if any rule is, else unresolved if any is, else passed")
+    unresolved: Literal["report", "pass", "fail"] = Field(description="what an unresolved outcome is taken for")
+    exit_code: Literal[0, 1, 3]
+    outcomes: list[Outcome] = Field(min_length=1)
+    findings: list[Finding] = Field(description="the report's own warnings and errors")
+    curvcli: str = Field(description="version that judged")
+
+
+def load_gate(path: Path) -> Gate:
+    """Read a gate document. Raises InputError where the file is no curv.gate/1."""
+    return read_document(Gate, path, "curv.gate/1", "write one with curv gate -o")

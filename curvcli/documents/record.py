@@ -1,0 +1,36 @@
+"""One line of the log that a tracker writes inside a training job: "curv.curvature/1"."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from curvcli.documents.base import Document
+
+RecordStatus = Literal["converged", "unconverged", "non-finite", "asymmetric", "failed"]
+
+
+class Record(Document):
+    """Curvature of the training model after one optimizer step; a JSONL file has one a line.
+
+    Values are null where `status` says that none could be had. "failed" carries its reason in `message`.
+    """
+
+    schema_: Literal["curv.curvature/1"] = Field(default="curv.curvature/1", alias="schema")
+    step: Annotated[int, Field(ge=0)]
+    loss: float | None = Field(description="of the training step, as the user gave it, in nats per token")
+    lr: float | None
+    eigenvalue: float | None = Field(description="lambda over the parameters that train")
+    rho: float | None
+    residual: float | None
+    update_ratio: float | None = Field(description="lr over the critical lr of the next update; null if none exists")
+    active_depth: int | None = Field(description="blocks that train, under architecture warm-up")
+    hvps: Annotated[int, Field(ge=0)]
+    seconds: float = Field(description="that the measurement took")
+    status: RecordStatus
+    message: str | None = None
+
+    def to_line(self) -> str:
+        """The record as one line of JSONL."""
+        return self.model_dump_json(by_alias=True) + "\n"

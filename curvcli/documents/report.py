@@ -1,0 +1,209 @@
+"""The report of one checkpoint: "curv.report/1"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from curvcli.documents.base import Document, Finding, Versions, read_document
+
+Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
+VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
+ENDS = "embedding, head"  # what the part outside the layers is called
+
+
+class Estimate(Document):
+    """One extreme eigenvalue with its certificate.
+
+    Some eigenvalue lies within `residual` of `eigenvalue`, which is a lower bound of the largest.
+    Values are null where `status` says that none could be had: "non-finite" (a product overflowed),
+    "asymmetric" (products fail u.Gv = v.Gu), "empty" (no parameter moves there), "skipped" (the time
+    budget ran out first). "unconverged" and "inconsistent" (interlacing violated) values are given,
+    and must not be relied on.
+    """
+
+    eigenvalue: float | None = Field(description="largest algebraic eigenvalue lambda of the preconditioned Hessian")
+    rho: float | None = Field(description="lambda over the optimizer's threshold; 1 is the edge of stability")
+    residual: float | None = Field(description="norm of G v - lambda v for the unit Ritz vector v")
+    most_negative: float | None = Field(description="smallest eigenvalue found, an upper bound of the true one")
+    most_negative_residual: float | None = Field(description="its residual norm")
+    most_negative_status: Literal["converged", "unconverged"] | None = Field(
+        description="converged: the residual is at most 10 % of it; null without a value"
+    )
+    hvps: Annotated[int, Field(ge=0, description="Hessian-vector products spent")]
+    status: Status
+
+    @field_validator("most_negative_status")
+    @classmethod
+    def _no_digits(cls, status: Any, info: ValidationInfo) -> Any:
+        """A value that its residual is larger than is a bound and no more; documents of old versions say otherwise."""
+        value, residual = info.data.get("most_negative"), info.data.get("most_negative_residual")
+        certified = value is not None and residual is not None and residual <= abs(value)
+        return "unconverged" if status == "converged" and not certified else status
+
+
+class PartEstimate(Estimate):
+    """Curvature restricted to the parameters of one part of the network, the rest held still."""
+
+    name: str
+    parameters: int
+
+
+class LayerEstimate(PartEstimate):
+    """Of one layer."""
+
+    index: int
+
+
+class DepthEstimate(Estimate):
+    """Curvature over embedding, head and the first `depth` layers."""
+
+    depth: int
+
+
+class Cumulative(Document):
+    """Curvature over depth: of the intact network restricted, and of the network cut short."""
+
+    restricted: list[DepthEstimate]
+    truncated: list[DepthEstimate]
+
+
+class Checkpoint(Document):
+    path: str
+    format: str
+    step: int | None
+    parameters: int
+    layers: Annotated[int, Field(ge=0, le=100_000)]
+
+
+class DataFile(Document):
+    path: str
+    kind: str = Field(description="what the file was recognised as")
+    tokens: int | None = Field(default=None, description="that it holds; null where only reading it would tell")
+
+
+class Data(Document):
+    path: str
+    files: list[DataFile] = Field(default=[], description="in the order in which their tokens are counted")
+    sample: Literal["first", "spread", "random"] = "first"
+    offsets: list[tuple[int, int]] = Field(
+        default=[],
+        description="windows used, as [first token over all files, how many windows of sequence_length + 1 follow on]",
+    )
+    tokens: int = Field(description="predictions that the loss averages over")
+    sequence_length: int | None
+    sha256: str = Field(
+        description="of the token ids used, as little-endian int64, in order; of examples: of the columns and their shapes"
+    )
+    loss: float = Field(description="mean loss over the shard, in nats per token")
+
+
+class Optimizer(Document):
+    name: str
+    lr: float | None
+    lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"]
+    betas: tuple[float, float] | None
+    eps: float | None
+    weight_decay: float | None
+    momentum: float | None
+    step: int | None
+    threshold: float | None = Field(description="value of lambda at which rho is 1")
+    preconditioner: Literal["checkpoint", "estimated", "none"]
+
+
+class Update(Document):
+    """The next update u = P^(-1) m to second order: the loss rises where ratio = lr/critical_lr > 1."""
+
+    critical_lr: float | None = Field(description="2 g.u / u.Hu")
+    ratio: float | None
+    status: Literal["ok", "uphill", "concave", "unavailable", "skipped"] = Field(
+        description="uphill: g.u <= 0 on this shard; concave: u.Hu <= 0, no critical lr; unavailable: no momentum or lr; "
+        "skipped: the time budget ran out first"
+    )
+
+
+class TokensPoint(Document):
+    """Top eigenvalue on a prefix of the shard, solved for on its own."""
+
+    tokens: int
+    eigenvalue: float | None
+    rho: float | None
+
+
+class Generalisation(Document):
+    """A bracket for the curvature of the data behind the shard.
+
+    `held_out` is v.Gv on the second half of the shard for the top eigenvector v of the first half.
+    In expectation it is at most the data's lambda, as the shard's own lambda is at least that.
+    """
+
+    held_out: float | None
+    rho_low: float | None
+    rho_high: float | None
+
+
+class Mass(Document):
+    tensor: str
+    mass: float = Field(description="share of the top eigenvector's squared norm")
+    rows: list[tuple[int, float]] | None = Field(
+        default=None, description="rows with the largest shares of the whole, where they are tokens or positions"
+    )
+    rows_of: Literal["tokens", "positions"] | None = Field(
+        default=None, description="what the rows are; in documents of older versions, which went by sizes, not known"
+    )
+
+
+class Cost(Document):
+    hvps: int
+    seconds: float
+    peak_memory_bytes: int
+    device: str
+    mode: str
+    mode_seconds: dict[str, float] = Field(description="seconds per product on the first batch, by exact mode")
+
+
+class Report(Document):
+    """What `curv analyze` found; document "curv.report/1"."""
+
+    schema_: Literal["curv.report/1"] = Field(default="curv.report/1", alias="schema")
+    checkpoint: Checkpoint
+    data: Data
+    optimizer: Optimizer
+    full: Estimate
+    ends: PartEstimate | None = Field(
+        default=None,
+        description="embedding, head and what else lies outside the layers, as one part; null without layers, and in "
+        "documents of older versions",
+    )
+    layers: list[LayerEstimate]
+    cumulative: Cumulative
+    update: Update
+    tokens: list[TokensPoint]
+    generalisation: Generalisation
+    attribution: list[Mass]
+    participation: float | None = Field(description="entries that the top eigenvector is spread over: 1 / sum of v^4")
+    verdict: VerdictName
+    findings: list[Finding]
+    cost: Cost
+    versions: Versions
+
+    @property
+    def outside(self) -> PartEstimate | None:
+        """`ends`; in a document of before they were measured alone, the restricted curve's beginning, which is the same."""
+        first = next((e for e in self.cumulative.restricted if e.depth == 0), None)
+        if self.ends is not None or first is None or not self.layers:
+            return self.ends
+        rest = self.checkpoint.parameters - sum(layer.parameters for layer in self.layers)
+        return PartEstimate(**first.model_dump(exclude={"depth"}), name=ENDS, parameters=rest)
+
+    @property
+    def parts(self) -> list[PartEstimate]:
+        """Embedding and head, then the layers: every parameter is in one part."""
+        return [*([self.outside] if self.outside else []), *self.layers]
+
+
+def load_report(path: Path) -> Report:
+    """Read a report. Raises InputError where the file is no curv.report/1."""
+    return read_document(Report, path, "curv.report/1", "write one with curv analyze -o")

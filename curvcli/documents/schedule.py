@@ -1,0 +1,129 @@
+"""The freeze/unfreeze schedule that a training job obeys: "curv.schedule/1"."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from curvcli.documents.base import MOST, Document, Finding, Versions, read_document
+
+Order = Literal["last", "first", "interleaved"]
+LrKind = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt", "csv"]
+Step = Annotated[int, Field(ge=0, le=MOST)]
+DEEPEST = 10_000  # blocks of a model, at most
+
+
+class LrSchedule(Document):
+    """Learning rate over steps, as `curvcli.schedules.lr.lr_at` computes it; formulas are those of transformers."""
+
+    kind: LrKind
+    peak: float = Field(gt=0)
+    warmup_steps: Step
+    total_steps: Annotated[int, Field(gt=0)] | None = Field(description="needed by linear, cosine and wsd")
+    min_ratio: float = Field(default=0.0, ge=0, le=1, description="least learning rate over peak")
+    decay_steps: Step | None = Field(default=None, description="wsd: length of the decay at the end")
+    points: list[tuple[Step, float]] | None = Field(default=None, description="csv: (step, lr), steps rising")
+
+    @model_validator(mode="after")
+    def _computable(self) -> Self:
+        """Every step has a learning rate, or the document is refused: a default would be a wrong one."""
+        kind, total, decay = self.kind, self.total_steps, self.decay_steps
+        if kind in ("linear", "cosine", "wsd") and total is None:
+            raise ValueError(f"a {kind} schedule needs its total steps")
+        if (kind == "wsd") != (decay is not None):
+            raise ValueError("decay steps are needed by wsd" if kind == "wsd" else f"a {kind} schedule has no decay steps")
+        if total is not None and (total <= self.warmup_steps or total < self.warmup_steps + (decay or 0)):
+            raise ValueError(f"warm-up of {self.warmup_steps} and decay of {decay or 0} steps do not fit into {total}")
+        if self.min_ratio and kind not in ("linear", "cosine", "wsd"):
+            raise ValueError(f"a {kind} schedule has no least learning rate")
+        if (kind == "csv") != bool(self.points):
+            raise ValueError("points are needed by csv" if kind == "csv" else f"a {kind} schedule has no points")
+        steps = [step for step, _ in self.points or ()]
+        if any(a >= b for a, b in pairwise(steps)) or any(lr < 0 for _, lr in self.points or ()):
+            raise ValueError("steps of the points must rise, and their learning rates not be negative")
+        return self
+
+
+class Phase(Document):
+    """From `step` on, the blocks in `active` train; `unlock` are those that join here (at step 0: none).
+
+    In adaptive mode the phase begins between `step` and `latest`, when the measured rho allows.
+    """
+
+    step: Step
+    latest: Step
+    active: list[int] = Field(description="block indices, rising; embedding, head and final norm always train")
+    unlock: list[int]
+    lr: float | None = Field(description="learning rate at `step`")
+    predicted_rho: float | None = Field(
+        description="of the active blocks: at `step`, in the first phase at the highest learning rate from its step on, "
+        "which is what it has to survive; null without a measurement"
+    )
+
+
+class ScheduleProvenance(Document):
+    report: str | None = Field(description="path of the report that the prediction is from")
+    report_sha256: str | None
+    checkpoint: str | None = Field(description="path of the checkpoint that was measured")
+    versions: Versions
+
+
+class Schedule(Document):
+    """What `curv schedule` writes. The state of every block is a pure function of the global step.
+
+    grow: a locked block is the identity, its output projections zero, until it joins.
+    freeze: a locked block keeps its weights and takes no update.
+    """
+
+    schema_: Literal["curv.schedule/1"] = Field(default="curv.schedule/1", alias="schema")
+    mode: Literal["grow", "freeze"]
+    depth: Annotated[int, Field(gt=0, le=DEEPEST)]
+    order: Order
+    blocks: list[str] | None = Field(description="module path of each block; null where only the depth was known")
+    lock: Literal["zero-output", "no-update"] = Field(description="how a block is locked: grow, freeze")
+    margin: float | None = Field(description="largest rho that the prediction allows; null without a measurement")
+    lr_schedule: LrSchedule | None
+    phases: Annotated[list[Phase], Field(min_length=1)]
+    findings: list[Finding]
+    provenance: ScheduleProvenance
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        everything = set(range(self.depth))
+        before: set[int] = set()
+        last = -1
+        for number, phase in enumerate(self.phases):
+            active, unlock = set(phase.active), set(phase.unlock)
+            where = f"phase {number} (step {phase.step})"
+            if len(active) < len(phase.active) or len(unlock) < len(phase.unlock):
+                raise ValueError(f"{where} names a block twice")
+            if not active <= everything:
+                raise ValueError(f"{where} names block {max(active)} of {self.depth}")
+            if phase.step <= last and number:
+                raise ValueError(f"{where} does not come after step {last}")
+            if phase.latest < phase.step:
+                raise ValueError(f"{where} has latest {phase.latest} before its step")
+            if number and (not unlock or unlock != active - before or not before <= active):
+                raise ValueError(f"{where} unlocks {sorted(unlock)}, but {sorted(active - before)} join in it")
+            if not number and unlock:
+                raise ValueError(f"{where} is the first and unlocks {sorted(unlock)}")
+            before, last = active, phase.step
+        if self.blocks is not None and len(self.blocks) != self.depth:
+            raise ValueError(f"{len(self.blocks)} block paths for depth {self.depth}")
+        return self
+
+    def phase_at(self, step: int) -> int:
+        """Index of the phase in force at a global step (the first before its own step, too)."""
+        return max((i for i, phase in enumerate(self.phases) if phase.step <= step), default=0)
+
+    def locked_at(self, step: int) -> frozenset[int]:
+        """Blocks that are locked at a global step."""
+        return frozenset(range(self.depth)) - frozenset(self.phases[self.phase_at(step)].active)
+
+
+def load_schedule(path: Path) -> Schedule:
+    """Read a schedule. Raises InputError where the file is no curv.schedule/1."""
+    return read_document(Schedule, path, "curv.schedule/1", "write one with curv schedule -o")

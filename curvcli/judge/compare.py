@@ -1,0 +1,116 @@
+"""Two reports, part by part. Pure functions of results."""
+
+from __future__ import annotations
+
+from curvcli.documents import Change, Comparison, Estimate, Finding, Report, Side, Versions
+
+LARGE = 2.0  # a change that is worth a finding
+
+
+def compare(first: Report, second: Report, *, names: tuple[str, str]) -> Comparison:
+    """What changed from the first report to the second, as ratios of lambda with brackets.
+
+    Args:
+        names: what the user called the two.
+    """
+    changes = [_change("full", "full model", first.full, second.full)]
+    if first.outside and second.outside:
+        changes.append(_change("ends", first.outside.name, first.outside, second.outside))
+    later = {layer.name: layer for layer in second.layers}
+    for layer in first.layers:
+        if layer.name in later:
+            changes.append(_change("layer", layer.name, layer, later[layer.name]))
+    findings = [*_unlike(first, second), *_large(changes), *_verdict(first, second)]
+    return Comparison(
+        first=_side(first, names[0]),
+        second=_side(second, names[1]),
+        changes=changes,
+        findings=findings,
+        versions=Versions.installed(),
+    )
+
+
+def _side(report: Report, name: str) -> Side:
+    return Side(
+        path=name,
+        checkpoint=report.checkpoint.path,
+        step=report.checkpoint.step,
+        lr=report.optimizer.lr,
+        threshold=report.optimizer.threshold,
+        loss=report.data.loss,
+        update_ratio=report.update.ratio,
+        verdict=report.verdict,
+        tokens=report.data.tokens,
+    )
+
+
+def _change(part: str, name: str, a: Estimate, b: Estimate) -> Change:
+    sides = [_certified(a), _certified(b)]
+    ratio = low = high = message = None
+    if sides[0] is None or sides[1] is None:
+        status = a.status if sides[0] is None else b.status
+        message = f"the {'first' if sides[0] is None else 'second'} is {status}"
+    elif sides[0][0] <= 0 or sides[1][0] <= 0:
+        # A ratio of signed numbers says nothing: lambda at or below 0 is a concave part.
+        message = "lambda is not positive"
+    else:
+        (x, x_residual), (y, y_residual) = sides[0], sides[1]
+        # A Ritz value is a lower bound, its residual the distance to an eigenvalue above it.
+        ratio, low, high = y / x, y / (x + x_residual), (y + y_residual) / x
+    return Change.model_validate(
+        {
+            "part": part,
+            "name": name,
+            "first": sides[0][0] if sides[0] else None,
+            "second": sides[1][0] if sides[1] else None,
+            "first_rho": a.rho if sides[0] else None,
+            "second_rho": b.rho if sides[1] else None,
+            "ratio": ratio,
+            "low": low,
+            "high": high,
+            "rho_ratio": b.rho / a.rho if ratio is not None and a.rho and b.rho else None,
+            "message": message,
+        }
+    )
+
+
+def _certified(estimate: Estimate) -> tuple[float, float] | None:
+    """lambda and its residual where they may be relied on."""
+    if estimate.status != "converged" or estimate.eigenvalue is None or estimate.residual is None:
+        return None
+    return estimate.eigenvalue, estimate.residual
+
+
+def _unlike(first: Report, second: Report) -> list[Finding]:
+    """What makes the ratios no like for like."""
+    shards = [(r.data.sha256, r.data.sequence_length) for r in (first, second)]
+    found = []
+    for code, what, a, b in (
+        ("other-data", "tokens", shards[0], shards[1]),
+        ("other-optimizer", "optimizer", first.optimizer.name, second.optimizer.name),
+        ("other-preconditioner", "preconditioner", first.optimizer.preconditioner, second.optimizer.preconditioner),
+        ("other-layers", "layers", [x.name for x in first.layers], [x.name for x in second.layers]),
+        ("other-size", "parameters", first.checkpoint.parameters, second.checkpoint.parameters),
+    ):
+        if a != b:
+            shown = "" if code in ("other-data", "other-layers") else f" ({a}, {b})"
+            message = f"the two have different {what}{shown}: their ratios compare more than the checkpoints"
+            found.append(Finding(code=code, severity="warning", message=message))
+    return found
+
+
+def _large(changes: list[Change]) -> list[Finding]:
+    rose = [(c.rho_ratio, c) for c in changes if c.part != "full" and c.rho_ratio and c.ratio and c.low]
+    sure = [(ratio, c) for ratio, c in rose if ratio * (c.low or 0.0) / (c.ratio or 1.0) > LARGE]
+    if not sure:
+        return []
+    ratio, most = max(sure, key=lambda pair: pair[0])
+    return [Finding(code="layer-rose", severity="warning", message=f"rho of {most.name} rose most, to {ratio:.3g} times")]
+
+
+def _verdict(first: Report, second: Report) -> list[Finding]:
+    if first.verdict == second.verdict:
+        return []
+    severity = "error" if second.verdict == "unstable" else "info"
+    message = f"{first.verdict} before, {second.verdict} now"
+    return [Finding.model_validate({"code": "verdict-changed", "severity": severity, "message": message})]

@@ -1,0 +1,180 @@
+"""The gate: rules held against readings. Pure functions of results; docs/gate.md has the rules in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import isfinite
+from typing import Literal
+
+from curvcli import __version__
+from curvcli.judge.readings import Reading, Readings
+from curvcli.documents import Gate, Outcome, OutcomeName, Report, Rule, RuleName, Subject, VerdictName
+
+Unresolved = Literal["report", "pass", "fail"]
+WORST_FIRST: tuple[OutcomeName, ...] = ("broken", "unresolved", "passed")
+
+
+_ASK: dict[RuleName, Callable[[Readings], Sequence[Reading]]] = {
+    "max-rho": lambda r: [r.rho()],
+    "max-layer-rho": lambda r: r.layers(),
+    "max-update-ratio": lambda r: [r.update_ratio()],
+    "max-surge": lambda r: [r.surge()],
+    "max-regression": lambda r: [r.regression()],
+}
+
+
+def judge(rules: Sequence[Rule], readings: Readings, *, regression_tolerance: float = 1.0) -> list[Outcome]:
+    """One outcome a rule, in order.
+
+    A rule on a number that is missing or not certified is unresolved. Else it is passed where the upper end of
+    the number's bracket is within the limit, broken where the lower end is past it, and unresolved between.
+
+    Args:
+        rules: max-regression's limit in percent.
+        regression_tolerance: percent by which the same lambda may differ between machines; added to that limit.
+    """
+    outcomes = []
+    for rule in rules:
+        if rule.name == "require-resolved":
+            outcomes.append(_resolved(rule, readings.verdict()))
+        elif rule.limit is None:
+            raise ValueError(f"{rule.name} has no limit")
+        elif rule.name == "min-tokens":
+            outcomes.append(_tokens(rule, rule.limit, readings.tokens()))
+        else:
+            extra = regression_tolerance if rule.name == "max-regression" else 0.0
+            found = [_at_most(rule, rule.limit + extra, reading) for reading in _ASK[rule.name](readings)]
+            outcomes.append(_deciding(found))
+    return outcomes
+
+
+def overall(outcomes: Sequence[Outcome]) -> OutcomeName:
+    """Broken beats unresolved, and unresolved beats passed. Nothing judged is unresolved."""
+    found = {outcome.outcome for outcome in outcomes} or {"unresolved"}
+    return next(name for name in WORST_FIRST if name in found)
+
+
+def exit_code(outcome: OutcomeName, unresolved: Unresolved) -> Literal[0, 1, 3]:
+    """0 passed, 1 broken, 3 unresolved unless that is taken for one of the others."""
+    if outcome == "unresolved":
+        codes: dict[Unresolved, Literal[0, 1, 3]] = {"report": 3, "pass": 0, "fail": 1}
+        return codes[unresolved]
+    return 1 if outcome == "broken" else 0
+
+
+def decide(
+    rules: Sequence[Rule],
+    readings: Readings,
+    report: Report | None,
+    *,
+    path: str,
+    kind: Literal["report", "track", "checkpoint"],
+    baseline: str | None = None,
+    regression_tolerance: float = 1.0,
+    unresolved: Unresolved = "report",
+) -> Gate:
+    """The gate's document: the rules judged, and what was judged.
+
+    Args:
+        report: that the readings are of; None where there is none.
+        path: of what the user named; baseline: of the report compared with.
+        unresolved: what an unresolved outcome is taken for, in the exit code.
+    """
+    outcomes = judge(rules, readings, regression_tolerance=regression_tolerance)
+    outcome = overall(outcomes)
+    return Gate(
+        subject=Subject(
+            path=path,
+            kind=kind,
+            checkpoint=report.checkpoint.path if report else None,
+            step=report.checkpoint.step if report else None,
+            tokens=report.data.tokens if report else None,
+            rho=report.full.rho if report else None,
+            verdict=readings.verdict(),
+        ),
+        baseline=baseline,
+        outcome=outcome,
+        unresolved=unresolved,
+        exit_code=exit_code(outcome, unresolved),
+        outcomes=outcomes,
+        findings=[finding for finding in report.findings if finding.severity != "info"] if report else [],
+        curvcli=__version__,
+    )
+
+
+def _at_most(rule: Rule, limit: float, reading: Reading) -> Outcome:
+    low, value, high = reading.low, reading.value, reading.high
+    if reading.reason:
+        name, message = "unresolved", f"{reading.what}: {reading.reason}"
+    elif low is None or value is None or high is None or not (isfinite(low) and isfinite(high) and low <= value <= high):
+        low = high = None
+        name, message = "unresolved", f"{reading.what}: its bracket is missing or makes no sense"
+    else:
+        shown = f"{reading.what} {value:.4g}"
+        bracket = "" if low == high else f" ({low:.4g} to {high:.4g})"
+        if high <= limit:
+            name, message = "passed", f"{shown}{bracket} is within {limit:g}"
+        elif low > limit:
+            name, message = "broken", f"{shown}{bracket} is above {limit:g}"
+        else:
+            remedy = f"; {reading.narrow}" if reading.narrow else ""
+            name, message = (
+                "unresolved",
+                f"{shown} is between {low:.4g} and {high:.4g}, and so is the limit {limit:g}{remedy}",
+            )
+    return Outcome.model_validate(
+        {
+            "rule": rule.name,
+            "limit": limit,
+            "source": rule.source,
+            "outcome": name,
+            "part": reading.part,
+            "value": value if value is not None and isfinite(value) else None,
+            "low": None if reading.reason else low,
+            "high": None if reading.reason else high,
+            "message": message + reading.note,
+        }
+    )
+
+
+def _deciding(outcomes: Sequence[Outcome]) -> Outcome:
+    """The worst of a rule's outcomes, of equals the one with the largest value; its message counts the others."""
+    worst = overall(outcomes)
+    same = [outcome for outcome in outcomes if outcome.outcome == worst]
+    chosen = max(same, key=lambda outcome: float("-inf") if outcome.value is None else outcome.value)
+    if worst == "passed" or len(same) == 1:
+        return chosen
+    others = ", ".join(str(outcome.part) for outcome in same if outcome is not chosen)
+    return chosen.model_copy(update={"message": f"{chosen.message}; {worst} too: {others}"})
+
+
+def _tokens(rule: Rule, limit: float, tokens: int | None) -> Outcome:
+    name: OutcomeName = "unresolved" if tokens is None else "passed" if tokens >= limit else "broken"
+    messages = {"unresolved": "nothing was measured", "passed": "tokens are enough", "broken": "tokens are too few"}
+    shown = "" if tokens is None else f"{tokens:,} "
+    value = None if tokens is None else float(tokens)
+    return Outcome(
+        rule=rule.name,
+        limit=limit,
+        source=rule.source,
+        outcome=name,
+        part=None,
+        value=value,
+        low=value,
+        high=value,
+        message=f"{shown}{messages[name]}, {limit:,.0f} are required",
+    )
+
+
+def _resolved(rule: Rule, verdict: VerdictName) -> Outcome:
+    return Outcome(
+        rule=rule.name,
+        limit=None,
+        source=rule.source,
+        outcome="broken" if verdict == "unresolved" else "passed",
+        part=None,
+        value=None,
+        low=None,
+        high=None,
+        message=f"the verdict is {verdict}",
+    )

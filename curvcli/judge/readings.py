@@ -1,0 +1,292 @@
+"""What the gate's rules ask for: numbers with the brackets that limits are held against. docs/gate.md says why each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isclose
+from statistics import median
+from typing import Protocol
+
+from curvcli.documents import Estimate, PartEstimate, Report, Track, TrackPoint, VerdictName
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A number with the bracket that a limit is held against, or the reason why there is none to go by.
+
+    Args:
+        what: the number's name, as in "rho of model.layers.0".
+        value: best estimate; low, high: the bracket around it.
+        reason: why the number must not be relied on; then the bracket is not looked at.
+        narrow: what to do where the limit lies inside the bracket.
+        part: the layer it is of, or embedding and head.
+        note: added to every message.
+    """
+
+    what: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+    narrow: str = ""
+    part: str | None = None
+    note: str = ""
+
+
+class Readings(Protocol):
+    """What rules ask for. A report answers; so can a track of many steps."""
+
+    def rho(self) -> Reading:
+        """rho of the full model on the data."""
+        ...
+
+    def layers(self) -> Sequence[Reading]:
+        """rho of each part alone: embedding and head, and each layer; at least one reading."""
+        ...
+
+    def update_ratio(self) -> Reading:
+        """The learning rate over the critical one of the next update."""
+        ...
+
+    def surge(self) -> Reading:
+        """rho over what it was before."""
+        ...
+
+    def regression(self) -> Reading:
+        """Percent that lambda has risen over the baseline's."""
+        ...
+
+    def tokens(self) -> int | None:
+        """Tokens averaged over; None where nothing was measured."""
+        ...
+
+    def verdict(self) -> VerdictName: ...
+
+
+@dataclass(frozen=True)
+class ReportReadings:
+    """Readings of one report, against another where a rule compares.
+
+    Args:
+        baseline: what lambda may not rise over; rho neither, where there is no history.
+        history: certified reports of the run before, oldest first: a surge is over the median of their rho.
+    """
+
+    report: Report
+    baseline: Report | None = None
+    history: Sequence[Report] = ()
+
+    def rho(self) -> Reading:
+        full, held = self.report.full, self.report.generalisation
+        if reason := _reason(full) or self._no_rho(self.report):
+            return Reading("rho", full.rho, reason=reason)
+        if self.report.optimizer.preconditioner == "estimated":
+            return Reading("rho", full.rho, reason="the second moment is estimated, and rho's scale with it")
+        if held.rho_low is None or held.rho_high is None:
+            return Reading("rho", full.rho, reason="nothing could be held out to check it against; measure more tokens")
+        return Reading("rho", full.rho, held.rho_low, held.rho_high, narrow="measure more tokens")
+
+    def layers(self) -> Sequence[Reading]:
+        parts = self.report.parts
+        moving = [part for part in parts if part.status != "empty"]
+        still = len(parts) - len(moving)
+        note = f"; {still} of {len(parts)} parts do not train and are left out" if still else ""
+        if not moving:
+            return [Reading("rho of layers", reason="the report has no layer that trains")]
+        return [self._part(part, note) for part in moving]
+
+    def _part(self, estimate: PartEstimate, note: str) -> Reading:
+        name = estimate.name
+        what = f"rho of {name}"
+        if reason := _reason(estimate) or self._no_rho(self.report):
+            return Reading(what, estimate.rho, reason=reason, part=name, note=note)
+        low, high = _on_shard(estimate.rho, estimate.residual, self.report.optimizer.threshold)
+        return Reading(what, estimate.rho, low, high, narrow="lower --tolerance of curv analyze", part=name, note=note)
+
+    def update_ratio(self) -> Reading:
+        update = self.report.update
+        if update.ratio is not None and update.status == "ok":
+            return Reading("update ratio", update.ratio, update.ratio, update.ratio)
+        reasons = {
+            "uphill": "the momentum points uphill on this shard, and no critical learning rate exists",
+            "concave": "the loss curves down along the next update, and no critical learning rate exists",
+            "unavailable": "the checkpoint has no momentum, or no learning rate is known",
+            "skipped": "the time budget ran out before it was measured; raise --budget",
+        }
+        return Reading("update ratio", reason=reasons.get(update.status, "the report has none"))
+
+    def surge(self) -> Reading:
+        if self.history:
+            return self._over_history("surge of rho")
+        return self._ratio("surge of rho", lambda r: r.full.rho, lambda r: r.optimizer.threshold, lambda x: x)
+
+    def _over_history(self, what: str) -> Reading:
+        """rho over the median of what it was; the corners of both brackets."""
+        report = self.report
+        if reason := _reason(report.full) or self._no_rho(report):
+            return Reading(what, reason=reason)
+        if len(self.history) < 2:
+            return Reading(what, reason="fewer than two certified points stand before it")
+        for old in self.history:
+            if reason := incomparable(report, old):
+                return Reading(what, reason=f"the baseline does not compare: {reason}")
+            if _shard(old) != _shard(report):
+                return Reading(what, reason="the shards differ; measure the whole run on one")
+        brackets = [_on_shard(r.full.rho, r.full.residual, r.optimizer.threshold) for r in (report, *self.history)]
+        known = [(low, high) for low, high in brackets if low is not None and high is not None]
+        if len(known) < len(brackets) or report.full.rho is None:
+            return Reading(what, reason="a value is missing")
+        (low, high), before = known[0], known[1:]
+        old_low, old_high = median(b[0] for b in before), median(b[1] for b in before)
+        if old_low <= 0:
+            return Reading(what, reason=f"the median before may be 0 or below ({old_low:.4g}): nothing can be divided by it")
+        corners = [a / b for a in (low, high) for b in (old_low, old_high)]
+        narrow = "lower --tolerance of curv track"
+        return Reading(what, report.full.rho / old_low, min(corners), max(corners), narrow=narrow)
+
+    def regression(self) -> Reading:
+        return self._ratio("rise of lambda in percent", lambda r: r.full.eigenvalue, lambda r: 1.0, lambda x: 100 * (x - 1))
+
+    def _ratio(
+        self,
+        what: str,
+        number: Callable[[Report], float | None],
+        unit: Callable[[Report], float | None],
+        scale: Callable[[float], float],
+    ) -> Reading:
+        """A number of the report over the baseline's, with `unit` eigenvalues to it."""
+        if self.baseline is None:
+            return Reading(what, reason="there is nothing to compare with; pass --baseline")
+        if reason := incomparable(self.report, self.baseline):
+            return Reading(what, reason=f"the baseline does not compare: {reason}")
+        same = _shard(self.report) == _shard(self.baseline)
+        pairs = []
+        for name, report in (("", self.report), ("the baseline's ", self.baseline)):
+            value, per = number(report), unit(report)
+            if reason := _reason(report.full) or ("" if per and per > 0 else _NO_RHO):
+                return Reading(what, reason=f"{name}{'lambda ' if name else ''}{reason}")
+            low, high = _on_shard(value, report.full.residual, per)
+            if not same:
+                held = report.generalisation.held_out
+                if held is None or low is None or not per:
+                    return Reading(what, reason=f"the shards differ, and {name or 'the '}report held nothing out")
+                low = min(held / per, low)
+            pairs.append((value, low, high))
+        (value, low, high), (old, old_low, old_high) = pairs
+        if value is None or low is None or high is None or old is None or old_low is None or old_high is None:
+            return Reading(what, reason="a value is missing")
+        if not 0 < old_low <= old_high:
+            return Reading(
+                what, reason=f"the baseline's value may be 0 or below ({old_low:.4g}): nothing can be divided by it"
+            )
+        corners = [scale(a / b) for a in (low, high) for b in (old_low, old_high)]
+        narrow = "lower --tolerance of curv analyze" if same else "measure both on the same shard"
+        return Reading(what, scale(value / old), min(corners), max(corners), narrow=narrow)
+
+    def tokens(self) -> int | None:
+        return self.report.data.tokens
+
+    def verdict(self) -> VerdictName:
+        return self.report.verdict
+
+    @staticmethod
+    def _no_rho(report: Report) -> str:
+        threshold = report.optimizer.threshold
+        return "" if threshold is not None and threshold > 0 and report.full.rho is not None else _NO_RHO
+
+
+def track_readings(track: Track, baseline: Report | None = None) -> Readings:
+    """Readings of a track's newest point, whose surge is over the certified points before it."""
+    newest = track.points[-1]
+    if newest.report is None:
+        return NoReadings(f"the newest checkpoint was not measured: {newest.message}")
+    return ReportReadings(newest.report, baseline, certified(track.points[:-1], track.window))
+
+
+def certified(points: Sequence[TrackPoint], window: int) -> list[Report]:
+    """Reports of the last `window` points whose rho is known and converged."""
+    known = [p.report for p in points if p.report and p.report.full.rho is not None and p.report.full.status == "converged"]
+    return known[-window:]
+
+
+def others(known: Sequence[Report], report: Report) -> list[Report]:
+    """Those of other checkpoints than the report's: a track that has it already would compare it with itself."""
+    return [other for other in known if not _same_checkpoint(other, report)]
+
+
+def _same_checkpoint(a: Report, b: Report) -> bool:
+    # A path can be written over by a later step, and a copy lies elsewhere: that is known by its loss on the same tokens.
+    if a.checkpoint.step != b.checkpoint.step:
+        return False
+    return a.checkpoint.path == b.checkpoint.path or (
+        _shard(a) == _shard(b) and isclose(a.data.loss, b.data.loss, rel_tol=1e-6)
+    )
+
+
+def incomparable(report: Report, before: Report) -> str:
+    """Why two lambdas are not of the same thing; empty where they are."""
+    for what, mine, theirs in (
+        ("layers", report.checkpoint.layers, before.checkpoint.layers),
+        ("parameters", report.checkpoint.parameters, before.checkpoint.parameters),
+        ("optimizer", report.optimizer.name, before.optimizer.name),
+        ("preconditioner", report.optimizer.preconditioner, before.optimizer.preconditioner),
+    ):
+        if mine != theirs:
+            return f"{what} {theirs}, here {mine}"
+    return ""
+
+
+@dataclass(frozen=True)
+class NoReadings:
+    """In place of readings where nothing was measured."""
+
+    reason: str
+
+    def rho(self) -> Reading:
+        return Reading("rho", reason=self.reason)
+
+    def layers(self) -> Sequence[Reading]:
+        return [Reading("rho of layers", reason=self.reason)]
+
+    def update_ratio(self) -> Reading:
+        return Reading("update ratio", reason=self.reason)
+
+    def surge(self) -> Reading:
+        return Reading("surge of rho", reason=self.reason)
+
+    def regression(self) -> Reading:
+        return Reading("rise of lambda in percent", reason=self.reason)
+
+    def tokens(self) -> int | None:
+        return None
+
+    def verdict(self) -> VerdictName:
+        return "unresolved"
+
+
+_NO_RHO = "no learning rate was known or no optimizer taken, so rho does not exist; pass --lr, or leave --optimizer none out"
+
+
+def _reason(estimate: Estimate) -> str:
+    """Why an estimate must not be relied on; empty where it may be."""
+    if estimate.status == "unconverged":
+        return "has not converged; raise --max-hvps, or --budget where one is set"
+    if estimate.status == "skipped":
+        return "was not measured, the time budget ran out; raise --budget"
+    if estimate.status != "converged":
+        return f"is no number to rely on, its status is {estimate.status}"
+    if estimate.eigenvalue is None or estimate.residual is None:
+        return "is missing from the report"
+    return ""
+
+
+def _on_shard(value: float | None, residual: float | None, unit: float | None) -> tuple[float | None, float | None]:
+    """From the Ritz value, which is a lower bound, to the end of its residual."""
+    if value is None or residual is None or not unit or unit <= 0:
+        return None, None
+    return value, value + residual / unit
+
+
+def _shard(report: Report) -> tuple[str, int | None]:
+    return report.data.sha256, report.data.sequence_length

@@ -1,0 +1,323 @@
+"""Judgement: pure functions from measured results to a verdict and the findings that explain it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from curvcli.documents import (
+    Estimate,
+    Finding,
+    Generalisation,
+    Mass,
+    Optimizer,
+    PartEstimate,
+    Report,
+    Severity,
+    Update,
+    VerdictName,
+)
+
+STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
+# The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
+# for those of different things (docs/findings.md).
+LOSS_APART, NATS_APART = 1.4, 0.1
+
+
+def classify(rho: float) -> VerdictName:
+    """Verdict of one exactly known rho."""
+    return "stable" if rho < STABLE_BELOW else "edge" if rho <= UNSTABLE_ABOVE else "unstable"
+
+
+def judge(full: Estimate, generalisation: Generalisation) -> VerdictName:
+    """Verdict on the full model, unresolved where the residual or more data could change it.
+
+    rho is taken to lie between the held-out and the shard's own value plus the residual: the
+    verdict stands only where both ends agree on it.
+    """
+    if full.status != "converged" or generalisation.rho_low is None or generalisation.rho_high is None:
+        return "unresolved"
+    low, high = classify(generalisation.rho_low), classify(generalisation.rho_high)
+    return low if low == high else "unresolved"
+
+
+def explain(
+    report: Report,
+    *,
+    idle: int,
+    left_out: int,
+    notes: dict[str, str],
+    given: Sequence[Finding] = (),
+    doubts: Sequence[str] = (),
+    logged_loss: float | None = None,
+) -> list[Finding]:
+    """Findings in plain words, the verdict's own first, the others by severity.
+
+    Args:
+        report: complete but for its findings.
+        idle: weights that never had a gradient; left_out: tensors that the optimizer does not move.
+        notes: what the checkpoint's reader knows, by code.
+        given: findings made before the measurement, on the files themselves.
+        doubts: the optimizer's options and state that may change its update, and that are not known.
+        logged_loss: last training loss in the run's own log, in nats per token.
+    """
+    found = [*given, *_loss(report.data.loss, logged_loss)]
+    found += _metric(report.optimizer, idle, left_out, notes)
+    found += _update(report.update)
+    found += _shape(report.full, report.parts, report.outside, report.attribution)
+    found += _quality(report)
+    order = {"error": 0, "warning": 1, "info": 2}
+    return [_headline(report, doubts), *sorted(found, key=lambda f: order[f.severity])]
+
+
+def _headline(report: Report, doubts: Sequence[str]) -> Finding:
+    verdict, full, optimizer = report.verdict, report.full, report.optimizer
+    generalisation, data = report.generalisation, report.data
+    if optimizer.threshold is None:
+        why = "no optimizer was taken" if optimizer.name == "none" else "no learning rate is known"
+        return Finding(
+            code="no-threshold",
+            severity="warning",
+            message=f"{why}, so lambda has no threshold and rho does not exist"
+            + ("" if optimizer.name == "none" else "; pass --lr"),
+        )
+    if full.rho is None:
+        return Finding(
+            code=f"full-{full.status}",
+            severity="error",
+            message=f"the full model's curvature could not be estimated: {full.status}",
+        )
+    if verdict == "unresolved":
+        if full.status != "converged":
+            return Finding(
+                code="unresolved-residual",
+                severity="warning",
+                message=f"rho {full.rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); raise --max-hvps",
+            )
+        if doubts:
+            return Finding(
+                code="unresolved-optimizer",
+                severity="warning",
+                message=f"rho {full.rho:.3g} is that of {optimizer.name}, and the optimizer has {', '.join(doubts[:4])}, "
+                f"which may change its update: no verdict; pass --optimizer {optimizer.name.lower()} if it does not",
+            )
+        if optimizer.preconditioner == "estimated":
+            return Finding(
+                code="unresolved-estimate",
+                severity="warning",
+                message=f"rho {full.rho:.3g} rests on an estimated second moment, whose scale follows the size of the "
+                "batches it is estimated on: no verdict; analyze a checkpoint with its optimizer state",
+            )
+        if generalisation.rho_low is None:
+            return Finding(
+                code="unresolved-tokens",
+                severity="warning",
+                message=f"of {data.tokens:,} tokens nothing could be held out to check rho {full.rho:.3g} against; "
+                f"run again with more, e.g. --tokens {4 * data.tokens}",
+            )
+        low, high = generalisation.rho_low, generalisation.rho_high or 0.0
+        return Finding(
+            code="unresolved-tokens",
+            severity="warning",
+            message=f"on {data.tokens:,} tokens rho is {full.rho:.3g}, on held-out tokens the same direction has "
+            f"{low:.3g}: the data's own rho lies between {low:.3g} and {high:.3g}, which spans a verdict's limit; "
+            f"run again with more, e.g. --tokens {4 * data.tokens}",
+        )
+    words = {
+        "stable": "below the edge of stability: curvature does not limit this learning rate",
+        "edge": "at the edge of stability, where training settles by itself; it can go on so for long, and it has no "
+        "reserve against a larger learning rate or a sharp batch",
+        "unstable": "past the edge of stability: along the sharpest direction each step overshoots by more than it "
+        "gained; lower the learning rate, lengthen warm-up, or freeze layers until it falls",
+    }
+    severity: Severity = "info" if verdict == "stable" else "warning" if verdict == "edge" else "error"
+    return Finding(code=verdict, severity=severity, message=f"rho {full.rho:.3g}, {words[verdict]}")
+
+
+def _metric(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:
+    found = [Finding(code=code, severity="info", message=message) for code, message in notes.items()]
+    if optimizer.preconditioner == "estimated":
+        found.append(
+            Finding(
+                code="estimated-preconditioner",
+                severity="warning",
+                message="no optimizer state: the second moment is estimated from this shard's gradients, and the "
+                "true one, of training batches and past weights, can differ several-fold",
+            )
+        )
+    if optimizer.lr_source == "log":
+        found.append(
+            Finding(
+                code="lr-from-log",
+                severity="info",
+                message="the checkpoint's next learning rate is 0 (a finished schedule); the last one logged is used, "
+                f"{optimizer.lr:g} for the largest parameter group",
+            )
+        )
+    beta2 = optimizer.betas[1] if optimizer.betas and optimizer.preconditioner == "checkpoint" else 0.0
+    if optimizer.step is not None and beta2 and optimizer.step * (1 - beta2) < 1:
+        found.append(
+            Finding(
+                code="young-preconditioner",
+                severity="info",
+                message=f"the second moment averages {1 / (1 - beta2):,.0f} steps and has seen {optimizer.step}: rare "
+                "directions are scaled by few gradients and can look sharper than they will be",
+            )
+        )
+    if idle:
+        found.append(
+            Finding(
+                code="idle-entries",
+                severity="info",
+                message=f"{idle:,} weights never had a gradient (second moment 0, tokens not seen yet) and are left out",
+            )
+        )
+    if left_out:
+        found.append(
+            Finding(
+                code="frozen-tensors",
+                severity="info",
+                message=f"{left_out} tensors are in no optimizer group, have no state or never had a gradient, "
+                "and are left out as frozen",
+            )
+        )
+    return found
+
+
+def _loss(measured: float, logged: float | None) -> list[Finding]:
+    """A symptom of wrong data: the run did not see such a loss."""
+    if logged is None or not 0 < logged < float("inf") or abs(measured - logged) < NATS_APART:
+        return []
+    if logged / LOSS_APART <= measured <= logged * LOSS_APART:
+        return []
+    return [
+        Finding(
+            code="loss-apart",
+            severity="warning",
+            message=f"the loss on this data is {measured:.3g}, the last one in the run's log {logged:.3g}: check that the "
+            "data are the run's, and that tokenizer, labels and their mask, and sequence length are those of training; "
+            "curvature is that of the loss measured here",
+        )
+    ]
+
+
+def _update(update: Update) -> list[Finding]:
+    if update.status == "uphill":
+        return [
+            Finding(
+                code="update-uphill",
+                severity="info",
+                message="the momentum points uphill on this shard (g.u <= 0), as it often does after the first steps: "
+                "no critical learning rate exists for the next update",
+            )
+        ]
+    if update.ratio is not None and update.ratio > 1:
+        return [
+            Finding(
+                code="update-overshoots",
+                severity="warning",
+                message=f"the next update is {update.ratio:.2g} times its critical length: "
+                "to second order it raises this shard's loss",
+            )
+        ]
+    return []
+
+
+def _shape(full: Estimate, parts: list[PartEstimate], ends: PartEstimate | None, attribution: list[Mass]) -> list[Finding]:
+    found: list[Finding] = []
+    if full.eigenvalue is not None and full.most_negative is not None and -full.most_negative > abs(full.eigenvalue):
+        found.append(
+            Finding(
+                code="negative-dominates",
+                severity="info",
+                message=f"the most negative eigenvalue ({full.most_negative:.3g}) is larger in magnitude than the top "
+                f"({full.eigenvalue:.3g}): power iteration would have found it instead",
+            )
+        )
+    known = [(part, part.eigenvalue) for part in parts if part.eigenvalue is not None and part.status == "converged"]
+    if known and full.eigenvalue:
+        sharpest, value = max(known, key=lambda pair: pair[1])
+        found.append(
+            Finding(
+                code="sharpest-layer",
+                severity="info",
+                message=(
+                    "embedding and head are sharper than any layer"
+                    if sharpest is ends
+                    else f"{sharpest.name} is the sharpest layer"
+                )
+                + f", lambda {value:.3g}, {value / full.eigenvalue:.0%} of the full model's",
+            )
+        )
+    if ends is not None and ends.eigenvalue and full.eigenvalue and ends.eigenvalue > 0.5 * full.eigenvalue > 0:
+        found.append(
+            Finding(
+                code="ends-dominate",
+                severity="info",
+                message=f"embedding and head alone reach {ends.eigenvalue / full.eigenvalue:.0%} of lambda: freezing "
+                "layers would not lower it much",
+            )
+        )
+    rows = [(mass.tensor, row, share) for mass in attribution if mass.rows_of == "tokens" for row, share in mass.rows or ()]
+    if rows and (top := max(rows, key=lambda r: r[2]))[2] > 0.25:
+        found.append(
+            Finding(
+                code="rare-tokens",
+                severity="warning",
+                message=f"token {top[1]} of {top[0]} holds {top[2]:.0%} of the sharpest direction: one token's row, "
+                "usually a rare one with a tiny second moment, sets lambda",
+            )
+        )
+    return found
+
+
+def _quality(report: Report) -> list[Finding]:
+    full, generalisation = report.full, report.generalisation
+    found: list[Finding] = []
+    parts: list[tuple[str, Estimate]] = [(e.name, e) for e in (report.ends,) if e]
+    parts += [(f"layer {e.index}", e) for e in report.layers]
+    for kind, curve in (("restricted", report.cumulative.restricted), ("truncated", report.cumulative.truncated)):
+        parts += [(f"{kind} depth {e.depth}", e) for e in curve]
+    skipped = [name for name, e in parts if e.status == "skipped"]
+    if skipped:
+        found.append(
+            Finding(
+                code="out-of-time",
+                severity="warning",
+                message=f"the time budget ran out before {len(skipped)} of {len(parts)} layers and depths, "
+                f"{skipped[0]} the first; raise --budget",
+            )
+        )
+    weak = [name for name, e in parts if e.status not in ("converged", "skipped")]
+    if weak:
+        found.append(
+            Finding(
+                code="unconverged-parts",
+                severity="warning",
+                message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; "
+                f"raise {'--budget' if skipped else '--max-hvps'}",
+            )
+        )
+    if generalisation.held_out is None and generalisation.rho_low is not None:
+        found.append(
+            Finding(
+                code="no-held-out",
+                severity="info",
+                message="a single batch cannot be split: the verdict takes it for all of the data",
+            )
+        )
+    elif (
+        full.rho
+        and generalisation.held_out is not None
+        and generalisation.rho_low is not None
+        and generalisation.rho_low < 0.5 * full.rho
+        and report.verdict != "unresolved"
+    ):
+        found.append(
+            Finding(
+                code="shard-overstates",
+                severity="info",
+                message=f"held-out tokens give {generalisation.rho_low:.3g} along the same direction: lambda of this "
+                "shard overstates that of the data",
+            )
+        )
+    return found

@@ -1,0 +1,134 @@
+"""Networks for weights that are stored without one, and weights put into them by name, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from curvcli.errors import InputError, UsageError
+from curvcli.checkpoints.base import Architecture, TensorInfo
+from curvcli.files.names import averaged, obsolete, of_average, plain
+from curvcli.models.registered import configured, twice_differentiable
+from curvcli.models.user_code import blamed, imported
+from curvcli.files.safe import check_finite
+
+
+def beside(path: Path) -> Architecture | None:
+    """The transformers architecture whose config.json lies in a checkpoint's directory or up to two above it."""
+    found = config_beside(path)
+    return configured(found.parent) if found else None
+
+
+def config_beside(path: Path) -> Path | None:
+    """The config.json that says which network a checkpoint is of, where it has none of its own in another form."""
+    start = path if path.is_dir() else path.parent
+    return next((d / "config.json" for d in (start, *start.absolute().parents[:2]) if (d / "config.json").is_file()), None)
+
+
+def named(spec: str) -> Architecture:
+    """The architecture that --model names: package.module:factory, or a transformers configuration.
+
+    A factory, or a class, takes no arguments and gives the network as it was trained, in any state: its weights are
+    filled in. It is the user's own code and is imported here.
+
+    Raises:
+        UsageError: neither, or the user's code fails.
+        InputError: the configuration is not readable.
+    """
+    place = Path(spec)
+    if place.is_dir() or place.suffix == ".json":
+        return configured(place)
+    if ":" not in spec:
+        raise UsageError(
+            f"--model {spec} is neither a directory with a config.json nor package.module:factory",
+            hint="name one of the two",
+        )
+    factory = imported(spec, "--model")
+
+    def build() -> nn.Module:
+        with blamed(f"--model {spec}"):
+            model = factory()
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"--model {spec} gave a {type(model).__name__}", hint="return a torch.nn.Module")
+        model = model.float().cpu()
+        twice_differentiable(model)
+        return model
+
+    return Architecture(name=spec, build=build)
+
+
+def needed(architecture: Architecture | None, path: Path) -> Architecture:
+    """The architecture named, else the one beside the weights. Raises InputError where there is none."""
+    found = architecture or beside(path)
+    if found is None:
+        raise InputError(
+            f"{path} has weights and does not say of which network (no config.json there or above)",
+            hint="pass --model package.module:factory, or --model DIR of a transformers config.json",
+        )
+    return found
+
+
+def match(model: nn.Module, stored: Mapping[str, Tensor | TensorInfo], path: object) -> dict[str, str]:
+    """Stored name by parameter or buffer name of the model, for all of them.
+
+    Wrappers' name parts (torch.compile's, DistributedDataParallel's, FSDP's) do not count, and one prefix that all
+    stored names share (as "model.") may be left out. Of tied weights any one name does. What else is stored may be an
+    average of the weights, or constants of older versions.
+
+    Args:
+        stored: what has a shape, by name.
+
+    Raises:
+        InputError: a weight of the model is not stored, or a stored one is none of the model's.
+    """
+    short = {plain(name): name for name in stored}
+    owned = {plain(name): name for name in model.state_dict()}
+    prefixes = {"", *(name.removesuffix(own) for name in short for own in list(owned)[:1] if name.endswith(f".{own}"))}
+
+    def fit(prefix: str) -> tuple[int, bool, int]:
+        average = any(averaged(part) for part in prefix.split("."))
+        return sum(prefix + own in short for own in owned), not average, -len(prefix)
+
+    best = max(prefixes, key=fit)
+    found = {name: short[best + own] for own, name in owned.items() if best + own in short}
+    pointer = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+    present = {pointer[name] for name in found if pointer[name]}
+    missing = [name for name in owned.values() if name not in found and pointer[name] not in present]
+    spare = set(short.values()) - set(found.values())
+    spare = {name for name in spare if not (of_average(name) or obsolete(name, stored[name].shape))}
+    if missing or spare:
+        what = f"{len(missing)} weights of the model are not stored, first {missing[0]}" if missing else ""
+        more = f"{len(spare)} stored weights are none of the model's, first {min(spare)}" if spare else ""
+        raise InputError(
+            f"the weights in {path} do not fit the model: {'; '.join(part for part in (what, more) if part)}",
+            hint="name the network that was trained with --model",
+        )
+    return found
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> dict[str, str]:
+    """Put stored weights into a model, one at a time, so that a lazy mapping costs one tensor of memory.
+
+    Returns:
+        `match`'s names, by which optimizer state with the same names is found.
+
+    Raises:
+        InputError: names or shapes do not fit, or a weight is NaN or infinite.
+    """
+    names = match(model, weights, path)
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, key in names.items():
+            value = weights[key]
+            if value.shape != own[name].shape:
+                raise InputError(
+                    f"{path}: {key} has shape {tuple(value.shape)}, the model's {name} {tuple(own[name].shape)}",
+                    hint="name the network that was trained with --model",
+                )
+            own[name].copy_(value)
+    model.eval()
+    check_finite(model)
+    return names

@@ -1,0 +1,86 @@
+"""The terminal view, the CSV and the Markdown of a comparison."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from curvcli.errors import plain
+from curvcli.render.csv import cell
+from curvcli.render.fit import fitting
+from curvcli.render.frame import number
+from curvcli.render.markdown import escape
+from curvcli.render.table import COLOURS, finding_line
+from curvcli.documents import Change, Comparison, Side
+
+TITLES = ("layer", "lambda A", "lambda B", "B/A", "rho A", "rho B", "B/A rho")
+LEAST_NEEDED = ("lambda A", "rho A", "B/A", "lambda B")
+
+
+def show(found: Comparison, console: Console) -> None:
+    """Print both sides, the change of each part, and findings; on a narrow terminal ratios stay and values go."""
+    changes = [*found.changes[1:], found.changes[0]]
+    rows = [_cells(change) for change in changes]
+    titles = fitting(rows, console.width - len(TITLES), TITLES, LEAST_NEEDED)  # two blanks between columns
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    for title in titles:
+        table.add_column(title, justify="left" if title == "layer" else "right", no_wrap=title != "layer", overflow="fold")
+    for change, cells in zip(changes, rows, strict=True):
+        styles = {"layer": "bold" if change.part == "full" else "", "B/A rho": _style(change)}
+        table.add_row(*(Text(cells[title], style=styles.get(title, "")) for title in titles))
+    findings = map(finding_line, found.findings)
+    console.print(_side("A", found.first), _side("B", found.second), Text(), table, Text(), *findings, sep="\n")
+
+
+def _cells(change: Change) -> dict[str, str]:
+    values = (number(change.first), number(change.second), _times(change.ratio))
+    rhos = (number(change.first_rho, 3), number(change.second_rho, 3), _times(change.rho_ratio))
+    return dict(zip(TITLES, (plain(change.name), *values, *rhos), strict=True))
+
+
+def to_csv(found: Comparison) -> str:
+    """One row per part."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(Change.model_fields), lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows({key: cell(value) for key, value in change.model_dump().items()} for change in found.changes)
+    return buffer.getvalue()
+
+
+def to_markdown(found: Comparison) -> str:
+    """For a merge request."""
+    lines = [f"## curv: {escape(found.first.path)} against {escape(found.second.path)}", ""]
+    lines += [f"- {letter}: {_facts(x)}, {x.verdict}" for letter, x in (("A", found.first), ("B", found.second))] + [""]
+    lines += ["| part | lambda A | lambda B | B/A | rho A | rho B | B/A rho |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for change in found.changes:
+        lines.append(f"| {' | '.join(map(escape, _cells(change).values()))} |")
+    lines += ["", *(f"- {finding.severity} {escape(finding.code)}: {escape(finding.message)}" for finding in found.findings)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _times(ratio: float | None) -> str:
+    return f"x{number(ratio, 3)}" if ratio is not None else "-"
+
+
+def _style(change: Change) -> str:
+    """Coloured where the whole bracket says that rho rose or fell twofold."""
+    if change.rho_ratio is None or change.low is None or change.high is None or not change.ratio:
+        return ""
+    by_lr = change.rho_ratio / change.ratio
+    return "red" if change.low * by_lr > 2 else "green" if change.high * by_lr < 0.5 else ""
+
+
+def _side(letter: str, side: Side) -> Text:
+    text = Text(f"{letter} ", style="bold").append(plain(side.path), style="bold")
+    text.append(f"\n  {_facts(side)}, ", style="not bold")
+    return text.append(side.verdict, style=COLOURS[side.verdict])
+
+
+def _facts(side: Side) -> str:
+    step = f"step {side.step:,}, " if side.step is not None else ""
+    update = f", update ratio {number(side.update_ratio, 3)}" if side.update_ratio is not None else ""
+    return f"{step}loss {number(side.loss)}, lr {number(side.lr, 3)}{update}"

@@ -1,0 +1,29 @@
+"""Markdown of a gate, for a merge request or a job's summary."""
+
+from __future__ import annotations
+
+from curvcli.render.frame import number
+from curvcli.render.markdown import escape
+from curvcli.documents import Gate
+
+
+def markdown(gate: Gate) -> str:
+    """Outcome, a row a rule, and the report's warnings."""
+    subject = gate.subject
+    step = "" if subject.step is None else f", step {subject.step:,}"
+    tokens = "" if subject.tokens is None else f", {subject.tokens:,} tokens"
+    lines = [
+        f"### curv gate: {gate.outcome}",
+        "",
+        f"measured: {escape(subject.checkpoint or subject.path)}{step}{tokens}, verdict {subject.verdict}",
+        *([f"compared with {escape(gate.baseline)}"] if gate.baseline is not None else []),
+        "",
+        "| rule | limit | value | outcome | why |",
+        "|---|--:|--:|---|---|",
+    ]
+    for outcome in gate.outcomes:
+        cells = (outcome.rule, number(outcome.limit), number(outcome.value), outcome.outcome, escape(outcome.message))
+        lines.append(f"| {' | '.join(cells)} |")
+    if gate.findings:
+        lines += ["", *(f"- {escape(finding.code)}: {escape(finding.message)}" for finding in gate.findings)]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,114 @@
+"""One self-contained HTML page a document: nothing is loaded, every value is escaped, no script but our own runs."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from curvcli.errors import InputError, plain
+from curvcli.render.advice import advice, track_advice
+from curvcli.render.chart import curves, log_chart
+from curvcli.render.frame import number, records
+from curvcli.render.track_chart import CLASSES, heat, panels
+from curvcli.render.track_points import axis, newest, rows
+from curvcli.documents import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
+
+
+def page(path: Path) -> str:
+    """The page of a document. Raises InputError where the file is none that has a page."""
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a directory, and a page is made of a document",
+            hint="measure it first: curv analyze (a checkpoint) or curv track (a run) with -o report.json, then curv report "
+            "report.json",
+        )
+    name = schema_of(path)
+    if name not in PAGES:
+        raise InputError(f"{path} has the schema {name!r:.80}, which has no page", hint=f"one of: {', '.join(PAGES)}")
+    load, render = PAGES[name]
+    return render(load(path))
+
+
+def report_page(report: Report) -> str:
+    """Verdict, findings, next steps, curves over depth, where the sharpest direction lives, numbers, provenance."""
+    chart = log_chart(curves(report), report.optimizer.threshold, report.checkpoint.layers)
+    return _render("report.html", document=report, report=report, steps=advice(report), chart=chart, rows=records(report))
+
+
+def schedule_page(schedule: Schedule) -> str:
+    """When which block joins, findings, provenance."""
+    return _render("schedule.html", document=schedule, schedule=schedule)
+
+
+def track_page(track: Track) -> str:
+    """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
+    last, found = newest(track), rows(track)
+    layers = [r for r in records(last.report) if r["part"] in ("full", "ends", "layer")] if last and last.report else []
+    return _render(
+        "track.html",
+        document=track,
+        track=track,
+        newest=last,
+        newest_label=next((row.label for row in found if row.point is last), ""),
+        steps=track_advice(track),
+        axis=axis(track),
+        panels=panels(track),
+        heat=heat(track),
+        classes=CLASSES,
+        rows=found,
+        records=layers,
+    )
+
+
+# A document's page: how it is read, how it is drawn. A further document is a further line.
+PAGES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], str]]] = {
+    "curv.report/1": (load_report, report_page),
+    "curv.schedule/1": (load_schedule, schedule_page),
+    "curv.track/1": (load_track, track_page),
+}
+
+
+def _render(template: str, *, document: Document, **values: object) -> str:
+    environment = Environment(
+        loader=PackageLoader("curvcli.render"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_plain,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
+    style, script = _asset("style.css"), _asset("sort.js")
+    # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return environment.get_template(template).render(
+        policy=policy,
+        style=Markup(style),  # noqa: S704  (a file of this package)
+        script=Markup(script),  # noqa: S704  (a file of this package)
+        schema=document.model_dump(by_alias=True)["schema"],
+        **values,
+    )
+
+
+def _plain(value: object) -> object:
+    """Text without what turns it around or cannot be in a page; our own markup as it is."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _asset(name: str) -> str:
+    return files("curvcli.render").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return b64encode(sha256(text.encode()).digest()).decode()

@@ -1,0 +1,130 @@
+"""The terminal view of a report."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from curvcli.errors import plain
+from curvcli.render.frame import number
+from curvcli.documents import Estimate, Finding, Report
+from curvcli.judge.verdict import classify
+
+COLOURS = {"stable": "green", "edge": "yellow", "unstable": "red", "unresolved": "magenta"}
+SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}
+
+
+def show(report: Report, console: Console) -> None:
+    """Print verdict, layers, depths, findings and cost; readable at 60 columns."""
+    findings = map(finding_line, report.findings)
+    console.print(_head(report), _layers(report, console), *_depths(report), Text(""), *findings, _foot(report), sep="\n")
+
+
+def _head(report: Report) -> Text:
+    checkpoint, optimizer = report.checkpoint, report.optimizer
+    colour = COLOURS[report.verdict]
+    text = Text()
+    text.append(plain(checkpoint.path), style="bold")
+    step = f"step {checkpoint.step:,}, " if checkpoint.step is not None else ""
+    text.append(
+        f"\n{step}{checkpoint.parameters:,} parameters, {report.data.tokens:,} tokens, loss {report.data.loss:.3f}\n"
+    )
+    lr = f"lr {number(optimizer.lr)}" if optimizer.lr is not None else "no lr"
+    state = {"checkpoint": "", "estimated": ", preconditioner estimated", "none": ", no preconditioner"}
+    text.append(f"{optimizer.name}, {lr}{state[optimizer.preconditioner]}\n\n")
+    text.append(f" {report.verdict.upper()} ", style=f"bold reverse {colour}")
+    if report.full.rho is not None:
+        text.append(f"  rho {number(report.full.rho, 3)}", style="bold")
+        text.append(f"  (lambda {number(report.full.eigenvalue)}, threshold {number(optimizer.threshold)})")
+    elif report.full.eigenvalue is not None:
+        text.append(f"  lambda {number(report.full.eigenvalue)}, no threshold without a learning rate")
+    else:
+        text.append(f"  no estimate: {report.full.status}")
+    low, high = report.generalisation.rho_low, report.generalisation.rho_high
+    if report.generalisation.held_out is not None and low is not None and high is not None:
+        text.append(f"\n on the data behind the shard, expect rho between {number(low, 3)} and {number(high, 3)}")
+    if report.update.ratio is not None:
+        text.append(
+            f"\n next update: lr is {number(report.update.ratio, 3)} of its critical {number(report.update.critical_lr, 3)}"
+        )
+    text.append("\n")
+    return text
+
+
+def _layers(report: Report, console: Console) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    table.add_column("layer", overflow="fold")
+    for title in ("parameters", "lambda", "rho"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    rows: list[tuple[str, int, Estimate]] = [(part.name, part.parameters, part) for part in report.parts]
+    rows.append(("full model", report.checkpoint.parameters, report.full))
+    use_rho = report.full.rho is not None
+    values = [_size(e, use_rho) for _, _, e in rows]
+    # The bar's end is the threshold unless something is past it: then the tick at 1 shows how far.
+    limit = max([*(v for v in values if v is not None), 1.0 if use_rho else 0.0]) or 1.0
+    width = max(8, min(40, console.width - 52))
+    for (name, parameters, estimate), value in zip(rows, values, strict=True):
+        style = "bold" if name == "full model" else ""
+        table.add_row(
+            Text(plain(name), style=style),
+            f"{parameters:,}",
+            number(estimate.eigenvalue),
+            number(estimate.rho, 3) if estimate.status == "converged" else Text(estimate.status, style="yellow"),
+            bar(value, limit, width, 1.0 if use_rho else None, console),
+        )
+    return table
+
+
+def bar(value: float | None, limit: float, width: int, edge: float | None, console: Console) -> Text:
+    """A bar of `width` cells that is full at `limit`, with a tick at the edge; ASCII where the terminal knows no more."""
+    solid, tick = ("█", "│") if (console.encoding or "").lower().startswith("utf") else ("#", "|")
+    cells = min(width, round(max(0.0, value or 0.0) / limit * width))
+    colour = "cyan" if edge is None or value is None else COLOURS[classify(value)]
+    drawn = Text(solid * cells, style=colour) + Text(" " * (width - cells))
+    if edge is not None and edge <= limit:
+        at = min(width, round(edge / limit * width))
+        drawn = drawn[:at] + Text(tick, style="dim") + drawn[at:]
+    return drawn
+
+
+def _size(estimate: Estimate, use_rho: bool) -> float | None:
+    return estimate.rho if use_rho else estimate.eigenvalue
+
+
+def _depths(report: Report) -> list[Text | Table]:
+    if not report.cumulative.restricted:
+        return []
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    table.add_column("depth", justify="right")
+    for title in ("restricted lambda", "rho", "truncated lambda", "rho"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for kept, cut in zip_longest(report.cumulative.restricted, report.cumulative.truncated):
+        table.add_row(
+            str(kept.depth),
+            *(
+                cell
+                for e in (kept, cut)
+                for cell in (
+                    (number(e.eigenvalue), number(e.rho, 3) if e.status == "converged" else e.status) if e else ("", "")
+                )
+            ),
+        )
+    return [Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table]
+
+
+def finding_line(finding: Finding) -> Text:
+    """A finding's code in the colour of its severity, and what it says in the terminal's own."""
+    return Text.assemble((f"{plain(finding.code)}: ", SEVERITIES[finding.severity]), plain(finding.message))
+
+
+def _foot(report: Report) -> Text:
+    cost = report.cost
+    return Text(
+        f"\n{cost.hvps} Hessian-vector products ({cost.mode}), {cost.seconds:.1f} s, "
+        f"{cost.peak_memory_bytes / 2**30:.1f} GiB, {cost.device}",
+        style="dim",
+    )

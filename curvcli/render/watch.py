@@ -1,0 +1,239 @@
+"""The terminal view of a running job: where it stands, the curve of rho over steps, and the last records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, floor, log10
+
+import plotext
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from curvcli.errors import plain
+from curvcli.render.fit import LOG_ABOVE, Points, fitting, thin
+from curvcli.render.frame import number
+from curvcli.render.table import COLOURS
+from curvcli.documents import Log, Record
+from curvcli.judge.verdict import STABLE_BELOW, UNSTABLE_ABOVE, classify
+
+# Columns of the table, and the order in which a narrow terminal loses them.
+TITLES = ("step", "loss", "lr", "lambda", "rho", "residual", "update", "depth", "HVPs", "seconds", "status")
+LEAST_NEEDED = ("residual", "HVPs", "seconds", "update", "lambda", "lr", "depth", "loss")
+_ASCII = str.maketrans("┌┐└┘─│├┤┬┴┼", "++++-|+++++")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is drawn of rho over steps.
+
+    `runs` are unbroken stretches of converged values; `doubtful` values are not converged and not to be
+    relied on; at the steps in `missing` there was no value. On a logarithmic axis `below` counts the values
+    that have no place on it.
+    """
+
+    runs: list[Points]
+    doubtful: Points
+    missing: list[int]
+    unlocks: list[tuple[int, int]]  # step, depth from there on
+    logarithmic: bool
+    below: int
+
+
+def curve(records: tuple[Record, ...]) -> Curve:
+    """The curve of a log."""
+    values = [r.rho for r in records if r.rho is not None]
+    logarithmic = bool(values) and max(values) > LOG_ABOVE
+    runs: list[Points] = [[]]
+    doubtful: Points = []
+    missing: list[int] = []
+    below = 0
+    for record in records:
+        if record.rho is None:
+            missing.append(record.step)
+            runs.append([])
+        elif logarithmic and record.rho <= 0:
+            below += 1
+            runs.append([])
+        elif record.status != "converged":
+            doubtful.append((record.step, record.rho))
+            runs.append([])
+        else:
+            runs[-1].append((record.step, record.rho))
+    return Curve([run for run in runs if run], doubtful, missing, unlocks(records), logarithmic, below)
+
+
+def unlocks(records: tuple[Record, ...]) -> list[tuple[int, int]]:
+    """Where the number of training blocks changed: (first step of the new depth, new depth)."""
+    known = [(r.step, r.active_depth) for r in records if r.active_depth is not None]
+    return [(step, depth) for (_, before), (step, depth) in pairwise(known) if depth != before]
+
+
+def screen(log: Log, console: Console, *, tail: int, height: int | None = None) -> RenderableType:
+    """One frame.
+
+    Args:
+        console: what it is for: its width, and whether its encoding has the characters of the curve.
+        tail: records in the table, at most.
+        height: lines that the frame keeps within; None where it may be as long as it likes.
+    """
+    head, width = header(log), console.width
+    if not log.records:
+        return head
+    rows, lines = tail, 14
+    if height is not None:
+        # Below the head a blank line, the curve, the table's titles and its rows; the last line stays free.
+        free = height - len(head.wrap(console, width)) - 3
+        rows = max(1, min(tail, free - 10 if free > 13 else free))
+        lines = min(20, free - min(rows, len(log.records)))
+    parts: list[RenderableType] = [head, Text("")]
+    if lines >= 6 and width >= 30:
+        parts.append(draw(log.records, width, lines, (console.encoding or "").lower().startswith("utf")))
+    return Group(*parts, table(log.records[-rows:], width))
+
+
+def header(log: Log) -> Text:
+    """Which file, how fresh, where rho stands, and what is wrong with the log."""
+    text = Text(f"{plain(str(log.path))}\n", style="")
+    text.stylize("bold")
+    if not log.records:
+        text.append("no record yet" if log.exists else "waiting for it: there is no such file yet", style="yellow")
+        _troubles(text, log)
+        return text
+    last = log.records[-1]
+    text.append(f"step {last.step:,}, {len(log.records):,} records", style="")
+    if log.age is None:
+        text.append(", the file is gone", style="yellow")
+    else:
+        text.append(f", last written {_ago(log.age)} ago")
+        if log.gap is not None:
+            text.append(f", usually every {_ago(log.gap)}")
+        if log.stalled:
+            text.append(" (looks stalled)", style="bold red")
+    verdict = classify(last.rho) if last.rho is not None and last.status == "converged" else "unresolved"
+    text.append("\n\n")
+    text.append(f" {verdict.upper()} ", style=f"bold reverse {COLOURS[verdict]}")
+    if last.rho is not None:
+        text.append(f"  rho {number(last.rho, 3)}", style="bold")
+        text.append(f"  (edge 1, stable below {STABLE_BELOW:g}, unstable above {UNSTABLE_ABOVE:g})", style="dim")
+        if last.status != "converged":
+            text.append(f"  {last.status}: not to be relied on", style="yellow")
+    else:
+        reason = f": {plain(last.message)}" if last.message else ""
+        text.append(f"  no rho, {last.status}{reason}", style="yellow")
+        known = [r for r in log.records if r.rho is not None and r.status == "converged"]
+        if known:
+            text.append(f"\n the last one was {number(known[-1].rho, 3)} at step {known[-1].step:,}")
+    _troubles(text, log)
+    return text
+
+
+def _troubles(text: Text, log: Log) -> None:
+    if log.damaged:
+        lines = "line" if log.damaged == 1 else "lines"
+        text.append(f"\n{log.damaged:,} damaged {lines}, the last: {plain(log.damage or '')}", style="yellow")
+    notes = []
+    if log.superseded:
+        notes.append(f"{log.superseded:,} records superseded after a resume")
+    if log.replaced:
+        notes.append(f"the file was replaced {log.replaced} {'time' if log.replaced == 1 else 'times'}, read anew")
+    if log.half:
+        notes.append("the last line is half written")
+    if notes:
+        text.append("\n" + "; ".join(notes), style="dim")
+
+
+def draw(records: tuple[Record, ...], width: int, lines: int, utf8: bool = True) -> Text:
+    """The curve in characters, `lines` high with its caption."""
+    data = curve(records)
+    values = [y for run in data.runs for _, y in run] + [y for _, y in data.doubtful]
+    place = log10 if data.logarithmic else float
+    low, high, ticks = _axis(values, data.logarithmic)
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.limit_size(False, False)
+    plotext.plotsize(width, lines - 1)
+    for step, _ in data.unlocks:
+        plotext.vline(step, "yellow")
+    plotext.hline(place(1.0), "red")
+    for run in data.runs:
+        shown = thin(run, 2 * width)
+        x, y = [step for step, _ in shown], [place(value) for _, value in shown]
+        plotext.plot(x, y, marker="braille" if utf8 else "*", color="cyan")
+    if data.doubtful:
+        shown = thin(data.doubtful, width)
+        plotext.scatter([s for s, _ in shown], [place(v) for _, v in shown], marker="?", color="yellow")
+    if data.missing:
+        plotext.scatter(data.missing, [place(low)] * len(data.missing), marker="x", color="red")
+    first, last = records[0].step, max(records[-1].step, records[0].step + 1)
+    plotext.xlim(first, last)
+    plotext.ylim(place(low), place(high))
+    plotext.yticks([place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    marks = sorted({round(first + (last - first) * part / 4) for part in range(5)})
+    plotext.xticks(marks, [f"{mark:,}" for mark in marks])
+    picture = plotext.build().rstrip("\n")
+    caption = Text("rho over steps, edge 1", style="dim")
+    if data.unlocks:
+        step, depth = data.unlocks[-1]
+        unlocked = "1 unlock" if len(data.unlocks) == 1 else f"{len(data.unlocks)} unlocks"
+        caption.append(f"; {unlocked}, to depth {depth} at {step:,}")
+    if data.doubtful:
+        caption.append("; ? not converged")
+    if data.missing:
+        caption.append("; x no value")
+    if data.below:
+        caption.append(f"; {data.below} not above 0, off the log axis")
+    caption.truncate(width, overflow="ellipsis" if utf8 else "crop")
+    return Text.assemble(caption, "\n", Text.from_ansi(picture if utf8 else picture.translate(_ASCII)))
+
+
+def _axis(values: list[float], logarithmic: bool) -> tuple[float, float, list[float]]:
+    """Lower end, upper end and ticks; the edge is always on the axis."""
+    if logarithmic:
+        least, greatest = min(floor(log10(min(v, 1.0))) for v in values), ceil(log10(max(values)))
+        return 10.0**least, 10.0**greatest, [10.0**power for power in range(least, greatest + 1)]
+    top = max([UNSTABLE_ABOVE, *values]) * 1.05
+    bottom = min([0.0, *values])
+    steps = [float(n) for n in range(ceil(bottom), floor(top) + 1)]
+    return bottom, top, sorted({*steps, 0.5} if top < 3 else steps)
+
+
+def table(records: tuple[Record, ...], width: int) -> Table:
+    """The records that are given, in the columns that fit."""
+    cells = [_row(record) for record in records]
+    titles = fitting(cells, width, TITLES, LEAST_NEEDED)
+    drawn = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1), collapse_padding=True)
+    for title in titles:
+        drawn.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
+    for row, record in zip(cells, records, strict=True):
+        verdict = classify(record.rho) if record.rho is not None and record.status == "converged" else "unresolved"
+        styles = {"rho": COLOURS[verdict], "status": "" if record.status == "converged" else "yellow"}
+        drawn.add_row(*(Text(row[title], style=styles.get(title, "")) for title in titles))
+    return drawn
+
+
+def _row(record: Record) -> dict[str, str]:
+    return {
+        "step": f"{record.step:,}",
+        "loss": number(record.loss),
+        "lr": number(record.lr, 3),
+        "lambda": number(record.eigenvalue),
+        "rho": number(record.rho, 3),
+        "residual": number(record.residual, 2),
+        "update": number(record.update_ratio, 3),
+        "depth": "-" if record.active_depth is None else str(record.active_depth),
+        "HVPs": str(record.hvps),
+        "seconds": f"{record.seconds:.1f}",
+        "status": record.status,
+    }
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h"

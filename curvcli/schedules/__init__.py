@@ -1,0 +1,9 @@
+"""Schedules of architecture warm-up: the learning rate over steps, and policies that plan phases. No torch."""
+
+from __future__ import annotations
+
+from curvcli.schedules.lr import highest_from, lr_at, lr_schedule, settles
+from curvcli.schedules.measured import Measured, freeze, grow_from
+from curvcli.schedules.plan import WARMUP, grow
+
+__all__ = ["WARMUP", "Measured", "freeze", "grow", "grow_from", "highest_from", "lr_at", "lr_schedule", "settles"]

@@ -1,0 +1,143 @@
+"""Which blocks train when: orders, groups, phases, and the schedule from depth alone. Pure functions, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from curvcli.errors import UsageError
+from curvcli.documents import Finding, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, Versions
+from curvcli.schedules.lr import lr_at
+
+GROUPS, INTERVAL, WARMUP = 4, 500, 2000
+
+
+def grow(
+    depth: int,
+    *,
+    warmup_steps: int = WARMUP,
+    total_steps: int | None = None,
+    start: int | None = None,
+    groups: int | None = None,
+    interval: int = INTERVAL,
+    order: Order = "last",
+    lr: LrSchedule | None = None,
+) -> Schedule:
+    """Default of arXiv 2606.16768: half the depth until warm-up ends, then a group every `interval` steps.
+
+    Args:
+        depth: blocks of the model.
+        warmup_steps: step at which the first group joins.
+        total_steps: steps of the run, where known; every group has to join before.
+        start: blocks that train from step 0; half of them by default.
+        groups: how many groups the others join in; 4 by default, fewer where fewer blocks are locked.
+        order: which blocks are locked at the start (see `joining`).
+        lr: only written into the document; nothing is predicted from it.
+
+    Raises:
+        UsageError: the numbers leave nothing to lock, nothing to train, or no room for the groups.
+    """
+    start = depth // 2 if start is None else start
+    if start < 1:
+        raise UsageError(
+            f"{start} of {depth} blocks would train at the start", hint="at least 1 must: pass --start, or a larger --depth"
+        )
+    if start >= depth:
+        raise UsageError(
+            f"all {depth} blocks would train from the start, so there is nothing to schedule",
+            hint=f"pass a --start of 1 to {depth - 1}" if depth > 1 else "a model of one block has no architecture warm-up",
+        )
+    if warmup_steps < 1:
+        raise UsageError("the first group would join at step 0, with the others", hint="pass --warmup-steps of 1 or more")
+    active, queue = joining(depth, start, order)
+    parts = split(queue, groups)
+    steps = [0, *(warmup_steps + i * interval for i in range(len(parts)))]
+    within(steps, total_steps)
+    return Schedule(
+        mode="grow",
+        depth=depth,
+        order=order,
+        blocks=None,
+        lock="zero-output",
+        margin=None,
+        lr_schedule=lr,
+        phases=phases(active, parts, steps=steps, interval=interval, lr=lr),
+        findings=[
+            Finding(
+                code="not-measured",
+                severity="info",
+                message="planned from depth alone: nothing was measured, and nothing says that it fits this model; "
+                "pass --from report.json to plan from its curvature",
+            )
+        ],
+        provenance=ScheduleProvenance(report=None, report_sha256=None, checkpoint=None, versions=Versions.installed()),
+    )
+
+
+def joining(depth: int, start: int, order: Order) -> tuple[list[int], list[int]]:
+    """The `start` blocks that train at first, and the others in the order in which they join.
+
+    last: the last ones are locked and join bottom up; first: the first ones, and join top down;
+    interleaved: those that train are spread evenly (every second one at half the depth), the others join bottom up.
+    """
+    if order == "last":
+        return list(range(start)), list(range(start, depth))
+    if order == "first":
+        return list(range(depth - start, depth)), list(range(depth - start - 1, -1, -1))
+    active = [i * depth // start for i in range(start)]
+    return active, [block for block in range(depth) if block not in set(active)]
+
+
+def split(queue: Sequence[int], groups: int | None) -> list[list[int]]:
+    """The queue in consecutive groups whose sizes differ by at most one. Raises UsageError where one would be empty."""
+    if not queue:
+        return []
+    count = min(GROUPS, len(queue)) if groups is None else groups
+    if count > len(queue):
+        raise UsageError(
+            f"{len(queue)} locked blocks do not make {count} groups", hint=f"pass --groups of at most {len(queue)}"
+        )
+    cuts = [i * len(queue) // count for i in range(count + 1)]
+    return [list(queue[a:b]) for a, b in pairwise(cuts)]
+
+
+def within(steps: Sequence[int], total_steps: int | None) -> None:
+    """Raises UsageError where a step lies past the end of the run."""
+    if total_steps is not None and steps[-1] >= total_steps:
+        raise UsageError(
+            f"the last group would join at step {steps[-1]}, and the run ends at {total_steps}",
+            hint="pass a smaller --interval, fewer --groups or a shorter --warmup-steps",
+        )
+
+
+def phases(
+    active: Sequence[int],
+    parts: Sequence[Sequence[int]],
+    *,
+    steps: Sequence[int],
+    interval: int,
+    lr: LrSchedule | None,
+    rho: Callable[[int, int], float] | None = None,
+) -> list[Phase]:
+    """The phases in which `parts` join `active`, at `steps` (the first phase's step before them).
+
+    Args:
+        interval: how long after its step the last phase may begin in adaptive mode; others end with the next one's.
+        rho: prediction for a number of active blocks at a step.
+    """
+    found: list[Phase] = []
+    now = sorted(active)
+    for number, (step, part) in enumerate(zip(steps, [[], *parts], strict=True)):
+        now = sorted({*now, *part})
+        following = steps[number + 1] if number + 1 < len(steps) else step + interval
+        found.append(
+            Phase(
+                step=step,
+                latest=following if number else step,
+                active=now,
+                unlock=sorted(part),
+                lr=lr_at(lr, step) if lr else None,
+                predicted_rho=rho(len(now), step) if rho else None,
+            )
+        )
+    return found
