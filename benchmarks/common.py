@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvcli.curvature.problem import Problem
 from curvcli.checkpoints import open_checkpoint
+from curvcli.curvature.problem import Problem
 from curvcli.data.shards import read_shard
 from curvcli.data.tasks import causal_loss
 

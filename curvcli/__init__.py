@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from curvcli.analysis.api import Estimated, analyze
-    from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
     from curvcli.checkpoints.formats.optimizer_file import save_optimizer
     from curvcli.documents import Report
+    from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
     from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
     __version__: str
@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "analyze": "analysis",
-    "Estimated": "analysis",
-    "Report": "results",
-    "save_optimizer": "inputs.formats.optimizer_file",
+    "analyze": "analysis.api",
+    "Estimated": "analysis.api",
+    "Report": "documents",
+    "save_optimizer": "checkpoints.formats.optimizer_file",
     "ArchitectureWarmup": "training",
     "CurvatureTracker": "training",
     "CurvError": "errors",

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from stored import stored
 
 from curvcli.analysis.checkpoint import inspect_checkpoint
-from curvcli.errors import CurvError
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
-from curvcli.data.shards import read_shard
 from curvcli.checkpoints.state.soundness import state_findings, weight_findings
+from curvcli.data.shards import read_shard
+from curvcli.errors import CurvError
 from curvcli.optimizers.preconditioner import prepare
 
 SECONDS = 30

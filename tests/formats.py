@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curvcli import save_optimizer
-from curvcli.checkpoints.base import Architecture
+from curvcli.models.base import Architecture
 
 ROOT = Path(__file__).resolve().parent.parent
 

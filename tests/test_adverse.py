@@ -20,9 +20,9 @@ from formats import CHECKPOINTS
 
 import curvcli.files.safe as safe
 from curvcli.analysis.checkpoint import inspect_checkpoint
-from curvcli.errors import CurvError, InputError
 from curvcli.checkpoints import open_checkpoint
 from curvcli.documents import write_whole
+from curvcli.errors import CurvError, InputError
 
 NOBODY = 65534
 

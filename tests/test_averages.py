@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.optim.swa_utils import AveragedModel
 
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint
-from curvcli.errors import InputError
 from curvcli.checkpoints import open_checkpoint
-from curvcli.checkpoints.base import Architecture
+from curvcli.errors import InputError
+from curvcli.models.base import Architecture
 
 Trained = tuple[nn.Module, torch.optim.Optimizer, AveragedModel]
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import curvcli
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
-from curvcli.errors import CurvError, InputError, UnsupportedError
 from curvcli.checkpoints import open_checkpoint
-from curvcli.checkpoints.base import Architecture
+from curvcli.errors import CurvError, InputError, UnsupportedError
+from curvcli.models.base import Architecture
 
 Run = tuple[nn.Module, torch.optim.Optimizer]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from curvcli.analysis.cache import Entry, FileCache, cache_key, checkpoint_digest, checkpoint_stamp
-from curvcli.errors import UsageError
 from curvcli.documents import load_report
+from curvcli.errors import UsageError
 
 ASSET = next((Path(__file__).resolve().parent / "assets").glob("calm-60*.report.json"))
 

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 import curvcli
 from curvcli.analysis.api import cache as module
 from curvcli.analysis.cache import Entry, FileCache, cache_key, method_digest
-from curvcli.cli import app
-from curvcli.errors import UsageError
 from curvcli.checkpoints import remote
+from curvcli.cli import app
 from curvcli.documents import Versions, load_report
+from curvcli.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = load_report(next((ROOT / "tests" / "assets").glob("calm-60*.report.json")))

@@ -13,8 +13,8 @@ from test_warmup import DEPTH, GROW, batch, block_of, build, same
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from curvcli.errors import UsageError
 from curvcli.documents import Record
+from curvcli.errors import UsageError
 from curvcli.training.transformers import CurvCallback
 
 TOTAL = 12

@@ -15,8 +15,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from curvcli.render import TEXT
 from curvcli.documents import load_report
+from curvcli.render import TEXT
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]

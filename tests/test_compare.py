@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from test_cli import curv
 
+from curvcli.documents import Report, load_comparison, load_report
 from curvcli.judge.compare import compare
 from curvcli.render.compare import to_csv, to_markdown
-from curvcli.documents import Report, load_comparison, load_report
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CALM, HOT = ASSETS / "calm-60.gate.report.json", ASSETS / "hot-60.gate.report.json"

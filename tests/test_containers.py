@@ -20,10 +20,10 @@ from safetensors.numpy import save_file
 from tiny import build
 from transformers import LlamaForCausalLM
 
-from curvcli.errors import InputError, UsageError
 from curvcli.data.examples import Examples
 from curvcli.data.shards import Shard
 from curvcli.data.tasks import causal_loss, labelled_loss, left_out, predictions, read_data
+from curvcli.errors import InputError, UsageError
 
 Rows = list[dict[str, Any]]
 CHECKPOINT = SimpleNamespace(vocabulary=64, context=32, tokenizer=None, path=Path("checkpoint"))

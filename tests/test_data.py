@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from curvcli.errors import InputError, UsageError
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.data import tokens
 from curvcli.data.shards import Shard, find_sources, read_shard
+from curvcli.errors import InputError, UsageError
 
 IDS = (np.arange(1000) * 37 % 251).astype(np.int64)
 

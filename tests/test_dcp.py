@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from transformers import LlamaForCausalLM
 
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
-from curvcli.errors import InputError
 from curvcli.checkpoints import open_checkpoint
-from curvcli.checkpoints.base import Architecture
 from curvcli.checkpoints.formats.dcp_files import read_metadata
 from curvcli.checkpoints.state.mapping import map_named
+from curvcli.errors import InputError
+from curvcli.models.base import Architecture
 from curvcli.optimizers.base import OptimizerView
 
 LAYOUTS = ("nested", "flattened", "torchtitan", "by position", "inside an application")

@@ -10,8 +10,8 @@ import torch
 
 from curvcli import analyze
 from curvcli.curvature import davidson
-from curvcli.errors import OutOfTime
 from curvcli.documents import Report
+from curvcli.errors import OutOfTime
 
 
 class Clock:

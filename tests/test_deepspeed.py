@@ -19,12 +19,13 @@ from torch import nn
 
 from curvcli.analysis.cache import NoCache
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
-from curvcli.errors import CurvError, InputError, UnsupportedError
-from curvcli.checkpoints import open_checkpoint
-from curvcli.checkpoints.base import Architecture, Checkpoint
-from curvcli.checkpoints.formats.zero import Partitions, rank_files
-from curvcli.optimizers.preconditioner import prepare
 from curvcli.analysis.track import track_run
+from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.base import Checkpoint
+from curvcli.checkpoints.formats.zero import Partitions, rank_files
+from curvcli.errors import CurvError, InputError, UnsupportedError
+from curvcli.models.base import Architecture
+from curvcli.optimizers.preconditioner import prepare
 
 pytest.importorskip("deepspeed")
 NET = Architecture("Net", build, vocabulary=11)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
 from curvcli import analyze
-from curvcli.curvature.davidson import Extremes, Ritz
 from curvcli.analysis.solve import Solved, violates
+from curvcli.curvature.davidson import Extremes, Ritz
 from curvcli.documents import Report
 
 TOLERANCE = 1e-4

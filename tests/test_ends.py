@@ -14,10 +14,11 @@ from rich.console import Console
 from tracks import ASSETS, asset, track
 
 from curvcli.analysis.api import analyze
-from curvcli.judge.compare import compare
-from curvcli.curvature.davidson import Extremes, Ritz
-from curvcli.judge.gate import judge
 from curvcli.analysis.solve import Measurement, Solved
+from curvcli.curvature.davidson import Extremes, Ritz
+from curvcli.documents import Report, Rule, load_report
+from curvcli.judge.compare import compare
+from curvcli.judge.gate import judge
 from curvcli.judge.readings import ReportReadings
 from curvcli.render import compare as compared
 from curvcli.render import table, track_table
@@ -27,7 +28,6 @@ from curvcli.render.html import report_page, track_page
 from curvcli.render.markdown import markdown
 from curvcli.render.plot import plot
 from curvcli.render.track_chart import heat
-from curvcli.documents import Report, Rule, load_report
 
 OUTER = ["embed.weight", "head.weight", "head.bias"]
 

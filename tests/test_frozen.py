@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import curvcli
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint
-from curvcli.errors import InputError
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
 from curvcli.checkpoints.state.partial import MOST, assignments
+from curvcli.errors import InputError
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live
 

@@ -15,9 +15,9 @@ from tiny import STEPS, build, config
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaForCausalLM
 
-from curvcli.errors import InputError
 from curvcli.checkpoints import open_checkpoint
-from curvcli.checkpoints.base import Architecture
+from curvcli.errors import InputError
+from curvcli.models.base import Architecture
 
 pytest.importorskip("accelerate", reason="writes the checkpoints")
 pytestmark = pytest.mark.slow  # two processes that import torch and transformers

@@ -15,12 +15,8 @@ from test_track import course_of
 from test_watch import record, write
 from typer.testing import CliRunner
 
-from curvcli.cli import app
-from curvcli.judge.compare import compare
 from curvcli.analysis.config import find_config, find_gate
-from curvcli.judge.gate import decide
-from curvcli.judge.readings import ReportReadings
-from curvcli.render.html import page
+from curvcli.cli import app
 from curvcli.documents import (
     Rule,
     load_comparison,
@@ -30,6 +26,10 @@ from curvcli.documents import (
     load_schedule,
     load_track,
 )
+from curvcli.judge.compare import compare
+from curvcli.judge.gate import decide
+from curvcli.judge.readings import ReportReadings
+from curvcli.render.html import page
 from curvcli.schedules.lr import read_points
 from curvcli.schedules.plan import grow
 

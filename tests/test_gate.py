@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curvcli.documents import Finding, Outcome, Report, Rule, RuleName, Status, load_report
 from curvcli.judge.gate import decide, exit_code, judge, overall
 from curvcli.judge.readings import NoReadings, Reading, ReportReadings
-from curvcli.documents import Finding, Outcome, Report, Rule, RuleName, Status, load_report
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 
 from curvcli.cli import app
 from curvcli.cli.budget import GRACE
+from curvcli.documents import Gate, Rule, json_schema, load_gate, load_report
 from curvcli.errors import plain
 from curvcli.judge.gate import decide
 from curvcli.judge.readings import ReportReadings
 from curvcli.render.gate import BY_SUFFIX, GATE
 from curvcli.render.gate_github import escape_data, escape_property
-from curvcli.documents import Gate, Rule, json_schema, load_gate, load_report
 
 ASSETS = Path(__file__).parent / "assets"
 CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from curvcli.errors import CurvError, InputError
 from curvcli.checkpoints import open_checkpoint
+from curvcli.errors import CurvError, InputError
 from curvcli.files.limits import check_config, check_document, inside
 from curvcli.files.safe import load_bytes, load_pickle, read_json
 from curvcli.files.tensors import safetensors_header

@@ -14,10 +14,10 @@ from browser import CONTRAST, Browser, troubles
 from typer.testing import CliRunner
 
 from curvcli.cli import app
+from curvcli.documents import Report, load_report
 from curvcli.render.advice import advice
 from curvcli.render.chart import log_chart
 from curvcli.render.html import page, report_page
-from curvcli.documents import Report, load_report
 
 ASSET = Path(__file__).parent / "assets" / "hot-60.report.json"
 HOSTILE = [

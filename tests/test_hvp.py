@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from curvcli import analyze
 from curvcli.curvature.hvp import MODES, build, choose
 from curvcli.curvature.problem import Problem
-from curvcli.errors import UnsupportedError, UsageError
 from curvcli.data.tasks import causal_loss
+from curvcli.errors import UnsupportedError, UsageError
 from curvcli.models.blocks import find_blocks
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

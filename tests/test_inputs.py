@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 from curvcli.analysis.config import find_config
-from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.data.shards import read_shard
 from curvcli.data.tasks import causal_loss
+from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.models.blocks import find_blocks
 
 

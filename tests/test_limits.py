@@ -21,12 +21,12 @@ from torch import nn
 
 from curvcli import limits
 from curvcli.analysis.config import find_config
-from curvcli.errors import CurvError, InputError
 from curvcli.checkpoints import bounds, open_checkpoint
+from curvcli.documents import load_report, load_schedule, load_track, schema_of
+from curvcli.errors import CurvError, InputError
 from curvcli.files.limits import check_size
 from curvcli.files.parse import parse_json, read_limited, read_toml
 from curvcli.files.safe import load_pickle, read_json
-from curvcli.documents import load_report, load_schedule, load_track, schema_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = 2**30

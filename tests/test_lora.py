@@ -15,10 +15,10 @@ from tiny import build, config
 from torch import nn
 
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint
-from curvcli.errors import InputError, UnsupportedError, UsageError
-from curvcli.checkpoints import open_checkpoint
-from curvcli.models.architecture import named
 from curvcli.analysis.track import key_of, open_for_analysis
+from curvcli.checkpoints import open_checkpoint
+from curvcli.errors import InputError, UnsupportedError, UsageError
+from curvcli.models.architecture import named
 
 LR, BETAS = 1e-2, (0.9, 0.95)
 IDS = torch.randint(64, (40, 17), generator=torch.Generator().manual_seed(0)) ** 2 % 61

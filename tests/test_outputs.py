@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from curvcli.cli import app
-from curvcli.errors import InputError
 from curvcli.documents import output
 from curvcli.documents.output import check_writable, write_whole
+from curvcli.errors import InputError
 
 
 def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:

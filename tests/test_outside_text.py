@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from curvcli.cli import app
-from curvcli.judge.compare import compare
-from curvcli.errors import InputError, plain
 from curvcli.cli.progress import reporting
+from curvcli.documents import Finding, Report, dumps, load_report
+from curvcli.documents.base import visible_json
+from curvcli.errors import InputError, plain
+from curvcli.judge.compare import compare
 from curvcli.render import TEXT
 from curvcli.render.compare import to_csv as comparison_csv
 from curvcli.render.compare import to_markdown as comparison_markdown
@@ -25,8 +27,6 @@ from curvcli.render.csv import cell
 from curvcli.render.facts import show_facts
 from curvcli.render.html import page
 from curvcli.render.markdown import escape
-from curvcli.documents import Finding, Report, dumps, load_report
-from curvcli.documents.base import visible_json
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 HOT = load_report(ASSETS / "hot-60.gate.report.json")

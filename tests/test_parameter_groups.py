@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from curvcli import analyze
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+from curvcli.documents import Report
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.given import at_logged, lead, override, scaled
 from curvcli.optimizers.preconditioner import live, prepare
-from curvcli.documents import Report
 
 RATES = (0.02, 0.01, 0.005)
 

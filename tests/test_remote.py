@@ -15,8 +15,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from curvcli.errors import InputError
 from curvcli.checkpoints import find_checkpoints, open_checkpoint, remote
+from curvcli.errors import InputError
 from curvcli.files.remote import _address, fetched
 
 CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]

@@ -22,10 +22,10 @@ from transformers import (
 from curvcli.analysis.api import analyze
 from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import causal_loss, labelled_loss
-from curvcli.models.rows import row_kinds
-from curvcli.render.html import report_page
 from curvcli.documents import Mass
 from curvcli.judge.verdict import _shape
+from curvcli.models.rows import row_kinds
+from curvcli.render.html import report_page
 
 SIZE = 16
 IDS = torch.randint(SIZE, (4, SIZE), generator=torch.Generator().manual_seed(0))

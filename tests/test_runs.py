@@ -13,9 +13,9 @@ from tiny import config
 
 from curvcli.analysis.cache import NoCache
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
-from curvcli.errors import CurvError, InputError
-from curvcli.checkpoints import find_checkpoints, open_checkpoint, step_of
 from curvcli.analysis.track import track_run
+from curvcli.checkpoints import find_checkpoints, open_checkpoint, step_of
+from curvcli.errors import CurvError, InputError
 
 
 @pytest.fixture(scope="module")

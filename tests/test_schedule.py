@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
+from curvcli.documents import DepthEstimate, LrSchedule, Report, Schedule, load_report
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.render.schedule_plot import plot, series
 from curvcli.render.schedule_table import ranges
-from curvcli.documents import DepthEstimate, LrSchedule, Report, Schedule, load_report
 from curvcli.schedules import Measured, freeze, grow, grow_from, highest_from, lr_at, lr_schedule, settles
 from curvcli.schedules.lr import read_points
 from curvcli.schedules.plan import joining, split

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from curvcli.analysis.api import Provenance
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, open_for_analysis
-from curvcli.errors import InputError
 from curvcli.checkpoints import open_checkpoint
-from curvcli.data.shards import read_shard
-from curvcli.data.tasks import causal_loss
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
 from curvcli.checkpoints.state.mapping import AmbiguousStateError, map_state, single_order
 from curvcli.checkpoints.state.soundness import state_findings, weight_findings
+from curvcli.data.shards import read_shard
+from curvcli.data.tasks import causal_loss
+from curvcli.errors import InputError
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import prepare
 

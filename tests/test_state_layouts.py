@@ -10,9 +10,9 @@ import torch
 from tiny import STEPS, build
 from torch import Tensor, nn
 
-from curvcli.errors import CurvError, InputError, UnsupportedError
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.state.soundness import state_findings
+from curvcli.errors import CurvError, InputError, UnsupportedError
 from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.given import override
 from curvcli.optimizers.preconditioner import live, prepare

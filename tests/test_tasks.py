@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from curvcli.checkpoints import open_checkpoint
 from curvcli.cli import app
 from curvcli.curvature.problem import Problem
-from curvcli.errors import CurvError, InputError, UsageError
-from curvcli.checkpoints import open_checkpoint
 from curvcli.data.examples import holds_examples, read_examples
 from curvcli.data.shards import Shard
 from curvcli.data.tasks import LOSSES, causal_loss, labelled_loss, masked, predictions
 from curvcli.data.tokens import Source
+from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.models.architecture import named
 
 OWN = '''

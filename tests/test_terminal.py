@@ -20,10 +20,10 @@ from terminal import CURV, Terminal
 from tracks import course
 
 from curvcli.cli.app import exit_codes
+from curvcli.documents import Finding, load_report
 from curvcli.errors import InputError
 from curvcli.render import schedule_table, table
 from curvcli.render.facts import show_facts
-from curvcli.documents import Finding, load_report
 
 ASSETS = Path(__file__).parent / "assets"
 REPORT, CALM = ASSETS / "hot-60.gate.report.json", ASSETS / "calm-60.gate.report.json"

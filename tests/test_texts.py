@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from curvcli.errors import InputError
 from curvcli.checkpoints import open_checkpoint
 from curvcli.data.tasks import LOSSES, read_data
+from curvcli.errors import InputError
 
 WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "whale", "is", "white", "ship", "sinks")
 TEXTS = ["the whale is white", "the ship", "whale", "the white ship sinks is the whale the whale the whale"]

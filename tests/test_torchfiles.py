@@ -25,11 +25,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import curvcli
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
-from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
 from curvcli.checkpoints import open_checkpoint
-from curvcli.checkpoints.base import Architecture
+from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
 from curvcli.files.foreign import Foreign
 from curvcli.files.safe import load_pickle
+from curvcli.models.base import Architecture
 from curvcli.optimizers.base import OptimizerView
 
 NET = Architecture("Llama", build, vocabulary=64)

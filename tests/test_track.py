@@ -21,14 +21,14 @@ import torch
 from curvcli.analysis.api import Analysis
 from curvcli.analysis.cache import FileCache, NoCache
 from curvcli.analysis.checkpoint import Opened, Options, analyze_checkpoint, open_for_analysis
-from curvcli.curvature.hvp import HVP
-from curvcli.errors import InputError
-from curvcli.checkpoints import find_checkpoints
 from curvcli.analysis.solve import Directions, Measurement, Solved
+from curvcli.analysis.track import _findings, _in_order, key_of, track_run
+from curvcli.checkpoints import find_checkpoints
+from curvcli.curvature.hvp import HVP
+from curvcli.documents import Track, TrackPoint, load_report, load_track
+from curvcli.errors import InputError
 from curvcli.judge.readings import ReportReadings, certified, track_readings
 from curvcli.render.track_table import to_csv
-from curvcli.documents import Track, TrackPoint, load_report, load_track
-from curvcli.analysis.track import _findings, _in_order, key_of, track_run
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 OPTIONS = Options(tokens=128, depths=False, max_hvps=40)

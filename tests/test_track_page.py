@@ -14,11 +14,11 @@ from tracks import asset, at, course, failed, long, track
 from typer.testing import CliRunner
 
 from curvcli.cli import app
+from curvcli.documents import Track, load_track
 from curvcli.render.advice import track_advice
 from curvcli.render.chart import linear_ticks
 from curvcli.render.html import page, track_page
 from curvcli.render.track_chart import heat, panels
-from curvcli.documents import Track, load_track
 
 
 def text(document: Track) -> str:

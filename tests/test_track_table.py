@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 from tracks import asset, at, course, failed, track
 
+from curvcli.documents import Track, TrackPoint, TrainingStep
 from curvcli.render.track_plot import plot_track
 from curvcli.render.track_points import series
 from curvcli.render.track_table import show, to_csv
-from curvcli.documents import Track, TrackPoint, TrainingStep
 
 
 def shown(document: Track, width: int = 80, encoding: str = "utf-8") -> str:

@@ -13,8 +13,8 @@ from schedules import schedule
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.documents import Schedule
+from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.training import ArchitectureWarmup, DeadBlockError
 
 DEPTH, TOTAL = 4, 12

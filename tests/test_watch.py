@@ -17,11 +17,11 @@ from terminal import CURV, Terminal
 from typer.testing import CliRunner
 
 from curvcli.cli import app
+from curvcli.documents import Follower, Log, Record, find_log, load_records
 from curvcli.errors import InputError
 from curvcli.render.fit import fitting, thin
 from curvcli.render.plot_log import plot_log, series
 from curvcli.render.watch import LEAST_NEEDED, TITLES, curve, draw, header, screen
-from curvcli.documents import Follower, Log, Record, find_log, load_records
 
 
 def record(step: int, rho: float | None = 0.5, **changes: object) -> Record:

@@ -16,8 +16,8 @@ from test_bad_input import Evil, _one_line
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from curvcli.errors import InputError
 from curvcli.checkpoints import open_checkpoint
+from curvcli.errors import InputError
 from curvcli.models.architecture import named
 
 FEW = ("--tokens", "256", "--sequence-length", "16")

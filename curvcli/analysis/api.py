@@ -11,19 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvcli.curvature import resources
 from curvcli import documents
+from curvcli.analysis.solve import Directions, Measured, Measurement, Progress, Solved, missed
+from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
+from curvcli.judge.verdict import explain, judge
 from curvcli.models.blocks import display, find_blocks, locate, survey
 from curvcli.models.rows import row_kinds
-from curvcli.analysis.solve import Directions, Measured, Measurement, Progress, Solved, missed
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.given import scaled
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, prepare
-from curvcli.judge.verdict import explain, judge
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Estimated:
 class Provenance:
     """What the report says of its inputs, where they are files."""
 
-    checkpoint: Callable[[int, int], results.Checkpoint] | None = None
-    data: Callable[[float], results.Data] | None = None
+    checkpoint: Callable[[int, int], documents.Checkpoint] | None = None
+    data: Callable[[float], documents.Data] | None = None
     lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"] = "optimizer"
     notes: dict[str, str] = field(default_factory=dict)
-    findings: tuple[results.Finding, ...] = ()
+    findings: tuple[documents.Finding, ...] = ()
     logged_loss: float | None = None
 
 
@@ -53,9 +53,9 @@ class Analysis:
         warm_start: what the given start saved, measured on the first part of the shard; None after a cold start.
     """
 
-    report: results.Report
+    report: documents.Report
     directions: Directions
-    warm_start: results.WarmStart | None
+    warm_start: documents.WarmStart | None
 
 
 def analyze(
@@ -74,7 +74,7 @@ def analyze(
     progress: Progress | None = None,
     deadline: float = float("inf"),
     depths: bool = True,
-) -> results.Report:
+) -> documents.Report:
     """Curvature of a model as its optimizer sees it, in full, per layer and cumulative over depth.
 
     The method is that of arXiv 2606.16768; thresholds are from arXiv 2103.00065 and 2207.14484.
@@ -159,13 +159,13 @@ def check_effort(tolerance: float, max_hvps: int) -> None:
         raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
 
 
-def _warm_start(found: Measured, report: results.Report) -> results.WarmStart | None:
+def _warm_start(found: Measured, report: documents.Report) -> documents.WarmStart | None:
     if found.both is None:
         return None
     warm, cold = found.both
     if warm.extremes is None or cold.extremes is None:
         return None
-    return results.WarmStart(
+    return documents.WarmStart(
         tokens=round(found.ladder[0][0] * report.data.tokens),
         hvps=warm.extremes.products,
         cold_hvps=cold.extremes.products,
@@ -198,7 +198,7 @@ class _Writer:
     def entry(self, solved: Solved) -> dict[str, Any]:
         """The fields of an Estimate; values that mean nothing stay null."""
         extremes = solved.extremes
-        empty = dict.fromkeys(results.Estimate.model_fields)
+        empty = dict.fromkeys(documents.Estimate.model_fields)
         if extremes is None:
             return {**empty, "hvps": 0, "status": "skipped" if solved.skipped else "empty"}
         if extremes.top is None or extremes.bottom is None or extremes.status == "asymmetric":
@@ -216,7 +216,7 @@ class _Writer:
             "status": "inconsistent" if solved.inconsistent else status,
         }
 
-    def report(self, provenance: Provenance, tokens: float | None) -> results.Report:
+    def report(self, provenance: Provenance, tokens: float | None) -> documents.Report:
         work, found = self.work, self.measured
         self.whole = provenance.data is None
         layers, update = found.layers, found.update
@@ -226,19 +226,21 @@ class _Writer:
         loss = -found.loss if self.metric.ascends else found.loss
         data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
         optimizer = _optimizer(self.metric, provenance.lr_source)
-        estimate = results.Estimate(**self.entry(found.full))
+        estimate = documents.Estimate(**self.entry(found.full))
         prefix = work.blocks.prefix if work.blocks else ""
         ends = None
         if found.ends is not None:
             size = sum(numel[n] for n in found.ends.names)
-            ends = results.PartEstimate(**self.entry(found.ends), name=results.ENDS, parameters=size)
+            ends = documents.PartEstimate(**self.entry(found.ends), name=documents.ENDS, parameters=size)
         layer_entries = [
-            results.LayerEstimate(**self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names))
+            documents.LayerEstimate(
+                **self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names)
+            )
             for i, s in enumerate(layers)
         ]
-        curves = results.Cumulative(
-            restricted=[results.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.restricted)],
-            truncated=[results.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.truncated)],
+        curves = documents.Cumulative(
+            restricted=[documents.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.restricted)],
+            truncated=[documents.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.truncated)],
         )
         generalisation = self.generalisation(estimate)
         attribution, participation = self.attribution(found.full)
@@ -247,13 +249,13 @@ class _Writer:
             entry = self.entry(solved)
             usable = entry["status"] == "converged"
             points.append(
-                results.TokensPoint(
+                documents.TokensPoint(
                     tokens=round(share * data.tokens),
                     eigenvalue=entry["eigenvalue"] if usable else None,
                     rho=entry["rho"] if usable else None,
                 )
             )
-        report = results.Report(
+        report = documents.Report(
             checkpoint=checkpoint,
             data=data,
             optimizer=optimizer,
@@ -268,7 +270,7 @@ class _Writer:
             participation=participation,
             verdict=judge(estimate, generalisation),
             findings=[],
-            cost=results.Cost(
+            cost=documents.Cost(
                 hvps=work.hvps,
                 seconds=time.perf_counter() - work.started,
                 peak_memory_bytes=resources.peak_bytes(work.device),
@@ -276,7 +278,7 @@ class _Writer:
                 mode=work.choice.mode,
                 mode_seconds={str(mode): seconds for mode, seconds in work.choice.seconds.items()},
             ),
-            versions=results.Versions.installed(),
+            versions=documents.Versions.installed(),
         )
         findings = explain(
             report,
@@ -289,13 +291,13 @@ class _Writer:
         )
         return report.model_copy(update={"findings": findings})
 
-    def generalisation(self, full: results.Estimate) -> results.Generalisation:
+    def generalisation(self, full: documents.Estimate) -> documents.Generalisation:
         threshold, held_out = self.metric.threshold, self.measured.held_out
         # Of an estimated metric the scale follows the size of the batches that it was estimated on: no bracket holds it,
         # nor that of an update which is not known in full.
         unknown = self.metric.kind == "estimated" or bool(self.metric.doubts)
         if full.rho is None or full.residual is None or threshold is None or unknown:
-            return results.Generalisation(held_out=held_out, rho_low=None, rho_high=None)
+            return documents.Generalisation(held_out=held_out, rho_low=None, rho_high=None)
         high = full.rho + full.residual / threshold
         if held_out is not None:
             low: float | None = min(held_out / threshold, full.rho)
@@ -303,9 +305,9 @@ class _Writer:
         else:
             # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
             low = full.rho if self.whole and len(self.problem.batches) == 1 else None
-        return results.Generalisation(held_out=held_out, rho_low=low, rho_high=high)
+        return documents.Generalisation(held_out=held_out, rho_low=low, rho_high=high)
 
-    def attribution(self, full: Solved) -> tuple[list[results.Mass], float | None]:
+    def attribution(self, full: Solved) -> tuple[list[documents.Mass], float | None]:
         """Where the top eigenvector lives: by tensor, and by row where rows are tokens or positions."""
         top = full.extremes.top if full.extremes else None
         if top is None:
@@ -321,15 +323,15 @@ class _Writer:
             if kind is not None:
                 shares, ids = piece.view(shape).sum(dim=1).topk(min(5, shape[0]))
                 rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
-            found.append(results.Mass(tensor=display(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
+            found.append(documents.Mass(tensor=display(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
         return sorted(found, key=lambda m: -m.mass), float(1 / squares.square().sum())
 
 
-def _in_memory(parameters: int, layers: int) -> results.Checkpoint:
-    return results.Checkpoint(path="(in memory)", format="module", step=None, parameters=parameters, layers=layers)
+def _in_memory(parameters: int, layers: int) -> documents.Checkpoint:
+    return documents.Checkpoint(path="(in memory)", format="module", step=None, parameters=parameters, layers=layers)
 
 
-def _batches(problem: Problem, loss: float, tokens: float | None) -> results.Data:
+def _batches(problem: Problem, loss: float, tokens: float | None) -> documents.Data:
     digest = hashlib.sha256()
 
     def feed(value: Any) -> None:
@@ -344,16 +346,16 @@ def _batches(problem: Problem, loss: float, tokens: float | None) -> results.Dat
 
     feed(list(problem.batches))
     count = round(tokens) if tokens is not None else problem.rows
-    return results.Data(path="(in memory)", tokens=count, sequence_length=None, sha256=digest.hexdigest(), loss=loss)
+    return documents.Data(path="(in memory)", tokens=count, sequence_length=None, sha256=digest.hexdigest(), loss=loss)
 
 
-def _optimizer(metric: Preconditioner, lr_source: Any) -> results.Optimizer:
+def _optimizer(metric: Preconditioner, lr_source: Any) -> documents.Optimizer:
     def number(key: str) -> float | None:
         value = metric.options.get(key)
         return None if value is None else float(value)
 
     betas = metric.options.get("betas")
-    return results.Optimizer(
+    return documents.Optimizer(
         name=metric.name,
         lr=metric.rate,
         lr_source=lr_source if metric.rate is not None else "none",

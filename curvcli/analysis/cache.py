@@ -22,10 +22,10 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from curvcli.errors import CurvError
-from curvcli.files.parse import byte_size, parse_json, read_limited
 from curvcli.analysis.solve import Directions
 from curvcli.documents import Report, write_whole
+from curvcli.errors import CurvError
+from curvcli.files.parse import byte_size, parse_json, read_limited
 
 DEFAULT_SIZE = 2**30
 _KEY_BYTES = 32
@@ -189,7 +189,7 @@ def _signature(secret: bytes, key: str, report: str, vectors: str | None) -> str
 def method_digest() -> str:
     """SHA-256 over the sources of this package, but for those that only show: a changed method serves no old number."""
     root = Path(__file__).parent
-    sources = {p.relative_to(root): p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in ("cli", "report")}
+    sources = {p.relative_to(root): p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in ("cli", "render")}
     return sha256(json.dumps([(str(name), _digest(p)) for name, p in sorted(sources.items())]).encode()).hexdigest()
 
 

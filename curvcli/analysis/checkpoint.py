@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from curvcli import documents
 from curvcli.analysis.api import Analysis, Estimated, Provenance, check_effort, examine
 from curvcli.analysis.config import find_config
-from curvcli.curvature.hvp import Mode
-from curvcli.curvature.problem import Loss
-from curvcli.errors import InputError, UsageError
+from curvcli.analysis.solve import Directions, Progress
 from curvcli.checkpoints import open_checkpoint
-from curvcli.checkpoints.base import Architecture, Checkpoint, Task
-from curvcli.data.examples import Examples
-from curvcli.data.shards import Sample, Shard, find_sources
-from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
-from curvcli.models.architecture import named
-from curvcli.models.user_code import blamed
+from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
 from curvcli.checkpoints.state.soundness import state_findings, weight_findings
-from curvcli.analysis.solve import Directions, Progress
+from curvcli.curvature.hvp import Mode
+from curvcli.curvature.problem import Loss
+from curvcli.data.examples import Examples
+from curvcli.data.shards import Sample, Shard, find_sources
+from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
+from curvcli.errors import InputError, UsageError
+from curvcli.models.architecture import named
+from curvcli.models.base import Architecture, Task
+from curvcli.models.user_code import blamed
 from curvcli.optimizers import NAMES
 from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import Group, OptimizerView
@@ -119,7 +120,7 @@ class Opened:
             depths=options.depths,
             start=start,
             provenance=Provenance(
-                checkpoint=lambda parameters, layers: results.Checkpoint(
+                checkpoint=lambda parameters, layers: documents.Checkpoint(
                     path=str(checkpoint.path),
                     format=checkpoint.format,
                     step=checkpoint.step,
@@ -134,7 +135,7 @@ class Opened:
             ),
         )
 
-    def data(self, loss: float, tokens: int) -> results.Data:
+    def data(self, loss: float, tokens: int) -> documents.Data:
         """What the report says of the data.
 
         Args:
@@ -143,10 +144,10 @@ class Opened:
         read = self.read
         stream = read if isinstance(read, Shard) else None
         if isinstance(read, Shard):
-            files = [results.DataFile(path=str(s.path), kind=s.kind, tokens=s.tokens) for s in read.sources]
+            files = [documents.DataFile(path=str(s.path), kind=s.kind, tokens=s.tokens) for s in read.sources]
         else:
-            files = [results.DataFile(path=str(path), kind=kind) for path, kind in read.files]
-        return results.Data(
+            files = [documents.DataFile(path=str(path), kind=kind) for path, kind in read.files]
+        return documents.Data(
             path=str(read.path),
             files=files,
             sample=stream.sample if stream else "first",
@@ -177,7 +178,7 @@ def open_for_analysis(path: Path, options: Options) -> Opened:
     return Opened(checkpoint, read, task, loss, options)
 
 
-def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> results.Report:
+def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> documents.Report:
     """`curv analyze`: read a checkpoint and a shard, and measure. Raises CurvError."""
     (progress or (lambda stage, done: None))("reading", 0.0)
     return open_for_analysis(path, options).measure(progress).report
@@ -224,7 +225,7 @@ def _optimizer(
     model: nn.Module,
     options: Options,
     evidence: Callable[[], Evidence],
-    found: list[results.Finding],
+    found: list[documents.Finding],
 ) -> tuple[OptimizerView | Estimated | None, Literal["checkpoint", "log", "option", "none"], dict[str, str]]:
     given: dict[str, Any] = {
         "lr": options.lr,

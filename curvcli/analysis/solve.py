@@ -14,10 +14,10 @@ from curvcli.curvature.davidson import Davidson, Extremes
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
 from curvcli.curvature.operator import PreconditionedHessian, lift
 from curvcli.curvature.problem import Blocks, Problem, gradient
+from curvcli.documents import Update
 from curvcli.errors import OutOfTime
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update
-from curvcli.documents import Update
 
 Progress = Callable[[str, float], None]
 

@@ -13,13 +13,13 @@ from typing import Literal
 
 from curvcli.analysis.cache import Cache, Entry, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.analysis.checkpoint import Opened, Options, architecture_of, open_for_analysis
-from curvcli.errors import CurvError, InputError
+from curvcli.analysis.solve import Directions, Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
+from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart
+from curvcli.errors import CurvError, InputError
+from curvcli.judge.readings import ReportReadings, certified, incomparable
 from curvcli.models.architecture import config_beside
 from curvcli.models.user_code import source_digest
-from curvcli.analysis.solve import Directions, Progress
-from curvcli.judge.readings import ReportReadings, certified, incomparable
-from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart
 
 WINDOW, SURGE = 5, 2.0
 

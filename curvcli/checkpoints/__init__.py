@@ -7,12 +7,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from curvcli.errors import InputError
-from curvcli.checkpoints.base import Architecture, Checkpoint, warning
+from curvcli.checkpoints.base import Checkpoint, warning
 from curvcli.checkpoints.formats import READERS
+from curvcli.documents import Finding
+from curvcli.errors import InputError
 from curvcli.files.remote import checkpoints_behind, fetched
 from curvcli.files.runs import checkpoints_of, step_of, unfinished
-from curvcli.documents import Finding
+from curvcli.models.base import Architecture
 
 __all__ = ["fetched", "find_checkpoints", "newest_complete", "open_checkpoint", "passed_over", "step_of"]
 

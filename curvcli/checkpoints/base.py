@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import nn
 
-from curvcli.errors import InputError
-from curvcli.optimizers.base import OptimizerView
 from curvcli.documents import Finding
-
-Task = Literal["causal-lm", "masked-lm", "seq2seq", "classification"]
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A stored tensor as its file's header describes it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+from curvcli.errors import InputError
+from curvcli.files.tensors import TensorInfo
+from curvcli.models.base import Architecture, Task
+from curvcli.optimizers.base import OptimizerView
 
 
 @dataclass(frozen=True)
@@ -46,29 +37,6 @@ def unusable(path: Path, what: str, *, hint: str) -> OptimizerFile:
 def warning(code: str, message: str) -> Finding:
     """A finding that headers suffice for."""
     return Finding(code=code, severity="warning", message=message)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The network that weights belong to, where the file with the weights does not say it or the user says otherwise.
-
-    Attributes:
-        name: for people.
-        build: a float32 model in evaluation mode on the CPU, whose weights are still to be loaded. Raises InputError.
-        task: what its loss is.
-        vocabulary: token ids lie below it; None where that is not known beforehand.
-        context: longest sequence it takes, where known.
-        tokenizer: directory of its tokenizer, where there is one.
-        configuration: transformers' config.json that it is built from, where it is.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    task: Task = "causal-lm"
-    vocabulary: int | None = None
-    context: int | None = None
-    tokenizer: Path | None = None
-    configuration: Path | None = None
 
 
 @dataclass(frozen=True)

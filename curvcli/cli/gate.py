@@ -247,9 +247,9 @@ def _judge(
     quiet: bool,
     verbose: bool,
 ) -> Gate:
+    from curvcli.documents import load_report, load_track, write_whole
     from curvcli.judge.gate import decide
     from curvcli.judge.readings import NoReadings, Readings, ReportReadings, track_readings
-    from curvcli.documents import load_report, load_track, write_whole
 
     baseline = _baseline(settings.baseline)  # before minutes are spent
     report: Report | None
@@ -286,8 +286,8 @@ def _judge(
 
 def _baseline(path: Path | None) -> Report | list[Report] | None:
     """What the baseline holds: a report, or the certified points of a track."""
-    from curvcli.judge.readings import certified
     from curvcli.documents import load_report, load_track
+    from curvcli.judge.readings import certified
 
     if path is None:
         return None
@@ -331,8 +331,8 @@ def _schema(path: Path) -> str | None:
 
 
 def _write(document: Gate, outputs: list[Path]) -> None:
-    from curvcli.render.gate import BY_SUFFIX
     from curvcli.documents import write_whole
+    from curvcli.render.gate import BY_SUFFIX
 
     for path in outputs:
         write_whole(path, BY_SUFFIX[path.suffix.lower()](document).encode())

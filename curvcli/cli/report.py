@@ -23,8 +23,8 @@ def report(
     """Turn a document into one self-contained HTML file: no network, light and dark, fit for print."""
     with exit_codes():
         check_outputs(output, None)
-        from curvcli.render.html import page
         from curvcli.documents import write_whole
+        from curvcli.render.html import page
 
         text = page(document)
         if output:

@@ -101,8 +101,8 @@ def compare(
     with exit_codes():
         check_outputs(output, None)
         a, b = _reports(first, second, given, quiet, verbose)
-        from curvcli.judge.compare import compare as compared
         from curvcli.documents import write_whole
+        from curvcli.judge.compare import compare as compared
 
         found = compared(a, b, names=(str(first), str(second)))
         if output:

@@ -57,8 +57,8 @@ def watch(
 def _one_frame(path: Path, tail: int, plot: Path | None) -> None:
     from rich.console import Console
 
-    from curvcli.render.watch import screen
     from curvcli.documents import find_log, load_records, write_whole
+    from curvcli.render.watch import screen
 
     if (found := find_log(path)) is None:
         raise InputError(f"{path} is no log and holds none", hint="without --once, on a terminal, curv watch waits for it")

@@ -1,1 +1,1 @@
-"""Data: files and datasets to windows of tokens, or to examples, and the losses that take them."""
+"""Data shards: tokens, examples, and the loss of a task."""

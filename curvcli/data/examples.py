@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import InputError
 from curvcli.data.tables import Row, Table, open_table
 from curvcli.data.tokens import CHATS, MOST, chat
+from curvcli.errors import InputError
 from curvcli.files.tensors import leading, safetensors_header
 
 IGNORED = -100  # torch's and transformers' label for "no prediction here"

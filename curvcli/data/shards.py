@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvcli.errors import InputError, UsageError
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.data.tokens import Ids, Source, open_source
+from curvcli.errors import InputError, UsageError
 from curvcli.files.remote import fetched
 
 Sample = Literal["first", "spread", "random"]

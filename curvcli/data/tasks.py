@@ -16,12 +16,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from curvcli.checkpoints.base import Checkpoint
 from curvcli.curvature.problem import Loss
-from curvcli.errors import InputError, UsageError
-from curvcli.checkpoints.base import Checkpoint, Task
 from curvcli.data.examples import IGNORED, Examples, holds_examples, labelled, read_examples
 from curvcli.data.shards import Sample, Shard, find_paths, read_shard
 from curvcli.data.texts import encoded
+from curvcli.errors import InputError, UsageError
+from curvcli.models.base import Task
 from curvcli.models.user_code import blamed, imported
 
 MASKED_SHARE = 0.15  # of positions, as BERT was trained

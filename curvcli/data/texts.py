@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curvcli.errors import InputError
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.data.tokens import load_tokenizer
+from curvcli.errors import InputError
 from curvcli.files.safe import read_json
 
 Row = dict[str, Any]

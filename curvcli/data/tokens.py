@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvcli.errors import InputError
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.data.binary import open_bin, open_idx
 from curvcli.data.tables import EMPTY, Table, open_table, opened, packing
+from curvcli.errors import InputError
 from curvcli.files.safe import first_line
 from curvcli.files.tensors import safetensors_header, stored
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from curvcli.errors import UsageError
 from curvcli.documents.base import Document, Finding, Severity, Versions, dumps, first_problem, read_document, schema_of
 from curvcli.documents.compare import Change, Comparison, Side, load_comparison
 from curvcli.documents.gate import Gate, Outcome, OutcomeName, Rule, RuleName, Subject, load_gate
@@ -34,6 +33,7 @@ from curvcli.documents.report import (
 )
 from curvcli.documents.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
 from curvcli.documents.track import Track, TrackPoint, TrainingStep, WarmStart, load_track
+from curvcli.errors import UsageError
 
 __all__ = [
     "ENDS",

@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from curvcli.errors import InputError
 from curvcli.documents.record import Record
+from curvcli.errors import InputError
 
 LOG_NAME = "curvature.jsonl"
 _CHUNK = 1 << 20

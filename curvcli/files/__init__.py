@@ -1,0 +1,1 @@
+"""Untrusted bytes: limits, loading without executing, tensors, URLs, runs."""

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from curvcli.errors import InputError
-from curvcli.files.limits import check_document, check_legacy, check_zip
 from curvcli.files.foreign import stand_ins
+from curvcli.files.limits import check_document, check_legacy, check_zip
 from curvcli.files.parse import parse_json, read_limited
 
 _JSON_LIMIT = 64 * 2**20

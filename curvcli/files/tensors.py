@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from curvcli.errors import InputError
-from curvcli.checkpoints.base import TensorInfo
 from curvcli.files.safe import first_line, refuse_changed, refuse_pointer, stamp
 
 _DAMAGED = "the file is truncated or damaged: copy it again"
@@ -36,6 +36,15 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor as its file's header describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def safetensors_header(path: Path) -> list[TensorInfo]:

@@ -1,0 +1,1 @@
+"""What the numbers mean: verdict, readings, rules, comparisons. Pure functions of documents."""

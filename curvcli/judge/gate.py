@@ -7,8 +7,8 @@ from math import isfinite
 from typing import Literal
 
 from curvcli import __version__
-from curvcli.judge.readings import Reading, Readings
 from curvcli.documents import Gate, Outcome, OutcomeName, Report, Rule, RuleName, Subject, VerdictName
+from curvcli.judge.readings import Reading, Readings
 
 Unresolved = Literal["report", "pass", "fail"]
 WORST_FIRST: tuple[OutcomeName, ...] = ("broken", "unresolved", "passed")

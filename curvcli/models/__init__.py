@@ -1,1 +1,1 @@
-"""Networks: from a configuration or the user's own function to a model with weights, and its layers."""
+"""Networks: built, found in a configuration or the user's own; their blocks."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.errors import InputError, UsageError
-from curvcli.checkpoints.base import Architecture, TensorInfo
 from curvcli.files.names import averaged, obsolete, of_average, plain
+from curvcli.files.safe import check_finite
+from curvcli.files.tensors import TensorInfo
+from curvcli.models.base import Architecture
 from curvcli.models.registered import configured, twice_differentiable
 from curvcli.models.user_code import blamed, imported
-from curvcli.files.safe import check_finite
 
 
 def beside(path: Path) -> Architecture | None:

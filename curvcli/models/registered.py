@@ -11,10 +11,10 @@ import psutil
 from torch import Tensor, nn
 
 from curvcli.errors import InputError, UnsupportedError
-from curvcli.checkpoints.base import Architecture, Task
 from curvcli.files.limits import check_config, check_size
 from curvcli.files.names import plain
 from curvcli.files.safe import check_finite, read_json
+from curvcli.models.base import Architecture, Task
 
 # Auto class and the table of its model classes, by task.
 _CLASSES: Mapping[Task, tuple[tuple[str, str], ...]] = {

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from curvcli.errors import InputError, UnsupportedError
 from curvcli.documents import Finding
+from curvcli.errors import InputError, UnsupportedError
 
 Options = Mapping[str, Any]
 State = Mapping[str, Any]

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from curvcli.documents import Finding
 from curvcli.errors import InputError, UsageError
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
-from curvcli.documents import Finding
 
 
 def lead(view: OptimizerView, parameters: Mapping[str, Tensor]) -> Group | None:

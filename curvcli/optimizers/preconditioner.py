@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.problem import Problem
+from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.options import scrutinise
-from curvcli.documents import Finding
 
 Kind = Literal["checkpoint", "estimated", "none"]
 

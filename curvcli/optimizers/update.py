@@ -8,8 +8,8 @@ from torch import Tensor
 
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.problem import Problem
-from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.documents import Update
+from curvcli.optimizers.preconditioner import Preconditioner
 
 
 def next_update(

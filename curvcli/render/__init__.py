@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from curvcli.documents import Report
 from curvcli.render.csv import csv
 from curvcli.render.markdown import markdown
-from curvcli.documents import Report
 
 # Formats that are plain text; "table" needs a terminal and lives in table.py.
 TEXT: dict[str, Callable[[Report], str]] = {"json": Report.to_json, "csv": csv, "markdown": markdown}

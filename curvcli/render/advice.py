@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from curvcli.render.frame import number
-from curvcli.render.track_points import newest
 from curvcli.documents import Report, Track
 from curvcli.judge.verdict import STABLE_BELOW
+from curvcli.render.frame import number
+from curvcli.render.track_points import newest
 
 
 @dataclass(frozen=True)

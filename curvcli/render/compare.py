@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.documents import Change, Comparison, Side
 from curvcli.errors import plain
 from curvcli.render.csv import cell
 from curvcli.render.fit import fitting
 from curvcli.render.frame import number
 from curvcli.render.markdown import escape
 from curvcli.render.table import COLOURS, finding_line
-from curvcli.documents import Change, Comparison, Side
 
 TITLES = ("layer", "lambda A", "lambda B", "B/A", "rho A", "rho B", "B/A rho")
 LEAST_NEEDED = ("lambda A", "rho A", "B/A", "lambda B")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from curvcli.documents import Report
 from curvcli.errors import plain
 from curvcli.render.frame import frame
-from curvcli.documents import Report
 
 # What spreadsheets take for the beginning of a formula, in both widths.
 _FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")

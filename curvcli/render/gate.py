@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from curvcli.documents import Gate
 from curvcli.render.gate_github import github
 from curvcli.render.gate_junit import junit
 from curvcli.render.gate_markdown import markdown
 from curvcli.render.gate_text import text
-from curvcli.documents import Gate
 
 
 @dataclass(frozen=True)

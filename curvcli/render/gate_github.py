@@ -6,8 +6,8 @@ begin a line of its own. Escaping is that of the runner's own toolkit (actions/t
 
 from __future__ import annotations
 
-from curvcli.errors import plain
 from curvcli.documents import Gate
+from curvcli.errors import plain
 
 
 def github(gate: Gate) -> str:

@@ -7,8 +7,8 @@ from io import BytesIO
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 from junitparser.junitparser import FinalResult
 
-from curvcli.errors import plain
 from curvcli.documents import Gate, Outcome
+from curvcli.errors import plain
 
 
 def junit(gate: Gate) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from curvcli.documents import Gate
 from curvcli.render.frame import number
 from curvcli.render.markdown import escape
-from curvcli.documents import Gate
 
 
 def markdown(gate: Gate) -> str:

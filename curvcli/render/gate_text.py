@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.documents import Gate, Outcome, Rule
 from curvcli.errors import plain
 from curvcli.render.frame import number
-from curvcli.documents import Gate, Outcome, Rule
 
 COLOURS = {"passed": "green", "broken": "red", "unresolved": "magenta"}
 

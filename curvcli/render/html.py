@@ -12,13 +12,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from curvcli.documents import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
 from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
 from curvcli.render.chart import curves, log_chart
 from curvcli.render.frame import number, records
 from curvcli.render.track_chart import CLASSES, heat, panels
 from curvcli.render.track_points import axis, newest, rows
-from curvcli.documents import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
 
 
 def page(path: Path) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from curvcli.documents import Report
 from curvcli.errors import plain
 from curvcli.render.frame import frame, number
-from curvcli.documents import Report
 
 # Punctuation that Markdown, its tables, HTML or a forge gives a meaning to within a line.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&!#@$])")

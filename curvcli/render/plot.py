@@ -10,9 +10,9 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from curvcli.documents import Report
 from curvcli.render.chart import curves
 from curvcli.render.frame import number
-from curvcli.documents import Report
 
 FORMATS = ("png", "svg", "pdf")
 

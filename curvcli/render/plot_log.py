@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from curvcli.documents import Log, Record
 from curvcli.render.frame import number
 from curvcli.render.watch import unlocks
-from curvcli.documents import Log, Record
 
 BLUE, ORANGE, RED, GREY = "#1f4e9c", "#c2641a", "#b3261e", "#5b6676"
 Series = tuple[list[int], list[float]]

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.documents import LrSchedule, Schedule
 from curvcli.errors import plain
 from curvcli.render.frame import number
 from curvcli.render.table import finding_line
-from curvcli.documents import LrSchedule, Schedule
 
 ORDERS = {
     "last": "the last ones locked at first",

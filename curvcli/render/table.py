@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from curvcli.errors import plain
-from curvcli.render.frame import number
 from curvcli.documents import Estimate, Finding, Report
+from curvcli.errors import plain
 from curvcli.judge.verdict import classify
+from curvcli.render.frame import number
 
 COLOURS = {"stable": "green", "edge": "yellow", "unstable": "red", "unresolved": "magenta"}
 SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil, log10
 
+from curvcli.documents import Estimate, Track
 from curvcli.render.chart import Mark, linear_ticks, log_ticks, tick_label
 from curvcli.render.fit import LOG_ABOVE
 from curvcli.render.frame import number
 from curvcli.render.track_points import Row, Series, certified, part_names, rows, series
-from curvcli.documents import Estimate, Track
 
 WIDTH, LEFT, RIGHT, TOP, FOOT = 720, 72.0, 690.0, 12.0, 28.0
 # Classes of rho in the map; the verdict's own limits are among them.

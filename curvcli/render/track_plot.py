@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from curvcli.documents import Track
 from curvcli.render.fit import LOG_ABOVE
 from curvcli.render.frame import number
 from curvcli.render.track_points import Series, axis, newest, series
-from curvcli.documents import Track
 
 BLUE, ORANGE, RED, GREY = "#1f4e9c", "#c2641a", "#b3261e", "#5b6676"
 LONGEST = 60  # characters of the list of surges

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import nan
 
-from curvcli.render.fit import thin
 from curvcli.documents import ENDS, Estimate, Report, Track, TrackPoint
+from curvcli.render.fit import thin
 
 Series = tuple[list[int], list[float]]
 

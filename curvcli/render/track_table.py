@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.documents import Report, Track
 from curvcli.errors import plain
 from curvcli.render.csv import cell
 from curvcli.render.fit import fitting
 from curvcli.render.frame import number
 from curvcli.render.table import COLOURS, bar, finding_line
 from curvcli.render.track_points import Row, certified, newest, part_names, rows
-from curvcli.documents import Report, Track
 
 RATIO = "lr/critical"
 # The table's columns, and the order in which a narrow terminal loses them.

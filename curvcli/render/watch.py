@@ -11,12 +11,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from curvcli.documents import Log, Record
 from curvcli.errors import plain
+from curvcli.judge.verdict import STABLE_BELOW, UNSTABLE_ABOVE, classify
 from curvcli.render.fit import LOG_ABOVE, Points, fitting, thin
 from curvcli.render.frame import number
 from curvcli.render.table import COLOURS
-from curvcli.documents import Log, Record
-from curvcli.judge.verdict import STABLE_BELOW, UNSTABLE_ABOVE, classify
 
 # Columns of the table, and the order in which a narrow terminal loses them.
 TITLES = ("step", "loss", "lr", "lambda", "rho", "residual", "update", "depth", "HVPs", "seconds", "status")

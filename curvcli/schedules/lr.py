@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from curvcli.errors import InputError, UsageError
 from curvcli.documents import LrSchedule
+from curvcli.errors import InputError, UsageError
 
 
 def lr_at(schedule: LrSchedule, step: int) -> float:

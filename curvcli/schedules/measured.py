@@ -13,8 +13,18 @@ from math import floor, inf, log10
 from pathlib import Path
 from typing import Any, Literal
 
+from curvcli.documents import (
+    Finding,
+    LrSchedule,
+    Phase,
+    Report,
+    Schedule,
+    ScheduleProvenance,
+    Severity,
+    Versions,
+    load_report,
+)
 from curvcli.errors import CurvError, InputError, UsageError
-from curvcli.documents import Finding, LrSchedule, Phase, Report, Schedule, ScheduleProvenance, Severity, Versions, load_report
 from curvcli.schedules.lr import highest_from, lr_at, settles
 from curvcli.schedules.plan import INTERVAL, phases, split, within
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from curvcli.errors import UsageError
 from curvcli.documents import Finding, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, Versions
+from curvcli.errors import UsageError
 from curvcli.schedules.lr import lr_at
 
 GROUPS, INTERVAL, WARMUP = 4, 500, 2000

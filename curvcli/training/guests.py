@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.curvature.problem import Loss
-from curvcli.errors import UsageError
 from curvcli.documents import Schedule
+from curvcli.errors import UsageError
 from curvcli.training.tracker import CurvatureTracker
 from curvcli.training.warmup import ArchitectureWarmup
 

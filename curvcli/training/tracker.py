@@ -20,10 +20,10 @@ from curvcli.curvature.operator import PreconditionedHessian, lift
 from curvcli.curvature.problem import Loss, Problem, gradient, measurable
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.untouched import hushed
+from curvcli.documents import Record
 from curvcli.errors import CurvError
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
 from curvcli.optimizers.update import next_update
-from curvcli.documents import Record
 from curvcli.training.log import Sink, open_log
 from curvcli.training.shadow import Shadow
 

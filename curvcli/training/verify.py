@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import CurvError
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.data.tasks import causal_loss
-from curvcli.models.blocks import find_blocks
 from curvcli.documents import Finding, Schedule
+from curvcli.errors import CurvError
+from curvcli.models.blocks import find_blocks
 from curvcli.training.warmup import ArchitectureWarmup
 
 

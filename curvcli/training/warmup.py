@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from curvcli.documents import Schedule, load_schedule
 from curvcli.errors import UsageError
 from curvcli.models.blocks import find_blocks, locate
-from curvcli.documents import Schedule, load_schedule
 from curvcli.training.alive import DeadBlockError, Stillness, Watch
 from curvcli.training.identity import prove
 from curvcli.training.locks import check_shared, find_locks

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import InputError, UnsupportedError
-from curvcli.checkpoints.base import Architecture, Checkpoint, TensorInfo
+from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.formats.beside import unread
 from curvcli.checkpoints.formats.huggingface import (
     HuggingFaceReader,
@@ -23,10 +22,12 @@ from curvcli.checkpoints.formats.huggingface import (
     run_log,
     trainer_state,
 )
-from curvcli.models.registered import configured, twice_differentiable
+from curvcli.errors import InputError, UnsupportedError
 from curvcli.files.runs import step_of
 from curvcli.files.safe import check_finite, load_pickle, read_json
-from curvcli.files.tensors import stored
+from curvcli.files.tensors import TensorInfo, stored
+from curvcli.models.base import Architecture
+from curvcli.models.registered import configured, twice_differentiable
 
 CONFIG, _WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _ROOT = "base_model.model."

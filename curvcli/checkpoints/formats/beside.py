@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from curvcli.errors import InputError, UnsupportedError
 from curvcli.checkpoints.base import OptimizerFile, unusable, warning
-from curvcli.files.names import averaged, of_average, plain
 from curvcli.checkpoints.state.mapping import check_document
+from curvcli.documents import Finding
+from curvcli.errors import InputError, UnsupportedError
+from curvcli.files.names import averaged, of_average, plain
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.refused import refuse
-from curvcli.documents import Finding
 
 _OPTIMIZER = re.compile(r"(?:^|[-_.\d])optim(?:izer)?s?(?:_states?|_state_dict)?(?=[-_.\d]|$)", re.IGNORECASE)
 # avg_loss=2.31 in a file's name is a metric.

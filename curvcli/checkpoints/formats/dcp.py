@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import InputError
-from curvcli.checkpoints.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo
+from curvcli.checkpoints.base import Checkpoint, Logged, OptimizerFile
 from curvcli.checkpoints.formats.beside import averaged_weights, averages_of, of_another, unread
 from curvcli.checkpoints.formats.dcp_files import METADATA, Entry, Lazy, read_metadata
-from curvcli.files.names import averaged
-from curvcli.models.architecture import beside, fill, match, needed
-from curvcli.files.runs import step_order
 from curvcli.checkpoints.state.mapping import map_named, map_state, matrix_order, single_order, summary, trainer_order
+from curvcli.errors import InputError
+from curvcli.files.names import averaged
+from curvcli.files.runs import step_order
+from curvcli.files.tensors import TensorInfo
+from curvcli.models.architecture import beside, fill, match, needed
+from curvcli.models.base import Architecture
 from curvcli.optimizers.base import OptimizerView
 
 # What people call the part of a saved state that holds the weights; torchtitan and others save them at the top.

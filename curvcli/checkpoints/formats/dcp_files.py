@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvcli.checkpoints.formats import dcp_pickle
 from curvcli.errors import InputError
 from curvcli.files.limits import inside
-from curvcli.checkpoints.formats import dcp_pickle
 from curvcli.files.safe import load_bytes
 
 METADATA = ".metadata"

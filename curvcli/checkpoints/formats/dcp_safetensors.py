@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from curvcli.errors import InputError
-from curvcli.checkpoints.base import Architecture, Checkpoint
+from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.formats.dcp import assemble
 from curvcli.checkpoints.formats.huggingface import INDEX, HuggingFaceReader
+from curvcli.errors import InputError
 from curvcli.files.runs import step_order
 from curvcli.files.safe import read_json
 from curvcli.files.tensors import stored
+from curvcli.models.base import Architecture
 
 # The Trainer's own, which also saves weights without a config.json where the model is none of transformers'.
 _OTHERS = ("config.json", "trainer_state.json", "optimizer.pt", "optimizer.safetensors")

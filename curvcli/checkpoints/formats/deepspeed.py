@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import InputError, UnsupportedError
-from curvcli.checkpoints.base import Architecture, Checkpoint, TensorInfo
+from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, assemble
 from curvcli.checkpoints.formats.huggingface import clipping, integer, run_log, trainer_state
 from curvcli.checkpoints.formats.torchfile import named
 from curvcli.checkpoints.formats.zero import WEIGHTS, Lazy, Partitions, Shapes, Source, Universal
+from curvcli.checkpoints.state.mapping import map_named, summary
+from curvcli.errors import InputError, UnsupportedError
 from curvcli.files.runs import step_order
 from curvcli.files.safe import load_pickle
-from curvcli.checkpoints.state.mapping import map_named, summary
+from curvcli.files.tensors import TensorInfo
+from curvcli.models.base import Architecture
 from curvcli.optimizers.base import OptimizerView
 
 _MODEL = "*_model_states.pt"

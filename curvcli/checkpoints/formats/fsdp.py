@@ -7,14 +7,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from curvcli.errors import InputError
-from curvcli.checkpoints.base import Architecture, Checkpoint, TensorInfo
+from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, Saved, assemble
 from curvcli.checkpoints.formats.dcp_files import METADATA, Lazy
 from curvcli.checkpoints.formats.huggingface import clipping, integer, run_log, trainer_state
+from curvcli.checkpoints.state.mapping import map_named, summary
+from curvcli.errors import InputError
 from curvcli.files.runs import step_order
 from curvcli.files.safe import load_pickle
-from curvcli.checkpoints.state.mapping import map_named, summary
+from curvcli.files.tensors import TensorInfo
+from curvcli.models.base import Architecture
 
 _FULL, _SHARDED, _PER_RANK = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0", "pytorch_model_fsdp*_rank*.bin"
 _FULL_OPTIMIZER, _SHARDED_OPTIMIZER, _PER_RANK_OPTIMIZER = "optimizer.bin", "optimizer_0", "optimizer*_rank*.bin"

@@ -10,9 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvcli.errors import InputError
-from curvcli.checkpoints.base import Architecture, Checkpoint, Logged, OptimizerFile, TensorInfo, unusable
-from curvcli.files.limits import inside
+from curvcli.checkpoints.base import Checkpoint, Logged, OptimizerFile, unusable
 from curvcli.checkpoints.formats.beside import (
     averaged_weights,
     averages_of,
@@ -23,13 +21,16 @@ from curvcli.checkpoints.formats.beside import (
     unread,
 )
 from curvcli.checkpoints.formats.optimizer_file import OPTIMIZER_FILE, read_optimizer
+from curvcli.checkpoints.state.mapping import map_state, matrix_order, single_order, summary, trainer_order
+from curvcli.errors import InputError
+from curvcli.files.limits import inside
 from curvcli.files.names import plain
-from curvcli.models.architecture import fill, needed
-from curvcli.models.registered import build
 from curvcli.files.runs import step_of
 from curvcli.files.safe import load_pickle, read_json
-from curvcli.checkpoints.state.mapping import map_state, matrix_order, single_order, summary, trainer_order
-from curvcli.files.tensors import safetensors_header, stored
+from curvcli.files.tensors import TensorInfo, safetensors_header, stored
+from curvcli.models.architecture import fill, needed
+from curvcli.models.base import Architecture
+from curvcli.models.registered import build
 from curvcli.optimizers.base import OptimizerView
 
 INDEX = "model.safetensors.index.json"

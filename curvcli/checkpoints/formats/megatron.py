@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from curvcli.checkpoints.base import Checkpoint
 from curvcli.errors import CurvError, UnsupportedError
-from curvcli.checkpoints.base import Architecture, Checkpoint
 from curvcli.files.safe import read_json
+from curvcli.models.base import Architecture
 
 _MEGATRON = (
     "weights are cut between ranks and named in Megatron's own way; export them with Megatron-Bridge "

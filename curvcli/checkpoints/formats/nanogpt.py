@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvcli.checkpoints.base import Checkpoint, OptimizerFile
+from curvcli.checkpoints.state.mapping import map_state, matrix_order, summary
 from curvcli.errors import InputError
-from curvcli.checkpoints.base import Architecture, Checkpoint, OptimizerFile, TensorInfo
 from curvcli.files.limits import check_size
 from curvcli.files.names import plain
 from curvcli.files.safe import check_finite, load_pickle
-from curvcli.checkpoints.state.mapping import map_state, matrix_order, summary
+from curvcli.files.tensors import TensorInfo
+from curvcli.models.base import Architecture
 from curvcli.optimizers.base import OptimizerView
 
 # transformers keeps these as Conv1D, transposed against nn.Linear: weights and moments alike.

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from curvcli.errors import InputError, UsageError
 from curvcli.checkpoints.base import OptimizerFile
-from curvcli.models.blocks import display
 from curvcli.checkpoints.state.mapping import map_named, summary
+from curvcli.errors import InputError, UsageError
 from curvcli.files.tensors import safetensors_header, safetensors_metadata, stored
+from curvcli.models.blocks import display
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live
 

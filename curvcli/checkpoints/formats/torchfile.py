@@ -9,14 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvcli.errors import InputError
-from curvcli.checkpoints.base import Architecture, Checkpoint, TensorInfo
+from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.formats.beside import optimizers_in, several
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, assemble
 from curvcli.checkpoints.formats.nanogpt import NanoGPTReader
-from curvcli.files.names import averaged
-from curvcli.files.runs import step_of
-from curvcli.files.safe import load_pickle
 from curvcli.checkpoints.state.mapping import (
     by_name,
     check_document,
@@ -27,6 +23,12 @@ from curvcli.checkpoints.state.mapping import (
     summary,
     trainer_order,
 )
+from curvcli.errors import InputError
+from curvcli.files.names import averaged
+from curvcli.files.runs import step_of
+from curvcli.files.safe import load_pickle
+from curvcli.files.tensors import TensorInfo
+from curvcli.models.base import Architecture
 from curvcli.optimizers.base import OptimizerView
 
 _WEIGHTS = ("model", "state_dict", "model_state_dict")

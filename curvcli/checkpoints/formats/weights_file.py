@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from curvcli.errors import InputError
-from curvcli.checkpoints.base import Architecture, Checkpoint
+from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.formats.dcp import assemble
 from curvcli.checkpoints.formats.huggingface import BIN, HuggingFaceReader
 from curvcli.checkpoints.formats.torchfile import TorchFileReader
+from curvcli.errors import InputError
 from curvcli.files.runs import step_of
 from curvcli.files.tensors import safetensors_header, stored
+from curvcli.models.base import Architecture
 
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)")
 

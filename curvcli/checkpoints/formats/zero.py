@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from curvcli.errors import InputError, UnsupportedError
-from curvcli.files.limits import inside
 from curvcli.files.foreign import Foreign
+from curvcli.files.limits import inside
 from curvcli.files.safe import load_pickle
 
 # Flat groups of parameters as the model's file lists them: shape by name, in the order in which they are laid out.

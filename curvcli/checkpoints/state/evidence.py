@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import InputError
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
-from curvcli.optimizers.base import OptimizerView
 from curvcli.documents import Finding
+from curvcli.errors import InputError
+from curvcli.optimizers.base import OptimizerView
 
 _SECOND = ("exp_avg_sq", "square_avg", "sum")
 _SAMPLE = 2**15

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from curvcli.checkpoints.state.partial import assignments, left_out
 from curvcli.errors import InputError
 from curvcli.files.names import plain
-from curvcli.checkpoints.state.partial import assignments, left_out
 from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.refused import refuse
 

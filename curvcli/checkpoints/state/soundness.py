@@ -9,9 +9,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from curvcli.documents import Finding
 from curvcli.errors import InputError
 from curvcli.optimizers.base import Group, OptimizerView
-from curvcli.documents import Finding
 
 # Largest seen on trained and fresh models: weights 450 times their tensor's median and 1.2, second moments 3.5e5 times
 # theirs. A flipped top bit of the exponent multiplies by 2^128. Lesser flips leave numbers that training could have made.

@@ -1,0 +1,5 @@
+"""`python -m curvcli` is `curv`."""
+
+from curvcli.cli import main
+
+main()
