@@ -39,7 +39,7 @@ def krylov(operator: Operator, start: Tensor | None, products: int) -> tuple[flo
 
 
 def power(operator: Operator, start: Tensor | None, products: int) -> tuple[float, Tensor]:
-    vector = torch.randn(operator.size, generator=torch.Generator().manual_seed(0)) if start is None else start
+    vector = torch.randn(operator.space.size, generator=torch.Generator().manual_seed(0)) if start is None else start
     value = float("nan")
     for _ in range(products):
         vector = vector / vector.norm()

@@ -27,7 +27,7 @@ class Ritz:
     """An approximate eigenpair with its certificate: some eigenvalue lies within `residual` of `value`.
 
     At the top `value` is a lower bound of the largest eigenvalue, at the bottom an upper bound of
-    the smallest. `vector` has shape (operator.size,) and norm 1.
+    the smallest. `vector` is of the operator's space and has norm 1.
     """
 
     value: float
@@ -79,7 +79,7 @@ class Davidson:
         """Largest and smallest algebraic eigenvalue of `operator`.
 
         Args:
-            start: warm start vectors of shape (operator.size,), any number. A random one is used
+            start: warm start vectors of the operator's space, any number. A random one is used
                 where there is none.
         """
         space = _Subspace(operator, self.capacity(operator), self.seed)
@@ -93,7 +93,7 @@ class Davidson:
         Cauchy interlacing demands of the true ones.
 
         Args:
-            supports: boolean masks of shape (operator.size,), each containing the one before, with
+            supports: boolean vectors of the operator's space, each containing the one before, with
                 start vectors that are zero outside it.
         """
         space = _Subspace(operator, self.capacity(operator), self.seed)
@@ -102,7 +102,7 @@ class Davidson:
             yield self._solve(space, start)
 
     def capacity(self, operator: Operator) -> int:
-        return min(max(self.basis, 6), operator.size)
+        return min(max(self.basis, 6), operator.space.size)
 
     def _solve(self, space: _Subspace, start: Sequence[Tensor]) -> Extremes:
         before = space.products
@@ -134,9 +134,9 @@ class _Subspace:
     """An orthonormal basis, its images, and the operator projected on it."""
 
     def __init__(self, operator: Operator, capacity: int, seed: int) -> None:
-        self.operator = operator
-        self.basis = torch.empty((capacity, operator.size), dtype=operator.dtype, device=operator.device)
-        self.images = torch.empty_like(self.basis)
+        self.operator, self.space = operator, operator.space
+        self.basis = self.space.empty(capacity)  # (capacity, n), of which `count` rows are in use
+        self.images = self.space.empty(capacity)  # (capacity, n), G times the basis
         self.projected = torch.zeros((capacity, capacity), dtype=torch.float64)
         self.count = self.products = 0
         self.skew = 0.0
@@ -149,14 +149,14 @@ class _Subspace:
     @property
     def complete(self) -> bool:
         """The basis spans the whole space: the Ritz values are the eigenvalues."""
-        return self.count == (self.operator.size if self.support is None else int(self.support.sum()))
+        return self.count == (self.space.size if self.support is None else self.space.count(self.support))
 
     @property
     def norm(self) -> float:
         return float(self.values.abs().max())
 
     def random(self) -> Tensor:
-        return self._within(torch.randn(self.operator.size, generator=self.generator, dtype=torch.float64).to(self.basis))
+        return self._within(self.space.random(self.generator))
 
     def expand(self, vector: Tensor) -> None:
         """Add a direction at the cost of one product; one inside the span is replaced by a random one."""
@@ -169,13 +169,13 @@ class _Subspace:
             direction = self._orthonormal(self.random())
         image = self.operator.matvec(direction)
         self.products += 1
-        if not bool(torch.isfinite(image).all()):
+        if not self.space.finite(image):
             self.status = "non-finite"
             return
         n = self.count
         self.basis[n], self.images[n] = direction, image
-        column = (self.basis[: n + 1] @ image).double().cpu()
-        row = (self.images[: n + 1] @ direction).double().cpu()
+        column = self.space.inner(self.basis[: n + 1], image).double().cpu()
+        row = self.space.inner(self.images[: n + 1], direction).double().cpu()
         self.skew = max(self.skew, float((column - row).abs().max()))
         self.projected[: n + 1, n] = self.projected[n, : n + 1] = (column + row) / 2
         self.count = n + 1
@@ -184,7 +184,7 @@ class _Subspace:
     def pair(self, index: int) -> Ritz:
         """Ritz pair by rank: -1 is the top, 0 the bottom."""
         vector, residual = self._ritz(index)
-        return Ritz(float(self.values[index]), float(torch.linalg.vector_norm(residual)), vector)
+        return Ritz(float(self.values[index]), self.space.norm(residual), vector)
 
     def improve(self, index: int) -> None:
         """Expand by the residual of one Ritz pair, restarting first where the basis is full."""
@@ -194,9 +194,10 @@ class _Subspace:
         self.expand(residual)
 
     def _ritz(self, index: int) -> tuple[Tensor, Tensor]:
-        y = self.vectors[:, index].to(self.basis)
-        vector = y @ self.basis[: self.count]
-        return vector, self._within(y @ self.images[: self.count] - float(self.values[index]) * vector)
+        y = self.vectors[:, index]
+        vector = self.space.combine(y, self.basis[: self.count])
+        image = self.space.combine(y, self.images[: self.count])
+        return vector, self._within(image - float(self.values[index]) * vector)
 
     def _within(self, vector: Tensor) -> Tensor:
         return vector if self.support is None else vector * self.support
@@ -211,23 +212,22 @@ class _Subspace:
         # QR drops nothing here: the previous iterate is no Ritz vector of the basis that has grown since.
         rotation = torch.linalg.qr(torch.stack(kept, dim=1)).Q
         k = rotation.shape[1]
-        coordinates = rotation.T.to(self.basis)
-        self.basis[:k] = coordinates @ self.basis[:m]
-        self.images[:k] = coordinates @ self.images[:m]
+        self.basis[:k] = self.space.combine(rotation.T, self.basis[:m])
+        self.images[:k] = self.space.combine(rotation.T, self.images[:m])
         self.projected[:k, :k] = rotation.T @ self.projected[:m, :m] @ rotation
         self.count = k
         self.previous = None
 
     def _orthonormal(self, vector: Tensor) -> Tensor | None:
         """The part of `vector` outside the basis, normalised; None where rounding is all that is left."""
-        norm = float(torch.linalg.vector_norm(vector))
+        norm = self.space.norm(vector)
         if not 0 < norm < float("inf"):
             return None
         direction = vector / norm
         for _ in range(3):  # "twice is enough" holds for one vector against a basis orthonormal to rounding
             rows = self.basis[: self.count]
-            direction = direction - (rows @ direction) @ rows
-            left = float(torch.linalg.vector_norm(direction))
+            direction = direction - self.space.combine(self.space.inner(rows, direction), rows)
+            left = self.space.norm(direction)
             if left < 1e-5:
                 return None
             direction = direction / left

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.hvp import HVP
+from curvcli.curvature.space import OneDevice, Space
 
 
 class Operator(Protocol):
-    """A real symmetric operator on vectors of one size."""
+    """A real symmetric operator on the vectors of a space."""
 
     @property
-    def size(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
+    def space(self) -> Space: ...
+
     def matvec(self, vector: Tensor) -> Tensor:
-        """Image of a vector of shape (size,)."""
+        """Image of a vector of the space."""
         ...
 
 
@@ -29,8 +27,8 @@ class DenseOperator:
     """A symmetric matrix as an operator."""
 
     def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.size, self.dtype, self.device = matrix.shape[0], matrix.dtype, matrix.device
+        self.matrix = matrix  # (n, n)
+        self.space = OneDevice(matrix.shape[0], matrix.dtype, matrix.device)
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self.matrix @ vector
@@ -58,8 +56,7 @@ class PreconditionedHessian:
         self.scale = [scale[n] for n in names]
         self.decay = [(decay or {}).get(n, 0.0) for n in names]
         self.sizes = [s.numel() for s in self.scale]
-        self.size = sum(self.sizes)
-        self.dtype, self.device = self.scale[0].dtype, self.scale[0].device
+        self.space = OneDevice(sum(self.sizes), self.scale[0].dtype, self.scale[0].device)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A flat vector as tensors in the parameters' shapes (views)."""
@@ -84,7 +81,7 @@ class PreconditionedHessian:
         chosen = set(names)
         return torch.cat(
             [
-                torch.full((size,), n in chosen, dtype=torch.bool, device=self.device)
+                torch.full((size,), n in chosen, dtype=torch.bool, device=self.space.device)
                 for n, size in zip(self.names, self.sizes, strict=True)
             ]
         )
