@@ -91,14 +91,14 @@ def test_trainer_repeats_adaptive_decisions(tmp_path: Path) -> None:
     first, second = (CurvCallback(ADAPTIVE, **options) for _ in range(2))
     whole = trainer(tmp_path / "whole", first)
     whole.train()
-    decided = first.guests.warmup.started
+    decided = first.callbacks.warmup.started
     assert decided[0] == 0
     assert 3 < decided[1] < 7  # by measurement: neither the earliest step nor the latest
     assert 8 <= decided[2] <= 12
     again = trainer(tmp_path / "killed", second)
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "killed" / "checkpoint-4")
     again.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
-    assert second.guests.warmup.started == decided
+    assert second.callbacks.warmup.started == decided
     assert same(whole.model, again.model)
     (tmp_path / "killed" / "checkpoint-4" / "curv.pt").unlink()
     third = trainer(tmp_path / "killed", CurvCallback(ADAPTIVE, **options))

@@ -291,5 +291,5 @@ def test_lightning_automatic_optimization(tmp_path: Path, mode: str, options: di
     found = fit(build(), callback)
     start = {n: torch.zeros_like(p) if output(n) and mode == "grow" else p for n, p in build().named_parameters()}
     check(found, fit(without(mode)), start)
-    assert callback.guests.warmup is not None
-    assert callback.guests.warmup.locked == frozenset(), "locks end with the training"
+    assert callback.callbacks.warmup is not None
+    assert callback.callbacks.warmup.locked == frozenset(), "locks end with the training"

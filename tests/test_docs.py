@@ -195,7 +195,7 @@ def test_python(block: Block, home: Path) -> None:
     (home / "schedule.json").write_text(grow(2, start=1, groups=1).to_json())
     have = {"model": model, "optimizer": optimizer, "batches": batches, "loss": loss, "value": value, "Trainer": _Trainer}
     have |= {"start": 0, "total": 1, "n_tokens": lambda batch: batch["labels"].numel()}
-    if "gauge=tracker" in block.text:
+    if "rho_source=tracker" in block.text:
         exec(next(b for b in RUN if b.kind == "python" and "for step in range" in b.text).text, have)  # noqa: S102
     exec(block.text, have)  # noqa: S102
     if isinstance(have.get("report"), Report):

@@ -105,7 +105,7 @@ def test_the_update_is_what_the_rule_says(case: str) -> None:
     metric, optimizer, _, still, by_gradient, by_weight = response(case)
     group = optimizer.param_groups[0]
     # The step answers a gradient by -rate c / P, with one c for all entries: what of it is taken at once.
-    taken = -by_gradient / metric.rate / metric.scale["w"].square() * (-1 if metric.ascends else 1)
+    taken = -by_gradient / metric.lr / metric.scale["w"].square() * (-1 if metric.ascends else 1)
     if "old" in case:  # its decay comes after the step and shrinks that too
         taken = taken / (1 - group["lr"] * group["weight_decay"])
     if "nadam" not in case:  # whose c changes from step to step
@@ -116,12 +116,12 @@ def test_the_update_is_what_the_rule_says(case: str) -> None:
     assert bool((taken > 0).all())
     # Decay: part of what the gradient goes through, or of the weights alone.
     decay = metric.decay.get("w", 0.0)
-    plain = 0.0 if decay else -metric.rate * group["weight_decay"]
+    plain = 0.0 if decay else -metric.lr * group["weight_decay"]
     torch.testing.assert_close(by_weight, -by_gradient.abs() * decay + plain, rtol=1e-5, atol=1e-12)
     # Without a gradient the step goes along the direction. Nesterov takes part of it from the gradient to come.
     if metric.direction is not None and "nadam" not in case and not group.get("nesterov"):
         shrunk = 1 - group["lr"] * group["weight_decay"] if "old" in case else 1.0
-        torch.testing.assert_close(still, -metric.rate * shrunk * metric.direction["w"], rtol=1e-9, atol=0)
+        torch.testing.assert_close(still, -metric.lr * shrunk * metric.direction["w"], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("case", ["adam", "old adamw uncorrected", "sgd heavy ball dampening", "rmsprop centered momentum"])

@@ -143,7 +143,7 @@ def views(rates: list[float | None], **options: list[Any]) -> tuple[OptimizerVie
 
 
 def rates_of(view: OptimizerView) -> list[float | None]:
-    return [group.rate for group in view.groups]
+    return [group.lr for group in view.groups]
 
 
 def test_the_lead_is_the_largest_group_that_moves() -> None:

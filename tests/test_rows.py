@@ -22,7 +22,7 @@ from transformers import (
 from curvcli.analysis.api import analyze
 from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import causal_loss, labelled_loss
-from curvcli.documents import Mass
+from curvcli.documents import Attribution
 from curvcli.judge.verdict import _shape
 from curvcli.models.rows import row_kinds
 from curvcli.render.html import report_page
@@ -138,6 +138,6 @@ def test_the_report_says_which_rows_they_are() -> None:
 def test_a_position_is_no_rare_token() -> None:
     report = analyze(gpt2(), causal_loss, [IDS[:2], IDS[2:]], max_hvps=20, depths=False)
     for kind, said in (("tokens", True), ("positions", False), (None, False)):
-        mass = Mass(tensor="w", mass=0.9, rows=[(3, 0.8)], rows_of=kind)
+        mass = Attribution(tensor="w", mass=0.9, rows=[(3, 0.8)], rows_of=kind)
         codes = [finding.code for finding in _shape(report.full, report.parts, report.outside, [mass])]
         assert ("rare-tokens" in codes) == said

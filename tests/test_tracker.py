@@ -1,4 +1,4 @@
-"""The tracker: right against dense eigenvalues, and a guest that the training does not notice."""
+"""The tracker: right against dense eigenvalues, and a callback that the training does not notice."""
 
 from __future__ import annotations
 

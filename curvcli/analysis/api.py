@@ -91,7 +91,7 @@ def analyze(
             keep their ratio to it.
         mode: how Hessian-vector products are made; "auto" times the exact ones and takes the fastest.
         tolerance: residual over lambda at which the full model and the restricted depths count as converged;
-            layers, cut networks and parts of the shard take three times it.
+            layers, truncated networks and parts of the shard take three times it.
         max_hvps: products that one estimate may take.
         progress: called with what is being done and the fraction done.
         deadline: instant of `time.monotonic()` from which nothing more is started. The full model is then measured
@@ -136,8 +136,8 @@ def examine(
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
     with measurable(module):
         problem = Problem.create(module, loss, batches, weights)
-        metric = _metric(problem, optimizer, lr)
-        if metric.ascends:
+        preconditioner = _preconditioner(problem, optimizer, lr)
+        if preconditioner.ascends:
             problem = problem.negated()
         blocks = locate(module, layers) if layers is not None else find_blocks(module)
         notes: dict[str, str] = {}
@@ -145,7 +145,7 @@ def examine(
             blocks, notes = survey(problem, blocks)
         solver = Davidson(tolerance=tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
         say = progress or (lambda stage, done: None)
-        work = Measurement(problem, metric, blocks, solver, mode, say, start=start, depths=depths)
+        work = Measurement(problem, preconditioner, blocks, solver, mode, say, start=start, depths=depths)
         found = work.run()
         said = provenance or Provenance(lr_source="optimizer" if lr is None else "option")
         said = replace(said, notes={**said.notes, **notes})
@@ -166,14 +166,14 @@ def _warm_start(found: Measured, report: documents.Report) -> documents.WarmStar
     if warm.extremes is None or cold.extremes is None:
         return None
     return documents.WarmStart(
-        tokens=round(found.ladder[0][0] * report.data.tokens),
+        tokens=round(found.prefixes[0][0] * report.data.tokens),
         hvps=warm.extremes.products,
         cold_hvps=cold.extremes.products,
         converged=warm.converged and cold.converged and not missed(warm, cold),
     )
 
 
-def _metric(
+def _preconditioner(
     problem: Problem, optimizer: torch.optim.Optimizer | OptimizerView | Estimated | None, lr: float | None
 ) -> Preconditioner:
     parameters = problem.parameters
@@ -192,7 +192,7 @@ class _Writer:
 
     def __init__(self, work: Measurement, measured: Measured) -> None:
         self.work, self.measured = work, measured
-        self.metric, self.problem, self.names = work.metric, work.problem, work.names
+        self.preconditioner, self.problem, self.names = work.preconditioner, work.problem, work.names
         self.whole = True
 
     def entry(self, solved: Solved) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class _Writer:
             return {**empty, "hvps": 0, "status": "skipped" if solved.skipped else "empty"}
         if extremes.top is None or extremes.bottom is None or extremes.status == "asymmetric":
             return {**empty, "hvps": extremes.products, "status": extremes.status}
-        top, bottom, threshold = extremes.top, extremes.bottom, self.metric.threshold
+        top, bottom, threshold = extremes.top, extremes.bottom, self.preconditioner.threshold
         status = "converged" if extremes.status == "converged" else "unconverged"
         return {
             "eigenvalue": top.value,
@@ -223,9 +223,9 @@ class _Writer:
         parameters = self.problem.parameters
         numel = {n: parameters[n].numel() for n in self.names}
         checkpoint = (provenance.checkpoint or _in_memory)(sum(numel.values()), len(layers))
-        loss = -found.loss if self.metric.ascends else found.loss
+        loss = -found.loss if self.preconditioner.ascends else found.loss
         data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
-        optimizer = _optimizer(self.metric, provenance.lr_source)
+        optimizer = _optimizer(self.preconditioner, provenance.lr_source)
         estimate = documents.Estimate(**self.entry(found.full))
         prefix = work.blocks.prefix if work.blocks else ""
         ends = None
@@ -245,7 +245,7 @@ class _Writer:
         generalisation = self.generalisation(estimate)
         attribution, participation = self.attribution(found.full)
         points = []
-        for share, solved in found.ladder:
+        for share, solved in found.prefixes:
             entry = self.entry(solved)
             usable = entry["status"] == "converged"
             points.append(
@@ -282,20 +282,20 @@ class _Writer:
         )
         findings = explain(
             report,
-            idle=self.metric.idle,
-            left_out=len(self.metric.left_out),
+            idle=self.preconditioner.idle,
+            left_out=len(self.preconditioner.left_out),
             notes=provenance.notes,
-            given=(*provenance.findings, *self.metric.findings),
-            doubts=self.metric.doubts,
+            given=(*provenance.findings, *self.preconditioner.findings),
+            doubts=self.preconditioner.doubts,
             logged_loss=provenance.logged_loss,
         )
         return report.model_copy(update={"findings": findings})
 
     def generalisation(self, full: documents.Estimate) -> documents.Generalisation:
-        threshold, held_out = self.metric.threshold, self.measured.held_out
-        # Of an estimated metric the scale follows the size of the batches that it was estimated on: no bracket holds it,
-        # nor that of an update which is not known in full.
-        unknown = self.metric.kind == "estimated" or bool(self.metric.doubts)
+        threshold, held_out = self.preconditioner.threshold, self.measured.held_out
+        # Of an estimated preconditioner the scale follows the size of the batches that it was estimated on: no bracket
+        # holds it, nor that of an update which is not known in full.
+        unknown = self.preconditioner.kind == "estimated" or bool(self.preconditioner.doubts)
         if full.rho is None or full.residual is None or threshold is None or unknown:
             return documents.Generalisation(held_out=held_out, rho_low=None, rho_high=None)
         high = full.rho + full.residual / threshold
@@ -307,7 +307,7 @@ class _Writer:
             low = full.rho if self.whole and len(self.problem.batches) == 1 else None
         return documents.Generalisation(held_out=held_out, rho_low=low, rho_high=high)
 
-    def attribution(self, full: Solved) -> tuple[list[documents.Mass], float | None]:
+    def attribution(self, full: Solved) -> tuple[list[documents.Attribution], float | None]:
         """Where the top eigenvector lives: by tensor, and by row where rows are tokens or positions."""
         top = full.extremes.top if full.extremes else None
         if top is None:
@@ -323,7 +323,7 @@ class _Writer:
             if kind is not None:
                 shares, ids = piece.view(shape).sum(dim=1).topk(min(5, shape[0]))
                 rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
-            found.append(documents.Mass(tensor=display(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
+            found.append(documents.Attribution(tensor=display(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
         return sorted(found, key=lambda m: -m.mass), float(1 / squares.square().sum())
 
 
@@ -349,21 +349,21 @@ def _batches(problem: Problem, loss: float, tokens: float | None) -> documents.D
     return documents.Data(path="(in memory)", tokens=count, sequence_length=None, sha256=digest.hexdigest(), loss=loss)
 
 
-def _optimizer(metric: Preconditioner, lr_source: Any) -> documents.Optimizer:
+def _optimizer(preconditioner: Preconditioner, lr_source: Any) -> documents.Optimizer:
     def number(key: str) -> float | None:
-        value = metric.options.get(key)
+        value = preconditioner.options.get(key)
         return None if value is None else float(value)
 
-    betas = metric.options.get("betas")
+    betas = preconditioner.options.get("betas")
     return documents.Optimizer(
-        name=metric.name,
-        lr=metric.rate,
-        lr_source=lr_source if metric.rate is not None else "none",
+        name=preconditioner.name,
+        lr=preconditioner.lr,
+        lr_source=lr_source if preconditioner.lr is not None else "none",
         betas=(float(betas[0]), float(betas[1])) if betas is not None else None,
         eps=number("eps"),
         weight_decay=number("weight_decay"),
         momentum=number("momentum"),
-        step=metric.step,
-        threshold=metric.threshold,
-        preconditioner=metric.kind,
+        step=preconditioner.step,
+        threshold=preconditioner.threshold,
+        preconditioner=preconditioner.kind,
     )

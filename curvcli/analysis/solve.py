@@ -54,13 +54,13 @@ class Solved:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found. `ladder` pairs shares of the shard with solves on them, the last the full model.
+    """What was found. `prefixes` pairs shares of the shard with solves on them, the last the full model.
 
     `ends` are the parameters outside the layers, as one part; None where there are no layers.
     """
 
     loss: float
-    ladder: list[tuple[float, Solved]]
+    prefixes: list[tuple[float, Solved]]
     held_out: float | None
     full: Solved
     update: Update
@@ -69,7 +69,7 @@ class Measured:
     restricted: list[Solved]
     truncated: list[Solved]
     directions: Directions
-    both: tuple[Solved, Solved] | None = None  # the ladder's first solve from the given start, and from a random one
+    both: tuple[Solved, Solved] | None = None  # the first prefix's solve from the given start, and from a random one
 
 
 class Measurement:
@@ -78,7 +78,7 @@ class Measurement:
     def __init__(
         self,
         problem: Problem,
-        metric: Preconditioner,
+        preconditioner: Preconditioner,
         blocks: Blocks | None,
         solver: Davidson,
         mode: Mode | Literal["auto"],
@@ -87,11 +87,12 @@ class Measurement:
         start: Directions | None = None,
         depths: bool = True,
     ) -> None:
-        self.problem, self.metric, self.blocks, self.solver, self.depths = problem, metric, blocks, solver, depths
+        self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
+        self.solver, self.depths = solver, depths
         self.started = time.perf_counter()
         self.hvps = 0
         self.stages = _Stages(len(blocks.modules) if blocks else 0, progress, depths)
-        self.names = [n for n in problem.parameters if n in metric.scale]
+        self.names = [n for n in problem.parameters if n in preconditioner.scale]
         of_block = [{id(p) for p in block.parameters()} for block in (blocks.modules if blocks else ())]
         self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
         inside = {n for names in self.layer_names for n in names}
@@ -111,11 +112,11 @@ class Measurement:
     # --- solving -----------------------------------------------------------------------------
 
     def operator(self, hvp: HVP, names: Sequence[str]) -> PreconditionedHessian:
-        return PreconditionedHessian(hvp, names, dict(self.metric.scale), dict(self.metric.decay))
+        return PreconditionedHessian(hvp, names, dict(self.preconditioner.scale), dict(self.preconditioner.decay))
 
     @property
     def coarse(self) -> Davidson:
-        """For layers, cut networks and parts of the shard: errors go with the residual's square, and no verdict
+        """For layers, truncated networks and parts of the shard: errors go with the residual's square, and no verdict
         hangs on them. All restricted depths, the full model last, are solved to the tolerance itself."""
         return replace(self.solver, tolerance=3 * self.solver.tolerance, bottom_tolerance=2 * self.solver.bottom_tolerance)
 
@@ -145,7 +146,7 @@ class Measurement:
     def direction(self, full: Solved) -> Directions:
         """The top eigenvector found, for the next checkpoint to start from; empty where there is none."""
         top = full.extremes.top if full.extremes else None
-        return lift(top.vector, full.names, self.metric.scale) if top else {}
+        return lift(top.vector, full.names, self.preconditioner.scale) if top else {}
 
     # --- the parts ---------------------------------------------------------------------------
 
@@ -159,8 +160,8 @@ class Measurement:
         gradients = gradient(self.problem, self.names)
         loss = self.problem.mean_loss()
         hvp = build(self.problem, self.choice.mode)
-        ladder, held_out = self.ladder(hvp)
-        hint = ladder[-1][1] if ladder else None
+        prefixes, held_out = self.prefixes(hvp)
+        hint = prefixes[-1][1] if prefixes else None
         full = self.full(hvp, hint) if self.solver.deadline < float("inf") or not self.depths else None
         update = Update(critical_lr=None, ratio=None, status="skipped")
         ends: list[Solved] = []
@@ -181,11 +182,13 @@ class Measurement:
         if ends and restricted:  # the same parameters once more, with other start vectors
             ends[0].inconsistent = violates(restricted[0], ends[0])
         full = self.best(full, [*ends, *layers], restricted)
-        ladder.append((1.0, full))
+        prefixes.append((1.0, full))
         self.skip(ends, layers, restricted, truncated, full)
         directions = self.direction(full)
         outside = ends[0] if ends else None
-        return Measured(loss, ladder, held_out, full, update, outside, layers, restricted, truncated, directions, self.both)
+        return Measured(
+            loss, prefixes, held_out, full, update, outside, layers, restricted, truncated, directions, self.both
+        )
 
     def full(self, hvp: HVP, hint: Solved | None) -> Solved:
         """The full model on its own, to the tolerance itself."""
@@ -214,11 +217,11 @@ class Measurement:
         if not self.depths:
             return
         restricted += [Solved(self.upto(k), None, skipped=True) for k in range(len(restricted), depths + 1)]
-        if self.blocks and self.blocks.cut:
+        if self.blocks and self.blocks.truncation:
             truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), depths)]
             truncated.append(full)
 
-    def ladder(self, hvp: HVP) -> tuple[list[tuple[float, Solved]], float | None]:
+    def prefixes(self, hvp: HVP) -> tuple[list[tuple[float, Solved]], float | None]:
         """The full model on growing prefixes of the shard, each warm from the last; and the held-out quotient."""
         count = len(self.problem.batches)
         half = -(-count // 2)
@@ -252,7 +255,7 @@ class Measurement:
     def update(self, hvp: HVP, gradients: list[Tensor]) -> Update:
         """Curvature along the optimizer's own next step (one product)."""
         self.stages.enter("next update")
-        return next_update(self.problem, self.metric, _Counting(hvp, self), self.names, gradients)
+        return next_update(self.problem, self.preconditioner, _Counting(hvp, self), self.names, gradients)
 
     def outside(self, hvp: HVP, hint: Solved | None) -> Iterator[Solved]:
         """Embedding, head and what else lies outside the blocks, alone, where there are blocks."""
@@ -295,7 +298,7 @@ class Measurement:
 
     def truncated(self, full: Solved) -> Iterator[Solved]:
         """The network of the first k blocks alone, up to the full model."""
-        if not self.blocks or not self.blocks.cut:
+        if not self.blocks or not self.blocks.truncation:
             return
         last: list[Solved] = []
         for depth in range(len(self.layer_names)):

@@ -1,4 +1,4 @@
-"""The seam of checkpoint readers, and what they hand over."""
+"""The interface of checkpoint readers, and what they hand over."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class Blocks:
     """The stack of layers of a model: `parent.<attribute>` holds `modules` in order of depth.
 
-    `prefix` is the stack's dotted module path, without the wrappers' `_orig_mod.` and `module.`. `cut` is how the
+    `prefix` is the stack's dotted module path, without the wrappers' `_orig_mod.` and `module.`. `truncation` is how the
     network is cut short: by a shorter list; by identities in the place of blocks that the model asks for by index; or
     not at all, where neither gives a network that runs.
     """
@@ -32,7 +32,7 @@ class Blocks:
     attribute: str
     modules: tuple[nn.Module, ...]
     prefix: str
-    cut: Literal["list", "identities"] | None = "list"
+    truncation: Literal["list", "identities"] | None = "list"
 
     @contextmanager
     def truncated(self, depth: int) -> Iterator[None]:
@@ -43,7 +43,7 @@ class Blocks:
         """
         stack = getattr(self.parent, self.attribute)
         kept = self.modules[:depth]
-        if self.cut == "identities":
+        if self.truncation == "identities":
             kept = (*kept, *(Skip() for _ in self.modules[depth:]))
         short = type(stack)(*kept) if isinstance(stack, nn.Sequential) else nn.ModuleList(kept)
         setattr(self.parent, self.attribute, short)

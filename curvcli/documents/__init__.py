@@ -12,6 +12,7 @@ from curvcli.documents.output import check_writable, write_whole
 from curvcli.documents.record import Record, RecordStatus
 from curvcli.documents.report import (
     ENDS,
+    Attribution,
     Checkpoint,
     Cost,
     Cumulative,
@@ -21,7 +22,6 @@ from curvcli.documents.report import (
     Estimate,
     Generalisation,
     LayerEstimate,
-    Mass,
     Optimizer,
     PartEstimate,
     Report,
@@ -39,6 +39,7 @@ __all__ = [
     "ENDS",
     "LOG_NAME",
     "SCHEMAS",
+    "Attribution",
     "Change",
     "Checkpoint",
     "Comparison",
@@ -57,7 +58,6 @@ __all__ = [
     "Log",
     "LrKind",
     "LrSchedule",
-    "Mass",
     "Optimizer",
     "Order",
     "Outcome",

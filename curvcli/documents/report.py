@@ -64,7 +64,7 @@ class DepthEstimate(Estimate):
 
 
 class Cumulative(Document):
-    """Curvature over depth: of the intact network restricted, and of the network cut short."""
+    """Curvature over depth: of the intact network restricted, and of the truncated network."""
 
     restricted: list[DepthEstimate]
     truncated: list[DepthEstimate]
@@ -144,7 +144,7 @@ class Generalisation(Document):
     rho_high: float | None
 
 
-class Mass(Document):
+class Attribution(Document):
     tensor: str
     mass: float = Field(description="share of the top eigenvector's squared norm")
     rows: list[tuple[int, float]] | None = Field(
@@ -182,7 +182,7 @@ class Report(Document):
     update: Update
     tokens: list[TokensPoint]
     generalisation: Generalisation
-    attribution: list[Mass]
+    attribution: list[Attribution]
     participation: float | None = Field(description="entries that the top eigenvector is spread over: 1 / sum of v^4")
     verdict: VerdictName
     findings: list[Finding]

@@ -13,7 +13,7 @@ _CONSTANT = re.compile(r"(?:^|\.)(?:rotary_(?:pos_)?emb\.(?:inv_freq|cos_cached|
 _MASK = re.compile(r"(?:^|\.)(?:attn|attention|self_attention)\.bias$")
 
 
-def plain(name: str) -> str:
+def unwrapped(name: str) -> str:
     """A weight's name without the parts of torch.compile, DistributedDataParallel, FSDP and checkpoint wrappers."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -25,7 +25,7 @@ def averaged(name: str) -> bool:
 
 def of_average(name: str) -> bool:
     """Whether a stored tensor lies under such a name, or counts what an average is over."""
-    *parts, last = plain(name).split(".")
+    *parts, last = unwrapped(name).split(".")
     return last == "n_averaged" or any(averaged(part) for part in parts)
 
 

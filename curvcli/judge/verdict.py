@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from curvcli.documents import (
+    Attribution,
     Estimate,
     Finding,
     Generalisation,
-    Mass,
     Optimizer,
     PartEstimate,
     Report,
@@ -61,7 +61,7 @@ def explain(
         logged_loss: last training loss in the run's own log, in nats per token.
     """
     found = [*given, *_loss(report.data.loss, logged_loss)]
-    found += _metric(report.optimizer, idle, left_out, notes)
+    found += _preconditioner(report.optimizer, idle, left_out, notes)
     found += _update(report.update)
     found += _shape(report.full, report.parts, report.outside, report.attribution)
     found += _quality(report)
@@ -133,7 +133,7 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     return Finding(code=verdict, severity=severity, message=f"rho {full.rho:.3g}, {words[verdict]}")
 
 
-def _metric(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:
+def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:
     found = [Finding(code=code, severity="info", message=message) for code, message in notes.items()]
     if optimizer.preconditioner == "estimated":
         found.append(
@@ -222,7 +222,9 @@ def _update(update: Update) -> list[Finding]:
     return []
 
 
-def _shape(full: Estimate, parts: list[PartEstimate], ends: PartEstimate | None, attribution: list[Mass]) -> list[Finding]:
+def _shape(
+    full: Estimate, parts: list[PartEstimate], ends: PartEstimate | None, attribution: list[Attribution]
+) -> list[Finding]:
     found: list[Finding] = []
     if full.eigenvalue is not None and full.most_negative is not None and -full.most_negative > abs(full.eigenvalue):
         found.append(

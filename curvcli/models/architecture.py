@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.errors import InputError, UsageError
-from curvcli.files.names import averaged, obsolete, of_average, plain
+from curvcli.files.names import averaged, obsolete, of_average, unwrapped
 from curvcli.files.safe import check_finite
 from curvcli.files.tensors import TensorInfo
 from curvcli.models.base import Architecture
@@ -85,8 +85,8 @@ def match(model: nn.Module, stored: Mapping[str, Tensor | TensorInfo], path: obj
     Raises:
         InputError: a weight of the model is not stored, or a stored one is none of the model's.
     """
-    short = {plain(name): name for name in stored}
-    owned = {plain(name): name for name in model.state_dict()}
+    short = {unwrapped(name): name for name in stored}
+    owned = {unwrapped(name): name for name in model.state_dict()}
     prefixes = {"", *(name.removesuffix(own) for name in short for own in list(owned)[:1] if name.endswith(f".{own}"))}
 
     def fit(prefix: str) -> tuple[int, bool, int]:

@@ -44,7 +44,7 @@ def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
     """How the network can be cut short, and what a reader of its layers should know; two forward passes.
 
     Returns:
-        The blocks with `cut` set, and notes by code: blocks used several times, other stacks, no cut networks.
+        The blocks with `truncation` set, and notes by code: blocks used several times, other stacks, no truncated networks.
     """
     uses = Counter[int]()
     plain: set[bool] = set()
@@ -67,8 +67,8 @@ def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
         for handle in handles:
             handle.remove()
     # A block that gives anything but hidden states cannot be told from an identity by running: its caller may index.
-    ways = [replace(blocks, cut="list"), replace(blocks, cut="identities" if plain == {True} else None)]
-    cut = next((way.cut for way in ways if way.cut and _runs(problem, way)), None)
+    ways = [replace(blocks, truncation="list"), replace(blocks, truncation="identities" if plain == {True} else None)]
+    cut = next((way.truncation for way in ways if way.truncation and _runs(problem, way)), None)
     notes: dict[str, str] = {}
     passes = max(runs["model"], 1)
     if shared := {i: n // passes for i, n in uses.items() if n // passes > 1}:
@@ -84,8 +84,10 @@ def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
             "at every depth"
         )
     if cut is None:
-        notes["no-truncation"] = f"the network does not run with fewer blocks in {blocks.prefix}: no cut networks measured"
-    return replace(blocks, cut=cut), notes
+        notes["no-truncation"] = (
+            f"the network does not run with fewer blocks in {blocks.prefix}: no truncated networks measured"
+        )
+    return replace(blocks, truncation=cut), notes
 
 
 def _runs(problem: Problem, blocks: Blocks) -> bool:

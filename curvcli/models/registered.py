@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.files.limits import check_config, check_size
-from curvcli.files.names import plain
+from curvcli.files.names import unwrapped
 from curvcli.files.safe import check_finite, read_json
 from curvcli.models.base import Architecture, Task
 
@@ -102,8 +102,8 @@ def build(
             if stored is not None:
                 with torch.device("meta"):
                     shell = empty()
-                own = {plain(name): name for name in shell.state_dict()}
-                how["state_dict"] = {own.get(plain(name), plain(name)): tensor for name, tensor in stored.items()}
+                own = {unwrapped(name): name for name in shell.state_dict()}
+                how["state_dict"] = {own.get(unwrapped(name), unwrapped(name)): tensor for name, tensor in stored.items()}
                 kind, place = type(shell), None
             model, info = kind.from_pretrained(place, **how)
         twice_differentiable(model)

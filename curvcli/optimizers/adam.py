@@ -45,10 +45,10 @@ class Adam:
         corrected: Tensor = ((root + inner) / second**0.5 + outer) * first
         return corrected
 
-    def gain(self, group: Group, state: State) -> float:
+    def transfer(self, group: Group, state: State) -> float:
         return (1 - group.betas[0]) / (1 + group.betas[0])
 
-    def rate(self, group: Group, state: State) -> float:
+    def lr(self, group: Group, state: State) -> float:
         return group.number("lr")
 
     def decoupled(self, group: Group, name: str | None) -> bool:
@@ -80,9 +80,9 @@ class NAdam(Adam):
         root: Tensor = (moment(state, "exp_avg_sq") / correction).sqrt() + group.number("eps", 1e-8)
         return root
 
-    def gain(self, group: Group, state: State) -> float:
+    def transfer(self, group: Group, state: State) -> float:
         now, ahead = self._coefficients(group, state)
-        return now + ahead * super().gain(group, state)
+        return now + ahead * super().transfer(group, state)
 
     def decoupled(self, group: Group, name: str | None) -> bool:
         return group.flag("decoupled_weight_decay")

@@ -33,10 +33,10 @@ class RMSprop:
             square = (square - mean.to(square).square()).clamp_min(0)
         return square.sqrt() + group.number("eps", 1e-8)
 
-    def gain(self, group: Group, state: State) -> float:
+    def transfer(self, group: Group, state: State) -> float:
         return 1 / (1 + group.fraction("momentum"))
 
-    def rate(self, group: Group, state: State) -> float:
+    def lr(self, group: Group, state: State) -> float:
         return group.number("lr")
 
     def decoupled(self, group: Group, name: str | None) -> bool:
@@ -65,10 +65,10 @@ class Adagrad:
     def preconditioner(self, group: Group, state: State) -> Tensor:
         return moment(state, "sum").sqrt() + group.number("eps", 1e-10)
 
-    def gain(self, group: Group, state: State) -> float:
+    def transfer(self, group: Group, state: State) -> float:
         return 1.0
 
-    def rate(self, group: Group, state: State) -> float:
+    def lr(self, group: Group, state: State) -> float:
         decay = group.number("lr_decay", 0.0, least=0.0)
         return group.number("lr") / (1 + (steps(state) - 1) * decay) if decay else group.number("lr")
 

@@ -71,7 +71,7 @@ class Group:
         return first, second
 
     @property
-    def rate(self) -> float | None:
+    def lr(self) -> float | None:
         """The learning rate in force, None where the group has none. Raises InputError where it is no number."""
         return None if self.options.get("lr") is None else self.number("lr")
 
@@ -145,11 +145,11 @@ class Rule(Protocol):
         """P of one parameter, in its shape, positive; None for the identity."""
         ...
 
-    def gain(self, group: Group, state: State) -> float:
+    def transfer(self, group: Group, state: State) -> float:
         """Momentum filter's transfer function at z = -1, g(-1)."""
         ...
 
-    def rate(self, group: Group, state: State) -> float:
+    def lr(self, group: Group, state: State) -> float:
         """Learning rate that multiplies P^(-1) at this step."""
         ...
 
@@ -162,7 +162,7 @@ class Rule(Protocol):
         ...
 
     def momentum(self, group: Group, state: State) -> Tensor | None:
-        """m such that the update is -rate P^(-1) m; None where the gradient itself is used."""
+        """m such that the update is -lr P^(-1) m; None where the gradient itself is used."""
         ...
 
 

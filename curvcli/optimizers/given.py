@@ -17,10 +17,10 @@ from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
 def lead(view: OptimizerView, parameters: Mapping[str, Tensor]) -> Group | None:
     """The group that a single learning rate is quoted of: the largest, in entries, of those that move.
 
-    A group at learning rate 0 is frozen. Where all are, or none has a rate, the largest of all; None without parameters.
+    A group at learning rate 0 is frozen. Where all are, or none has one, the largest of all; None without parameters.
     """
     sizes = [sum(parameters[n].numel() for n in group.names if n in parameters) for group in view.groups]
-    moving = [size if group.rate else 0 for group, size in zip(view.groups, sizes, strict=True)]
+    moving = [size if group.lr else 0 for group, size in zip(view.groups, sizes, strict=True)]
     chosen = moving if any(moving) else sizes
     return view.groups[max(range(len(chosen)), key=chosen.__getitem__)] if any(chosen) else None
 
@@ -35,7 +35,7 @@ def override(view: OptimizerView, **options: Any) -> OptimizerView:
     if given:
         check_known(rule_for(view), given)
     for key in given:
-        own = {_plain(g.options[key]) for g in view.groups if g.names and g.rate != 0 and g.options.get(key) is not None}
+        own = {_plain(g.options[key]) for g in view.groups if g.names and g.lr != 0 and g.options.get(key) is not None}
         if len(own) > 1:
             raise UsageError(
                 f"--{key.replace('_', '-')} would give one value to parameter groups that have {' and '.join(sorted(own))}",
@@ -72,28 +72,28 @@ def at_logged(view: OptimizerView, lr: float) -> OptimizerView:
 
 
 def _rescaled(view: OptimizerView, lr: float, reference: int) -> OptimizerView:
-    rates = [group.rate for group in view.groups]
-    known = [rate for rate in rates if rate is not None]
+    before = [group.lr for group in view.groups]
+    known = [rate for rate in before if rate is not None]
     source = "lr"
     if not any(known):
-        rates, source = [_initial(group) for group in view.groups], "initial_lr"
-        if any(rate is None for rate in rates) or not any(rates):
+        before, source = [_initial(group) for group in view.groups], "initial_lr"
+        if any(rate is None for rate in before) or not any(before):
             if not _alike(view):
                 raise InputError(
                     "all learning rates in the checkpoint are 0 or missing, and nothing in it says how those of its "
-                    f"{len(rates)} parameter groups differed",
+                    f"{len(before)} parameter groups differed",
                     hint=f"use a checkpoint from before the schedule ended, or {NO_OPTIMIZER}",
                 )
-            rates = [1.0] * len(rates)
-    elif len(known) < len(rates):
+            before = [1.0] * len(before)
+    elif len(known) < len(before):
         raise InputError("some parameter groups have no learning rate", hint=f"use another checkpoint, or {NO_OPTIMIZER}")
-    own = rates[reference]
+    own = before[reference]
     if not own:
         raise InputError(
             f"the parameter group whose learning rate {lr:g} is has {source} {own} in the checkpoint",
             hint=f"pass the largest group's with --lr, or {NO_OPTIMIZER}",
         )
-    moved = [lr * (rate or 0.0) / own for rate in rates]
+    moved = [lr * (rate or 0.0) / own for rate in before]
     groups = tuple(Group(group.names, {**group.options, "lr": rate}) for group, rate in zip(view.groups, moved, strict=True))
     if len(set(moved)) == 1:
         return replace(view, groups=groups)

@@ -26,7 +26,7 @@ _MAY_BE_NONE = {"momentum_buffer", "grad_avg", "max_exp_avg_sq"}  # of SGD befor
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """The metric in which an optimizer sees curvature.
+    """P of a whole model: the metric in which an optimizer sees curvature.
 
     With per-parameter thresholds T_p = (2/lr_p - wd_p)/g_p(-1), instability along an eigenvector
     of period two begins where the largest eigenvalue of (T P)^(-1/2) H (T P)^(-1/2) is 1, whatever
@@ -34,14 +34,14 @@ class Preconditioner:
     that of the largest group, so that operator eigenvalues are lambda and rho = lambda / threshold.
 
     Attributes:
-        scale: root of the inverse metric by parameter name, in its shape; 0 where nothing moves.
+        scale: root of the inverse preconditioner by parameter name, in its shape; 0 where nothing moves.
         decay: coupled weight decay by name, which belongs to the Hessian.
         direction: the optimizer's own step direction lr_p/lr P^(-1) m by name, or None without state.
         threshold: of lambda; None without a learning rate.
-        rate: learning rate of the largest group that moves, None when unknown.
+        lr: learning rate of the largest group that moves, None when unknown.
         idle: entries of parameters that never got a gradient (second moment exactly 0).
         left_out: parameters in no group, without state, or whose second moment is 0 throughout.
-        ascends: the optimizer maximises, so the curvature in this metric is that of minus the loss.
+        ascends: the optimizer maximises, so the curvature in this preconditioner is that of minus the loss.
         doubts: options and state that no rule knows and that may change the update: no verdict can rest on it.
         findings: what the report has to say of the groups.
     """
@@ -52,7 +52,7 @@ class Preconditioner:
     decay: Mapping[str, float]
     direction: Mapping[str, Tensor] | None
     threshold: float | None
-    rate: float | None
+    lr: float | None
     options: Mapping[str, Any]
     step: int | None
     idle: int = 0
@@ -63,7 +63,7 @@ class Preconditioner:
 
 
 def identity(parameters: Mapping[str, Tensor]) -> Preconditioner:
-    """The Hessian itself: no metric and no threshold."""
+    """The Hessian itself: no preconditioner and no threshold."""
     ones = {n: torch.ones_like(p) for n, p in parameters.items()}
     return Preconditioner("none", "none", ones, {}, None, None, None, {}, None)
 
@@ -79,10 +79,10 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     rule = rule_for(view)
     doubts = scrutinise(view, rule)
     stateful = bool(view.state)
-    rates = [group.rate for group in view.groups if group.names]
-    if rates and all(rate == 0 for rate in rates):
+    lrs = [group.lr for group in view.groups if group.names]
+    if lrs and all(lr == 0 for lr in lrs):
         raise UsageError("the learning rate of every parameter group is 0", hint="pass the one in force with --lr")
-    frozen = {name for group in view.groups if group.rate == 0 for name in group.names if name in parameters}
+    frozen = {name for group in view.groups if group.lr == 0 for name in group.names if name in parameters}
     members = [
         (name, group)
         for group in view.groups
@@ -106,11 +106,11 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     largest = lead_of(view, moving)
     lead_name, lead = next((name, group) for name, group in members if group is largest)
     state = view.state.get(lead_name, {})
-    rate = rule.rate(lead, state) if lead.options.get("lr") is not None else None
+    lr = rule.lr(lead, state) if lead.options.get("lr") is not None else None
 
     def threshold(name: str, group: Group) -> float:
         entry = view.state.get(name, {})
-        own = rule.rate(group, entry)
+        own = rule.lr(group, entry)
         wd = group.number("weight_decay", 0.0) if rule.decoupled(group, view.name) else 0.0
         if not own > 0:
             raise UsageError(f"the learning rate of a parameter group is {own}", hint="pass the one in force with --lr")
@@ -119,12 +119,13 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
                 f"learning rate {own:g} times weight decay {wd:g} is 2 or more: the decay alone diverges",
                 hint="check --lr and --weight-decay",
             )
-        gain = rule.gain(group, entry)
-        if not 0 < gain < float("inf"):
+        transfer = rule.transfer(group, entry)
+        if not 0 < transfer < float("inf"):
             raise InputError(
-                f"the momentum of {name} has the gain {gain:g}", hint=f"use another checkpoint, or {NO_OPTIMIZER}"
+                f"the momentum of {name} has the transfer function {transfer:g}",
+                hint=f"use another checkpoint, or {NO_OPTIMIZER}",
             )
-        return (2 / own - wd) / gain
+        return (2 / own - wd) / transfer
 
     directions = {group.flag("maximize") for _, group in members}
     if len(directions) > 1:
@@ -134,7 +135,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     ascends = directions.pop()
     if ascends and not view.vouched:
         doubts = (*doubts, "option maximize=True, of a loss that may be minus the one measured")
-    reference = threshold(lead_name, lead) if rate is not None else None
+    reference = threshold(lead_name, lead) if lr is not None else None
     scale: dict[str, Tensor] = {}
     direction: dict[str, Tensor] = {}
     decay: dict[str, float] = {}
@@ -142,18 +143,18 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     for name, group in members:
         entry = view.state.get(name, {})
         parameter = parameters[name]
-        metric = rule.preconditioner(group, entry)
+        preconditioner = rule.preconditioner(group, entry)
         relative = threshold(name, group) / reference if reference is not None else 1.0
-        if metric is None:
+        if preconditioner is None:
             scale[name] = torch.full_like(parameter, relative**-0.5)
         else:
-            metric = metric.to(parameter)
-            root = (metric * relative).rsqrt()
+            preconditioner = preconditioner.to(parameter)
+            root = (preconditioner * relative).rsqrt()
             never = _second_moment(entry) == 0
             # An entry that never had a gradient divides by eps alone until its first one comes; the
             # optimizer has not moved along it, and its curvature would be 1/eps times anything.
             idle += int(never.sum())
-            if not bool(((metric > 0) & torch.isfinite(metric) | never.to(metric.device)).all()):
+            if not bool(((preconditioner > 0) & torch.isfinite(preconditioner) | never.to(preconditioner.device)).all()):
                 raise InputError(
                     f"the preconditioner of {name} is not positive: eps is {group.options.get('eps')!r}",
                     hint="check --eps and --betas, or use another checkpoint",
@@ -164,9 +165,9 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         if not rule.decoupled(group, view.name):
             decay[name] = group.number("weight_decay", 0.0)
         m = rule.momentum(group, entry) if entry else None
-        if m is not None and rate is not None:
-            u = m.to(parameter) if metric is None else m.to(parameter) / metric
-            direction[name] = u * (rule.rate(group, entry) / rate)
+        if m is not None and lr is not None:
+            u = m.to(parameter) if preconditioner is None else m.to(parameter) / preconditioner
+            direction[name] = u * (rule.lr(group, entry) / lr)
     if not scale:
         raise InputError(
             "the second moment of every weight is 0",
@@ -179,7 +180,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         decay=decay,
         direction=direction if len(direction) == len(scale) and kind == "checkpoint" else None,
         threshold=reference,
-        rate=rate,
+        lr=lr,
         options=lead.options,
         step=view.step if kind == "checkpoint" else None,
         idle=idle,
@@ -233,7 +234,7 @@ def live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> 
 def _said(view: OptimizerView, rule: Rule, frozen: set[str], ascends: bool) -> list[Finding]:
     found = []
     if frozen:
-        groups = sum(group.rate == 0 and bool(group.names) for group in view.groups)
+        groups = sum(group.lr == 0 and bool(group.names) for group in view.groups)
         found.append(
             Finding(
                 code="frozen-groups",

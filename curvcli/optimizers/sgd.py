@@ -25,13 +25,13 @@ class SGD:
     def preconditioner(self, group: Group, state: State) -> None:
         return None
 
-    def gain(self, group: Group, state: State) -> float:
+    def transfer(self, group: Group, state: State) -> float:
         b = group.fraction("momentum")
         if group.flag("nesterov"):
             return (1 + 2 * b) / (1 + b)
         return (1 - group.fraction("dampening")) / (1 + b) if b else 1.0
 
-    def rate(self, group: Group, state: State) -> float:
+    def lr(self, group: Group, state: State) -> float:
         return group.number("lr")
 
     def decoupled(self, group: Group, name: str | None) -> bool:

@@ -13,7 +13,7 @@ from curvcli.optimizers.preconditioner import Preconditioner
 
 
 def next_update(
-    problem: Problem, metric: Preconditioner, hvp: HVP, names: Sequence[str], gradients: Sequence[Tensor]
+    problem: Problem, preconditioner: Preconditioner, hvp: HVP, names: Sequence[str], gradients: Sequence[Tensor]
 ) -> Update:
     """The learning rate at which u = P^(-1) m raises the loss to second order, 2 g.u / u.Hu (one product).
 
@@ -21,10 +21,10 @@ def next_update(
         names: the parameters that move.
         gradients: of the mean loss, for `names`.
     """
-    if metric.direction is None or metric.rate is None:
+    if preconditioner.direction is None or preconditioner.lr is None:
         return Update(critical_lr=None, ratio=None, status="unavailable")
-    step = [metric.direction[n] for n in names]
-    decays = [metric.decay.get(n, 0.0) for n in names]
+    step = [preconditioner.direction[n] for n in names]
+    decays = [preconditioner.decay.get(n, 0.0) for n in names]
     weights = [problem.parameters[n].detach() for n in names]
     image = hvp.product(names, step)
     # A coupled weight decay is part of the function that the optimizer descends.
@@ -35,4 +35,4 @@ def next_update(
     if bend <= 0:
         return Update(critical_lr=None, ratio=None, status="concave")
     critical = 2 * slope / bend
-    return Update(critical_lr=critical, ratio=metric.rate / critical, status="ok")
+    return Update(critical_lr=critical, ratio=preconditioner.lr / critical, status="ok")

@@ -53,7 +53,7 @@ def curves(report: Report) -> dict[str, tuple[list[float], list[float]]]:
         "embedding, head alone": pick([(ENDS_AT, e) for e in (report.outside,) if e]),
         "layer alone": pick([(e.index + 0.5, e) for e in report.layers]),
         "restricted to depth": pick([(float(e.depth), e) for e in report.cumulative.restricted]),
-        "cut at depth": pick([(float(e.depth), e) for e in report.cumulative.truncated]),
+        "truncated to depth": pick([(float(e.depth), e) for e in report.cumulative.truncated]),
     }
 
 

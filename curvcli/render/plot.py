@@ -26,7 +26,7 @@ def plot(report: Report, suffix: str) -> bytes:
         x, y = data[label]
         if x:
             axes.bar(x, y, width=0.7, color=colour, label=label, zorder=1)
-    for label, colour, marker in (("restricted to depth", "#1f4e9c", "o"), ("cut at depth", "#c2641a", "s")):
+    for label, colour, marker in (("restricted to depth", "#1f4e9c", "o"), ("truncated to depth", "#c2641a", "s")):
         x, y = data[label]
         axes.plot(x, y, marker=marker, color=colour, label=label, zorder=3, markersize=5)
     if not report.layers and report.full.eigenvalue and report.full.eigenvalue > 0:

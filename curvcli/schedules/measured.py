@@ -29,7 +29,7 @@ from curvcli.schedules.lr import highest_from, lr_at, settles
 from curvcli.schedules.plan import INTERVAL, phases, split, within
 
 MARGIN = 0.8
-# A cut network is solved to 3 %; sharper than the whole by more than that is the cut's doing.
+# A truncated networks is solved to 3 %; sharper than the whole by more than that is the cut's doing.
 CUT_TOLERANCE = 1.03
 # What a report says about its own lambda, and so about every prediction from it.
 BEARING = ("estimated-preconditioner", "young-preconditioner", "unresolved-tokens", "shard-overstates", "rare-tokens")

@@ -1,4 +1,4 @@
-"""Guests in the user's training loop: a tracker watches, architecture warm-up acts, callbacks translate.
+"""Callbacks in the user's training loop: a tracker watches, architecture warm-up acts, callbacks translate.
 
 from curvcli.training import ArchitectureWarmup, CurvatureTracker
 from curvcli.training.transformers import CurvCallback

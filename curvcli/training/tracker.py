@@ -113,7 +113,7 @@ class CurvatureTracker:
         try:
             with self._untouched(batch) as problem:
                 found = self._measure(problem, step)
-        except Exception as error:  # a guest may not end the job, whatever the model or a kernel raises
+        except Exception as error:  # a callback may not end the job, whatever the model or a kernel raises
             logger.warning("curvature at step %d failed: %s", step, error)
             found = _Found(status="failed", message=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
         record = Record(
@@ -172,8 +172,8 @@ class CurvatureTracker:
             return _Found(message="the learning rate is 0: no step is taken, and there is no edge")
         view = live(self.optimizer, parameters)
         locked = self._translate(self.warmup.locked_parameters()) if self.warmup else frozenset()
-        metric = _without(prepare(view, parameters), locked)
-        if metric.ascends:
+        preconditioner = _without(prepare(view, parameters), locked)
+        if preconditioner.ascends:
             problem = problem.negated()
         if self._mode is None:
             # Not the fastest by the clock, as analyze takes it: a resumed job has to repeat the very same sums.
@@ -183,34 +183,34 @@ class CurvatureTracker:
             tangents = random_direction(first)
             check_second_derivative(first, tangents, build(first, "fresh").product(list(parameters), tangents))
         engine = _Counting(build(problem, self._mode))
-        names = [n for n in parameters if n in metric.scale]
-        found, direction = self._top(engine, metric, names, self._direction)
+        names = [n for n in parameters if n in preconditioner.scale]
+        found, direction = self._top(engine, preconditioner, names, self._direction)
         if direction is not None:
             self._direction = direction
         if self.update_ratio and found.eigenvalue is not None:
-            update = next_update(problem, metric, engine, names, gradient(problem, names))
+            update = next_update(problem, preconditioner, engine, names, gradient(problem, names))
             found = replace(found, update_ratio=update.ratio)
         if self.warmup and (coming := self.warmup.next_parameters(step)):
-            self._look_ahead(problem, engine, metric, coming)
+            self._look_ahead(problem, engine, preconditioner, coming)
         return replace(found, hvps=engine.products)
 
-    def _look_ahead(self, problem: Problem, engine: HVP, metric: Preconditioner, coming: frozenset[str]) -> None:
+    def _look_ahead(self, problem: Problem, engine: HVP, preconditioner: Preconditioner, coming: frozenset[str]) -> None:
         """rho with the next group's blocks: their second moments, which no optimizer has yet, are shadowed."""
         self._ahead = (coming, None)
         inside = [n for n in problem.parameters if n in self._translate(coming)]
         scale = self.shadow.scale(self.optimizer, problem, inside)
         if scale is None:
             return
-        wider = replace(metric, scale={**metric.scale, **scale})
+        wider = replace(preconditioner, scale={**preconditioner.scale, **scale})
         names = [n for n in problem.parameters if n in wider.scale]
         found, _ = self._top(engine, wider, names, self._direction)
         if found.status == "converged":
             self._ahead = (coming, found.rho)
 
     def _top(
-        self, engine: HVP, metric: Preconditioner, names: list[str], near: Mapping[str, Tensor]
+        self, engine: HVP, preconditioner: Preconditioner, names: list[str], near: Mapping[str, Tensor]
     ) -> tuple[_Found, dict[str, Tensor] | None]:
-        operator = PreconditionedHessian(engine, names, dict(metric.scale), dict(metric.decay))
+        operator = PreconditionedHessian(engine, names, dict(preconditioner.scale), dict(preconditioner.decay))
         start = [operator.lower(near)] if near else []
         extremes = self.solver.extremes(operator, start)
         if extremes.top is None:
@@ -220,10 +220,14 @@ class CurvatureTracker:
                 status="asymmetric", message="products fail u.Gv = v.Gu: a kernel is differentiable once only"
             ), None
         top = extremes.top
-        direction = lift(top.vector, names, metric.scale)
-        rho = top.value / metric.threshold if metric.threshold is not None and not metric.doubts else None
+        direction = lift(top.vector, names, preconditioner.scale)
+        rho = (
+            top.value / preconditioner.threshold
+            if preconditioner.threshold is not None and not preconditioner.doubts
+            else None
+        )
         status = "converged" if extremes.status == "converged" else "unconverged"
-        doubts = ", ".join(metric.doubts[:4])
+        doubts = ", ".join(preconditioner.doubts[:4])
         said = f"no rho: the optimizer has {doubts}, which may change its update" if doubts else None
         return _Found(eigenvalue=top.value, rho=rho, residual=top.residual, status=status, message=said), direction
 
@@ -259,8 +263,12 @@ class _Counting:
         return self.hvp.subset(indices)
 
 
-def _without(metric: Preconditioner, locked: frozenset[str]) -> Preconditioner:
-    return replace(metric, scale={n: s for n, s in metric.scale.items() if n not in locked}) if locked else metric
+def _without(preconditioner: Preconditioner, locked: frozenset[str]) -> Preconditioner:
+    return (
+        replace(preconditioner, scale={n: s for n, s in preconditioner.scale.items() if n not in locked})
+        if locked
+        else preconditioner
+    )
 
 
 def _finite(value: float | None) -> float | None:

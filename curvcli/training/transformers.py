@@ -9,20 +9,20 @@ import torch
 from transformers import TrainerCallback
 
 from curvcli.errors import UsageError
-from curvcli.training.guests import Guests
+from curvcli.training.callbacks import Callbacks
 
 STATE = "curv.pt"
 
 
 class CurvCallback(TrainerCallback):
-    """Architecture warm-up, the curvature tracker, or both. Arguments are those of `Guests`.
+    """Architecture warm-up, the curvature tracker, or both. Arguments are those of `Callbacks`.
 
     Steps are the Trainer's global steps: a record of step n is of the model after n updates. What a resumed
     job needs is in `checkpoint-N/curv.pt`.
     """
 
     def __init__(self, schedule: Any = None, **options: Any) -> None:
-        self.guests = Guests(schedule, **options)
+        self.callbacks = Callbacks(schedule, **options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # accelerate wraps the optimizer, and its hooks are those of what is inside.
@@ -30,28 +30,28 @@ class CurvCallback(TrainerCallback):
         if state.global_step:
             saved = _checkpoint(args, state) / STATE
             if saved.is_file():
-                self.guests.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
-            elif self.guests.adaptive:
+                self.callbacks.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+            elif self.callbacks.adaptive:
                 raise UsageError(
                     f"adaptive mode resumes at step {state.global_step}, and {saved} is missing",
                     hint="resume in the run's own output_dir, from a checkpoint that this callback saw",
                 )
-        self.guests.begin(kwargs["model"], optimizer, state.global_step)
+        self.callbacks.begin(kwargs["model"], optimizer, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.guests.before(state.global_step)
+        self.callbacks.before(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        self.guests.after(state.global_step, losses[-1] if losses else None)
+        self.callbacks.after(state.global_step, losses[-1] if losses else None)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.guests.end()
+        self.callbacks.end()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             target = _checkpoint(args, state) / STATE
-            torch.save(self.guests.state_dict(), target.with_suffix(".tmp"))
+            torch.save(self.callbacks.state_dict(), target.with_suffix(".tmp"))
             target.with_suffix(".tmp").replace(target)
 
 

@@ -1,4 +1,4 @@
-"""An optimizer's update as a guest sees it: whichever optimizer makes it, with a closure or without."""
+"""An optimizer's update as a callback sees it: whichever optimizer makes it, with a closure or without."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Follower(Protocol):
         """The optimizer has stepped."""
 
 
-# Weak, so that a guest that is let go of goes; and one pair of hooks for all of them, which is never removed: an
+# Weak, so that a callback that is let go of goes; and one pair of hooks for all of them, which is never removed: an
 # object may be collected while torch iterates over its hooks.
 _followers: weakref.WeakSet[Any] = weakref.WeakSet()
 

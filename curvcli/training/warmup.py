@@ -26,7 +26,7 @@ from curvcli.training.updates import bare, follow, following, has_stepped, held,
 logger = logging.getLogger("curvcli")
 
 
-class Gauge(Protocol):
+class RhoSource(Protocol):
     """What adaptive mode asks: the curvature that the next phase would have (CurvatureTracker)."""
 
     def rho_with(self, names: frozenset[str]) -> float | None:
@@ -53,7 +53,7 @@ class ArchitectureWarmup:
         layers: the model's list of blocks; found by itself where there is one.
         outputs: paths within a block of the modules that write to the residual stream, where the
             architecture is not known.
-        gauge: measures curvature (a CurvatureTracker); turns adaptive mode on: a phase begins when
+        rho_source: measures curvature (a CurvatureTracker); turns adaptive mode on: a phase begins when
             the measured rho with its blocks is under the schedule's margin, between its `step` and
             `latest`. Then `state_dict()` belongs into the job's checkpoints.
         margin: of adaptive mode, instead of the schedule's (0.8 where that has none).
@@ -75,7 +75,7 @@ class ArchitectureWarmup:
         *,
         layers: nn.ModuleList | nn.Sequential | None = None,
         outputs: Sequence[str] | None = None,
-        gauge: Gauge | None = None,
+        rho_source: RhoSource | None = None,
         margin: float | None = None,
         patience: int = 10,
     ) -> None:
@@ -89,7 +89,7 @@ class ArchitectureWarmup:
             )
         self.growing = self.schedule.mode == "grow"
         self.blocks, self.locks = blocks, find_locks(blocks, outputs, resting=self.growing)
-        self.model, self.optimizers, self.gauge, self.patience = model, bare(optimizer), gauge, patience
+        self.model, self.optimizers, self.rho_source, self.patience = model, bare(optimizer), rho_source, patience
         self.margin = margin or self.schedule.margin or 0.8
         self.locked: frozenset[int] = frozenset()
         self.current: int | None = None
@@ -152,7 +152,11 @@ class ArchitectureWarmup:
     def next_parameters(self, step: int, horizon: int = 100) -> frozenset[str]:
         """Adaptive mode: names of the parameters that join next, from `horizon` steps before they may."""
         phase = len(self.started)
-        if self.gauge is None or phase >= len(self.schedule.phases) or step < self.schedule.phases[phase].step - horizon:
+        if (
+            self.rho_source is None
+            or phase >= len(self.schedule.phases)
+            or step < self.schedule.phases[phase].step - horizon
+        ):
             return frozenset()
         return self._names(frozenset(self.schedule.phases[phase].unlock))
 
@@ -178,7 +182,7 @@ class ArchitectureWarmup:
 
     def _begin(self, step: int) -> None:
         """Make locked blocks identities in a fresh run; see that they are in a resumed one."""
-        if self.gauge is not None and not self.started:
+        if self.rho_source is not None and not self.started:
             if step > self.schedule.phases[0].step:
                 raise UsageError(
                     f"adaptive mode resumes at step {step} without the decisions of the job before",
@@ -207,11 +211,11 @@ class ArchitectureWarmup:
                 )
 
     def _wanted(self, step: int) -> frozenset[int]:
-        if self.gauge is None:
+        if self.rho_source is None:
             return self.schedule.locked_at(step)
         phases = self.schedule.phases
         while (phase := len(self.started)) < len(phases) and step >= phases[phase].step:
-            rho = self.gauge.rho_with(self._names(frozenset(phases[phase].unlock)))
+            rho = self.rho_source.rho_with(self._names(frozenset(phases[phase].unlock)))
             allowed = rho is not None and rho <= self.margin
             if not _agreed(allowed or step >= phases[phase].latest, self.model):
                 break

@@ -11,7 +11,7 @@ from curvcli.checkpoints.base import OptimizerFile, unusable, warning
 from curvcli.checkpoints.state.mapping import check_document
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
-from curvcli.files.names import averaged, of_average, plain
+from curvcli.files.names import averaged, of_average, unwrapped
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.refused import refuse
 
@@ -71,7 +71,7 @@ def averages_of(names: Iterable[str], *where: str) -> tuple[bool, str | None]:
     stored = list(names)
     apart = [name for name in stored if of_average(name)]
     called = any(averaged(_METRIC.sub("", name)) for name in where)
-    whole = any(plain(name) == "n_averaged" for name in apart) or (stored and len(apart) == len(stored))
+    whole = any(unwrapped(name) == "n_averaged" for name in apart) or (stored and len(apart) == len(stored))
     if called or whole:
         return True, None
     return False, apart[0].rpartition(".")[0] if apart else None

@@ -24,7 +24,7 @@ from curvcli.checkpoints.formats.optimizer_file import OPTIMIZER_FILE, read_opti
 from curvcli.checkpoints.state.mapping import map_state, matrix_order, single_order, summary, trainer_order
 from curvcli.errors import InputError
 from curvcli.files.limits import inside
-from curvcli.files.names import plain
+from curvcli.files.names import unwrapped
 from curvcli.files.runs import step_of
 from curvcli.files.safe import load_pickle, read_json
 from curvcli.files.tensors import TensorInfo, safetensors_header, stored
@@ -90,7 +90,7 @@ class HuggingFaceReader:
     def _model(self, path: Path, described: Architecture) -> nn.Module:
         if described.configuration is not None:
             # transformers knows which stored names became which parameters (experts, renamed layers).
-            wrapped = any(plain(tensor.name) != tensor.name for tensor in self.tensors(path))
+            wrapped = any(unwrapped(tensor.name) != tensor.name for tensor in self.tensors(path))
             stored = self._stored(path) if wrapped else None
             return build(described.configuration, described.task, weights=path, stored=stored)
         model = described.build()

@@ -12,7 +12,7 @@ from curvcli.checkpoints.base import Checkpoint, OptimizerFile
 from curvcli.checkpoints.state.mapping import map_state, matrix_order, summary
 from curvcli.errors import InputError
 from curvcli.files.limits import check_size
-from curvcli.files.names import plain
+from curvcli.files.names import unwrapped
 from curvcli.files.safe import check_finite, load_pickle
 from curvcli.files.tensors import TensorInfo
 from curvcli.models.base import Architecture
@@ -65,7 +65,7 @@ def _parts(document: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in document["model"].items()):
         raise InputError(f"{path} has something else than tensors by name under 'model'", hint="expected nanoGPT's ckpt.pt")
     # The causal mask is a buffer that old versions saved.
-    return {plain(n): t for n, t in document["model"].items() if not plain(n).endswith(".attn.bias")}, args
+    return {unwrapped(n): t for n, t in document["model"].items() if not unwrapped(n).endswith(".attn.bias")}, args
 
 
 def _build(path: Path) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvcli.checkpoints.state.partial import assignments, left_out
 from curvcli.errors import InputError
-from curvcli.files.names import plain
+from curvcli.files.names import unwrapped
 from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.refused import refuse
 
@@ -230,8 +230,10 @@ def map_named(
         )
 
     # A wrapper may be in the optimizer's names and not in the weights', or the other way round.
-    known = {plain(name): own for name, own in known.items()}
-    members = [[known.get(plain(name), "") if isinstance(name, str) else "" for name in group["params"]] for group in groups]
+    known = {unwrapped(name): own for name, own in known.items()}
+    members = [
+        [known.get(unwrapped(name), "") if isinstance(name, str) else "" for name in group["params"]] for group in groups
+    ]
     for group, found in zip(groups, members, strict=True):
         if "" in found:
             raise wrong(f"{str(group['params'][found.index('')])[:200]} is no trained parameter of it")
@@ -241,7 +243,7 @@ def map_named(
     grouped = {name for found in members for name in found}
     entries: dict[str, State] = {}
     for stored, entry in state.items():
-        name = known.get(plain(stored), "") if isinstance(stored, str) else ""
+        name = known.get(unwrapped(stored), "") if isinstance(stored, str) else ""
         if name not in grouped:
             raise wrong(f"{str(stored)[:200]} has state and {'no group' if name else 'is no trained parameter of it'}")
         for key, value in entry.items():

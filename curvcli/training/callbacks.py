@@ -1,4 +1,4 @@
-"""Architecture warm-up and tracker as one guest that the trainers' callbacks translate their events to."""
+"""Architecture warm-up and tracker as one callback that the trainers' callbacks translate their events to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from curvcli.training.tracker import CurvatureTracker
 from curvcli.training.warmup import ArchitectureWarmup
 
 
-class Guests:
+class Callbacks:
     """What a callback holds.
 
     Args:
@@ -70,8 +70,8 @@ class Guests:
                 log=self.log if primary else None,
             )
         if self.schedule is not None:
-            gauge = self.tracker if self.adaptive else None
-            self.warmup = ArchitectureWarmup(model, optimizer, self.schedule, outputs=self.outputs, gauge=gauge)
+            rho_source = self.tracker if self.adaptive else None
+            self.warmup = ArchitectureWarmup(model, optimizer, self.schedule, outputs=self.outputs, rho_source=rho_source)
             if self.tracker is not None:
                 self.tracker.warmup = self.warmup
         if self._restored is not None:
