@@ -1,4 +1,4 @@
-"""Writes docs/cli.md: the help of every verb as the tool itself prints it, at 80 columns and without colour.
+"""Writes docs/reference/cli.md: the help of every verb as the tool itself prints it, at 80 columns and without colour.
 
 Run it when options have changed, in an environment where this copy of curv is installed: python docs/write_cli.py
 """
@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from curvcli.cli import app
 
-PAGE = Path(__file__).with_name("cli.md")
+PAGE = Path(__file__).with_name("reference") / "cli.md"
 HEAD = """# The command line
 
 What `curv VERB --help` prints, word for word. `python docs/write_cli.py` writes this page; a test holds it against the
@@ -48,7 +48,7 @@ def help_of(*words: str) -> str:
 
 
 def page() -> str:
-    """The text of docs/cli.md."""
+    """The text of docs/reference/cli.md."""
     parts = [HEAD]
     for words in [[], *verbs()]:
         parts.append(f"## {' '.join(['curv', *words])}\n\n```\n{help_of(*words)}\n```\n")

@@ -55,7 +55,7 @@ def _differences(problem: Problem, tangents: list[Tensor], step: float) -> Tenso
 
 
 def test_the_documentation_lists_what_is_tested() -> None:
-    text = (Path(__file__).resolve().parent.parent / "docs/models.md").read_text()
+    text = (Path(__file__).resolve().parent.parent / "docs/how-to/models.md").read_text()
     listed = re.search(r"included:\n\n(.*?)\n\n", text, re.DOTALL)
     assert listed is not None
     assert {name.strip() for name in listed[1].replace("\n", " ").split(",")} == set(CASES)

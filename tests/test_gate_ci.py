@@ -1,4 +1,4 @@
-"""action.yml's own shell steps, run as a runner would; the pre-commit manifest; the snippets of docs/gate.md."""
+"""action.yml's own shell steps, run as a runner would; the pre-commit manifest; the snippets of docs/how-to/gate.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "tests" / "assets"
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
 STEPS: dict[str, dict[str, Any]] = {step["id"]: step for step in ACTION["runs"]["steps"] if "id" in step}
-GUIDE = (ROOT / "docs" / "gate.md").read_text()
+GUIDE = (ROOT / "docs" / "how-to" / "gate.md").read_text()
 
 
 def flags() -> set[str]:

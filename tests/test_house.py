@@ -11,8 +11,8 @@ from curvcli.documents import Estimate, Generalisation
 from curvcli.judge.verdict import judge
 
 PACKAGE = Path(__file__).resolve().parent.parent / "curvcli"
-# The rooms from the ground up, and whom each imports: exactly these, all of which stand before it. docs/house.md says what
-# each is for.
+# The rooms from the ground up, and whom each imports: exactly these, all of which stand before it.
+# docs/reference/house.md says what each is for.
 ROOMS = {
     "errors": set(),
     "files": {"errors"},

@@ -98,7 +98,7 @@ def test_says_what_the_report_says() -> None:
 
 
 def test_the_learning_rate_in_the_advice_is_right() -> None:
-    """By the threshold of docs/method.md, not by the proportion that the advice is made with."""
+    """By the threshold of docs/explanation/method.md, not by the proportion that the advice is made with."""
     report = load_report(ASSET)
     found = re.search(r"about ([\d.]+)\.", advice(report)[0].text)
     assert found

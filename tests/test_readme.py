@@ -70,6 +70,6 @@ def test_the_page_of_help_texts_is_up_to_date(writer: ModuleType) -> None:
     for verb in [[], *writer.verbs()]:
         title = " ".join(["curv", *verb])
         section = re.search(rf"^## {title}\n\n```\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
-        assert section, f"docs/cli.md has no {title}: run python docs/write_cli.py"
+        assert section, f"docs/reference/cli.md has no {title}: run python docs/write_cli.py"
         assert bag(section[1]) == bag(writer.help_of(*verb)), f"{title} has changed: run python docs/write_cli.py"
     assert page.count("\n## ") == len(writer.verbs()) + 1

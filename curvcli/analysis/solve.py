@@ -24,7 +24,7 @@ Progress = Callable[[str, float], None]
 
 # The full model's top eigenvector as a direction of the weights by name: what the next checkpoint starts from. Bottom ones
 # and layers' own are not carried: they save no product, and a layer that starts from what was its top eigenvector can
-# converge to what no longer is (docs/track.md).
+# converge to what no longer is (docs/how-to/track.md).
 Directions = Mapping[str, Tensor]
 
 

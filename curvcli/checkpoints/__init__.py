@@ -118,7 +118,7 @@ def _read(path: Path, architecture: Architecture | None) -> Checkpoint:
     for reader in READERS:
         if reader.accepts(path):
             return reader.read(path, architecture)
-    raise InputError(f"{path} is in no known checkpoint format", hint="docs/checkpoints.md has the formats")
+    raise InputError(f"{path} is in no known checkpoint format", hint="docs/how-to/checkpoints.md has the formats")
 
 
 def _known(path: Path) -> bool:
@@ -130,6 +130,6 @@ def _local(path: Path) -> list[Path]:
     if not found:
         raise InputError(
             f"{path} holds no checkpoint that is known (checkpoint-N, config.json, .metadata, .pt, .ckpt, ...)",
-            hint="docs/checkpoints.md has the formats; point at a checkpoint or a run directory",
+            hint="docs/how-to/checkpoints.md has the formats; point at a checkpoint or a run directory",
         )
     return found

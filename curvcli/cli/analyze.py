@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 @options.measuring()
 def analyze(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/checkpoints.md.")
+        Path,
+        typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/how-to/checkpoints.md."),
     ],
     given: dict[str, Any],
     no_depths: Annotated[
@@ -64,7 +65,8 @@ def analyze(
 @app.command(epilog="Example:\n\n`curv inspect sample_checkpoints/hot`")
 def inspect(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/checkpoints.md.")
+        Path,
+        typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/how-to/checkpoints.md."),
     ],
     data: options.Data = None,
     model: options.Network = None,

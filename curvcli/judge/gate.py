@@ -1,4 +1,4 @@
-"""The gate: rules held against readings. Pure functions of results; docs/gate.md has the rules in words."""
+"""The gate: rules held against readings. Pure functions of results; docs/how-to/gate.md has the rules in words."""
 
 from __future__ import annotations
 

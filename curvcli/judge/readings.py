@@ -1,4 +1,7 @@
-"""What the gate's rules ask for: numbers with the brackets that limits are held against. docs/gate.md says why each."""
+"""What the gate's rules ask for: numbers with the brackets that limits are held against.
+
+docs/how-to/gate.md says why each.
+"""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class OptimizerView:
 
 
 class Rule(Protocol):
-    """How one family of optimizers turns curvature into stability; formulas in docs/method.md.
+    """How one family of optimizers turns curvature into stability; formulas in docs/explanation/method.md.
 
     What is not declared here is not ignored: `options.scrutinise` refuses it, or doubts the result.
 

@@ -2,7 +2,8 @@
 
 The second moment averages squared gradients, so within a tensor its entries rank as squared gradients on training data
 do, whatever the loss is scaled by, gradients are clipped to, or bias correction is left out. The first moment's
-cosine with the gradient, the other candidate, is 0.5 after ten steps and -0.2 to 0.2 later (docs/security-tests.md).
+cosine with the gradient, the other candidate, is 0.5 after ten steps and -0.2 to 0.2 later
+(docs/explanation/security-tests.md).
 """
 
 from __future__ import annotations
