@@ -220,6 +220,14 @@ def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path
     return merged, merged.data
 
 
+def _named(optimizer: str | None) -> str | None:
+    """The optimizer that --optimizer names, as torch spells it. Raises UsageError."""
+    names = {n.lower(): n for n in OPTIMIZERS}
+    if optimizer is not None and optimizer.lower() not in names:
+        raise UsageError(f"unknown optimizer {optimizer!r}", hint=f"one of: {', '.join(OPTIMIZERS)}")
+    return names[optimizer.lower()] if optimizer else None
+
+
 def _optimizer(
     checkpoint: Checkpoint,
     model: nn.Module,
@@ -235,11 +243,8 @@ def _optimizer(
         "momentum": options.momentum,
     }
     given = {k: v for k, v in given.items() if v is not None}
-    names = {n.lower(): n for n in OPTIMIZERS}
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if options.optimizer is not None and options.optimizer.lower() not in names:
-        raise UsageError(f"unknown optimizer {options.optimizer!r}", hint=f"one of: {', '.join(OPTIMIZERS)}")
-    name = names[options.optimizer.lower()] if options.optimizer else None
+    name = _named(options.optimizer)
     if name == "none":
         if given:
             raise UsageError(f"--optimizer none takes no {', '.join(sorted(given))}", hint="drop them, or name an optimizer")

@@ -72,7 +72,7 @@ _CALL, _NEW, _BUILD = pickle.REDUCE[0], pickle.NEWOBJ[0], pickle.BUILD[0]
 _U4, _I4, _U2, _F8 = (struct.Struct(code).unpack_from for code in ("<I", "<i", "<H", ">d"))
 
 
-def _run(data: bytes) -> Any:
+def _run(data: bytes) -> Any:  # noqa: C901 - one loop over the instructions: calls would cost it its speed
     # One function, the frequent instructions first: a call for each of ten million would be most of the time.
     stack: list[Any] = []
     outer: list[list[Any]] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean, stdev
@@ -132,12 +132,8 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
         return own[a] + own[b] - evidence.fit(a, moments[b]) - evidence.fit(b, moments[a])
 
     worst: tuple[float, str, str] = (0.0, "", "")
-    alike: dict[tuple[str, str], dict[int, str]] = {}
-    for name in own:
-        if moments[name].dim() >= 2 and (parts := re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name)):
-            alike.setdefault((parts[1], parts[3]), {})[int(parts[2])] = name
     pairs: dict[tuple[str, int, int], list[float]] = {}
-    for (prefix, _), layers in alike.items():
+    for (prefix, _), layers in _alike(name for name in own if moments[name].dim() >= 2).items():
         for i, j in combinations(sorted(layers), 2):
             if moments[layers[i]].shape == moments[layers[j]].shape:
                 value = margin(layers[i], layers[j])
@@ -160,6 +156,15 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
             )
         ]
     return []
+
+
+def _alike(names: Iterable[str]) -> dict[tuple[str, str], dict[int, str]]:
+    """Tensors that differ in the number of their layer alone: by what stands before and behind it, each by its number."""
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        if parts := re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name):
+            found.setdefault((parts[1], parts[3]), {})[int(parts[2])] = name
+    return found
 
 
 def _significant(values: list[float]) -> float:

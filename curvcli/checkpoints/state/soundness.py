@@ -77,17 +77,8 @@ def state_findings(view: OptimizerView, step: int | None, path: object) -> list[
         v = entry.get("exp_avg_sq")
         if not isinstance(v, Tensor) or not v.is_floating_point() or not v.numel():
             continue
-        if bool((v < 0).any()):
-            raise InputError(
-                f"exp_avg_sq of {name} in {path} has negative entries (least {float(v.min()):.3g})",
-                hint="the optimizer state is damaged: use another checkpoint",
-            )
+        _check_second(v, count, name, path)
         largest, medians[name] = float(v.max()), _median(v)
-        if count == 0 and largest > 0:
-            raise InputError(
-                f"optimizer state in {path} says that {name} took no step, and has its moments",
-                hint="the optimizer state is damaged: use another checkpoint",
-            )
         if largest > _MOMENT_RATIO * medians[name] > 0:
             absurd.append(f"{name} (largest {largest:.3g})")
         m = entry.get("exp_avg")
@@ -136,6 +127,20 @@ def _constant(group: Group, step: int | None) -> float | None:
     else:
         total = float(step) if ratio == 1 else math.expm1(min(step * math.log(ratio), 700.0)) / (ratio - 1) if ratio else 1.0
     return (1 - a) * math.sqrt(total / (1 - b))
+
+
+def _check_second(v: Tensor, count: int | None, name: str, path: object) -> None:
+    """Raises InputError where v is no average of squares, or is one of no gradients."""
+    if bool((v < 0).any()):
+        raise InputError(
+            f"exp_avg_sq of {name} in {path} has negative entries (least {float(v.min()):.3g})",
+            hint="the optimizer state is damaged: use another checkpoint",
+        )
+    if count == 0 and float(v.max()) > 0:
+        raise InputError(
+            f"optimizer state in {path} says that {name} took no step, and has its moments",
+            hint="the optimizer state is damaged: use another checkpoint",
+        )
 
 
 def _check_bound(m: Tensor, v: Tensor, constant: float | None, name: str, path: object) -> None:
