@@ -68,7 +68,7 @@ def test_undamaged_data_is_read(name: str, masters: Path, copy: Path) -> None:
 
 
 def main(count: int, chosen: list[str]) -> None:
-    """Prints the table of docs/explanation/security-tests.md: what became of `count` damages of each format named, or of all."""
+    """Prints the table of docs/explanation/security-tests.md: what became of `count` damages of each format chosen."""
     every = [("checkpoint", n) for n in (*CHECKPOINTS, *RANKED)] + [("data", n) for n in DATA]
     with tempfile.TemporaryDirectory() as scratch:
         root, target = Path(scratch) / "masters", Path(scratch) / "copy"

@@ -1,0 +1,118 @@
+"""What CI runs, one step at a time: `nox` for lint, types and tests, `nox --list` for all of it.
+
+.ci/run calls the sessions lint, types, docs, package and oldest in the environment that it has made (`--no-venv`).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build"
+PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+# Of these tests each meets a dependency whose oldest release is installed: documents, the terminal, pages, files, products.
+OLDEST = ["tests/test_readme.py", "tests/test_gate_cli.py", "tests/test_davidson.py", "tests/test_dense.py"]
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff's rules and its layout."""
+    session.install("-e", ".[lint]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict on the package."""
+    session.install("-e", ".[lint]")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests but the slow ones, or those named behind --."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """The slow tests: training to its plateau, whole analyses of the samples."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Tests with a report of the lines that none reaches, also in subprocesses: build/coverage/html/index.html."""
+    session.install("-e", ".[test]", "pytest-cov>=6")
+    session.run("python", "-m", "pytest", "--cov", "--cov-report=term:skip-covered", "--cov-report=html", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, in build/site. A warning is an error: a broken link, a name that the Python reference no longer finds."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", "--quiet", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Wheel and sdist: built, checked, and README's own example run from the wheel in an environment that has only it."""
+    session.install("build", "twine")
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist", silent=True)
+    built = sorted(str(path) for path in (ROOT / "dist").iterdir())
+    session.run("twine", "check", "--strict", *built)
+    (wheel,) = (path for path in built if path.endswith(".whl"))
+    place = session.create_tmp()
+    python = _clean_environment(session, "package", wheel)
+    example = _example()
+    session.log(f"+ {example}")
+    with session.chdir(place):
+        command = example.replace("sample_checkpoints", str(ROOT / "sample_checkpoints")).split()
+        session.run(str(Path(python).with_name(command[0])), *command[1:], external=True, env={"PYTHONPATH": ""})
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The oldest releases that pyproject.toml allows. Not of torch: its old wheels are CUDA builds of gigabytes."""
+    bounds = [re.match(r"([\w-]+)>=([\w.]+)", line) for line in PROJECT["dependencies"]]
+    pinned = [f"{bound[1]}=={bound[2]}" for bound in bounds if bound and bound[1] != "torch"]
+    assert len(pinned) == len(bounds) - 1, "a dependency has no lower bound"
+    python = _clean_environment(session, "oldest", *pinned, "-e", str(ROOT), "pytest", "pytest-timeout", "pytest-xdist")
+    session.run(python, "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or OLDEST), external=True)
+
+
+def _example() -> str:
+    """The command that README shows first, as it stands there."""
+    found = re.search(r"^\$ (curv .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found, "README.md shows no command"
+    return found[1]
+
+
+def _clean_environment(session: nox.Session, name: str, *packages: str) -> str:
+    """A new environment with these packages, and the path of its Python. The torch of this session is installed first."""
+    place = BUILD / f"environment-{name}"
+    shutil.rmtree(place, ignore_errors=True)
+    session.run(sys.executable, "-m", "venv", str(place), external=True)
+    python = str(place / "bin" / "python")
+    torch = ["torch==" + _version("torch")] if _version("torch") else []
+    session.run(python, "-m", "pip", "install", "-q", *torch, *packages, external=True)
+    return python
+
+
+def _version(name: str) -> str:
+    code = f"import importlib.metadata as m; print(m.version({name!r}).partition('+')[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    return done.stdout.strip()
