@@ -49,10 +49,12 @@ class Examples:
 
     @property
     def rows(self) -> int:
+        """How many examples there are."""
         return len(next(iter(self.columns.values())))
 
     @property
     def sequence_length(self) -> int | None:
+        """Length of the padded ids; None where there are none."""
         ids = self.columns.get("input_ids")
         return ids.shape[1] if ids is not None and ids.dim() == 2 else None
 

@@ -43,6 +43,7 @@ class Shard:
 
     @property
     def sequence_length(self) -> int:
+        """Predictions per window."""
         return self.windows.shape[1] - 1
 
     @property

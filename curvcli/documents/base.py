@@ -47,12 +47,16 @@ D = TypeVar("D", bound=Document)
 
 
 class Finding(Document):
+    """Something that a reader of the numbers should know: `code` for programs, `message` for people."""
+
     code: str
     severity: Severity
     message: str
 
 
 class Versions(Document):
+    """What made the document."""
+
     curvcli: str
     torch: str
     transformers: str | None

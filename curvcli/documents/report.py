@@ -71,6 +71,8 @@ class Cumulative(Document):
 
 
 class Checkpoint(Document):
+    """The checkpoint that was measured; `step` is null where it names none."""
+
     path: str
     format: str
     step: int | None
@@ -79,12 +81,16 @@ class Checkpoint(Document):
 
 
 class DataFile(Document):
+    """One file of the data."""
+
     path: str
     kind: str = Field(description="what the file was recognised as")
     tokens: int | None = Field(default=None, description="that it holds; null where only reading it would tell")
 
 
 class Data(Document):
+    """The tokens that were averaged over, so that they can be found again."""
+
     path: str
     files: list[DataFile] = Field(default=[], description="in the order in which their tokens are counted")
     sample: Literal["first", "spread", "random"] = "first"
@@ -101,6 +107,8 @@ class Data(Document):
 
 
 class Optimizer(Document):
+    """The optimizer as it was read, and the threshold that follows; null where it has no such option."""
+
     name: str
     lr: float | None
     lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"]
@@ -145,6 +153,8 @@ class Generalisation(Document):
 
 
 class Attribution(Document):
+    """A tensor's share in the sharpest direction."""
+
     tensor: str
     mass: float = Field(description="share of the top eigenvector's squared norm")
     rows: list[tuple[int, float]] | None = Field(
@@ -156,6 +166,8 @@ class Attribution(Document):
 
 
 class Cost(Document):
+    """What the measurement took."""
+
     hvps: int
     seconds: float
     peak_memory_bytes: int

@@ -65,6 +65,8 @@ class Phase(Document):
 
 
 class ScheduleProvenance(Document):
+    """What the prediction was made from."""
+
     report: str | None = Field(description="path of the report that the prediction is from")
     report_sha256: str | None
     checkpoint: str | None = Field(description="path of the checkpoint that was measured")

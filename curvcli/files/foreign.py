@@ -42,6 +42,7 @@ class Foreign:
     name = "object"
 
     def __new__(cls, *arguments: Any) -> Foreign:
+        """Keep the arguments and do nothing with them."""
         made = object.__new__(cls)
         made.arguments = arguments
         made.attributes = {}

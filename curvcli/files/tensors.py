@@ -1,5 +1,7 @@
-"""Safetensors files. Their tensors are read and never mapped: a file that is cut short while it is mapped, as by a job that
-writes the next checkpoint over it, kills whoever touches it (SIGBUS).
+"""Safetensors files. Their tensors are read and never mapped.
+
+A file that is cut short while it is mapped, as by a job that writes the next checkpoint over it, kills whoever touches it
+(SIGBUS).
 """
 
 from __future__ import annotations

@@ -35,9 +35,11 @@ class DCPReader:
     """A directory with `.metadata` and `.distcp` files, saved by one rank or many, read in one process."""
 
     def accepts(self, path: Path) -> bool:
+        """Whether it is a directory with `.metadata`."""
         return (path / METADATA).is_file()
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """The checkpoint that `.metadata` describes. Raises InputError, UnsupportedError."""
         saved = Saved.of(path)
         return assemble(
             path,
@@ -197,10 +199,12 @@ class Saved:
 
     @property
     def weight_infos(self) -> list[TensorInfo]:
+        """Name, shape and type of each weight, from `.metadata` alone."""
         return [TensorInfo(name, e.shape or (), str(e.dtype).removeprefix("torch.")) for name, e in self.weights.items()]
 
     @property
     def optimizer(self) -> NamedOptimizer | None:
+        """The optimizer's state by name, not yet read; None where none was saved."""
         return NamedOptimizer(self.path, self.view, self.summary) if self.groups else None
 
     @property

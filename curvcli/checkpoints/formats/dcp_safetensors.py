@@ -22,11 +22,13 @@ class DCPSafetensorsReader:
     """model.safetensors.index.json and its shards without a config.json. The writer saves no optimizer."""
 
     def accepts(self, path: Path) -> bool:
+        """Whether it is a directory of HuggingFaceStorageWriter's, consolidated or not."""
         if not path.is_dir() or any((path / name).exists() for name in _OTHERS):
             return False
         return (path / INDEX).is_file() or any(path.glob(_RANKS))
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """The consolidated checkpoint. Raises InputError where each rank's pieces are alone."""
         if not (path / INDEX).is_file():
             raise InputError(
                 f"{path} has each rank's own pieces ({next(path.glob(_RANKS)).name}) and no {INDEX}",

@@ -32,9 +32,11 @@ class DeepSpeedReader:
     """A directory `global_stepN` of ranks' files, or one above it with `latest`: a run, checkpoint-N, a Lightning .ckpt."""
 
     def accepts(self, path: Path) -> bool:
+        """Whether it is a DeepSpeed directory, or one that holds the newest."""
         return path.is_dir() and not (path / "optimizer.pt").exists() and _tag(path) is not None
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """Masters and moments of all ranks, put together as they are read. Raises InputError, UnsupportedError."""
         tag = _tag(path)
         if tag is None:
             raise InputError(f"{path} has no DeepSpeed checkpoint", hint="copy the directory that its file latest names")

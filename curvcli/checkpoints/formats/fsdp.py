@@ -26,9 +26,11 @@ class FSDPReader:
     """`pytorch_model_fsdp.bin` with `optimizer.bin`, or `pytorch_model_fsdp_0/` with `optimizer_0/`."""
 
     def accepts(self, path: Path) -> bool:
+        """Whether accelerate or the Trainer wrote it under FSDP, full, sharded or one file a rank."""
         return path.is_dir() and ((path / _FULL).is_file() or (path / _SHARDED).is_dir() or any(path.glob(_PER_RANK)))
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """The checkpoint, full or sharded. Raises InputError, UnsupportedError."""
         state = trainer_state(path)
         full = (path / _FULL).is_file()
         tensors, weights = _full_weights(path / _FULL) if full else _sharded_weights(path)

@@ -49,9 +49,11 @@ class HuggingFaceReader:
     names = _WEIGHTS
 
     def accepts(self, path: Path) -> bool:
+        """Whether it is a directory with config.json or weights under the format's names."""
         return path.is_dir() and any((path / name).exists() for name in ("config.json", *self.names))
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """The checkpoint of `save_pretrained` or of the Trainer. Raises InputError."""
         described = needed(architecture, path)
         state = trainer_state(path)
         tensors = self.tensors(path)

@@ -24,9 +24,11 @@ class MegatronReader:
     """Megatron's `latest_checkpointed_iteration.txt`, `mp_rank_*`, `metadata.json`; NeMo's .nemo, `weights` + `context`."""
 
     def accepts(self, path: Path) -> bool:
+        """Whether Megatron-LM or NeMo wrote it."""
         return _kind(path) is not None
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """Raises UnsupportedError, which names the conversion to run."""
         kind = _kind(path)
         raise UnsupportedError(
             f"{path} is a checkpoint of {kind}, which curv does not read", hint=_NEMO if kind == "NeMo" else _MEGATRON

@@ -27,9 +27,11 @@ class NanoGPTReader:
     """A torch file with model, model_args and usually optimizer, iter_num, config."""
 
     def accepts(self, path: Path) -> bool:
+        """Whether it is a file that torch.save may have written."""
         return path.is_file() and path.suffix in (".pt", ".pth")
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """The checkpoint as transformers' GPT-2. Raises InputError."""
         head = load_pickle(path, meta=True)
         weights, args = _parts(head, path)
         step = head.get("iter_num")

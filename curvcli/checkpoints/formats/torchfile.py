@@ -43,9 +43,11 @@ class TorchFileReader:
     """A .pt, .pth, .ckpt or .bin file; what it is, its content says."""
 
     def accepts(self, path: Path) -> bool:
+        """Whether it is a file that torch.save may have written."""
         return path.is_file() and path.suffix in (".pt", ".pth", ".ckpt", ".bin")
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """Weights, optimizer and step of one file, under the usual names. Raises InputError."""
         head = load_pickle(path, meta=True)
         if architecture is None and isinstance(head, dict) and "model_args" in head:
             return NanoGPTReader().read(path, None)

@@ -21,11 +21,13 @@ class WeightsFileReader:
     """The checkpoint whose only weights the file is, with what lies beside it; else the file's weights alone."""
 
     def accepts(self, path: Path) -> bool:
+        """Whether it is a file of weights alone, safetensors or `pytorch_model.bin`."""
         return path.is_file() and (
             path.suffix == ".safetensors" or path.name == BIN or _SHARD.fullmatch(path.name) is not None
         )
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """Its directory's checkpoint where that holds no other weights, else the weights alone. Raises InputError."""
         if _SHARD.fullmatch(path.name):
             raise InputError(f"{path} is one shard of several", hint="give its directory, which has all of them")
         if self._is_its_directory(path, architecture):

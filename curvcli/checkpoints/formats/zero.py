@@ -115,16 +115,20 @@ class Partitions:
 
     @property
     def options(self) -> list[dict[str, Any]]:
+        """Hyperparameters of each group."""
         return _options(self._inner(0), self.files[0])
 
     def kinds(self, group: int) -> list[str]:
+        """Names of the state tensors that the group's parameters have."""
         inner = self.head.get("optimizer_state_dict" if self.whole else "base_optimizer_state")
         return [k for k, v in _entry(inner, group).items() if isinstance(v, Tensor) and v.dim()]
 
     def step(self, group: int) -> Any:
+        """Steps that the group has taken, the same on all ranks. Raises InputError."""
         return _step(self._inner(0), group, self.options, self._ranks[0])
 
     def gather(self, group: int, name: str, kind: str) -> Tensor:
+        """A parameter's tensor in its own shape, from all ranks' pieces. Raises InputError."""
         shape = self.shapes[group][name]
         pieces = self._pieces[group, name]
         parts = [self._flat(rank, group, kind)[start : start + numel] for rank, start, numel in pieces]
@@ -258,9 +262,11 @@ class Universal:
 
     @property
     def options(self) -> list[dict[str, Any]]:
+        """Hyperparameters of each group."""
         return _options(self.head, self.path / "zero" / "optimizer_state.pt")
 
     def kinds(self, group: int) -> list[str]:
+        """Names of the state tensors that the group's parameters have."""
         if group not in self._kinds:
             # Of all parameters: one that lacks a file which others have is to be told of, not left out.
             found = {file.stem for name in self.shapes[group] for file in self._directory(name).glob("*.pt")}
@@ -268,6 +274,7 @@ class Universal:
         return self._kinds[group]
 
     def step(self, group: int) -> Any:
+        """Steps that the group has taken, the same for all of its parameters. Raises InputError."""
         if group not in self._steps:
             self._steps[group] = self._step(group)
         return self._steps[group]
@@ -287,6 +294,7 @@ class Universal:
         return _step(self.head.get("optimizer_state_dict"), group, self.options, self.head)
 
     def gather(self, group: int, name: str, kind: str) -> Tensor:
+        """A parameter's tensor in its own shape, from its own file. Raises InputError."""
         file = self._directory(name) / f"{kind}.pt"
         found = load_pickle(file)
         found = found.get("param") if isinstance(found, dict) else found
