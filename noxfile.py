@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nox
@@ -75,13 +76,18 @@ def package(session: nox.Session) -> None:
     built = sorted(str(path) for path in (ROOT / "dist").iterdir())
     session.run("twine", "check", "--strict", *built)
     (wheel,) = (path for path in built if path.endswith(".whl"))
-    place = session.create_tmp()
+    if dead := _relative_links(Path(wheel)):
+        session.error(f"a package page has no file behind {dead[0]}")
     python = _clean_environment(session, "package", wheel)
-    example = _example()
+    example, verdict = _example()
     session.log(f"+ {example}")
-    with session.chdir(place):
+    with session.chdir(session.create_tmp()):
         command = example.replace("sample_checkpoints", str(ROOT / "sample_checkpoints")).split()
-        session.run(str(Path(python).with_name(command[0])), *command[1:], external=True, env={"PYTHONPATH": ""})
+        curv = str(Path(python).with_name(command[0]))
+        printed = session.run(curv, *command[1:], external=True, silent=True, env={"PYTHONPATH": ""})
+    session.log(printed)
+    if verdict not in str(printed):
+        session.error(f"README shows {verdict!r}")
 
 
 @nox.session
@@ -94,11 +100,20 @@ def oldest(session: nox.Session) -> None:
     session.run(python, "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or OLDEST), external=True)
 
 
-def _example() -> str:
-    """The command that README shows first, as it stands there."""
-    found = re.search(r"^\$ (curv .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert found, "README.md shows no command"
-    return found[1]
+def _example() -> tuple[str, str]:
+    """The command that README shows first, and the verdict with rho that it says comes out."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^\$ (curv [^\n]*)$.*?^ (\w+ +rho [\d.]+)", readme, re.MULTILINE | re.DOTALL)
+    assert found, "README.md shows no command with its verdict"
+    return found[1], found[2]
+
+
+def _relative_links(wheel: Path) -> list[str]:
+    """Links and pictures of the package page that only a repository has."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+        text = archive.read(name).decode()
+    return re.findall(r"\]\((?!\w+:|#)[^)]+\)", text)
 
 
 def _clean_environment(session: nox.Session, name: str, *packages: str) -> str:

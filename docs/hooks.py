@@ -37,7 +37,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def outward(found: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), found[1]))
-        return found[0] if path.startswith("docs/") else f"]({config.repo_url}/blob/main/{path})"
+        return found[0] if path.startswith("docs/") else f"]({config.extra['repository']}/blob/main/{path})"
 
     return _LINK.sub(outward, markdown)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import curvcli
 from curvcli.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,3 +75,8 @@ def test_the_page_of_help_texts_is_up_to_date(writer: ModuleType) -> None:
         assert section, f"docs/reference/cli.md has no {title}: run python docs/write_cli.py"
         assert bag(section[1]) == bag(writer.help_of(*verb)), f"{title} has changed: run python docs/write_cli.py"
     assert page.count("\n## ") == len(writer.verbs()) + 1
+
+
+def test_the_version_is_that_of_the_metadata() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert curvcli.__version__ == project["version"]
