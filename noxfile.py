@@ -58,7 +58,7 @@ def slow(session: nox.Session) -> None:
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Tests with a report of the lines that none reaches, also in subprocesses: build/coverage/html/index.html."""
-    session.install("-e", ".[test]", "pytest-cov>=6")
+    session.install("-e", ".[test]", "pytest-cov>=7")
     session.run("python", "-m", "pytest", "--cov", "--cov-report=term:skip-covered", "--cov-report=html", *session.posargs)
 
 
