@@ -88,7 +88,7 @@ def test_same_seed_same_report(samples: Path) -> None:
 def test_csv(samples: Path) -> None:
     done = curv("analyze", samples / "nanogpt" / "ckpt.pt", "--tokens", 256, "-q", "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    assert [r["part"] for r in rows] == ["full"] + ["layer"] * 4 + ["restricted"] * 5 + ["truncated"] * 5
+    assert [r["part"] for r in rows] == ["full", "ends"] + ["layer"] * 4 + ["restricted"] * 5 + ["truncated"] * 5
     assert all(float(r["eigenvalue"]) > 0 for r in rows)
 
 

@@ -237,7 +237,7 @@ def test_another_kind_of_input_fits_in(hot: Report) -> None:
 
 # --- properties --------------------------------------------------------------------------------
 
-odd = st.sampled_from([None, 0.0, -1.0, 1e308, -1e308, 5e-324])
+odd = st.sampled_from([None, 0.0, -1.0, 1e300, -1e300, 5e-324])
 usual = st.floats(0.01, 10)
 limits = st.floats(1e-6, 20)
 LIMITED = ("max-rho", "max-layer-rho", "max-update-ratio", "max-surge", "max-regression")

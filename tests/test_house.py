@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_a_room_imports_what_the_table_says_and_nothing_above_it(room: str) -> N
     assert set().union(*(_imports(path) for path in FILES if _room(path) == room)) == ROOMS[room]
     below = list(ROOMS)[: list(ROOMS).index(room)]
     assert ROOMS[room] <= set(below)
+
+
+def test_the_page_shows_this_table() -> None:
+    page = (PACKAGE.parent / "docs" / "reference" / "house.md").read_text()
+    shown = re.findall(r"^\| `(\w+)` \| ?([\w, ]*?) ?\|$", page, re.MULTILINE)
+    assert {room: set(filter(None, below.split(", "))) for room, below in shown} == ROOMS
+    assert [room for room, _ in shown] == list(ROOMS)
 
 
 def test_no_file_is_long_and_no_room_is_half_the_house() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -163,11 +164,15 @@ def test_text_needs_and_uses_the_tokenizer(llama: Path, tmp_path: Path) -> None:
     assert shard.windows[0].tolist() == [3, 4, 5, 3, 6, 3, 4, 5, 3]
 
 
-def test_config_is_found_upward_and_flags_win(samples: Path, tmp_path: Path, run: Path) -> None:
+def test_config_is_found_upward_and_flags_win(
+    samples: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a configuration from elsewhere names nothing outside its own directory
     config, file = find_config(run)
     assert file is not None
     assert (config.tokens, config.data) == (256, (file.parent / "data/shard.bin",))
-    (run.parent / "pyproject.toml").write_text('[tool.curv]\ntokens = 128\ndata = "../data/shard.bin"\n')
+    (run.parent / "pyproject.toml").write_text('[tool.curv]\ntokens = 128\ndata = "shard.bin"\n')
+    shutil.copy(tmp_path / "data" / "shard.bin", run.parent)
     assert find_config(run)[0].tokens == 128
     report = analyze_checkpoint(run, Options(tokens=192, sequence_length=32, max_hvps=3, depths=False))
     assert (report.data.tokens, report.data.sequence_length) == (192, 32)

@@ -122,15 +122,21 @@ def test_a_disk_a_socket_and_a_directory_are_refused(tmp_path: Path, monkeypatch
 
 
 def test_standard_output_by_its_name_is_appended_to_and_not_replaced(tmp_path: Path) -> None:
-    """`-o /dev/stdout > file`: the file that the shell opened gets both, in order."""
+    """`-o /dev/stdout > file`: the file that the shell opened gets both, in order.
+
+    By a link like the system's own, which a fault here could replace.
+    """
+    stdout = tmp_path / "stdout"
+    stdout.symlink_to("/proc/self/fd/1" if sys.platform == "linux" else "/dev/fd/1")
     code = (
         "from curvcli.documents.output import write_whole; from pathlib import Path; print('before')\n"
-        "write_whole(Path('/dev/stdout'), b'document\\n'); write_whole(Path('/dev/fd/1'), b'again\\n'); print('after')"
+        f"write_whole(Path({str(stdout)!r}), b'document\\n'); write_whole(Path('/dev/fd/1'), b'again\\n'); print('after')"
     )
     file = tmp_path / "out"
     with file.open("wb") as stream:
         subprocess.run([sys.executable, "-c", code], stdout=stream, check=True, timeout=60)
     assert file.read_text() == "before\ndocument\nagain\nafter\n"
+    assert stdout.is_symlink()
 
 
 @pytest.mark.parametrize("option", ["-o", "--plot"])

@@ -172,7 +172,7 @@ def test_a_comparison_of_hostile_names_is_a_table() -> None:
     first = hostile("| x |\n# title <img src=x> [l](u)")
     text = comparison_markdown(compare(first, first, names=("`a`|", "b")))
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 1 + len(first.layers)
+    assert len(rows) == 2 + 1 + len(first.parts)
     assert not re.search(r"(?<!\\)<img", text)
 
 

@@ -342,7 +342,8 @@ def test_a_run_marks_surges_and_leaves_out_other_tokens(calm: Path, tmp_path: Pa
     (tmp_path / "shard.bin").write_bytes(shard)
     (tmp_path / "other.bin").write_bytes(shard[1000:])
     (tmp_path / "curv.toml").write_text('data = "shard.bin"\nsequence-length = 32\n')
-    (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "../../other.bin"\nsequence-length = 32\n')
+    shutil.copy(tmp_path / "other.bin", tmp_path / "run" / "checkpoint-4")
+    (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "other.bin"\nsequence-length = 32\n')
     (tmp_path / "run" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
     rhos = [1.0, 1.0, 1.0, 3.0]
     starts: list[Directions | None] = []

@@ -8,6 +8,7 @@ from typing import Literal
 
 from curvcli import __version__
 from curvcli.documents import Gate, Outcome, OutcomeName, Report, Rule, RuleName, Subject, VerdictName
+from curvcli.documents.base import LARGEST
 from curvcli.judge.readings import Reading, Readings
 
 Unresolved = Literal["report", "pass", "fail"]
@@ -106,7 +107,7 @@ def _at_most(rule: Rule, limit: float, reading: Reading) -> Outcome:
     low, value, high = reading.low, reading.value, reading.high
     if reading.reason:
         name, message = "unresolved", f"{reading.what}: {reading.reason}"
-    elif low is None or value is None or high is None or not (isfinite(low) and isfinite(high) and low <= value <= high):
+    elif low is None or value is None or high is None or not (_known(low) and _known(high) and low <= value <= high):
         low = high = None
         name, message = "unresolved", f"{reading.what}: its bracket is missing or makes no sense"
     else:
@@ -129,12 +130,17 @@ def _at_most(rule: Rule, limit: float, reading: Reading) -> Outcome:
             "source": rule.source,
             "outcome": name,
             "part": reading.part,
-            "value": value if value is not None and isfinite(value) else None,
+            "value": value if value is not None and _known(value) else None,
             "low": None if reading.reason else low,
             "high": None if reading.reason else high,
             "message": message + reading.note,
         }
     )
+
+
+def _known(value: float) -> bool:
+    """Whether a document can hold it: ratios of what it holds can be out of range."""
+    return isfinite(value) and abs(value) <= LARGEST
 
 
 def _deciding(outcomes: Sequence[Outcome]) -> Outcome:

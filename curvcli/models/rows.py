@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,42 +23,53 @@ def row_kinds(problem: Problem) -> dict[int, RowKind]:
     batch's own ids up, and in the layer that makes logits of as many for each. They are positions where consecutive numbers
     are looked up. Of no other matrix is anything said.
     """
-    model = problem.model
-    looked_up: list[tuple[nn.Embedding, Tensor]] = []
-    projected: list[tuple[nn.Linear, Tensor]] = []
-    returned: list[Tensor] = []
+    used = _used(problem)
+    given = [ids for ids in _tensors(problem.batches[0]) if not ids.is_floating_point() and ids.dim()]
+    found: dict[int, RowKind] = {}
+    for module, ids in used.lookups:
+        if any(_begins(batch, ids) for batch in given):
+            found[id(module.weight)] = "tokens"
+        elif ids.shape[-1:] > (1,) and bool((ids.diff(dim=-1) == 1).all()):
+            found.setdefault(id(module.weight), "positions")
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        own = getattr(problem.model, name, lambda: None)()
+        if isinstance(own, (nn.Embedding, nn.Linear)):
+            found[id(own.weight)] = "tokens"
+    shapes = {(*ids.shape, m.num_embeddings) for m, ids in used.lookups if found.get(id(m.weight)) == "tokens"}
+    for head, output in used.last_linear:
+        if tuple(output.shape) in shapes and any(output is tensor for tensor in used.returned):
+            found[id(head.weight)] = "tokens"
+    return found
+
+
+@dataclass
+class _Used:
+    """What a forward pass looked up, the last linear layer with its output, and what the model returned."""
+
+    lookups: list[tuple[nn.Embedding, Tensor]] = field(default_factory=list)
+    last_linear: list[tuple[nn.Linear, Tensor]] = field(default_factory=list)
+    returned: list[Tensor] = field(default_factory=list)
+
+
+def _used(problem: Problem) -> _Used:
+    used = _Used()
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, nn.Embedding) and arguments and isinstance(arguments[0], Tensor):
-            looked_up.append((module, arguments[0]))
+            used.lookups.append((module, arguments[0]))
         elif isinstance(module, nn.Linear):
-            projected[:] = [(module, output)]  # the last one is what makes logits
-        if module is model:
-            returned.extend(_tensors(output))
+            used.last_linear[:] = [(module, output)]
+        if module is problem.model:
+            used.returned.extend(_tensors(output))
 
-    handles = [m.register_forward_hook(hook) for m in model.modules()]
+    handles = [m.register_forward_hook(hook) for m in problem.model.modules()]
     try:
         with torch.no_grad():
             problem.batch_loss(0)
     finally:
         for handle in handles:
             handle.remove()
-    given = [ids for ids in _tensors(problem.batches[0]) if not ids.is_floating_point() and ids.dim()]
-    found: dict[int, RowKind] = {}
-    for module, ids in looked_up:
-        if any(_begins(batch, ids) for batch in given):
-            found[id(module.weight)] = "tokens"
-        elif ids.shape[-1:] > (1,) and bool((ids.diff(dim=-1) == 1).all()):
-            found.setdefault(id(module.weight), "positions")
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        own = getattr(model, name, lambda: None)()
-        if isinstance(own, (nn.Embedding, nn.Linear)):
-            found[id(own.weight)] = "tokens"
-    shapes = {(*ids.shape, m.num_embeddings) for m, ids in looked_up if found.get(id(m.weight)) == "tokens"}
-    for head, output in projected:
-        if tuple(output.shape) in shapes and any(output is tensor for tensor in returned):
-            found[id(head.weight)] = "tokens"
-    return found
+    return used
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

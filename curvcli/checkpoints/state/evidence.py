@@ -145,17 +145,17 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
             raise _swapped(f"layers {prefix}.{i} and {prefix}.{j}", mean(margins), path)
     if worst[0] < _TENSORS:
         raise _swapped(f"{worst[1]} and {worst[2]}", worst[0], path)
-    overall = mean(own.values())
-    if overall < _UNRELATED:
-        return [
-            Finding(
-                code="moments-contradict-gradient",
-                severity="warning",
-                message=f"the second moments do not follow the squared gradients on this shard (mean rank correlation "
-                f"{overall:.2f}, 0.26 and more in sound runs): state of another run or model, or data of another kind",
-            )
-        ]
-    return []
+    return _unrelated(mean(own.values()))
+
+
+def _unrelated(overall: float) -> list[Finding]:
+    if overall >= _UNRELATED:
+        return []
+    message = (
+        f"the second moments do not follow the squared gradients on this shard (mean rank correlation {overall:.2f}, 0.26 "
+        "and more in sound runs): state of another run or model, or data of another kind"
+    )
+    return [Finding(code="moments-contradict-gradient", severity="warning", message=message)]
 
 
 def _alike(names: Iterable[str]) -> dict[tuple[str, str], dict[int, str]]:

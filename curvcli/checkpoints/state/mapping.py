@@ -70,6 +70,7 @@ def map_state(
         return map_named(keyed, model, {}, path=path)
     # Before the shapes: a factored state fits no parameter, and the reason is the optimizer, not the model.
     refuse(OptimizerView(tuple(Group((), g) for g in groups), {str(k): v for k, v in state.items()}))
+    _check_places(groups, state, path)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     tried: list[str] = []
     fits: list[list[list[str]]] = []
@@ -111,6 +112,16 @@ def map_state(
             labels=tuple(labels),
         )
     return views[0]
+
+
+def _check_places(groups: list[dict[str, Any]], state: Mapping[Any, Any], path: object) -> None:
+    """Raises InputError where a parameter has state and no group, or two groups: no frozen parameters explain that."""
+    places = Counter(index for group in groups for index in group["params"])
+    if state.keys() - places.keys() or max(places.values(), default=1) > 1:
+        raise InputError(
+            f"optimizer state in {path} does not fit the model: a parameter has state and no group, or stands in two",
+            hint="the file is damaged: use another checkpoint",
+        )
 
 
 def _hint(groups: list[dict[str, Any]], parameters: Mapping[str, Tensor]) -> str:
