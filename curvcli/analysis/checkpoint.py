@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from curvcli import documents
-from curvcli.analysis.api import Analysis, Estimated, Provenance, check_effort, examine
+from curvcli.analysis.api import Estimated, analyze, check_effort
 from curvcli.analysis.config import find_config
-from curvcli.analysis.solve import Directions, Progress
+from curvcli.analysis.document import Provenance
+from curvcli.analysis.solve import Progress
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
@@ -75,8 +76,8 @@ class Opened:
     loss: Loss
     options: Options
 
-    def measure(self, progress: Progress | None = None, start: Directions | None = None) -> Analysis:
-        """Build the model and measure, from the eigenvectors of another checkpoint where there are any. Raises CurvError."""
+    def measure(self, progress: Progress | None = None) -> documents.Report:
+        """Build the model and measure. Raises CurvError."""
         checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
@@ -105,7 +106,7 @@ class Opened:
             notes["unused-columns"] = (
                 f"{', '.join(unused)[:200]}: the model's forward takes no such input, they are left out"
             )
-        return examine(
+        return analyze(
             model,
             self.loss,
             batches,
@@ -118,7 +119,6 @@ class Opened:
             progress=progress,
             deadline=options.deadline,
             depths=options.depths,
-            start=start,
             provenance=Provenance(
                 checkpoint=lambda parameters, layers: documents.Checkpoint(
                     path=str(checkpoint.path),
@@ -181,7 +181,7 @@ def open_for_analysis(path: Path, options: Options) -> Opened:
 def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> documents.Report:
     """`curv analyze`: read a checkpoint and a shard, and measure. Raises CurvError."""
     (progress or (lambda stage, done: None))("reading", 0.0)
-    return open_for_analysis(path, options).measure(progress).report
+    return open_for_analysis(path, options).measure(progress)
 
 
 def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: str | None = None) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def compare(
 ) -> None:
     """Show what changed between two checkpoints, layer by layer, as ratios of lambda.
 
-    Checkpoints are measured on the same tokens, the second from the eigenvector of the first.
+    Checkpoints are measured on the same tokens.
     """
     with exit_codes():
         check_outputs(output, None)
@@ -124,7 +124,7 @@ def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verb
         progress("importing torch", 0.0)
         from curvcli.analysis.checkpoint import Options, open_for_analysis
 
-        start, reports = None, []
+        reports = []
         for i, (path, is_report) in enumerate(zip((first, second), documents, strict=True)):
             if is_report:
                 reports.append(load_report(path))
@@ -134,9 +134,7 @@ def _reports(first: Path, second: Path, given: dict[str, Any], quiet: bool, verb
                 progress(f"{name}: {stage}", (place + done) / 2)
 
             within("reading", 0.0)
-            analysis = open_for_analysis(path, Options(**settings, depths=False)).measure(within, start)
-            start = analysis.directions
-            reports.append(analysis.report)
+            reports.append(open_for_analysis(path, Options(**settings, depths=False)).measure(within))
     return reports[0], reports[1]
 
 

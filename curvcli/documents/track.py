@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from curvcli.documents.base import Document, Finding, Versions, read_document
 from curvcli.documents.report import Report
-
-
-class WarmStart(Document):
-    """What the eigenvectors of the checkpoint before saved, measured: the same solve from them and from nothing."""
-
-    tokens: int = Field(description="of the solve that was made twice, on the first part of the shard")
-    hvps: Annotated[int, Field(ge=0, description="products from the checkpoint before's eigenvectors")]
-    cold_hvps: Annotated[int, Field(ge=0, description="products from a random start")]
-    converged: bool = Field(description="whether both solves converged to the same; the counts mean nothing where not")
 
 
 class TrackPoint(Document):
@@ -33,7 +24,12 @@ class TrackPoint(Document):
         description="rho over the median of up to `window` certified points before; null with fewer than two of them"
     )
     surged: bool = Field(description="surge is above the track's limit")
-    warm_start: WarmStart | None = Field(description="null where the start was cold, or the report is from the cache")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_warm_start(cls, content: Any) -> Any:
+        """Documents of 0.1.0 say what starting from the checkpoint before saved, which is no longer done."""
+        return {k: v for k, v in content.items() if k != "warm_start"} if isinstance(content, dict) else content
 
 
 class TrainingStep(Document):
