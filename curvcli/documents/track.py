@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from curvcli.documents.base import Document, Finding, Versions, read_document
 from curvcli.documents.report import Report
@@ -24,12 +24,6 @@ class TrackPoint(Document):
         description="rho over the median of up to `window` certified points before; null with fewer than two of them"
     )
     surged: bool = Field(description="surge is above the track's limit")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_warm_start(cls, content: Any) -> Any:
-        """Documents of 0.1.0 say what starting from the checkpoint before saved, which is no longer done."""
-        return {k: v for k, v in content.items() if k != "warm_start"} if isinstance(content, dict) else content
 
 
 class TrainingStep(Document):
