@@ -15,16 +15,16 @@ from curvcli import documents
 from curvcli.analysis.api import Estimated, analyze, check_effort
 from curvcli.analysis.config import find_config
 from curvcli.analysis.document import Provenance
+from curvcli.analysis.options import Options as Options  # whoever opens a checkpoint needs them
 from curvcli.analysis.solve import Progress
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
 from curvcli.checkpoints.state.soundness import state_findings, weight_findings
-from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss
 from curvcli.data.examples import Examples
-from curvcli.data.shards import Sample, Shard, find_sources
+from curvcli.data.shards import Shard, find_sources
 from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
 from curvcli.errors import InputError, UsageError
 from curvcli.models.architecture import named
@@ -38,32 +38,6 @@ from curvcli.optimizers.sgd import SGD
 
 DEFAULT_TOKENS = 8192
 OPTIMIZERS = (*NAMES, "none")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user may set; None means the configuration's value, the checkpoint's, or the default."""
-
-    data: Path | Sequence[Path] | None = None
-    sample: Sample | None = None
-    tokens: int | None = None
-    sequence_length: int | None = None
-    batch_size: int | None = None
-    seed: int | None = None
-    device: str = "auto"
-    model: str | None = None
-    loss: str = "auto"
-    optimizer: str | None = None
-    lr: float | None = None
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
-    weight_decay: float | None = None
-    momentum: float | None = None
-    mode: Mode | Literal["auto"] = "auto"
-    tolerance: float = 1e-2
-    max_hvps: int = 100
-    deadline: float = float("inf")
-    depths: bool = True
 
 
 @dataclass(frozen=True)
@@ -198,7 +172,7 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: st
         "task": checkpoint.task,
         "step": checkpoint.step,
         "tensors": len(sizes),
-        "values": sum(sizes.values()),
+        "parameters": sum(sizes.values()),
         "dtypes": sorted({t.dtype for t in checkpoint.tensors}),
         "vocabulary": checkpoint.vocabulary,
         "context": checkpoint.context,

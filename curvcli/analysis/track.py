@@ -3,25 +3,73 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
+from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from curvcli.analysis.cache import Cache, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
-from curvcli.analysis.checkpoint import Opened, Options, architecture_of, open_for_analysis
+from curvcli.analysis.cache import Cache, FileCache, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
+from curvcli.analysis.checkpoint import Opened, architecture_of, open_for_analysis
+from curvcli.analysis.options import Options, options_of
 from curvcli.analysis.solve import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
-from curvcli.errors import CurvError, InputError
+from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.judge.readings import ReportReadings, certified, incomparable
 from curvcli.models.architecture import config_beside
 from curvcli.models.user_code import source_digest
 
 WINDOW, SURGE = 5, 2.0
+
+
+def track(
+    run: Path | str,
+    *,
+    last: int | None = None,
+    surge: float = SURGE,
+    window: int = WINDOW,
+    cache: bool | Cache = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Track:
+    """The course of a run over its checkpoints: `curv track` from Python.
+
+    Checkpoints are measured in step order, without the curves over depth. One that cannot be measured is a point that says
+    why, and the run goes on.
+
+    Args:
+        run: a run directory, a pattern, or a URL.
+        last: only so many of the newest checkpoints.
+        surge: rho over the median of the points before above which a point counts as surged, above 1.
+        window: certified points that this median is over, at least 2.
+        cache: whether reports are taken from the user's cache directory and kept there, or a cache of one's own. One that
+            cannot be written is a RuntimeWarning.
+        progress: called with what is being done and the fraction done.
+        **options: how checkpoints are measured, by the names of `curvcli.analysis.options.Options` (data, tokens,
+            sequence_length, lr, ...).
+
+    Returns:
+        The track, whose points hold whole reports; the document is `track.to_json()`.
+
+    Raises:
+        UsageError: an option is none, or a number is out of its range.
+        InputError: there is no checkpoint, or none of them could be measured.
+    """
+    if not 1 < surge < inf or window < 2 or (last is not None and last < 1):  # nor is nan
+        raise UsageError(
+            f"surge {surge}, window {window}, last {last}", hint="surge must be above 1, window at least 2, last at least 1"
+        )
+    how = replace(options_of(options, fixed=("depths", "deadline")), depths=False)
+    store: Cache = FileCache() if cache is True else NoCache() if cache is False else cache
+    found = track_run(Path(run), how, store, last=last, window=window, surge_limit=surge, progress=progress)
+    if cache is True and isinstance(store, FileCache) and store.complaint:
+        warnings.warn(store.complaint, RuntimeWarning, stacklevel=2)
+    return found
 
 
 def track_run(
@@ -34,7 +82,7 @@ def track_run(
     surge_limit: float = SURGE,
     progress: Progress | None = None,
 ) -> Track:
-    """`curv track`: every checkpoint of a run in step order.
+    """Every checkpoint of a run in step order.
 
     A checkpoint that cannot be measured is a point that says why, and the run goes on. Each report is in the cache
     as soon as it is made: an interrupted call goes on where it stopped.
