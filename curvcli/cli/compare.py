@@ -40,7 +40,8 @@ def compare(
         from curvcli.cli.progress import reporting
         from curvcli.documents import write_whole
 
-        with reporting(quiet, verbose) as progress:
+        quick = first.suffix == second.suffix == ".json"  # no bar where nothing is measured
+        with reporting(quiet or quick, verbose) as progress:
             found = compared(first, second, progress=progress, **options.settings(given))
         if output:
             write_whole(output, found.to_json().encode())

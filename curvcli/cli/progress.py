@@ -29,17 +29,9 @@ def _reporting(quiet: bool, verbose: bool) -> Iterator[Callable[[str, float], No
 
         stage_column = TextColumn("{task.description}", markup=False)
         columns = (stage_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
-        bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        task = bar.add_task("starting", total=1.0)
-
-        def tell(stage: str, done: float) -> None:
-            bar.start()  # with the first thing said: what takes no time shows no bar
-            bar.update(task, description=stage, completed=done)
-
-        try:
-            yield tell
-        finally:
-            bar.stop()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("starting", total=1.0)
+            yield lambda stage, done: bar.update(task, description=stage, completed=done)
     else:
         yield _Lines()
 

@@ -109,7 +109,8 @@ def schedule(
         from curvcli.analysis.schedule import schedule as planned
         from curvcli.cli.progress import reporting
 
-        with reporting(quiet) as progress:
+        quick = resume is None or resume.suffix == ".json"  # no bar where nothing is measured
+        with reporting(quiet or quick) as progress:
             plan = planned(
                 depth, report=report, resume=resume, margin=margin, order=order, start=start, groups=groups,
                 interval=interval, hold=hold, lr=lr, lr_schedule=lr_schedule, warmup_steps=warmup_steps,
