@@ -2,6 +2,8 @@
 
     report = curvcli.analyze(model, loss, batches, optimizer)
     report.full.rho
+    track = curvcli.track("run/", tokens=4096)
+    plan = curvcli.schedule(depth=48)
 
 Names are imported on first use, so that `import curvcli` costs nothing.
 """
@@ -13,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from curvcli.analysis.api import Estimated, analyze
+    from curvcli.analysis.compare import compare
+    from curvcli.analysis.schedule import schedule
+    from curvcli.analysis.track import track
     from curvcli.checkpoints.formats.optimizer_file import save_optimizer
     from curvcli.documents import Report
     from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
@@ -30,12 +35,18 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "analyze",
+    "compare",
     "save_optimizer",
+    "schedule",
+    "track",
 ]
 
 _HOME = {
     "analyze": "analysis.api",
     "Estimated": "analysis.api",
+    "compare": "analysis.compare",
+    "schedule": "analysis.schedule",
+    "track": "analysis.track",
     "Report": "documents",
     "save_optimizer": "checkpoints.formats.optimizer_file",
     "ArchitectureWarmup": "training",

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import curvcli
-from curvcli.analysis.api import cache as module
-from curvcli.analysis.cache import Entry, FileCache, cache_key, method_digest
-from curvcli.checkpoints import remote
+from curvcli.analysis import cache as module
+from curvcli.analysis.cache import FileCache, cache_key, method_digest
 from curvcli.cli import app
 from curvcli.documents import Versions, load_report
 from curvcli.errors import UsageError
+from curvcli.files import remote
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = load_report(next((ROOT / "tests" / "assets").glob("calm-60*.report.json")))
@@ -31,7 +30,7 @@ K, OTHER = sha256(b"k").hexdigest(), sha256(b"other").hexdigest()
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    FileCache(tmp_path / "kept").put(K, Entry(REPORT, {"a": torch.arange(8.0)}))
+    FileCache(tmp_path / "kept").put(K, REPORT)
     assert FileCache(tmp_path / "kept").get(K) is not None
     return tmp_path / "kept"
 
@@ -41,7 +40,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the package, which the method's digest is made of."""
     copy = tmp_path / "package"
     shutil.copytree(ROOT / "curvcli", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(module, "__file__", str(copy / "cache.py"))
+    monkeypatch.setattr(module, "__file__", str(copy / "analysis" / "cache.py"))
     method_digest.cache_clear()
     yield copy
     method_digest.cache_clear()
@@ -49,7 +48,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_changed_eigensolver_serves_no_old_number(sources: Path) -> None:
     before = cache_key(checkpoint="c")
-    for name, matters in (("curvature/davidson.py", True), ("report/table.py", False), ("cli/track.py", False)):
+    for name, matters in (("curvature/davidson.py", True), ("render/table.py", False), ("cli/track.py", False)):
         with (sources / name).open("a") as stream:
             stream.write("\n# changed\n")
         method_digest.cache_clear()
@@ -68,10 +67,10 @@ def test_the_version_has_one_place() -> None:
 def test_everything_is_for_its_owner_alone(folder: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {p.name: oct(stat.S_IMODE(p.stat().st_mode)) for p in folder.iterdir()} == dict.fromkeys(
-        (".key", ".lock", f"{K}.json", f"{K}.safetensors"), oct(0o600)
+        (".key", ".lock", f"{K}.json"), oct(0o600)
     )
     folder.chmod(0o755)  # as an earlier version left it
-    FileCache(folder).put(OTHER, Entry(REPORT, None))
+    FileCache(folder).put(OTHER, REPORT)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
@@ -85,18 +84,12 @@ def _flatter(file: Path) -> None:
     _edit(file, report=json.dumps(report))
 
 
-def _vectors(folder: Path) -> None:
-    shutil.copy(folder / f"{OTHER}.safetensors", folder / f"{K}.safetensors")
-
-
 EDITS = {
     "a number": lambda folder: _flatter(folder / f"{K}.json"),
-    "no vectors": lambda folder: _edit(folder / f"{K}.json", vectors=None),
     "a signature": lambda folder: _edit(folder / f"{K}.json", signature="0" * 64),
     "a signature that is none": lambda folder: _edit(folder / f"{K}.json", signature=None),
     "a signature of another kind": lambda folder: _edit(folder / f"{K}.json", signature="\u00e9"),
     "another entry's name": lambda folder: shutil.copy(folder / f"{OTHER}.json", folder / f"{K}.json"),
-    "vectors of another": _vectors,
     "a plain report": lambda folder: (folder / f"{K}.json").write_text(REPORT.to_json()),
     "a list": lambda folder: (folder / f"{K}.json").write_text("[]"),
     "another key": lambda folder: (folder / ".key").write_bytes(bytes(32)),
@@ -109,17 +102,17 @@ EDITS = {
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_entry_is_a_miss(folder: Path, edit: str) -> None:
     cache = FileCache(folder)
-    cache.put(OTHER, Entry(REPORT, {"a": torch.ones(8)}))
+    cache.put(OTHER, REPORT)
     EDITS[edit](folder)
     assert cache.get(K) is None
-    cache.put(K, Entry(REPORT, None))
+    cache.put(K, REPORT)
     assert cache.get(K) is not None
     assert cache.complaint is None
 
 
 def test_entries_made_elsewhere_are_misses(folder: Path, tmp_path: Path) -> None:
     other = FileCache(tmp_path / "theirs")
-    other.put(OTHER, Entry(REPORT, None))
+    other.put(OTHER, REPORT)
     shutil.copy(tmp_path / "theirs" / f"{OTHER}.json", folder)
     assert FileCache(folder).get(OTHER) is None
 
@@ -128,7 +121,7 @@ def test_a_key_behind_a_link_is_none(folder: Path) -> None:
     (folder / ".key").rename(folder / "elsewhere")
     (folder / ".key").symlink_to("elsewhere")
     assert FileCache(folder).get(K) is None
-    FileCache(folder).put(K, Entry(REPORT, None))
+    FileCache(folder).put(K, REPORT)
     assert not (folder / ".key").is_symlink()
 
 
@@ -141,7 +134,7 @@ def test_links_are_neither_read_nor_followed_nor_written_through(folder: Path, t
     assert FileCache(folder).get(K) is None
     for name in (f"{OTHER}.json", f"{OTHER}.safetensors"):
         (folder / name).symlink_to(treasure)
-    FileCache(folder).put(OTHER, Entry(REPORT, {"a": torch.ones(8)}))
+    FileCache(folder).put(OTHER, REPORT)
     assert treasure.read_text() == "mine"
     assert not (folder / f"{OTHER}.json").is_symlink()
 
@@ -155,7 +148,7 @@ def test_eviction_removes_nothing_but_entries(tmp_path: Path) -> None:
     (home / f"{OTHER}.safetensors").symlink_to(home / "thesis.json")  # of no entry: the link goes
     (tmp_path / "reports").symlink_to(home)
     cache = FileCache(tmp_path / "reports", size=1)
-    cache.put(K, Entry(REPORT, None))
+    cache.put(K, REPORT)
     assert cache.complaint is None
     left = {p.name for p in home.iterdir()} - {".key", ".lock"}
     assert left == {"thesis.json", "model.safetensors", ".profile", ".thesis.json.half", f"{K}.txt", f"{OTHER}.json"}

@@ -101,7 +101,7 @@ def test_markdown() -> None:
 def test_inspect_reads_headers_only(samples: Path) -> None:
     found = json.loads(curv("inspect", samples / "calm", "--json").stdout)
     assert found["step"] == 600
-    assert found["values"] == 123_424
+    assert found["parameters"] == 123_424
     assert found["optimizer"]["state entries"] == ["exp_avg", "exp_avg_sq", "step"]
     shown = curv("inspect", samples / "calm").stdout
     assert "LlamaForCausalLM" in shown

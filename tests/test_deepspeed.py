@@ -170,7 +170,7 @@ def test_ranks_are_sorted_by_number(tmp_path: Path) -> None:
 
 def test_without_a_network_it_is_listed(runs: Path) -> None:
     found = inspect_checkpoint(runs / "stage3")
-    assert found["values"] == sum(t.numel() for t in [*build().parameters(), *build().buffers()])
+    assert found["parameters"] == sum(t.numel() for t in [*build().parameters(), *build().buffers()])
     assert found["optimizer"]["groups"] == 2
     with pytest.raises(InputError, match="--model"):
         open_checkpoint(runs / "stage3").model()

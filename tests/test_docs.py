@@ -26,7 +26,6 @@ from test_watch import record, write
 from tiny import build
 from typer.testing import CliRunner
 
-from curvcli.analysis.api import Analysis
 from curvcli.analysis.checkpoint import Opened
 from curvcli.cli import app
 from curvcli.documents import Report, load_report
@@ -67,11 +66,11 @@ def of(*kinds: str) -> Any:
     return pytest.mark.parametrize("block", [block for block in RUN if block.kind in kinds], ids=str)
 
 
-def _measured(opened: Opened, *arguments: object) -> Analysis:
+def _measured(opened: Opened, *arguments: object) -> Report:
     path = str(opened.checkpoint.path)
     report = load_report(ASSETS / ("init.json" if path.endswith("init") else "hot-60.json"))
     place = {"checkpoint": report.checkpoint.model_copy(update={"path": path, "step": opened.checkpoint.step})}
-    return Analysis(report=report if "hot" in path else report.model_copy(update=place), directions={}, warm_start=None)
+    return report if "hot" in path else report.model_copy(update=place)
 
 
 @pytest.fixture(scope="module")

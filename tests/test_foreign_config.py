@@ -12,12 +12,12 @@ import pytest
 from tiny import build
 from typer.testing import CliRunner, Result
 
-from curvcli.analysis.api import config
+from curvcli.analysis import config
 from curvcli.analysis.checkpoint import inspect_checkpoint
 from curvcli.analysis.config import find_config, find_gate, is_own
-from curvcli.checkpoints import remote
 from curvcli.cli import app
 from curvcli.errors import InputError
+from curvcli.files import remote
 
 NAMES = pytest.mark.parametrize("name", ["curv.toml", "pyproject.toml"])
 SMALL = ["--tokens", "64", "--sequence-length", "32", "--max-hvps", "3", "-q"]

@@ -26,9 +26,20 @@ ROOMS = {
     "judge": {"documents"},
     "schedules": {"errors", "documents"},
     "render": {"errors", "documents", "judge", "schedules"},
-    "analysis": {"errors", "files", "documents", "curvature", "models", "optimizers", "checkpoints", "data", "judge"},
+    "analysis": {
+        "errors",
+        "files",
+        "documents",
+        "curvature",
+        "models",
+        "optimizers",
+        "checkpoints",
+        "data",
+        "judge",
+        "schedules",
+    },
     "training": {"errors", "documents", "curvature", "models", "optimizers", "checkpoints", "data"},
-    "cli": {"errors", "documents", "judge", "schedules", "render", "analysis", "training"},
+    "cli": {"errors", "documents", "judge", "render", "analysis", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -30,7 +30,7 @@ found = inspect_checkpoint(Path(sys.argv[1]))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 if Path("/proc/self/status").exists():  # Linux passes the parent's peak on in ru_maxrss
     peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-print(json.dumps([found["values"], time.process_time() - start, peak, "transformers" in sys.modules]))
+print(json.dumps([found["parameters"], time.process_time() - start, peak, "transformers" in sys.modules]))
 """
 
 

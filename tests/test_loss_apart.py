@@ -8,8 +8,10 @@ from pathlib import Path
 import models
 import pytest
 
-from curvcli.analysis.api import Analysis, Provenance, examine
+from curvcli.analysis.api import analyze
 from curvcli.analysis.checkpoint import Options, open_for_analysis
+from curvcli.analysis.document import Provenance
+from curvcli.documents import Report
 from curvcli.errors import InputError
 from curvcli.judge.verdict import _loss
 
@@ -35,10 +37,10 @@ def test_far_above_or_below(measured: float, logged: float | None, said: bool) -
 def test_the_finding_is_in_the_report() -> None:
     model, batches = models.Net(), models.data()
     for logged, said in ((None, False), (0.1, True)):
-        found = examine(
+        found = analyze(
             model, models.loss, batches, weights=[1, 2], max_hvps=3, depths=False, provenance=Provenance(logged_loss=logged)
         )
-        findings = {finding.code: finding for finding in found.report.findings}
+        findings = {finding.code: finding for finding in found.findings}
         assert ("loss-apart" in findings) == said
     assert findings["loss-apart"].severity == "warning"
     assert "the last one in the run's log 0.1:" in findings["loss-apart"].message
@@ -47,11 +49,11 @@ def test_the_finding_is_in_the_report() -> None:
 def test_the_runs_own_log_is_looked_at(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Provenance] = []
 
-    def looked(*arguments: object, provenance: Provenance, **given: object) -> Analysis:
+    def looked(*arguments: object, provenance: Provenance, **given: object) -> Report:
         seen.append(provenance)
         raise InputError("enough", hint="")
 
-    monkeypatch.setattr("curvcli.analysis.checkpoint.examine", looked)
+    monkeypatch.setattr("curvcli.analysis.checkpoint.analyze", looked)
     with pytest.raises(InputError, match="enough"):
         open_for_analysis(run, Options(optimizer="none", device="cpu", tokens=64)).measure()
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]

@@ -15,8 +15,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from curvcli.checkpoints import find_checkpoints, open_checkpoint, remote
+from curvcli.checkpoints import find_checkpoints, open_checkpoint
 from curvcli.errors import InputError
+from curvcli.files import remote
 from curvcli.files.remote import _address, fetched
 
 CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from curvcli.analysis.api import Provenance
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, open_for_analysis
+from curvcli.analysis.document import Provenance
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
 from curvcli.checkpoints.state.mapping import AmbiguousStateError, map_state, single_order
@@ -264,7 +264,7 @@ def test_findings_reach_the_measurement(run: Path, monkeypatch: pytest.MonkeyPat
     def measured(*_: object, provenance: Provenance, **__: object) -> None:
         given.extend(f.code for f in provenance.findings)
 
-    monkeypatch.setattr("curvcli.analysis.checkpoint.examine", measured)
+    monkeypatch.setattr("curvcli.analysis.checkpoint.analyze", measured)
     open_for_analysis(run, Options()).measure()
     assert given == ["step-mismatch"]
 

@@ -18,14 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from curvcli.analysis.api import Analysis
 from curvcli.analysis.cache import FileCache, NoCache
 from curvcli.analysis.checkpoint import Opened, Options, analyze_checkpoint, open_for_analysis
-from curvcli.analysis.solve import Directions, Measurement, Solved
 from curvcli.analysis.track import _findings, _in_order, key_of, track_run
 from curvcli.checkpoints import find_checkpoints
-from curvcli.curvature.hvp import HVP
-from curvcli.documents import Track, TrackPoint, load_report, load_track
+from curvcli.documents import Report, Track, TrackPoint, load_report, load_track
 from curvcli.errors import InputError
 from curvcli.judge.readings import ReportReadings, certified, track_readings
 from curvcli.render.track_table import to_csv
@@ -61,58 +58,22 @@ def without_cost(track: Track) -> list[dict]:
     return found
 
 
-def test_points_are_in_step_order_and_warm(tracked: tuple[Track, Path]) -> None:
+def test_points_are_in_step_order(tracked: tuple[Track, Path]) -> None:
     track, _ = tracked
     assert [p.step for p in track.points] == [10, 60]
     assert [p.source for p in track.points] == ["measured", "measured"]
-    first, second = track.points
-    assert first.warm_start is None
-    assert second.warm_start is not None
-    assert second.warm_start.converged
-    assert second.warm_start.tokens == 32
+    second = track.points[1]
     assert [e.step for e in track.log][:3] == [1, 2, 3]
     assert second.training_loss == track.log[59].loss
     assert track.points[0].report is not None
     assert track.points[0].report.cumulative.restricted == []
-    assert any(finding.code == "warm-start" for finding in track.findings)
 
 
-def test_a_warm_start_finds_what_a_cold_one_does(tracked: tuple[Track, Path], calm: Path) -> None:
-    warm = tracked[0].points[1].report
-    assert warm is not None
-    cold = analyze_checkpoint(calm / "checkpoint-60", OPTIONS)
-    assert warm.full.eigenvalue == pytest.approx(cold.full.eigenvalue, rel=1e-3)
-    for a, b in zip(warm.layers, cold.layers, strict=True):
-        assert a.status == b.status == "converged"
-        # Layers are solved to 3 %: the value's error goes with the square of that over the gap.
-        assert a.eigenvalue == pytest.approx(b.eigenvalue, rel=2e-2)
-
-
-@pytest.mark.slow
-def test_a_start_that_is_no_longer_the_top_is_found_out(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eigenvectors crossed: a solve that starts from the old one converges to the lower eigenvalue."""
-    solve = Measurement.solve
-    stuck: list[Solved] = []
-
-    def stay(self: Measurement, hvp: HVP, names: list[str], start: Any = ()) -> Solved:
-        found = solve(self, hvp, names, start)
-        if self.both is None and start and not stuck:
-            assert found.extremes is not None
-            assert found.extremes.top is not None
-            low = replace(found.extremes.top, value=found.extremes.top.value / 2)
-            found = replace(found, extremes=replace(found.extremes, top=low))
-            stuck.append(found)
-        return found
-
-    opened = open_for_analysis(calm / "checkpoint-10", OPTIONS)
-    cold = opened.measure()
-    monkeypatch.setattr(Measurement, "solve", stay)
-    warm = opened.measure(start=cold.directions)
-    assert len(stuck) == 1
-    assert warm.warm_start is not None
-    assert not warm.warm_start.converged
-    # The report goes on from the random start's, as if no other had been given.
-    assert warm.report.tokens == cold.report.tokens
+def test_a_point_is_what_the_checkpoint_alone_gives(tracked: tuple[Track, Path], calm: Path) -> None:
+    point = tracked[0].points[1].report
+    assert point is not None
+    alone = analyze_checkpoint(calm / "checkpoint-60", OPTIONS)
+    assert point.model_dump(exclude={"cost"}) == alone.model_dump(exclude={"cost"})
 
 
 def test_a_second_call_measures_nothing(tracked: tuple[Track, Path], calm: Path) -> None:
@@ -284,7 +245,6 @@ def course_of(rhos: list[float | None]) -> Track:
                 training_loss=None,
                 surge=None,
                 surged=False,
-                warm_start=None,
             )
         )
     return Track(
@@ -340,26 +300,22 @@ def test_a_run_marks_surges_and_leaves_out_other_tokens(calm: Path, tmp_path: Pa
         (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     shard = (calm.parent / "data" / "shard.bin").read_bytes()
     (tmp_path / "shard.bin").write_bytes(shard)
-    (tmp_path / "other.bin").write_bytes(shard[1000:])
+    (tmp_path / "run" / "checkpoint-4" / "other.bin").write_bytes(shard[1000:])
     (tmp_path / "curv.toml").write_text('data = "shard.bin"\nsequence-length = 32\n')
-    shutil.copy(tmp_path / "other.bin", tmp_path / "run" / "checkpoint-4")
     (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "other.bin"\nsequence-length = 32\n')
     (tmp_path / "run" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
     rhos = [1.0, 1.0, 1.0, 3.0]
-    starts: list[Directions | None] = []
+    reports = iter([point.report for point in course_of(rhos).points])
 
-    def measure(self: Opened, progress: Any = None, start: Directions | None = None) -> Analysis:
-        report = course_of(rhos).points[len(starts)].report
-        starts.append(start)
+    def measure(self: Opened, progress: Any = None) -> Report:
+        report = next(reports)
         assert report is not None
-        return Analysis(report, {"of step": torch.tensor(self.checkpoint.step)}, None)
+        return report
 
     monkeypatch.setattr(Opened, "measure", measure)
     track = track_run(tmp_path / "run", OPTIONS, NoCache())
     assert [p.source for p in track.points] == ["measured", "failed", "measured", "failed", "measured", "measured"]
     assert "tokens are not those" in (track.points[3].message or "")
-    # After a checkpoint that failed the next one starts cold.
-    assert [start["of step"].item() if start else None for start in starts] == [None, None, None, 5]
     assert [p.surge for p in track.points] == [None, None, None, None, pytest.approx(1.0), pytest.approx(3.0)]
     assert [p.surged for p in track.points] == [False] * 5 + [True]
     assert next(f.code for f in track.findings if "step 6" in f.message) == "surge"

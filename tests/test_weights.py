@@ -154,7 +154,7 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
         analyzed(root / "bin" / "pytorch_model.bin", root / "ids.npy", *FEW)["optimizer"]["preconditioner"] == "checkpoint"
     )
     file = shutil.copy(root / "trainer" / "model.safetensors", tmp_path / "a.safetensors")
-    assert inspected(file)["values"] > 0
+    assert inspected(file)["parameters"] > 0
     assert "--model" in refusal("analyze", file, "--data", root / "ids.npy", "--quiet", *FEW)
     report = analyzed(file, root / "ids.npy", "--model", root / "trainer", *FEW)
     assert report["checkpoint"]["format"] == "safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart, load_report
+from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions, load_report
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -55,7 +55,6 @@ def track(points: Sequence[Report | TrackPoint], *, log: Sequence[TrainingStep] 
                 checkpoint=report.checkpoint.path, step=report.checkpoint.step,
                 source="cached" if number % 3 == 1 else "measured", report=report,
                 training_loss=report.data.loss * 1.02, surge=surge, surged=surge is not None and surge > 2,
-                warm_start=WarmStart(tokens=2048, hvps=7, cold_hvps=12, converged=True) if number % 3 == 2 else None,
             )
         )  # fmt: skip
     document = {
@@ -69,7 +68,7 @@ def track(points: Sequence[Report | TrackPoint], *, log: Sequence[TrainingStep] 
 def failed(step: int | None, message: str = "optimizer.pt is truncated; copy it again") -> TrackPoint:
     return TrackPoint(
         checkpoint=f"run/checkpoint-{step}", step=step, source="failed", report=None, message=message,
-        training_loss=None, surge=None, surged=False, warm_start=None,
+        training_loss=None, surge=None, surged=False,
     )  # fmt: skip
 
 

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from curvcli import documents
-from curvcli.analysis.api import Analysis, Estimated, Provenance, check_effort, examine
+from curvcli.analysis.api import Estimated, analyze, check_effort
 from curvcli.analysis.config import find_config
-from curvcli.analysis.solve import Directions, Progress
+from curvcli.analysis.document import Provenance
+from curvcli.analysis.options import Options as Options  # whoever opens a checkpoint needs them
+from curvcli.analysis.solve import Progress
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
 from curvcli.checkpoints.state.soundness import state_findings, weight_findings
-from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss
 from curvcli.data.examples import Examples
-from curvcli.data.shards import Sample, Shard, find_sources
+from curvcli.data.shards import Shard, find_sources
 from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
 from curvcli.errors import InputError, UsageError
 from curvcli.models.architecture import named
@@ -40,32 +41,6 @@ OPTIMIZERS = (*NAMES, "none")
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user may set; None means the configuration's value, the checkpoint's, or the default."""
-
-    data: Path | Sequence[Path] | None = None
-    sample: Sample | None = None
-    tokens: int | None = None
-    sequence_length: int | None = None
-    batch_size: int | None = None
-    seed: int | None = None
-    device: str = "auto"
-    model: str | None = None
-    loss: str = "auto"
-    optimizer: str | None = None
-    lr: float | None = None
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
-    weight_decay: float | None = None
-    momentum: float | None = None
-    mode: Mode | Literal["auto"] = "auto"
-    tolerance: float = 1e-2
-    max_hvps: int = 100
-    deadline: float = float("inf")
-    depths: bool = True
-
-
-@dataclass(frozen=True)
 class Opened:
     """A checkpoint and its data, read and not yet measured. `options` have no configuration left to look up."""
 
@@ -75,8 +50,8 @@ class Opened:
     loss: Loss
     options: Options
 
-    def measure(self, progress: Progress | None = None, start: Directions | None = None) -> Analysis:
-        """Build the model and measure, from the eigenvectors of another checkpoint where there are any. Raises CurvError."""
+    def measure(self, progress: Progress | None = None) -> documents.Report:
+        """Build the model and measure. Raises CurvError."""
         checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
@@ -105,7 +80,7 @@ class Opened:
             notes["unused-columns"] = (
                 f"{', '.join(unused)[:200]}: the model's forward takes no such input, they are left out"
             )
-        return examine(
+        return analyze(
             model,
             self.loss,
             batches,
@@ -118,7 +93,6 @@ class Opened:
             progress=progress,
             deadline=options.deadline,
             depths=options.depths,
-            start=start,
             provenance=Provenance(
                 checkpoint=lambda parameters, layers: documents.Checkpoint(
                     path=str(checkpoint.path),
@@ -181,7 +155,7 @@ def open_for_analysis(path: Path, options: Options) -> Opened:
 def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> documents.Report:
     """`curv analyze`: read a checkpoint and a shard, and measure. Raises CurvError."""
     (progress or (lambda stage, done: None))("reading", 0.0)
-    return open_for_analysis(path, options).measure(progress).report
+    return open_for_analysis(path, options).measure(progress)
 
 
 def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: str | None = None) -> dict[str, Any]:
@@ -198,7 +172,7 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: st
         "task": checkpoint.task,
         "step": checkpoint.step,
         "tensors": len(sizes),
-        "values": sum(sizes.values()),
+        "parameters": sum(sizes.values()),
         "dtypes": sorted({t.dtype for t in checkpoint.tensors}),
         "vocabulary": checkpoint.vocabulary,
         "context": checkpoint.context,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson, Extremes
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
-from curvcli.curvature.operator import PreconditionedHessian, lift
+from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.documents import Update
 from curvcli.errors import OutOfTime
@@ -20,12 +20,6 @@ from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update
 
 Progress = Callable[[str, float], None]
-
-
-# The full model's top eigenvector as a direction of the weights by name: what the next checkpoint starts from. Bottom ones
-# and layers' own are not carried: they save no product, and a layer that starts from what was its top eigenvector can
-# converge to what no longer is (docs/how-to/track.md).
-Directions = Mapping[str, Tensor]
 
 
 @dataclass
@@ -68,8 +62,6 @@ class Measured:
     layers: list[Solved]
     restricted: list[Solved]
     truncated: list[Solved]
-    directions: Directions
-    both: tuple[Solved, Solved] | None = None  # the first prefix's solve from the given start, and from a random one
 
 
 class Measurement:
@@ -84,7 +76,6 @@ class Measurement:
         mode: Mode | Literal["auto"],
         progress: Progress,
         *,
-        start: Directions | None = None,
         depths: bool = True,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
@@ -97,8 +88,6 @@ class Measurement:
         self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
         inside = {n for names in self.layer_names for n in names}
         self.outer = [n for n in self.names if n not in inside]
-        self.start = start
-        self.both: tuple[Solved, Solved] | None = None
         device = next(iter(problem.parameters.values())).device
         resources.reset_peak(device)
         self.stages.enter("choosing how to multiply")
@@ -143,11 +132,6 @@ class Measurement:
         found = [(s.names, s.extremes) for s in solved if s.extremes]
         return [(names, pair.vector) for names, e in found for pair in (e.top, e.bottom) if pair]
 
-    def direction(self, full: Solved) -> Directions:
-        """The top eigenvector found, for the next checkpoint to start from; empty where there is none."""
-        top = full.extremes.top if full.extremes else None
-        return lift(top.vector, full.names, self.preconditioner.scale) if top else {}
-
     # --- the parts ---------------------------------------------------------------------------
 
     def run(self) -> Measured:
@@ -184,11 +168,8 @@ class Measurement:
         full = self.best(full, [*ends, *layers], restricted)
         prefixes.append((1.0, full))
         self.skip(ends, layers, restricted, truncated, full)
-        directions = self.direction(full)
         outside = ends[0] if ends else None
-        return Measured(
-            loss, prefixes, held_out, full, update, outside, layers, restricted, truncated, directions, self.both
-        )
+        return Measured(loss, prefixes, held_out, full, update, outside, layers, restricted, truncated)
 
     def full(self, hvp: HVP, hint: Solved | None) -> Solved:
         """The full model on its own, to the tolerance itself."""
@@ -231,8 +212,6 @@ class Measurement:
             self.stages.enter("full model on part of the shard")
             part = hvp.subset(range(prefix))
             answer = self.solve(part, self.names, self.ends(*[s for _, s in solved[-1:]]))
-            if not solved and self.start and self.names:
-                answer = self.from_both(part, answer)
             solved.append((sum(self.problem.weights[:prefix]), answer))
             if prefix == half and answer.extremes and answer.extremes.top:
                 rest = self.operator(_Counting(hvp.subset(range(prefix, count)), self), self.names)
@@ -240,17 +219,6 @@ class Measurement:
                 quotient = float(vector @ rest.matvec(vector))
                 held_out = quotient if abs(quotient) < float("inf") else None
         return solved, held_out
-
-    def from_both(self, hvp: HVP, cold: Solved) -> Solved:
-        """A solve once more from the given start; of the two, the one to go on from.
-
-        Of two Ritz values the greater is nearer the top. Where the random start's is greater by more than the other's
-        residual, that one has converged to what was the top eigenvector at the checkpoint before and is not now.
-        """
-        start = self.operator(hvp, self.names).lower(self.start or {})
-        warm = self.solve(hvp, self.names, [(self.names, start)])
-        self.both = warm, cold
-        return cold if missed(warm, cold) else warm
 
     def update(self, hvp: HVP, gradients: list[Tensor]) -> Update:
         """Curvature along the optimizer's own next step (one product)."""
@@ -359,8 +327,3 @@ def violates(lower: Solved, upper: Solved) -> bool:
     if lower.extremes is None or upper.extremes is None or lower.inconsistent:
         return False
     return upper.value < lower.value - upper.slack - 1e-5 * abs(lower.value)
-
-
-def missed(warm: Solved, cold: Solved) -> bool:
-    """Whether the warm-started solve found another eigenvalue than the greatest, or none."""
-    return cold.value > warm.value + warm.slack

@@ -1,27 +1,75 @@
-"""A run over its checkpoints: each measured from the eigenvector of the one before, or taken from the cache."""
+"""A run over its checkpoints: each measured, or taken from the cache."""
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
+from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from curvcli.analysis.cache import Cache, Entry, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
-from curvcli.analysis.checkpoint import Opened, Options, architecture_of, open_for_analysis
-from curvcli.analysis.solve import Directions, Progress
+from curvcli.analysis.cache import Cache, FileCache, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
+from curvcli.analysis.checkpoint import Opened, architecture_of, open_for_analysis
+from curvcli.analysis.options import Options, options_of
+from curvcli.analysis.solve import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
-from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart
-from curvcli.errors import CurvError, InputError
+from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
+from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.judge.readings import ReportReadings, certified, incomparable
 from curvcli.models.architecture import config_beside
 from curvcli.models.user_code import source_digest
 
 WINDOW, SURGE = 5, 2.0
+
+
+def track(
+    run: Path | str,
+    *,
+    last: int | None = None,
+    surge: float = SURGE,
+    window: int = WINDOW,
+    cache: bool | Cache = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Track:
+    """The course of a run over its checkpoints: `curv track` from Python.
+
+    Checkpoints are measured in step order, without the curves over depth. One that cannot be measured is a point that says
+    why, and the run goes on.
+
+    Args:
+        run: a run directory, a pattern, or a URL.
+        last: only so many of the newest checkpoints.
+        surge: rho over the median of the points before above which a point counts as surged, above 1.
+        window: certified points that this median is over, at least 2.
+        cache: whether reports are taken from the user's cache directory and kept there, or a cache of one's own. One that
+            cannot be written is a RuntimeWarning.
+        progress: called with what is being done and the fraction done.
+        **options: how checkpoints are measured, by the names of `curvcli.analysis.options.Options` (data, tokens,
+            sequence_length, lr, ...).
+
+    Returns:
+        The track, whose points hold whole reports; the document is `track.to_json()`.
+
+    Raises:
+        UsageError: an option is none, or a number is out of its range.
+        InputError: there is no checkpoint, or none of them could be measured.
+    """
+    if not 1 < surge < inf or window < 2 or (last is not None and last < 1):  # nor is nan
+        raise UsageError(
+            f"surge {surge}, window {window}, last {last}", hint="surge must be above 1, window at least 2, last at least 1"
+        )
+    how = replace(options_of(options, fixed=("depths", "deadline")), depths=False)
+    store: Cache = FileCache() if cache is True else NoCache() if cache is False else cache
+    found = track_run(Path(run), how, store, last=last, window=window, surge_limit=surge, progress=progress)
+    if cache is True and isinstance(store, FileCache) and store.complaint:
+        warnings.warn(store.complaint, RuntimeWarning, stacklevel=2)
+    return found
 
 
 def track_run(
@@ -34,7 +82,7 @@ def track_run(
     surge_limit: float = SURGE,
     progress: Progress | None = None,
 ) -> Track:
-    """`curv track`: every checkpoint of a run in step order.
+    """Every checkpoint of a run in step order.
 
     A checkpoint that cannot be measured is a point that says why, and the run goes on. Each report is in the cache
     as soon as it is made: an interrupted call goes on where it stopped.
@@ -58,7 +106,6 @@ def track_run(
         found = found[max(0, newest_complete(found, architecture_of(options.model)) - last + 1) :]
     points: list[TrackPoint] = []
     log: list[TrainingStep] = []
-    before: Directions | None = None
     shard: tuple[str, int | None] | None = None
     for i, checkpoint in enumerate(found):
 
@@ -81,12 +128,11 @@ def track_run(
                 raise InputError(
                     "its tokens are not those of the checkpoints before", hint="give one --data for the whole run"
                 )
-            entry, source, warm = _measured(opened, cache, before, unchanged, within)
-            shard, before = tokens, entry.directions
-            points.append(_point(opened, entry.report, source, warm, points, window, surge_limit))
+            report, source = _measured(opened, cache, unchanged, within)
+            shard = tokens
+            points.append(_point(opened, report, source, points, window, surge_limit))
         except CurvError as error:
             points.append(_failed(checkpoint, error))
-            before = None
     if all(point.report is None for point in points):
         first = points[0]
         raise InputError(
@@ -152,28 +198,26 @@ def key_of(opened: Opened) -> str:
 
 
 def _measured(
-    opened: Opened, cache: Cache, before: Directions | None, unchanged: Callable[[], bool], progress: Progress
-) -> tuple[Entry, Literal["measured", "cached"], WarmStart | None]:
+    opened: Opened, cache: Cache, unchanged: Callable[[], bool], progress: Progress
+) -> tuple[Report, Literal["measured", "cached"]]:
     key = key_of(opened)
-    if (entry := cache.get(key)) is not None:
+    if (report := cache.get(key)) is not None:
         # The same content may have been measured elsewhere.
         place = {"path": str(opened.checkpoint.path)}
-        data = opened.data(entry.report.data.loss, entry.report.data.tokens)
-        moved = {"checkpoint": entry.report.checkpoint.model_copy(update=place), "data": data}
-        return Entry(entry.report.model_copy(update=moved), entry.directions), "cached", None
-    analysis = opened.measure(progress, before)
+        data = opened.data(report.data.loss, report.data.tokens)
+        moved = {"checkpoint": report.checkpoint.model_copy(update=place), "data": data}
+        return report.model_copy(update=moved), "cached"
+    report = opened.measure(progress)
     if not unchanged():
         raise InputError("it changed while it was measured", hint="call again once it is written")
-    entry = Entry(analysis.report, analysis.directions)
-    cache.put(key, entry)
-    return entry, "measured", analysis.warm_start
+    cache.put(key, report)
+    return report, "measured"
 
 
 def _point(
     opened: Opened,
     report: Report,
     source: Literal["measured", "cached"],
-    warm: WarmStart | None,
     points: Sequence[TrackPoint],
     window: int,
     limit: float,
@@ -188,7 +232,6 @@ def _point(
         training_loss=opened.checkpoint.training_loss,
         surge=surge,
         surged=surge is not None and surge > limit,
-        warm_start=warm,
     )
 
 
@@ -202,7 +245,6 @@ def _failed(path: Path, error: CurvError) -> TrackPoint:
         training_loss=None,
         surge=None,
         surged=False,
-        warm_start=None,
     )
 
 
@@ -225,18 +267,4 @@ def _findings(points: Sequence[TrackPoint], limit: float) -> list[Finding]:
         if reason := incomparable(later, earlier):
             message = f"{steps}: the two do not compare ({reason}), and no surge is over both"
             found.append(Finding(code="not-comparable", severity="warning", message=message))
-    return [*found, *_saved(points)]
-
-
-def _saved(points: Sequence[TrackPoint]) -> list[Finding]:
-    """What starting from the checkpoint before saved, as it was measured in this call."""
-    known = [p.warm_start for p in points if p.warm_start and p.warm_start.converged]
-    cold, warm = sum(w.cold_hvps for w in known), sum(w.hvps for w in known)
-    if not cold:
-        return []
-    change = f"saved {cold - warm} of {cold}" if warm <= cold else f"cost {warm - cold} more than the {cold}"
-    message = (
-        f"warm starts {change} products in the {len(known)} solves that were made both ways (full model, a quarter of the "
-        "shard)"
-    )
-    return [Finding(code="warm-start", severity="info", message=message)]
+    return found

@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 import signal
 
-from curvcli.cli import analyze, gate, report, schedule, track, watch  # noqa: F401  (each registers its verbs)
+# Each registers its verbs, in the order of the help.
+from curvcli.cli import analyze, gate, report, track, compare, watch, schedule  # noqa: F401  # isort: skip
 from curvcli.cli.app import app, interrupt, readers_may_leave
 
 __all__ = ["app", "main"]

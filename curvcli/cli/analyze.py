@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes
-from curvcli.cli.options import Format
+from curvcli.cli.options import Format, ShortFormat
 
 if TYPE_CHECKING:
     from curvcli.documents import Report
@@ -23,13 +22,10 @@ if TYPE_CHECKING:
 )
 @options.measuring()
 def analyze(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/how-to/checkpoints.md."),
-    ],
+    checkpoint: options.Checkpoint,
     given: dict[str, Any],
     no_depths: Annotated[
-        bool, typer.Option("--no-depths", help="Leave out the curves over depth, half of the work.")
+        bool, typer.Option("--no-depths", help="Leave out the two curves over depth, about half of the work.")
     ] = False,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -64,20 +60,18 @@ def analyze(
 
 @app.command(epilog="Example:\n\n`curv inspect sample_checkpoints/hot`")
 def inspect(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/how-to/checkpoints.md."),
-    ],
+    checkpoint: options.Checkpoint,
     data: options.Data = None,
     model: options.Network = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    format: options.ShortFormatOption = ShortFormat.table,  # noqa: A002
+    json: Annotated[bool, typer.Option("--json", hidden=True)] = False,  # as it was called before --format
 ) -> None:
-    """Show what `curv analyze` would read. Reads headers, computes nothing."""
+    """Show what `curv analyze` would read: of files their headers, and nothing is computed."""
     with exit_codes():
         from curvcli.analysis.checkpoint import inspect_checkpoint
 
         found = inspect_checkpoint(checkpoint, data, model)
-        if json:
+        if json or format is ShortFormat.json:
             from curvcli.documents import dumps
 
             typer.echo(dumps(found), nl=False)

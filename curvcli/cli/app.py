@@ -66,6 +66,7 @@ app = BoundedTyper(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every verb, too
 )
 
 
@@ -171,14 +172,3 @@ def check_outputs(output: Path | None, plot: Path | None) -> None:
             check_writable(path)
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"cannot draw to {plot}", hint="end the name in .png, .svg or .pdf")
-
-
-def starts_as_json(path: Path) -> bool:
-    """Whether a file begins as a JSON object does; checkpoints are directories, zip archives or pickles."""
-    try:
-        if not path.is_file():  # a pipe would wait for its other end
-            return False
-        with path.open("rb") as stream:
-            return stream.read(64).lstrip().startswith(b"{")
-    except OSError:
-        return False

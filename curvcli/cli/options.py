@@ -33,7 +33,7 @@ class Sample(StrEnum):
 
 
 class Format(StrEnum):
-    """What stdout gets."""
+    """What stdout gets, of a verb that can give all of these."""
 
     table = "table"
     json = "json"
@@ -41,41 +41,81 @@ class Format(StrEnum):
     markdown = "markdown"
 
 
+class TrackFormat(StrEnum):
+    """What stdout gets, of a verb without Markdown."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class ShortFormat(StrEnum):
+    """What stdout gets, of a verb whose result is no table of values."""
+
+    table = "table"
+    json = "json"
+
+
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Checkpoint, run directory (its newest checkpoint) or URL; see docs/how-to/checkpoints.md.",
+    ),
+]
 Data = Annotated[
     list[Path] | None,
-    typer.Option(metavar="FILE", help="Training data, a file or a pattern; repeatable.  [default: from curv.toml]"),
+    typer.Option(metavar="FILE", help="Training data: a file or a pattern; may be repeated.  [default: from curv.toml]"),
 ]
 SampleOption = Annotated[
-    Sample | None, typer.Option(metavar="HOW", help="Which windows of the data: first, spread or random.  [default: first]")
+    Sample | None,
+    typer.Option(metavar="HOW", help="Which windows of the data are used: first, spread or random.  [default: first]"),
 ]
-Tokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Predictions to average over.  [default: 8192]")]
+Tokens = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Number of predictions to average over.  [default: 8192]")
+]
 SequenceLength = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Predictions per window.  [default: the model's context, at most 1024]"),
+    typer.Option(
+        metavar="N", min=1, help="Number of predictions in a window.  [default: the model's context, at most 1024]"
+    ),
 ]
-BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Windows per forward pass.  [default: by memory]")]
+BatchSize = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Number of windows in a forward pass.  [default: by memory]")
+]
 OptimizerName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Adam, AdamW, NAdam, SGD, RMSprop, Adagrad, or none for the bare Hessian.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Optimizer: Adam, AdamW, NAdam, SGD, RMSprop, Adagrad, or none for the bare Hessian.  "
+        "[default: the checkpoint's]",
+    ),
 ]
 Lr = Annotated[
     float | None,
     typer.Option(
         metavar="X",
         min=0,
-        help="Learning rate of the largest group that moves; others keep their ratio to it.  [default: the checkpoint's]",
+        help="Learning rate of the largest parameter group that moves; the others keep their ratio to it.  "
+        "[default: the checkpoint's]",
     ),
 ]
 Betas = Annotated[
-    str | None, typer.Option(metavar="B1,B2", help="Instead of the checkpoint's, where all parameter groups have the same.")
+    str | None,
+    typer.Option(metavar="B1,B2", help="Betas instead of the checkpoint's, where all parameter groups have the same."),
 ]
-Eps = Annotated[float | None, typer.Option(metavar="X", min=0, help="As --betas.")]
-WeightDecay = Annotated[float | None, typer.Option(metavar="X", min=0, help="As --betas.")]
-Momentum = Annotated[float | None, typer.Option(metavar="X", min=0, help="As --betas (SGD, RMSprop).")]
+Eps = Annotated[float | None, typer.Option(metavar="X", min=0, help="Epsilon instead of the checkpoint's, as --betas.")]
+WeightDecay = Annotated[
+    float | None, typer.Option(metavar="X", min=0, help="Weight decay instead of the checkpoint's, as --betas.")
+]
+Momentum = Annotated[
+    float | None, typer.Option(metavar="X", min=0, help="Momentum instead of the checkpoint's, as --betas (SGD, RMSprop).")
+]
 Network = Annotated[
     str | None,
     typer.Option(
         metavar="NETWORK",
-        help="Network of the weights: package.module:factory of your own (it is run), or a transformers config.json or "
+        help="Network of the weights: package.module:factory of yours (it is run), or a transformers config.json or "
         "its directory.  [default: the config.json beside the weights]",
     ),
 ]
@@ -83,25 +123,33 @@ LossOption = Annotated[
     str,
     typer.Option(
         metavar="LOSS",
-        help="auto (by the architecture), causal-lm, masked-lm, seq2seq, classification, or package.module:function of "
-        "your own (it is run).",
+        help="Loss: auto (by the architecture), causal-lm, masked-lm, seq2seq, classification, or package.module:function "
+        "of yours (it is run).",
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Device to measure on: auto, cpu, cuda, cuda:1, ...")]
 ModeOption = Annotated[
     HvpMode,
-    typer.Option(metavar="MODE", help="How products are made: auto, kept, fresh, forward."),
+    typer.Option(metavar="MODE", help="How Hessian-vector products are made: auto, kept, fresh or forward."),
 ]
-Tolerance = Annotated[float, typer.Option(metavar="X", help="Residual over lambda at which an estimate has converged.")]
-MaxHvps = Annotated[int, typer.Option(metavar="N", min=3, help="Hessian-vector products per estimate, at most.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Of the eigensolver's random start.  [default: 0]")]
+Tolerance = Annotated[
+    float, typer.Option(metavar="X", help="Residual over the eigenvalue at which an estimate counts as converged.")
+]
+MaxHvps = Annotated[int, typer.Option(metavar="N", min=3, help="Most Hessian-vector products that one estimate may take.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Seed of the eigensolver's random start.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the document (JSON) here.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (.png, .svg, .pdf).")]
 FormatOption = Annotated[
-    Format, typer.Option("--format", metavar="FORMAT", help="What stdout gets: table, json, csv, markdown.")
+    Format, typer.Option("--format", metavar="FORMAT", help="What stdout gets: table, json, csv or markdown.")
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Each step with its time on stderr.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+TrackFormatOption = Annotated[
+    TrackFormat, typer.Option("--format", metavar="FORMAT", help="What stdout gets: table, json or csv.")
+]
+ShortFormatOption = Annotated[
+    ShortFormat, typer.Option("--format", metavar="FORMAT", help="What stdout gets: table or json.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each step with its time on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.")]
 
 
 def _measuring(
@@ -171,7 +219,7 @@ def changed(given: dict[str, Any]) -> list[str]:
 
 
 def settings(given: dict[str, Any]) -> dict[str, Any]:
-    """What `checkpoints.Options` takes, of options as they were typed. Raises UsageError."""
+    """What `curvcli.analysis.options.Options` takes, of options as they were typed. Raises UsageError."""
     plain = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     return {**plain, "betas": _betas(given["betas"])}
 

@@ -17,8 +17,12 @@ from curvcli.cli.app import app, check_outputs, exit_codes
     "`curv analyze ckpt/ -o report.json && curv report report.json > report.html`"
 )
 def report(
-    document: Annotated[Path, typer.Argument(help="What curv analyze, track or schedule wrote with -o.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here.  [default: stdout]")] = None,
+    document: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Document that curv analyze, track or schedule wrote with -o.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the page (HTML) here.  [default: stdout]")
+    ] = None,
 ) -> None:
     """Turn a document into one self-contained HTML file: no network, light and dark, fit for print."""
     with exit_codes():
@@ -34,7 +38,11 @@ def report(
 
 
 @app.command(epilog="Example:\n\n`curv schema report > curv.report.schema.json`")
-def schema(document: Annotated[str, typer.Argument(help="report, track, compare, schedule, curvature or gate")]) -> None:
+def schema(
+    document: Annotated[
+        str, typer.Argument(metavar="NAME", help="Kind of document: report, track, compare, schedule, curvature or gate.")
+    ],
+) -> None:
     """Print the JSON Schema of a document that curv writes."""
     with exit_codes():
         from curvcli.documents import dumps, json_schema

@@ -33,13 +33,15 @@ _REDRAW = 0.2
 )
 def watch(
     log: Annotated[
-        Path, typer.Argument(help="curvature.jsonl of a job, or its directory; also the newest one a level below.")
+        Path,
+        typer.Argument(metavar="LOG", help="curvature.jsonl of a job, or its directory; also the newest one a level below."),
     ],
     once: Annotated[bool, typer.Option("--once", help="Print one frame and exit; also when stdout is piped.")] = False,
-    tail: Annotated[int, typer.Option(min=1, help="Records in the table, at most.")] = 12,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the file.")] = 2.0,
+    tail: Annotated[int, typer.Option(metavar="N", min=1, help="Most records in the table.")] = 12,
+    interval: Annotated[float, typer.Option(metavar="X", min=0.1, help="Seconds between two looks at the file.")] = 2.0,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the run into a file (.png, .svg, .pdf), print one frame and exit.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the picture here (.png, .svg, .pdf), print one frame and exit."),
     ] = None,
 ) -> None:
     """Show a running job's rho against the edge of stability: its curve, its unlocks, its last records.

@@ -32,7 +32,7 @@ from curvcli.documents.report import (
     load_report,
 )
 from curvcli.documents.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
-from curvcli.documents.track import Track, TrackPoint, TrainingStep, WarmStart, load_track
+from curvcli.documents.track import Track, TrackPoint, TrainingStep, load_track
 from curvcli.errors import UsageError
 
 __all__ = [
@@ -82,7 +82,6 @@ __all__ = [
     "Update",
     "VerdictName",
     "Versions",
-    "WarmStart",
     "check_writable",
     "dumps",
     "find_log",

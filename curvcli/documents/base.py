@@ -1,4 +1,4 @@
-"""What every document shares: strict JSON, findings, versions, and files read within limits. No torch."""
+"""What every document shares: JSON in and out, findings, versions, and files read within limits. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from curvcli import __version__
 from curvcli.errors import InputError
@@ -26,10 +26,37 @@ _HIDDEN = re.compile(
 )
 
 
-class Document(BaseModel):
-    """Strict JSON in and out: unknown fields, NaN and infinity are errors."""
+_READING = "reading"  # context of a validation
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+def _open(schema: dict[str, Any]) -> None:
+    schema["additionalProperties"] = True
+
+
+class Document(BaseModel):
+    """A document of curv or a part of one: strict where it is written, lenient to newer versions where it is read.
+
+    Made in code, unknown fields are errors. `read` leaves them out, at every level, as a newer version of curv may have
+    written them under the same major version ("curv.report/1"): what is there for all that is checked in full. A field
+    that comes in later has a default, for documents that lack it. NaN and infinity are always errors.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True, json_schema_extra=_open
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, content: Any, info: ValidationInfo) -> Any:
+        if info.context != _READING or not isinstance(content, dict):
+            return content
+        names = {name for field, about in cls.model_fields.items() for name in (field, about.alias)}
+        return {name: value for name, value in content.items() if name in names}
+
+    @classmethod
+    def read(cls, text: str | bytes) -> Self:
+        """A document of JSON text, without the fields that this version does not know. Raises pydantic's ValidationError."""
+        return cls.model_validate_json(text, context=_READING)
 
     @model_validator(mode="after")
     def _countable(self) -> Self:
@@ -82,7 +109,7 @@ def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:
     try:
         content = read_limited(path, _LIMIT)
         parse_json(content)
-        return kind.model_validate_json(content)
+        return kind.read(content)
     except ValidationError as error:
         raise InputError(f"{path} is not a {name} document: {first_problem(error)}", hint=hint) from error
     except (OSError, ValueError) as error:

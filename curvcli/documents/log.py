@@ -189,7 +189,7 @@ def find_log(path: Path) -> Path | None:
 def _parse(line: bytes) -> Record | str:
     """The record on a line, or what is wrong with it."""
     try:
-        return Record.model_validate_json(line)
+        return Record.read(line)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])

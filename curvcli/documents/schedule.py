@@ -83,7 +83,7 @@ class Schedule(Document):
     schema_: Literal["curv.schedule/1"] = Field(default="curv.schedule/1", alias="schema")
     mode: Literal["grow", "freeze"]
     depth: Annotated[int, Field(gt=0, le=DEEPEST)]
-    order: Order
+    order: Order = Field(description='which blocks are locked at first; "first" is in old documents only')
     blocks: list[str] | None = Field(description="module path of each block; null where only the depth was known")
     lock: Literal["zero-output", "no-update"] = Field(description="how a block is locked: grow, freeze")
     margin: float | None = Field(description="largest rho that the prediction allows; null without a measurement")

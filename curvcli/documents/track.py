@@ -11,15 +11,6 @@ from curvcli.documents.base import Document, Finding, Versions, read_document
 from curvcli.documents.report import Report
 
 
-class WarmStart(Document):
-    """What the eigenvectors of the checkpoint before saved, measured: the same solve from them and from nothing."""
-
-    tokens: int = Field(description="of the solve that was made twice, on the first part of the shard")
-    hvps: Annotated[int, Field(ge=0, description="products from the checkpoint before's eigenvectors")]
-    cold_hvps: Annotated[int, Field(ge=0, description="products from a random start")]
-    converged: bool = Field(description="whether both solves converged to the same; the counts mean nothing where not")
-
-
 class TrackPoint(Document):
     """One checkpoint of the run. `report` is null where it could not be measured; `message` then says why."""
 
@@ -33,7 +24,6 @@ class TrackPoint(Document):
         description="rho over the median of up to `window` certified points before; null with fewer than two of them"
     )
     surged: bool = Field(description="surge is above the track's limit")
-    warm_start: WarmStart | None = Field(description="null where the start was cold, or the report is from the cache")
 
 
 class TrainingStep(Document):

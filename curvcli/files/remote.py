@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from typing import Any, TypeVar
 from platformdirs import user_cache_path
 
 from curvcli.errors import InputError, plain
+from curvcli.files.kept import KeptFolder
 from curvcli.files.runs import step_of
 
 # pathlib takes one of the two slashes; a scheme of one letter would be a drive.
@@ -54,20 +53,22 @@ def fetched(path: Path, folder: Path | None = None) -> Path:
     if not files:
         raise InputError(f"{url} does not exist or is empty", hint="check the address and your access to it")
     stamp = json.dumps([url, root, [(name, _version(info)) for name, info in sorted(files.items())]])
-    place = (folder or user_cache_path("curv") / "remote") / hashlib.sha256(stamp.encode()).hexdigest()[:32]
+    copies = KeptFolder(folder or user_cache_path("curv") / "remote", MOST, _COPY, directories=True)
+    place = copies.path / hashlib.sha256(stamp.encode()).hexdigest()[:32]
     target = place / PurePosixPath(root).name
     if not target.exists():
         size = sum(int(info.get("size") or 0) for info in files.values())
         print(plain(f"curv: fetching {len(files)} files, {size / 1e6:,.1f} MB, from {url}"), file=sys.stderr, flush=True)
         try:
+            copies.make()
             _download(lambda far, near: system.get_file(far, near), root, files, target)
         except OSError as error:
             raise InputError(f"cannot keep {url} in {place}: {error}", hint="free space, or set XDG_CACHE_HOME") from error
         except Exception as error:
             raise _unreachable(url, error) from error
-        _evict(place)
-    with suppress(OSError):
-        os.utime(place)
+        with suppress(OSError):  # another process may be at it too
+            copies.evict(place)
+    copies.used(place)
     return target
 
 
@@ -130,9 +131,7 @@ def _files(system: Any, root: str) -> dict[str, dict[str, Any]]:
 
 
 def _download(get: Callable[[str, str], None], root: str, files: dict[str, dict[str, Any]], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(OSError):  # what the user may read is not for others
-        target.parent.parent.chmod(0o700)
+    target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial:
         near = Path(partial) / target.name
         for inner, entry in files.items():
@@ -146,21 +145,6 @@ def _download(get: Callable[[str, str], None], root: str, files: dict[str, dict[
 def _version(info: dict[str, Any]) -> list[str]:
     keys = ("size", "ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime", "last_modified", "created")
     return [str(info[key]) for key in keys if info.get(key) is not None]
-
-
-def _evict(newest: Path) -> None:
-    # Copies and nothing else, and none behind a link.
-    copies = (p for p in newest.parent.iterdir() if _COPY.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
-    places = sorted((p for p in copies if p != newest), key=lambda p: -p.stat().st_mtime)
-    total = _size(newest)
-    for place in places:
-        total += _size(place)
-        if total > MOST:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _unreachable(url: str, error: Exception) -> InputError:

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from curvcli.schedules.lr import highest_from, lr_at, lr_schedule, settles
 from curvcli.schedules.measured import Measured, freeze, grow_from
-from curvcli.schedules.plan import WARMUP, grow
+from curvcli.schedules.plan import INTERVAL, WARMUP, grow
 
-__all__ = ["WARMUP", "Measured", "freeze", "grow", "grow_from", "highest_from", "lr_at", "lr_schedule", "settles"]
+__all__ = [
+    "INTERVAL",
+    "WARMUP",
+    "Measured",
+    "freeze",
+    "grow",
+    "grow_from",
+    "highest_from",
+    "lr_at",
+    "lr_schedule",
+    "settles",
+]

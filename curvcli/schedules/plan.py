@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
-from curvcli.documents import Finding, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, Versions
+from curvcli.documents import Finding, LrSchedule, Phase, Schedule, ScheduleProvenance, Versions
 from curvcli.errors import UsageError
 from curvcli.schedules.lr import lr_at
 
 GROUPS, INTERVAL, WARMUP = 4, 500, 2000
+PlannedOrder = Literal["last", "interleaved"]
 
 
 def grow(
@@ -20,7 +22,7 @@ def grow(
     start: int | None = None,
     groups: int | None = None,
     interval: int = INTERVAL,
-    order: Order = "last",
+    order: PlannedOrder = "last",
     lr: LrSchedule | None = None,
 ) -> Schedule:
     """Default of arXiv 2606.16768: half the depth until warm-up ends, then a group every `interval` steps.
@@ -74,16 +76,15 @@ def grow(
     )
 
 
-def joining(depth: int, start: int, order: Order) -> tuple[list[int], list[int]]:
+def joining(depth: int, start: int, order: PlannedOrder) -> tuple[list[int], list[int]]:
     """The `start` blocks that train at first, and the others in the order in which they join.
 
-    last: the last ones are locked and join bottom up; first: the first ones, and join top down;
-    interleaved: those that train are spread evenly (every second one at half the depth), the others join bottom up.
+    last: the last ones are locked and join bottom up; interleaved: those that train are spread evenly (every second one at
+    half the depth), the others join bottom up. Locking the first ones made training worse at every learning rate tried
+    (benchmarks/README.md): schedules that do are read and obeyed, and not made.
     """
     if order == "last":
         return list(range(start)), list(range(start, depth))
-    if order == "first":
-        return list(range(depth - start, depth)), list(range(depth - start - 1, -1, -1))
     active = [i * depth // start for i in range(start)]
     return active, [block for block in range(depth) if block not in set(active)]
 

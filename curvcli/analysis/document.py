@@ -1,0 +1,224 @@
+"""The report: what was solved for, as a document."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from curvcli import documents
+from curvcli.analysis.solve import Measured, Measurement, Solved
+from curvcli.curvature import resources
+from curvcli.curvature.problem import Problem
+from curvcli.judge.verdict import explain, judge
+from curvcli.models.blocks import display
+from curvcli.models.rows import row_kinds
+from curvcli.optimizers.preconditioner import Preconditioner
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the report says of its inputs, where they are files."""
+
+    checkpoint: Callable[[int, int], documents.Checkpoint] | None = None
+    data: Callable[[float], documents.Data] | None = None
+    lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"] = "optimizer"
+    notes: dict[str, str] = field(default_factory=dict)
+    findings: tuple[documents.Finding, ...] = ()
+    logged_loss: float | None = None
+
+
+def write(work: Measurement, found: Measured, provenance: Provenance, tokens: float | None) -> documents.Report:
+    """The report of a finished measurement.
+
+    Args:
+        provenance: what is said of the inputs; without checkpoint and data of its own they are those in memory.
+        tokens: predictions that the loss averages over, where known; otherwise the rows of the batches are counted.
+    """
+    return _Writer(work, found).report(provenance, tokens)
+
+
+class _Writer:
+    """A finished measurement as a document."""
+
+    def __init__(self, work: Measurement, measured: Measured) -> None:
+        self.work, self.measured = work, measured
+        self.preconditioner, self.problem, self.names = work.preconditioner, work.problem, work.names
+        self.whole = True
+
+    def entry(self, solved: Solved) -> dict[str, Any]:
+        """The fields of an Estimate; values that mean nothing stay null."""
+        extremes = solved.extremes
+        empty = dict.fromkeys(documents.Estimate.model_fields)
+        if extremes is None:
+            return {**empty, "hvps": 0, "status": "skipped" if solved.skipped else "empty"}
+        if extremes.top is None or extremes.bottom is None or extremes.status == "asymmetric":
+            return {**empty, "hvps": extremes.products, "status": extremes.status}
+        top, bottom, threshold = extremes.top, extremes.bottom, self.preconditioner.threshold
+        status = "converged" if extremes.status == "converged" else "unconverged"
+        return {
+            "eigenvalue": top.value,
+            "rho": top.value / threshold if threshold is not None else None,
+            "residual": top.residual,
+            "most_negative": bottom.value,
+            "most_negative_residual": bottom.residual,
+            "most_negative_status": "converged" if extremes.bottom_converged else "unconverged",
+            "hvps": extremes.products,
+            "status": "inconsistent" if solved.inconsistent else status,
+        }
+
+    def report(self, provenance: Provenance, tokens: float | None) -> documents.Report:
+        work, found = self.work, self.measured
+        self.whole = provenance.data is None
+        layers, update = found.layers, found.update
+        parameters = self.problem.parameters
+        numel = {n: parameters[n].numel() for n in self.names}
+        checkpoint = (provenance.checkpoint or _in_memory)(sum(numel.values()), len(layers))
+        loss = -found.loss if self.preconditioner.ascends else found.loss
+        data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
+        optimizer = _optimizer(self.preconditioner, provenance.lr_source)
+        estimate = documents.Estimate(**self.entry(found.full))
+        prefix = work.blocks.prefix if work.blocks else ""
+        ends = None
+        if found.ends is not None:
+            size = sum(numel[n] for n in found.ends.names)
+            ends = documents.PartEstimate(**self.entry(found.ends), name=documents.ENDS, parameters=size)
+        layer_entries = [
+            documents.LayerEstimate(
+                **self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names)
+            )
+            for i, s in enumerate(layers)
+        ]
+        curves = documents.Cumulative(
+            restricted=[documents.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.restricted)],
+            truncated=[documents.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.truncated)],
+        )
+        generalisation = self.generalisation(estimate)
+        attribution, participation = self.attribution(found.full)
+        points = []
+        for share, solved in found.prefixes:
+            entry = self.entry(solved)
+            usable = entry["status"] == "converged"
+            points.append(
+                documents.TokensPoint(
+                    tokens=round(share * data.tokens),
+                    eigenvalue=entry["eigenvalue"] if usable else None,
+                    rho=entry["rho"] if usable else None,
+                )
+            )
+        report = documents.Report(
+            checkpoint=checkpoint,
+            data=data,
+            optimizer=optimizer,
+            full=estimate,
+            ends=ends,
+            layers=layer_entries,
+            cumulative=curves,
+            update=update,
+            tokens=points,
+            generalisation=generalisation,
+            attribution=attribution,
+            participation=participation,
+            verdict=judge(estimate, generalisation),
+            findings=[],
+            cost=documents.Cost(
+                hvps=work.hvps,
+                seconds=time.perf_counter() - work.started,
+                peak_memory_bytes=resources.peak_bytes(work.device),
+                device=str(work.device),
+                mode=work.choice.mode,
+                mode_seconds={str(mode): seconds for mode, seconds in work.choice.seconds.items()},
+            ),
+            versions=documents.Versions.installed(),
+        )
+        findings = explain(
+            report,
+            idle=self.preconditioner.idle,
+            left_out=len(self.preconditioner.left_out),
+            notes=provenance.notes,
+            given=(*provenance.findings, *self.preconditioner.findings),
+            doubts=self.preconditioner.doubts,
+            logged_loss=provenance.logged_loss,
+        )
+        return report.model_copy(update={"findings": findings})
+
+    def generalisation(self, full: documents.Estimate) -> documents.Generalisation:
+        threshold, held_out = self.preconditioner.threshold, self.measured.held_out
+        # Of an estimated preconditioner the scale follows the size of the batches that it was estimated on: no bracket
+        # holds it, nor that of an update which is not known in full.
+        unknown = self.preconditioner.kind == "estimated" or bool(self.preconditioner.doubts)
+        if full.rho is None or full.residual is None or threshold is None or unknown:
+            return documents.Generalisation(held_out=held_out, rho_low=None, rho_high=None)
+        high = full.rho + full.residual / threshold
+        if held_out is not None:
+            low: float | None = min(held_out / threshold, full.rho)
+            high = max(high, held_out / threshold)
+        else:
+            # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
+            low = full.rho if self.whole and len(self.problem.batches) == 1 else None
+        return documents.Generalisation(held_out=held_out, rho_low=low, rho_high=high)
+
+    def attribution(self, full: Solved) -> tuple[list[documents.Attribution], float | None]:
+        """Where the top eigenvector lives: by tensor, and by row where rows are tokens or positions."""
+        top = full.extremes.top if full.extremes else None
+        if top is None:
+            return [], None
+        kinds = row_kinds(self.problem)
+        squares = top.vector.double().square()
+        squares /= squares.sum()
+        sizes = [self.problem.parameters[n].numel() for n in self.names]
+        found = []
+        for name, piece in zip(self.names, squares.split(sizes), strict=True):
+            parameter = self.problem.parameters[name]
+            shape, rows, kind = parameter.shape, None, kinds.get(id(parameter))
+            if kind is not None:
+                shares, ids = piece.view(shape).sum(dim=1).topk(min(5, shape[0]))
+                rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
+            found.append(documents.Attribution(tensor=display(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
+        return sorted(found, key=lambda m: -m.mass), float(1 / squares.square().sum())
+
+
+def _in_memory(parameters: int, layers: int) -> documents.Checkpoint:
+    return documents.Checkpoint(path="(in memory)", format="module", step=None, parameters=parameters, layers=layers)
+
+
+def _batches(problem: Problem, loss: float, tokens: float | None) -> documents.Data:
+    digest = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value):
+                feed(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                feed(item)
+
+    feed(list(problem.batches))
+    count = round(tokens) if tokens is not None else problem.rows
+    return documents.Data(path="(in memory)", tokens=count, sequence_length=None, sha256=digest.hexdigest(), loss=loss)
+
+
+def _optimizer(preconditioner: Preconditioner, lr_source: Any) -> documents.Optimizer:
+    def number(key: str) -> float | None:
+        value = preconditioner.options.get(key)
+        return None if value is None else float(value)
+
+    betas = preconditioner.options.get("betas")
+    return documents.Optimizer(
+        name=preconditioner.name,
+        lr=preconditioner.lr,
+        lr_source=lr_source if preconditioner.lr is not None else "none",
+        betas=(float(betas[0]), float(betas[1])) if betas is not None else None,
+        eps=number("eps"),
+        weight_decay=number("weight_decay"),
+        momentum=number("momentum"),
+        step=preconditioner.step,
+        threshold=preconditioner.threshold,
+        preconditioner=preconditioner.kind,
+    )
