@@ -27,7 +27,7 @@ ROOMS = {
     "render": {"errors", "documents", "judge", "schedules"},
     "analysis": {"errors", "files", "documents", "curvature", "models", "optimizers", "checkpoints", "data", "judge"},
     "training": {"errors", "documents", "curvature", "models", "optimizers", "checkpoints", "data"},
-    "cli": {"errors", "documents", "judge", "schedules", "render", "analysis", "training"},
+    "cli": {"errors", "documents", "optimizers", "judge", "schedules", "render", "analysis", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson, Extremes
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
-from curvcli.curvature.operator import PreconditionedHessian, lift
+from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.documents import Update
 from curvcli.errors import OutOfTime
@@ -92,7 +92,7 @@ class Measurement:
         self.started = time.perf_counter()
         self.hvps = 0
         self.stages = _Stages(len(blocks.modules) if blocks else 0, progress, depths)
-        self.names = [n for n in problem.parameters if n in preconditioner.scale]
+        self.names = [n for n in problem.parameters if n in preconditioner.root]
         of_block = [{id(p) for p in block.parameters()} for block in (blocks.modules if blocks else ())]
         self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
         inside = {n for names in self.layer_names for n in names}
@@ -112,7 +112,7 @@ class Measurement:
     # --- solving -----------------------------------------------------------------------------
 
     def operator(self, hvp: HVP, names: Sequence[str]) -> PreconditionedHessian:
-        return PreconditionedHessian(hvp, names, dict(self.preconditioner.scale), dict(self.preconditioner.decay))
+        return PreconditionedHessian(hvp, self.preconditioner.root.restrict(names), self.preconditioner.decay)
 
     @property
     def coarse(self) -> Davidson:
@@ -135,8 +135,7 @@ class Measurement:
             raise OutOfTime
 
     def carry(self, operator: PreconditionedHessian, names: Sequence[str], vector: Tensor) -> Tensor:
-        sizes = {n: p.numel() for n, p in self.problem.parameters.items()}
-        return operator.carry(vector, names, sizes)
+        return operator.root.carry(vector, self.preconditioner.root.restrict(names))
 
     def ends(self, *solved: Solved) -> list[tuple[Sequence[str], Tensor]]:
         """Start vectors: the eigenvectors found at both ends."""
@@ -146,7 +145,7 @@ class Measurement:
     def direction(self, full: Solved) -> Directions:
         """The top eigenvector found, for the next checkpoint to start from; empty where there is none."""
         top = full.extremes.top if full.extremes else None
-        return lift(top.vector, full.names, self.preconditioner.scale) if top else {}
+        return self.preconditioner.root.restrict(full.names).lift(top.vector) if top else {}
 
     # --- the parts ---------------------------------------------------------------------------
 
@@ -247,7 +246,7 @@ class Measurement:
         Of two Ritz values the greater is nearer the top. Where the random start's is greater by more than the other's
         residual, that one has converged to what was the top eigenvector at the checkpoint before and is not now.
         """
-        start = self.operator(hvp, self.names).lower(self.start or {})
+        start = self.operator(hvp, self.names).root.lower(self.start or {})
         warm = self.solve(hvp, self.names, [(self.names, start)])
         self.both = warm, cold
         return cold if missed(warm, cold) else warm
@@ -283,7 +282,7 @@ class Measurement:
                 last = depth == depths[-1]
                 self.stages.enter("full model" if last else f"restricted to depth {depth}")
                 self.in_time()
-                mask = operator.mask(self.upto(depth))
+                mask = operator.root.mask(self.upto(depth))
                 ends = self.ends(*([hint] if hint else []))
                 start = ends if depth == 0 or last else ends[:1]
                 start += self.ends(layers[depth - 1])[:1] if depth else self.ends(*outside)[:1]

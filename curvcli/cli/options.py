@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from curvcli.errors import UsageError
+from curvcli.optimizers import optimizer_names
 
 
 class HvpMode(StrEnum):
@@ -55,7 +56,8 @@ SequenceLength = Annotated[
 ]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Windows per forward pass.  [default: by memory]")]
 OptimizerName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Adam, AdamW, NAdam, SGD, RMSprop, Adagrad, or none for the bare Hessian.")
+    str | None,
+    typer.Option(metavar="NAME", help=f"{', '.join(optimizer_names())}, or none for the bare Hessian."),
 ]
 Lr = Annotated[
     float | None,
