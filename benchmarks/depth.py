@@ -35,7 +35,7 @@ def at_initialisation(depth: int, seed: int) -> float | None:
 
 
 def top(problem: Problem, metric: Any) -> tuple[float | None, float | None]:
-    found = SOLVER.extremes(PreconditionedHessian(KeptGraph(problem), list(metric.scale), dict(metric.scale)))
+    found = SOLVER.extremes(PreconditionedHessian(KeptGraph(problem), metric.root))
     if found.top is None or found.status != "converged":
         return None, None
     return found.top.value, found.top.value / metric.threshold if metric.threshold else None

@@ -24,13 +24,13 @@ from curvcli.curvature.hvp import build
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import causal_loss
+from curvcli.optimizers.preconditioner import identity
 
 COUNTS = (*range(2, 13), 15, 20, 25, 30, 40)  # the same for all
 
 
 def operator(task: Problem) -> PreconditionedHessian:
-    ones = {n: torch.ones_like(p) for n, p in task.parameters.items()}
-    return PreconditionedHessian(build(task, "kept"), list(task.parameters), ones)
+    return PreconditionedHessian(build(task, "kept"), identity(task.parameters).root)
 
 
 class Logits(nn.Module):

@@ -267,7 +267,8 @@ def read_everything(path: Path, name: str, original: Path | None = None) -> Outc
         view = checkpoint.optimizer.view(model)
         found += state_findings(view, checkpoint.step, path)
         metric = prepare(view, {n: p for n, p in model.named_parameters() if p.requires_grad})
-        assert all(bool(torch.isfinite(scale).all()) for scale in metric.scale.values())
+        ones = torch.ones(metric.root.space.size, dtype=metric.root.space.dtype)
+        assert all(bool(torch.isfinite(lifted).all()) for lifted in metric.root.lift(ones).values())
         for key in sorted(view.state):
             for part in ("step", "exp_avg", "exp_avg_sq"):
                 digest.update(torch.as_tensor(view.state[key].get(part, 0)).double().numpy().tobytes())

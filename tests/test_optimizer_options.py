@@ -105,7 +105,12 @@ def test_the_update_is_what_the_rule_says(case: str) -> None:
     metric, optimizer, _, still, by_gradient, by_weight = response(case)
     group = optimizer.param_groups[0]
     # The step answers a gradient by -rate c / P, with one c for all entries: what of it is taken at once.
-    taken = -by_gradient / metric.lr / metric.scale["w"].square() * (-1 if metric.ascends else 1)
+    taken = (
+        -by_gradient
+        / metric.lr
+        / metric.root["w"].apply(torch.ones_like(by_gradient)).square()
+        * (-1 if metric.ascends else 1)
+    )
     if "old" in case:  # its decay comes after the step and shrinks that too
         taken = taken / (1 - group["lr"] * group["weight_decay"])
     if "nadam" not in case:  # whose c changes from step to step
@@ -153,7 +158,7 @@ def test_maximised_curvature_is_that_of_minus_the_loss(make: Callable) -> None:
 
     point = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
     hessian = torch.autograd.functional.hessian(flat, point)
-    scale = torch.cat([metric.scale[n].reshape(-1) for n in parameters])
+    scale = torch.cat([metric.root[n].apply(torch.ones_like(p)).reshape(-1) for n, p in parameters.items()])
     decay = 0.0 if make is O.AdamW else 0.2
     expected = torch.linalg.eigvalsh(scale[:, None] * (-hessian + decay * torch.eye(10)) * scale)[-1]
     assert report.full.eigenvalue == pytest.approx(float(expected), rel=1e-6)

@@ -79,8 +79,9 @@ def test_a_layout_of_adam_is_read_as_adam(trained: tuple, layout: str) -> None:
     assert metric.threshold == pytest.approx(expected.threshold)
     assert ("decay-assumed" in {f.code for f in metric.findings}) == (layout == "fused")
     assert metric.direction is not None
-    for name, scale in expected.scale.items():
-        assert torch.equal(metric.scale[name], scale)
+    ones = {n: torch.ones_like(p) for n, p in parameters.items()}
+    for name, root in expected.root.items():
+        assert torch.equal(metric.root[name].apply(ones[name]), root.apply(ones[name]))
         assert torch.equal(metric.direction[name], expected.direction[name])
     assert {f.code for f in state_findings(view, STEPS, "file")} <= {"absurd-moment"}
     bad = OptimizerView(view.groups, {n: convert({**optimizer.state[p], "exp_avg": p + 1e3}) for n, p in parameters.items()})
@@ -101,7 +102,9 @@ def test_a_layout_in_a_trainers_file(trained: tuple, layout: str, tmp_path: Path
     assert checkpoint.optimizer is not None
     found = prepare(checkpoint.optimizer.view(checkpoint.model()), parameters)
     expected = prepare(live(optimizer, parameters), parameters)
-    assert all(torch.equal(found.scale[n], s) for n, s in expected.scale.items())
+    ones = {n: torch.ones_like(p) for n, p in parameters.items()}
+    assert list(found.root) == list(expected.root)
+    assert all(torch.equal(found.root[n].apply(ones[n]), root.apply(ones[n])) for n, root in expected.root.items())
 
 
 def one(entry: dict[str, Any], **options: Any) -> OptimizerView:
@@ -185,7 +188,7 @@ def test_whatever_is_missing_or_wrong_is_an_error_of_ours_or_a_finite_metric(kin
         except CurvError:
             refused += 1
             continue
-        assert bool(torch.isfinite(metric.scale["w"]).all())
+        assert bool(torch.isfinite(metric.root["w"].apply(torch.ones(3))).all())
         assert metric.threshold is None or 0 < metric.threshold < float("inf")
         assert isinstance(metric.direction, dict | None)
         assert all(bool(torch.isfinite(Tensor(u)).all()) for u in (metric.direction or {}).values())

@@ -52,7 +52,7 @@ def test_real_optimizer_flips_at_the_threshold(case: str, factor: float) -> None
     metric = prepare(live(optimizer, {"w": weight}), {"w": weight})
     # lambda = s (h + decay) s, so the curvature h that sits at factor times the threshold is:
     assert metric.threshold is not None
-    h = factor * metric.threshold / float(metric.scale["w"]) ** 2 - metric.decay.get("w", 0.0)
+    h = factor * metric.threshold / float(metric.root["w"].apply(torch.ones_like(weight))) ** 2 - metric.decay.get("w", 0.0)
     with torch.no_grad():
         weight.fill_(1e-6)
     sizes = []

@@ -17,6 +17,7 @@ from curvcli.curvature.hvp import Mode
 from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
 from curvcli.models.blocks import find_blocks, locate, survey
+from curvcli.optimizers.adam import ESTIMATED
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.given import scaled
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, prepare
@@ -26,7 +27,7 @@ from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity
 class Estimated:
     """In place of optimizer state that was not saved: estimate Adam's from the data, with these options."""
 
-    options: dict[str, Any] = field(default_factory=lambda: {"betas": (0.9, 0.999), "eps": 1e-8})
+    options: dict[str, Any] = field(default_factory=lambda: dict(ESTIMATED))
 
 
 def analyze(

@@ -30,14 +30,11 @@ from curvcli.errors import InputError, UsageError
 from curvcli.models.architecture import named
 from curvcli.models.base import Architecture, Task
 from curvcli.models.user_code import blamed
-from curvcli.optimizers import NAMES
-from curvcli.optimizers.adam import Adam
+from curvcli.optimizers import optimizer_names, rule_named
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.given import at_logged, check_known, override, scaled
-from curvcli.optimizers.sgd import SGD
 
 DEFAULT_TOKENS = 8192
-OPTIMIZERS = (*NAMES, "none")
 
 
 @dataclass(frozen=True)
@@ -196,9 +193,10 @@ def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path
 
 def _named(optimizer: str | None) -> str | None:
     """The optimizer that --optimizer names, as torch spells it. Raises UsageError."""
-    names = {n.lower(): n for n in OPTIMIZERS}
+    offered = (*optimizer_names(), "none")
+    names = {n.lower(): n for n in offered}
     if optimizer is not None and optimizer.lower() not in names:
-        raise UsageError(f"unknown optimizer {optimizer!r}", hint=f"one of: {', '.join(OPTIMIZERS)}")
+        raise UsageError(f"unknown optimizer {optimizer!r}", hint=f"one of: {', '.join(offered)}")
     return names[optimizer.lower()] if optimizer else None
 
 
@@ -225,16 +223,17 @@ def _optimizer(
         return None, "none", {}
     if checkpoint.optimizer is None:
         lr_source: Literal["option", "none"] = "option" if options.lr is not None else "none"
-        if name == "SGD":
-            check_known(SGD(), given)
-            return OptimizerView((Group(tuple(parameters), given),), {}, "SGD", vouched=True), lr_source, {}
-        if name not in (None, "Adam", "AdamW"):
+        rule = rule_named(name or "AdamW")
+        if not rule.state:
+            check_known(rule, given)
+            return OptimizerView((Group(tuple(parameters), given),), {}, name, vouched=True), lr_source, {}
+        if rule.defaults is None:
             raise InputError(
                 f"{checkpoint.path} has no optimizer state, and {name}'s cannot be estimated",
                 hint="give a checkpoint with optimizer state, or --optimizer adamw",
             )
-        check_known(Adam(), given)
-        return Estimated({"betas": (0.9, 0.999), "eps": 1e-8, **given}), lr_source, {}
+        check_known(rule, given)
+        return Estimated({**rule.defaults, **given}), lr_source, {}
     gradients = evidence()
     try:
         view = checkpoint.optimizer.view(model)

@@ -83,7 +83,7 @@ class Measurement:
         self.started = time.perf_counter()
         self.hvps = 0
         self.stages = _Stages(len(blocks.modules) if blocks else 0, progress, depths)
-        self.names = [n for n in problem.parameters if n in preconditioner.scale]
+        self.names = [n for n in problem.parameters if n in preconditioner.root]
         of_block = [{id(p) for p in block.parameters()} for block in (blocks.modules if blocks else ())]
         self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
         inside = {n for names in self.layer_names for n in names}
@@ -101,7 +101,7 @@ class Measurement:
     # --- solving -----------------------------------------------------------------------------
 
     def operator(self, hvp: HVP, names: Sequence[str]) -> PreconditionedHessian:
-        return PreconditionedHessian(hvp, names, dict(self.preconditioner.scale), dict(self.preconditioner.decay))
+        return PreconditionedHessian(hvp, self.preconditioner.root.restrict(names), self.preconditioner.decay)
 
     @property
     def coarse(self) -> Davidson:
@@ -124,8 +124,7 @@ class Measurement:
             raise OutOfTime
 
     def carry(self, operator: PreconditionedHessian, names: Sequence[str], vector: Tensor) -> Tensor:
-        sizes = {n: p.numel() for n, p in self.problem.parameters.items()}
-        return operator.carry(vector, names, sizes)
+        return operator.root.carry(vector, self.preconditioner.root.restrict(names))
 
     def ends(self, *solved: Solved) -> list[tuple[Sequence[str], Tensor]]:
         """Start vectors: the eigenvectors found at both ends."""
@@ -251,7 +250,7 @@ class Measurement:
                 last = depth == depths[-1]
                 self.stages.enter("full model" if last else f"restricted to depth {depth}")
                 self.in_time()
-                mask = operator.mask(self.upto(depth))
+                mask = operator.root.mask(self.upto(depth))
                 ends = self.ends(*([hint] if hint else []))
                 start = ends if depth == 0 or last else ends[:1]
                 start += self.ends(layers[depth - 1])[:1] if depth else self.ends(*outside)[:1]

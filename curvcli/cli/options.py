@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from curvcli.errors import UsageError
+from curvcli.optimizers import optimizer_names
 
 
 class HvpMode(StrEnum):
@@ -87,8 +88,7 @@ OptimizerName = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Optimizer: Adam, AdamW, NAdam, SGD, RMSprop, Adagrad, or none for the bare Hessian.  "
-        "[default: the checkpoint's]",
+        help=f"Optimizer: {', '.join(optimizer_names())}, or none for the bare Hessian.  [default: the checkpoint's]",
     ),
 ]
 Lr = Annotated[

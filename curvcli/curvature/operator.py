@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from curvcli.curvature.hvp import HVP
+from curvcli.curvature.inverse_root import ModelRoot
 from curvcli.curvature.space import OneDevice, Space
 
 
@@ -35,77 +35,26 @@ class DenseOperator:
 
 
 class PreconditionedHessian:
-    """S^(1/2) (H + L) S^(1/2) restricted to named parameters, on flat vectors.
+    """P^(-1/2) (H + L) P^(-1/2) restricted to named parameters, on flat vectors: G of arXiv 2606.16768.
 
-    With S = P^(-1) this is the preconditioned Hessian G (arXiv 2606.16768). L is the diagonal that a
-    coupled (not decoupled) weight decay adds to the Hessian.
+    L is the diagonal that a coupled (not decoupled) weight decay adds to the Hessian.
 
     Args:
         hvp: products with H.
-        names: the parameters that move; order of the flat vector.
-        scale: root of S for each name, in the parameter's shape.
+        root: P^(-1/2) of the parameters that move, in the order of the flat vector.
         decay: coupled weight decay for each name (absent means 0).
     """
 
-    def __init__(
-        self, hvp: HVP, names: Sequence[str], scale: dict[str, Tensor], decay: dict[str, float] | None = None
-    ) -> None:
-        if not names:
-            raise ValueError("an operator needs at least one parameter")
-        self.hvp, self.names = hvp, tuple(names)
-        self.scale = [scale[n] for n in names]
-        self.decay = [(decay or {}).get(n, 0.0) for n in names]
-        self.sizes = [s.numel() for s in self.scale]
-        self.space = OneDevice(sum(self.sizes), self.scale[0].dtype, self.scale[0].device)
-
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """A flat vector as tensors in the parameters' shapes (views)."""
-        return [v.view(s.shape) for v, s in zip(vector.split(self.sizes), self.scale, strict=True)]
-
-    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Inverse of `split`."""
-        return torch.cat([t.reshape(-1) for t in tensors])
+    def __init__(self, hvp: HVP, root: ModelRoot, decay: Mapping[str, float] | None = None) -> None:
+        self.hvp, self.root = hvp, root
+        self.decay = [(decay or {}).get(n, 0.0) for n in root.names]
+        self.space = root.space
 
     def matvec(self, vector: Tensor) -> Tensor:
-        tangents = [s * v for s, v in zip(self.scale, self.split(vector), strict=True)]
-        images = self.hvp.product(self.names, tangents)
-        return self.flatten(
-            [
-                s * (image.detach() + weight * t if weight else image.detach())
-                for s, image, t, weight in zip(self.scale, images, tangents, self.decay, strict=True)
-            ]
-        )
-
-    def mask(self, names: Sequence[str]) -> Tensor:
-        """Boolean vector, true on the entries of the given names."""
-        chosen = set(names)
-        return torch.cat(
-            [
-                torch.full((size,), n in chosen, dtype=torch.bool, device=self.space.device)
-                for n, size in zip(self.names, self.sizes, strict=True)
-            ]
-        )
-
-    def carry(self, vector: Tensor, names: Sequence[str], sizes: dict[str, int]) -> Tensor:
-        """A flat vector over other `names` (of `sizes`): cut to this operator's, padded with zeros."""
-        pieces = dict(zip(names, vector.split([sizes[n] for n in names]), strict=True))
-        return torch.cat(
-            [pieces[n] if n in pieces else vector.new_zeros(size) for n, size in zip(self.names, self.sizes, strict=True)]
-        )
-
-    def lower(self, direction: Mapping[str, Tensor]) -> Tensor:
-        """A direction of the weights as a flat vector, the inverse of `lift`; absent names are 0."""
-        pieces = []
-        for name, scale in zip(self.names, self.scale, strict=True):
-            if name in direction and direction[name].shape == scale.shape:
-                ratio = direction[name].to(scale) / scale
-                pieces.append(torch.where(scale > 0, ratio, torch.zeros_like(ratio)))
-            else:
-                pieces.append(torch.zeros_like(scale))
-        return self.flatten(pieces)
-
-
-def lift(vector: Tensor, names: Sequence[str], scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A flat vector v over `names` as the direction S^(1/2) v of the weights: what lasts while S moves on."""
-    pieces = vector.split([scale[n].numel() for n in names])
-    return {n: scale[n] * v.view(scale[n].shape) for n, v in zip(names, pieces, strict=True)}
+        tangents = self.root.apply(self.root.split(vector))
+        images = self.hvp.product(self.root.names, tangents)
+        curved = [
+            image.detach() + weight * t if weight else image.detach()
+            for image, t, weight in zip(images, tangents, self.decay, strict=True)
+        ]
+        return self.root.flatten(self.root.apply(curved))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from torch import Tensor
 
-from curvcli.optimizers.base import Group, OptimizerView, State, moment, product, steps
+from curvcli.curvature.inverse_root import Diagonal
+from curvcli.documents import Finding
+from curvcli.optimizers.base import Group, OptimizerView, Options, Rule, State, moment, product, steps
 
 _SHARED = frozenset({"lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay"})
 # Copies of the weights in float32, and what was lost to rounding.
 _COPIES = frozenset({"master_param", "master", "compensation", "kahan_comp"})
+ESTIMATED: Options = MappingProxyType({"betas": (0.9, 0.999), "eps": 1e-8})
+_LATE = 1e9  # steps after which no bias is left to correct
 
 
-class Adam:
+class Adam(Rule):
     """Cohen et al., arXiv 2207.14484: threshold (2/lr - wd)(1 + b1)/(1 - b1).
 
     Bias correction is as the group says: off with transformers' `correct_bias` or apex' and DeepSpeed's
@@ -24,32 +30,29 @@ class Adam:
     )
     state = frozenset({"exp_avg", "exp_avg_sq"})
     extra = _COPIES | {"step", "max_exp_avg_sq"}
+    unset = frozenset({"max_exp_avg_sq"})
+    second = "exp_avg_sq"
+    averages = ("exp_avg", "exp_avg_sq")
     options = _SHARED | {"amsgrad", "correct_bias", "bias_correction", "adam_w_mode"}
-
-    def matches(self, view: OptimizerView) -> bool:
-        return self.state <= view.keys
+    defaults: Options | None = ESTIMATED
 
     def name(self, view: OptimizerView) -> str:
         if view.name in ("Adam", "AdamW"):
             return view.name
         return "AdamW" if all(self.decoupled(g, view.name) for g in view.groups) else "Adam"
 
-    def preconditioner(self, group: Group, state: State) -> Tensor:
-        root: Tensor = moment(state, "max_exp_avg_sq" if group.flag("amsgrad") else "exp_avg_sq").sqrt()
-        eps = group.number("eps", 1e-8)
+    def preconditioner(self, group: Group, state: State) -> Diagonal:
+        square = moment(state, "max_exp_avg_sq" if group.flag("amsgrad") else "exp_avg_sq")
+        root, eps = square.sqrt(), group.number("eps", 1e-8)
         if not all(group.flag(key, True) for key in ("correct_bias", "bias_correction")):
-            return root + eps
+            return Diagonal.of(root + eps, square)
         first, second = (1 - beta ** steps(state) for beta in group.betas)
         # transformers adds eps to the root before it is corrected.
         inner, outer = (eps, 0.0) if "correct_bias" in group.options else (0.0, eps)
-        corrected: Tensor = ((root + inner) / second**0.5 + outer) * first
-        return corrected
+        return Diagonal.of(((root + inner) / second**0.5 + outer) * first, square)
 
     def transfer(self, group: Group, state: State) -> float:
         return (1 - group.betas[0]) / (1 + group.betas[0])
-
-    def lr(self, group: Group, state: State) -> float:
-        return group.number("lr")
 
     def decoupled(self, group: Group, name: str | None) -> bool:
         # Files from before torch 2.8 do not say; AdamW is what trainers of Transformers use. bitsandbytes' Adam decouples.
@@ -58,6 +61,23 @@ class Adam:
 
     def momentum(self, group: Group, state: State) -> Tensor:
         return state["exp_avg"]  # type: ignore[no-any-return]
+
+    def expected(self, mean: Tensor, square: Tensor) -> State:
+        return {"step": _LATE, "exp_avg": mean, "exp_avg_sq": square, "max_exp_avg_sq": square}
+
+    def findings(self, view: OptimizerView) -> list[Finding]:
+        says = {"decoupled_weight_decay", "adam_w_mode", "correct_bias", "t_alpha"}
+        unsaid = [group for group in view.groups if says.isdisjoint(group.options)]
+        if view.name is not None or not any(g.number("weight_decay", 0.0) for g in unsaid):
+            return []
+        return [
+            Finding(
+                code="decay-assumed",
+                severity="info",
+                message="the checkpoint does not say whether weight decay is decoupled: it is taken as AdamW's; pass "
+                "--optimizer adam where it is part of the gradient",
+            )
+        ]
 
 
 class NAdam(Adam):
@@ -70,15 +90,17 @@ class NAdam(Adam):
     names = frozenset({"NAdam"})
     state = frozenset({"exp_avg", "exp_avg_sq", "mu_product"})
     extra = frozenset({"step"})
+    counts = frozenset({"step", "mu_product"})
+    unset: frozenset[str] = frozenset()
     options = _SHARED | {"momentum_decay"}
+    defaults = None  # of an optimizer that is rare no file without state is taken for its
 
     def name(self, view: OptimizerView) -> str:
         return "NAdam"
 
-    def preconditioner(self, group: Group, state: State) -> Tensor:
-        correction = 1 - group.betas[1] ** steps(state)
-        root: Tensor = (moment(state, "exp_avg_sq") / correction).sqrt() + group.number("eps", 1e-8)
-        return root
+    def preconditioner(self, group: Group, state: State) -> Diagonal:
+        square, correction = moment(state, "exp_avg_sq"), 1 - group.betas[1] ** steps(state)
+        return Diagonal.of((square / correction).sqrt() + group.number("eps", 1e-8), square)
 
     def transfer(self, group: Group, state: State) -> float:
         now, ahead = self._coefficients(group, state)
@@ -91,6 +113,12 @@ class NAdam(Adam):
         # The share of the gradient itself is taken from m too: the next gradient is not known.
         now, ahead = self._coefficients(group, state)
         return state["exp_avg"] * (now + ahead)  # type: ignore[no-any-return]
+
+    def expected(self, mean: Tensor, square: Tensor) -> State:
+        return {"step": _LATE, "mu_product": 0.0, "exp_avg": mean, "exp_avg_sq": square}
+
+    def findings(self, view: OptimizerView) -> list[Finding]:
+        return []  # its decay is coupled unless its group says otherwise
 
     def _coefficients(self, group: Group, state: State) -> tuple[float, float]:
         beta, decay, step = group.betas[0], group.number("momentum_decay", 4e-3, least=0.0), steps(state)

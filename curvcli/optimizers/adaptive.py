@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from curvcli.curvature.inverse_root import Diagonal
 from curvcli.errors import InputError
-from curvcli.optimizers.base import Group, OptimizerView, State, moment, steps
+from curvcli.optimizers.base import Group, Rule, State, moment, steps
 
 
-class RMSprop:
+class RMSprop(Rule):
     """Cohen et al., arXiv 2207.14484: threshold 2/lr, (2 + 2b)/lr with momentum."""
 
     names = frozenset({"RMSprop"})
     state = frozenset({"square_avg"})
     extra = frozenset({"step", "momentum_buffer", "grad_avg"})
+    unset = frozenset({"momentum_buffer", "grad_avg"})
+    second = "square_avg"
     options = frozenset({"lr", "alpha", "eps", "momentum", "centered", "weight_decay", "maximize"})
 
-    def matches(self, view: OptimizerView) -> bool:
-        return self.state <= view.keys
-
-    def name(self, view: OptimizerView) -> str:
-        return "RMSprop"
-
-    def preconditioner(self, group: Group, state: State) -> Tensor:
-        square = moment(state, "square_avg")
+    def preconditioner(self, group: Group, state: State) -> Diagonal:
+        average = moment(state, "square_avg")
+        square = average
         if group.flag("centered"):
             mean = state.get("grad_avg")
             if not isinstance(mean, Tensor):
@@ -31,49 +29,30 @@ class RMSprop:
                     "RMSprop is centered and its state has no 'grad_avg'", hint="it is damaged: use another checkpoint"
                 )
             square = (square - mean.to(square).square()).clamp_min(0)
-        return square.sqrt() + group.number("eps", 1e-8)
+        return Diagonal.of(square.sqrt() + group.number("eps", 1e-8), average)
 
     def transfer(self, group: Group, state: State) -> float:
         return 1 / (1 + group.fraction("momentum"))
 
-    def lr(self, group: Group, state: State) -> float:
-        return group.number("lr")
-
-    def decoupled(self, group: Group, name: str | None) -> bool:
-        return False
-
     def momentum(self, group: Group, state: State) -> Tensor | None:
         buffer = state.get("momentum_buffer")
         # PyTorch's buffer holds gradients that were divided already: undo it, for the caller divides again.
-        return None if buffer is None else buffer * self.preconditioner(group, state)
+        return None if buffer is None else buffer * self.preconditioner(group, state).entries
 
 
-class Adagrad:
+class Adagrad(Rule):
     """Threshold 2/lr with lr decayed as torch/optim/adagrad.py does: lr / (1 + (t - 1) lr_decay)."""
 
     names = frozenset({"Adagrad"})
     state = frozenset({"sum"})
     extra = frozenset({"step"})
+    second = "sum"
     options = frozenset({"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value", "maximize"})
 
-    def matches(self, view: OptimizerView) -> bool:
-        return self.state <= view.keys
-
-    def name(self, view: OptimizerView) -> str:
-        return "Adagrad"
-
-    def preconditioner(self, group: Group, state: State) -> Tensor:
-        return moment(state, "sum").sqrt() + group.number("eps", 1e-10)
-
-    def transfer(self, group: Group, state: State) -> float:
-        return 1.0
+    def preconditioner(self, group: Group, state: State) -> Diagonal:
+        total = moment(state, "sum")
+        return Diagonal.of(total.sqrt() + group.number("eps", 1e-10), total)
 
     def lr(self, group: Group, state: State) -> float:
         decay = group.number("lr_decay", 0.0, least=0.0)
         return group.number("lr") / (1 + (steps(state) - 1) * decay) if decay else group.number("lr")
-
-    def decoupled(self, group: Group, name: str | None) -> bool:
-        return False
-
-    def momentum(self, group: Group, state: State) -> None:
-        return None

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
 
@@ -17,6 +18,9 @@ Options = Mapping[str, Any]
 State = Mapping[str, Any]
 
 NO_OPTIMIZER = "pass --optimizer none (in Python optimizer=None) for the curvature of the loss itself, without rho"
+
+_MASKED = "it masks entries of the update by their sign, which is no linear map of the gradient"
+_SLOW = "it adds a second, slow moment to the update"
 
 # bitsandbytes puts what it quantises under this key of each parameter's state, and what it does not quantise too.
 _NESTED = "__bnb_optimizer_quant_state__"
@@ -113,45 +117,68 @@ class OptimizerView:
         return max((int(step) for step in counted if abs(step) < float("inf")), default=None)
 
 
-class Rule(Protocol):
+class Rule:
     """How one family of optimizers turns curvature into stability; formulas in docs/explanation/method.md.
 
-    What is not declared here is not ignored: `options.scrutinise` refuses it, or doubts the result.
+    A family is a subclass in a file of its own and a line in `optimizers.RULES`. All that the rest of the package knows of
+    it is declared here. What is not declared is not ignored: `options.scrutinise` refuses it, or doubts the result.
 
     Attributes:
         names: classes that follow it.
-        state: entries that every parameter has after a step, and `extra`: those that it may have.
+        state: entries that every parameter has after a step.
+        extra: entries that a parameter may have besides.
+        counts: those of them that are numbers and no tensors.
+        unset: those of them that are None while an option is off.
+        shaped_otherwise: those of them whose shape is not the parameter's, as factors are.
+        second: the entry that averages or sums squared gradients entry by entry, by which state is told apart from that of
+            other parameters; None where there is none.
+        averages: the entries of the two moments that are averages of the same gradients with the group's betas, which
+            bounds one by the other; None where there are none.
         options: group options that the rule honours.
+        refusals: options that are known and harmless while off, and what on they do to the update: reason to refuse.
+        defaults: options with which state that was not saved may be estimated from gradients; None where it may not.
     """
 
-    @property
-    def names(self) -> frozenset[str]: ...
-    @property
-    def state(self) -> frozenset[str]: ...
-    @property
-    def extra(self) -> frozenset[str]: ...
-    @property
-    def options(self) -> frozenset[str]: ...
+    names: frozenset[str] = frozenset()
+    state: frozenset[str] = frozenset()
+    extra: frozenset[str] = frozenset()
+    counts: frozenset[str] = frozenset({"step"})
+    unset: frozenset[str] = frozenset()
+    shaped_otherwise: frozenset[str] = frozenset()
+    second: str | None = None
+    averages: tuple[str, str] | None = None
+    options: frozenset[str] = frozenset()
+    refusals: Mapping[str, str] = {
+        "caution": _MASKED,
+        "cautious": _MASKED,
+        "corrected_weight_decay": "its decay follows the square of the learning rate",
+        "selective_updates": "it leaves entries without a gradient as they are",
+        "use_muon": "it orthogonalises the update",
+        "alpha": _SLOW,
+        "t_alpha": _SLOW,
+        "t_beta3": _SLOW,
+    }
+    defaults: Options | None = None
 
     def name(self, view: OptimizerView) -> str:
-        """The optimizer's name in torch.optim."""
-        ...
+        """The optimizer's name in torch.optim, for the report."""
+        return view.name or min(self.names)
 
     def matches(self, view: OptimizerView) -> bool:
-        """Whether state without a class's name is of this family."""
-        ...
+        """Whether state without a class's name is of this family. Of several that match the one with most state is taken."""
+        return bool(self.state) and self.state <= view.keys
 
-    def preconditioner(self, group: Group, state: State) -> Tensor | None:
-        """P of one parameter, in its shape, positive; None for the identity."""
-        ...
+    def preconditioner(self, group: Group, state: State) -> InverseRoot:
+        """P of one parameter by its inverse root, without the learning rate: the update is -lr P^(-1) m."""
+        raise NotImplementedError
 
     def transfer(self, group: Group, state: State) -> float:
         """Momentum filter's transfer function at z = -1, g(-1)."""
-        ...
+        return 1.0
 
     def lr(self, group: Group, state: State) -> float:
         """Learning rate that multiplies P^(-1) at this step."""
-        ...
+        return group.number("lr")
 
     def decoupled(self, group: Group, name: str | None) -> bool:
         """Whether weight decay acts on the weights alone rather than as part of the gradient.
@@ -159,11 +186,19 @@ class Rule(Protocol):
         Args:
             name: the optimizer's class, where it is known.
         """
-        ...
+        return False
 
     def momentum(self, group: Group, state: State) -> Tensor | None:
         """m such that the update is -lr P^(-1) m; None where the gradient itself is used."""
-        ...
+        return None
+
+    def expected(self, mean: Tensor, square: Tensor) -> State | None:
+        """State after many steps of gradients with this mean and mean square; None where that does not tell it."""
+        return None
+
+    def findings(self, view: OptimizerView) -> list[Finding]:
+        """What the rule had to assume."""
+        return []
 
 
 def moment(state: State, key: str) -> Tensor:

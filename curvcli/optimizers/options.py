@@ -26,19 +26,6 @@ _KEPT = {
 }  # fmt: skip
 _LABELS = ("_name", "_names", "_id")
 
-_MASKED = "it masks entries of the update by their sign, which is no linear map of the gradient"
-# Known and read as written while off. On, they make another update, for which no rule is here.
-_OFF = {
-    "caution": _MASKED,
-    "cautious": _MASKED,
-    "corrected_weight_decay": "its decay follows the square of the learning rate",
-    "selective_updates": "it leaves entries without a gradient as they are",
-    "use_muon": "it orthogonalises the update",
-    "alpha": "it adds a second, slow moment to the update",
-    "t_alpha": "it adds a second, slow moment to the update",
-    "t_beta3": "it adds a second, slow moment to the update",
-}
-
 
 def scrutinise(view: OptimizerView, rule: Rule) -> tuple[str, ...]:
     """Options and state that the rule does not know and that may change the update, in words.
@@ -52,11 +39,11 @@ def scrutinise(view: OptimizerView, rule: Rule) -> tuple[str, ...]:
         for key, value in group.options.items():
             if key in rule.options or key in _COMPUTING | _KEPT or key.endswith(_LABELS) or value is None:
                 continue
-            if key in _OFF and not _on(value):
-                continue
-            if key in _OFF:
+            if key in rule.refusals and not _on(value):
+                continue  # known, and read as written
+            if key in rule.refusals:
                 raise UnsupportedError(
-                    f"the optimizer's option {key}={_short(value)} is on: {_OFF[key]}; not supported",
+                    f"the optimizer's option {key}={_short(value)} is on: {rule.refusals[key]}; not supported",
                     hint=NO_OPTIMIZER,
                 )
             doubts[f"option {key}={_short(value)}"] = None

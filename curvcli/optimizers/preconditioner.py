@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from curvcli.curvature.inverse_root import InverseRoot, ModelRoot, Multiple
 from curvcli.curvature.problem import Problem
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.adam import Adam
-from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
+from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.options import scrutinise
 
 Kind = Literal["checkpoint", "estimated", "none"]
-
-_COUNTS = {"step", "mu_product"}
-_MAY_BE_NONE = {"momentum_buffer", "grad_avg", "max_exp_avg_sq"}  # of SGD before its first step; of an option that is off
 
 
 @dataclass(frozen=True)
@@ -30,16 +28,17 @@ class Preconditioner:
 
     With per-parameter thresholds T_p = (2/lr_p - wd_p)/g_p(-1), instability along an eigenvector
     of period two begins where the largest eigenvalue of (T P)^(-1/2) H (T P)^(-1/2) is 1, whatever
-    the mix of groups: that eigenvalue is rho. `scale` holds sqrt(T/(T_p P_p)) with T, `threshold`,
+    the mix of groups: that eigenvalue is rho. `root` is that of T_p P_p / T with T, `threshold`,
     that of the largest group, so that operator eigenvalues are lambda and rho = lambda / threshold.
 
     Attributes:
-        scale: root of the inverse preconditioner by parameter name, in its shape; 0 where nothing moves.
+        root: inverse root of the preconditioner, of the parameters that move.
         decay: coupled weight decay by name, which belongs to the Hessian.
         direction: the optimizer's own step direction lr_p/lr P^(-1) m by name, or None without state.
         threshold: of lambda; None without a learning rate.
         lr: learning rate of the largest group that moves, None when unknown.
-        idle: entries of parameters that never got a gradient (second moment exactly 0).
+        idle: dimensions along which nothing moves: of a diagonal P, entries that never got a gradient (second moment
+            exactly 0).
         left_out: parameters in no group, without state, or whose second moment is 0 throughout.
         ascends: the optimizer maximises, so the curvature in this preconditioner is that of minus the loss.
         doubts: options and state that no rule knows and that may change the update: no verdict can rest on it.
@@ -48,7 +47,7 @@ class Preconditioner:
 
     kind: Kind
     name: str
-    scale: Mapping[str, Tensor]
+    root: ModelRoot
     decay: Mapping[str, float]
     direction: Mapping[str, Tensor] | None
     threshold: float | None
@@ -61,11 +60,16 @@ class Preconditioner:
     doubts: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
 
+    def without(self, names: Collection[str]) -> Preconditioner:
+        """With these parameters held still. Raises ValueError where none is left."""
+        left = [n for n in self.root if n not in names]
+        return replace(self, root=self.root.restrict(left)) if len(left) < len(self.root) else self
+
 
 def identity(parameters: Mapping[str, Tensor]) -> Preconditioner:
     """The Hessian itself: no preconditioner and no threshold."""
-    ones = {n: torch.ones_like(p) for n, p in parameters.items()}
-    return Preconditioner("none", "none", ones, {}, None, None, None, {}, None)
+    root = ModelRoot(dict.fromkeys(parameters, Multiple()), parameters)
+    return Preconditioner("none", "none", root, {}, None, None, None, {}, None)
 
 
 def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind = "checkpoint") -> Preconditioner:
@@ -101,7 +105,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
                 f"optimizer state of {name} has no {missing[0]!r}, which other parameters of its group have",
                 hint="the optimizer state is damaged: use another checkpoint",
             )
-        _check(name, parameters[name], entry, rule.state | rule.extra)
+        _check(name, parameters[name], entry, rule)
     moving = {name: parameters[name] for name, _ in members}
     largest = lead_of(view, moving)
     lead_name, lead = next((name, group) for name, group in members if group is largest)
@@ -136,58 +140,52 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     if ascends and not view.vouched:
         doubts = (*doubts, "option maximize=True, of a loss that may be minus the one measured")
     reference = threshold(lead_name, lead) if lr is not None else None
-    scale: dict[str, Tensor] = {}
+    roots: dict[str, InverseRoot] = {}
     direction: dict[str, Tensor] = {}
     decay: dict[str, float] = {}
     idle = 0
+    preconditions = False
     for name, group in members:
         entry = view.state.get(name, {})
         parameter = parameters[name]
-        preconditioner = rule.preconditioner(group, entry)
+        root = rule.preconditioner(group, entry).to(parameter)
         relative = threshold(name, group) / reference if reference is not None else 1.0
-        if preconditioner is None:
-            scale[name] = torch.full_like(parameter, relative**-0.5)
-        else:
-            preconditioner = preconditioner.to(parameter)
-            root = (preconditioner * relative).rsqrt()
-            never = _second_moment(entry) == 0
-            # An entry that never had a gradient divides by eps alone until its first one comes; the
-            # optimizer has not moved along it, and its curvature would be 1/eps times anything.
-            idle += int(never.sum())
-            if not bool(((preconditioner > 0) & torch.isfinite(preconditioner) | never.to(preconditioner.device)).all()):
-                raise InputError(
-                    f"the preconditioner of {name} is not positive: eps is {group.options.get('eps')!r}",
-                    hint="check --eps and --betas, or use another checkpoint",
-                )
-            if bool(never.all()):
-                continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
-            scale[name] = torch.where(never.to(parameter.device), torch.zeros_like(root), root)
+        plain = isinstance(root, Multiple)
+        preconditions = preconditions or not plain
+        idle += root.idle
+        if not root.positive:
+            raise InputError(
+                f"the preconditioner of {name} is not positive: eps is {group.options.get('eps')!r}",
+                hint="check --eps and --betas, or use another checkpoint",
+            )
+        if root.idle == parameter.numel() and not plain:
+            continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
+        roots[name] = root.scaled(relative)
         if not rule.decoupled(group, view.name):
             decay[name] = group.number("weight_decay", 0.0)
         m = rule.momentum(group, entry) if entry else None
         if m is not None and lr is not None:
-            u = m.to(parameter) if preconditioner is None else m.to(parameter) / preconditioner
-            direction[name] = u * (rule.lr(group, entry) / lr)
-    if not scale:
+            direction[name] = root.solve(m.to(parameter)) * (rule.lr(group, entry) / lr)
+    if not roots:
         raise InputError(
             "the second moment of every weight is 0",
             hint="the optimizer state is damaged or was saved before its first step: use another checkpoint",
         )
     return Preconditioner(
-        kind="none" if rule.preconditioner(members[0][1], view.state.get(members[0][0], {})) is None else kind,
+        kind=kind if preconditions else "none",
         name=rule.name(view),
-        scale=scale,
+        root=ModelRoot(roots, parameters),
         decay=decay,
-        direction=direction if len(direction) == len(scale) and kind == "checkpoint" else None,
+        direction=direction if len(direction) == len(roots) and kind == "checkpoint" else None,
         threshold=reference,
         lr=lr,
         options=lead.options,
         step=view.step if kind == "checkpoint" else None,
         idle=idle,
-        left_out=tuple(n for n in parameters if n not in scale and n not in frozen),
+        left_out=tuple(n for n in parameters if n not in roots and n not in frozen),
         ascends=ascends,
         doubts=doubts,
-        findings=(*view.findings, *_said(view, rule, frozen, ascends)),
+        findings=(*view.findings, *_said(view, frozen, ascends), *rule.findings(view)),
     )
 
 
@@ -207,7 +205,8 @@ def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
             if part is not None:
                 square.add_(part.square(), alpha=weight)
                 mean.add_(part, alpha=weight)
-    state = {n: {"step": 1e9, "exp_avg": m, "exp_avg_sq": s} for n, m, s in zip(names, means, squares, strict=True)}
+    expected = Adam().expected
+    state = {n: expected(m, s) for n, m, s in zip(names, means, squares, strict=True)}
     return OptimizerView((Group(tuple(names), options),), state, "AdamW")
 
 
@@ -231,7 +230,7 @@ def live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> 
     return OptimizerView(groups, state, kind.__name__, vouched=kind.__module__.startswith("torch.optim."))
 
 
-def _said(view: OptimizerView, rule: Rule, frozen: set[str], ascends: bool) -> list[Finding]:
+def _said(view: OptimizerView, frozen: set[str], ascends: bool) -> list[Finding]:
     found = []
     if frozen:
         groups = sum(group.lr == 0 and bool(group.names) for group in view.groups)
@@ -252,36 +251,22 @@ def _said(view: OptimizerView, rule: Rule, frozen: set[str], ascends: bool) -> l
                 "where it climbs the very loss that is measured",
             )
         )
-    says = {"decoupled_weight_decay", "adam_w_mode", "correct_bias", "t_alpha"}
-    unsaid = [group for group in view.groups if says.isdisjoint(group.options)]
-    if view.name is None and type(rule) is Adam and any(g.number("weight_decay", 0.0) for g in unsaid):
-        found.append(
-            Finding(
-                code="decay-assumed",
-                severity="info",
-                message="the checkpoint does not say whether weight decay is decoupled: it is taken as AdamW's; pass "
-                "--optimizer adam where it is part of the gradient",
-            )
-        )
     return found
 
 
-def _second_moment(entry: Mapping[str, Any]) -> Tensor:
-    return next(entry[k] for k in ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum") if k in entry)  # type: ignore[no-any-return]
-
-
-def _check(name: str, parameter: Tensor, entry: Mapping[str, Any], known: Collection[str]) -> None:
+def _check(name: str, parameter: Tensor, entry: State, rule: Rule) -> None:
+    known = rule.state | rule.extra
     for key, value in entry.items():
-        if key in _COUNTS and isinstance(value, Tensor) and value.numel() == 1:
+        if key in rule.counts and isinstance(value, Tensor) and value.numel() == 1:
             continue
         if not isinstance(value, Tensor):
-            if key in known and key not in _COUNTS and (value is not None or key not in _MAY_BE_NONE):
+            if key in known - rule.counts - rule.shaped_otherwise and (value is not None or key not in rule.unset):
                 raise InputError(
                     f"optimizer state {key!r} of {name} is {str(value)[:40]}, no tensor",
                     hint="the optimizer state is damaged: use another checkpoint",
                 )
             continue
-        if key in known and value.shape != parameter.shape:
+        if key in known - rule.shaped_otherwise and value.shape != parameter.shape:
             raise InputError(
                 f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}",
                 hint="the state belongs to another model or another order of parameters",

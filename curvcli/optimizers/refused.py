@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 from curvcli.errors import UnsupportedError
 from curvcli.optimizers.base import NO_OPTIMIZER, OptimizerView
@@ -10,7 +11,7 @@ from curvcli.optimizers.base import NO_OPTIMIZER, OptimizerView
 _NO_THRESHOLD = "its update is no linear map of the gradient, so no Euclidean stability threshold exists"
 
 
-class _Seen:
+class Seen:
     """An optimizer's options and state by name; values that are None are not set."""
 
     def __init__(self, view: OptimizerView) -> None:
@@ -31,39 +32,54 @@ class _Seen:
         return any(isinstance(value, str) and value.lower() == name for value in said)
 
 
-# Family, parts of its classes' names in lower case, how its options and its state look, and the reason. The first that
-# fits speaks. What bitsandbytes stores in 32 bits is named as torch names it by now: what has its names still is quantised.
-_Look = Callable[[_Seen], bool]
-_REFUSED: tuple[tuple[str, tuple[str, ...], _Look, str], ...] = (
-    (
+class Refused(NamedTuple):
+    """A family that no number is given for.
+
+    Attributes:
+        family: for people.
+        names: parts of its classes' names, in lower case.
+        looks_like: how its options and state look.
+        reason: to go on "the optimizer is ...: ".
+    """
+
+    family: str
+    names: tuple[str, ...]
+    looks_like: Callable[[Seen], bool]
+    reason: str
+
+
+# The first that fits speaks. What bitsandbytes stores in 32 bits is named as torch names it by now: what has its names
+# still is quantised.
+REFUSED: list[Refused] = [
+    Refused(
         "schedule-free",
         ("schedulefree",),
         lambda s: "weight_sum" in s.options or "z" in s.keys,
         "it takes gradients between two sequences of weights, of which a file holds either; not supported",
     ),
-    ("Muon", ("muon",), lambda s: bool(s.values("ns_steps") or s.on("use_muon") or s.says("muon")), _NO_THRESHOLD),
-    ("Dion", ("dion",), lambda s: s.says("dion"), _NO_THRESHOLD),
-    ("Lion", ("lion",), lambda s: s.keys == {"exp_avg"} or s.says("lion"), _NO_THRESHOLD),
-    ("Rprop", ("rprop",), lambda s: "prev" in s.keys, _NO_THRESHOLD),
-    (
+    Refused("Muon", ("muon",), lambda s: bool(s.values("ns_steps") or s.on("use_muon") or s.says("muon")), _NO_THRESHOLD),
+    Refused("Dion", ("dion",), lambda s: s.says("dion"), _NO_THRESHOLD),
+    Refused("Lion", ("lion",), lambda s: s.keys == {"exp_avg"} or s.says("lion"), _NO_THRESHOLD),
+    Refused("Rprop", ("rprop",), lambda s: "prev" in s.keys, _NO_THRESHOLD),
+    Refused(
         "Adafactor",
         ("adafactor",),
         lambda s: bool(s.keys & {"exp_avg_sq_row", "row_var"}),
         "its second moment is factored and its learning rate depends on the state; not supported",
     ),
-    (
+    Refused(
         "SOAP or Shampoo",
         ("soap", "shampoo"),
         lambda s: bool(s.keys & {"Q", "GG", "precond", "inv_precond"}),
         "its preconditioner is not diagonal; not supported",
     ),
-    (
+    Refused(
         "AdEMAMix",
         ("ademamix",),
         lambda s: bool("exp_avg_slow" in s.keys or s.values("beta3")) or any(_length(v) == 3 for v in s.values("betas")),
         "it adds a second, slow moment to the update; not supported",
     ),
-    (
+    Refused(
         "LAMB or LARS",
         ("lamb", "lars"),
         lambda s: (
@@ -72,61 +88,61 @@ _REFUSED: tuple[tuple[str, tuple[str, ...], _Look, str], ...] = (
         ),
         "it scales each tensor's update by a ratio of norms, which is no linear map of the gradient",
     ),
-    (
+    Refused(
         "Lookahead",
         ("lookahead",),
         lambda s: any("lookahead" in key for key in s.options) or bool(s.keys & {"lookahead_slow_avg", "slow_buffer"}),
         "it pulls the weights back to slow ones every few steps; not supported",
     ),
-    (
+    Refused(
         "SAM",
         ("sam",),
         lambda s: bool(s.keys & {"old_p", "e_w"}),
         "it takes gradients at disturbed weights; not supported",
     ),
-    (
+    Refused(
         "Sophia or AdaHessian",
         ("sophia", "adahessian"),
         lambda s: bool(s.keys & {"hessian", "exp_hessian_diag_sq"}),
         "it clips by, or divides by, estimates of the Hessian; not supported",
     ),
-    (
+    Refused(
         "AdaBelief",
         ("adabelief",),
         lambda s: "exp_avg_var" in s.keys,
         "it divides by the gradient's deviation from its mean; not supported",
     ),
-    (
+    Refused(
         "Adan or MARS",
         ("adan", "mars"),
         lambda s: bool(s.keys & {"exp_avg_diff", "neg_pre_grad", "pre_grad", "last_grad", "previous_grad"}),
         "it adds differences of successive gradients to the update; not supported",
     ),
-    (
+    Refused(
         "Prodigy or D-Adaptation",
         ("prodigy", "dadapt"),
         lambda s: {"d", "d0"} <= s.options or "p0" in s.keys,
         "its learning rate is multiplied by an estimate of its own; not supported",
     ),
-    (
+    Refused(
         "GaLore",
         ("galore",),
         lambda s: "projector" in s.keys or "update_proj_gap" in s.options,
         "its moments are of projected gradients; not supported",
     ),
-    (
+    Refused(
         "8-bit Adam",
         (),
         lambda s: any(key.startswith(("absmax", "qmap")) for key in s.keys),
         "its moments are quantised in blocks; not supported",
     ),
-    (
+    Refused(
         "bitsandbytes' with one moment",
         (),
         lambda s: "state1" in s.keys,
         "SGD, RMSprop, Adagrad and Lion look alike in its files; not supported",
     ),
-    (
+    Refused(
         "one of timm's (NAdamW, NAdam, ADOPT, LaProp, SGDW)",
         ("nadamw", "adopt", "laprop", "sgdw"),
         # Of those that can be cautious AdamW alone has amsgrad.
@@ -135,13 +151,13 @@ _REFUSED: tuple[tuple[str, tuple[str, ...], _Look, str], ...] = (
         ),
         "it is neither Adam nor SGD, though its state has the same names; not supported",
     ),
-    (
+    Refused(
         "TensorFlow's RMSprop",
         ("rmsproptf",),
         lambda s: "lr_in_momentum" in s.options,
         "it takes the root of the second moment and eps together; not supported",
     ),
-    (
+    Refused(
         "RAdam",
         ("radam",),
         lambda s: (
@@ -153,19 +169,27 @@ _REFUSED: tuple[tuple[str, tuple[str, ...], _Look, str], ...] = (
         ),
         "its update is rectified by a factor that depends on the step; not supported",
     ),
-    ("Adadelta", ("adadelta",), lambda s: "acc_delta" in s.keys, "its learning rate depends on the state; not supported"),
-    ("Adamax", ("adamax",), lambda s: "exp_inf" in s.keys, "its preconditioner is a running maximum; not supported"),
-    ("ASGD", ("asgd",), lambda s: {"ax", "eta"} <= s.keys, "it keeps an average of the weights beside them; not supported"),
-)
+    Refused(
+        "Adadelta", ("adadelta",), lambda s: "acc_delta" in s.keys, "its learning rate depends on the state; not supported"
+    ),
+    Refused("Adamax", ("adamax",), lambda s: "exp_inf" in s.keys, "its preconditioner is a running maximum; not supported"),
+    Refused(
+        "ASGD", ("asgd",), lambda s: {"ax", "eta"} <= s.keys, "it keeps an average of the weights beside them; not supported"
+    ),
+]
 
 
-def refuse(view: OptimizerView) -> None:
-    """Raise UnsupportedError, with the reason, for an optimizer that no rule may measure."""
-    seen = _Seen(view)
-    named = (view.name or "").lower()
-    for family, names, looks_like, reason in _REFUSED:
-        if any(name in named for name in names) or looks_like(seen):
-            raise UnsupportedError(f"the optimizer is {family}: {reason}", hint=NO_OPTIMIZER)
+def refuse(view: OptimizerView, known: Collection[str] = ()) -> None:
+    """Raise UnsupportedError, with the reason, for an optimizer that no rule may measure.
+
+    Args:
+        known: classes that have a rule: the parts of their names say nothing.
+    """
+    seen = Seen(view)
+    named = "" if view.name in known else (view.name or "").lower()
+    for each in REFUSED:
+        if any(name in named for name in each.names) or each.looks_like(seen):
+            raise UnsupportedError(f"the optimizer is {each.family}: {each.reason}", hint=NO_OPTIMIZER)
 
 
 def _length(value: object) -> int:

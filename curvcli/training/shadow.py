@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.curvature.problem import Problem, gradient
 from curvcli.errors import UnsupportedError
+from curvcli.optimizers import rule_for
+from curvcli.optimizers.preconditioner import live
 
 
 class Shadow:
-    """Adam's second moment of locked parameters, from gradients on the probe.
+    """Second moments of locked parameters, from gradients on the probe.
 
     A locked block has no optimizer state, so how its optimizer would scale it is not in any file. The
-    shadow averages squared probe gradients over measurements, as Adam would over steps; it is noisy
+    shadow averages squared probe gradients over measurements, as the optimizer would over steps; it is noisy
     while young and then sees too much curvature rather than too little.
     """
 
@@ -26,14 +29,17 @@ class Shadow:
         self.moments: dict[str, Tensor] = {}
         self.count = 0
 
-    def scale(self, optimizer: torch.optim.Optimizer, problem: Problem, names: Sequence[str]) -> dict[str, Tensor] | None:
-        """P^(-1/2) of the named parameters, or None until enough gradients were seen.
+    def roots(
+        self, optimizer: torch.optim.Optimizer, problem: Problem, names: Sequence[str]
+    ) -> dict[str, InverseRoot] | None:
+        """P^(-1/2) of those of the named parameters that got a gradient, or None until enough of them were seen.
 
-        Raises UnsupportedError for an optimizer without Adam's moments.
+        Raises UnsupportedError for an optimizer whose state gradients alone do not tell.
         """
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        group: Mapping[str, Any] = groups.get(id(problem.parameters[names[0]]), {}) if names else {}
-        if "betas" not in group:
+        view = live(optimizer, problem.parameters)
+        rule, groups = rule_for(view), {name: group for group in view.groups for name in group.names}
+        nothing = torch.zeros(())
+        if not names or any(n not in groups for n in names) or rule.expected(nothing, nothing) is None:
             raise UnsupportedError(
                 f"{type(optimizer).__name__} has no second moments to foresee", hint="adaptive mode needs Adam or AdamW"
             )
@@ -45,9 +51,13 @@ class Shadow:
         if self.count < self.YOUNG:
             return None
         correction = 1 - self.DECAY**self.count
-        roots = {n: (v / correction).sqrt() for n, v in self.moments.items()}
-        eps = float(group["eps"])
-        return {n: torch.where(r > 0, (r + eps).rsqrt(), torch.zeros_like(r)) for n, r in roots.items() if bool(r.any())}
+        roots: dict[str, InverseRoot] = {}
+        for name, moment in self.moments.items():
+            state = rule.expected(torch.zeros_like(moment), moment / correction)
+            root = rule.preconditioner(groups[name], state or {}).to(moment)
+            if root.idle < moment.numel():
+                roots[name] = root
+        return roots
 
     def state_dict(self) -> dict[str, Any]:
         return {"moments": dict(self.moments), "count": self.count}

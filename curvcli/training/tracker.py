@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction
-from curvcli.curvature.operator import PreconditionedHessian, lift
+from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Loss, Problem, gradient, measurable
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.untouched import hushed
@@ -172,7 +172,7 @@ class CurvatureTracker:
             return _Found(message="the learning rate is 0: no step is taken, and there is no edge")
         view = live(self.optimizer, parameters)
         locked = self._translate(self.warmup.locked_parameters()) if self.warmup else frozenset()
-        preconditioner = _without(prepare(view, parameters), locked)
+        preconditioner = prepare(view, parameters).without(locked)
         if preconditioner.ascends:
             problem = problem.negated()
         if self._mode is None:
@@ -183,7 +183,7 @@ class CurvatureTracker:
             tangents = random_direction(first)
             check_second_derivative(first, tangents, build(first, "fresh").product(list(parameters), tangents))
         engine = _Counting(build(problem, self._mode))
-        names = [n for n in parameters if n in preconditioner.scale]
+        names = [n for n in parameters if n in preconditioner.root]
         found, direction = self._top(engine, preconditioner, names, self._direction)
         if direction is not None:
             self._direction = direction
@@ -198,11 +198,11 @@ class CurvatureTracker:
         """rho with the next group's blocks: their second moments, which no optimizer has yet, are shadowed."""
         self._ahead = (coming, None)
         inside = [n for n in problem.parameters if n in self._translate(coming)]
-        scale = self.shadow.scale(self.optimizer, problem, inside)
-        if scale is None:
+        roots = self.shadow.roots(self.optimizer, problem, inside)
+        if roots is None:
             return
-        wider = replace(preconditioner, scale={**preconditioner.scale, **scale})
-        names = [n for n in problem.parameters if n in wider.scale]
+        wider = replace(preconditioner, root=preconditioner.root.joined(roots, problem.parameters))
+        names = [n for n in problem.parameters if n in wider.root]
         found, _ = self._top(engine, wider, names, self._direction)
         if found.status == "converged":
             self._ahead = (coming, found.rho)
@@ -210,8 +210,9 @@ class CurvatureTracker:
     def _top(
         self, engine: HVP, preconditioner: Preconditioner, names: list[str], near: Mapping[str, Tensor]
     ) -> tuple[_Found, dict[str, Tensor] | None]:
-        operator = PreconditionedHessian(engine, names, dict(preconditioner.scale), dict(preconditioner.decay))
-        start = [operator.lower(near)] if near else []
+        root = preconditioner.root.restrict(names)
+        operator = PreconditionedHessian(engine, root, preconditioner.decay)
+        start = [root.lower(near)] if near else []
         extremes = self.solver.extremes(operator, start)
         if extremes.top is None:
             return _Found(status="non-finite", message="a Hessian-vector product overflowed"), None
@@ -220,7 +221,7 @@ class CurvatureTracker:
                 status="asymmetric", message="products fail u.Gv = v.Gu: a kernel is differentiable once only"
             ), None
         top = extremes.top
-        direction = lift(top.vector, names, preconditioner.scale)
+        direction = root.lift(top.vector)
         rho = (
             top.value / preconditioner.threshold
             if preconditioner.threshold is not None and not preconditioner.doubts
@@ -261,14 +262,6 @@ class _Counting:
 
     def subset(self, indices: Sequence[int]) -> HVP:
         return self.hvp.subset(indices)
-
-
-def _without(preconditioner: Preconditioner, locked: frozenset[str]) -> Preconditioner:
-    return (
-        replace(preconditioner, scale={n: s for n, s in preconditioner.scale.items() if n not in locked})
-        if locked
-        else preconditioner
-    )
 
 
 def _finite(value: float | None) -> float | None:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
 from curvcli.documents import Finding
 from curvcli.errors import InputError
+from curvcli.optimizers import second_moments
 from curvcli.optimizers.base import OptimizerView
 
-_SECOND = ("exp_avg_sq", "square_avg", "sum")
 _SAMPLE = 2**15
 # On the sample checkpoints, in the right order: two layers against each other are right by 0.16 or more, single
 # tensors by -0.52 or more (two alike in one layer), the mean correlation is 0.26 or more.
@@ -185,7 +185,7 @@ def _swapped(what: str, margin: float, path: object) -> InputError:
 
 def _second(view: OptimizerView, name: str) -> Tensor | None:
     entry = view.state[name]
-    return next((entry[k] for k in _SECOND if isinstance(entry.get(k), Tensor) and entry[k].dim()), None)
+    return next((entry[k] for k in second_moments() if isinstance(entry.get(k), Tensor) and entry[k].dim()), None)
 
 
 def _ranks(values: Tensor) -> Tensor:

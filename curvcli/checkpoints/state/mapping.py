@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from curvcli.checkpoints.state.partial import assignments, left_out
 from curvcli.errors import InputError
 from curvcli.files.names import unwrapped
+from curvcli.optimizers import shaped_otherwise
 from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.refused import refuse
 
@@ -146,8 +147,13 @@ def _shapes(groups: list[dict[str, Any]], state: Mapping[Any, Mapping[str, Any]]
 
 
 def _shape(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
-    shapes = {tuple(value.shape) for value in entry.values() if isinstance(value, Tensor) and value.dim()}
+    shapes = {tuple(value.shape) for key, value in entry.items() if _of_shape(key, value)}
     return shapes.pop() if len(shapes) == 1 else None
+
+
+def _of_shape(key: str, value: Any) -> bool:
+    """Whether a state entry has its parameter's shape by rights."""
+    return isinstance(value, Tensor) and value.dim() > 0 and key not in shaped_otherwise()
 
 
 def _described(names: list[list[str]], parameters: Mapping[str, Tensor]) -> str:
@@ -258,7 +264,7 @@ def map_named(
         if name not in grouped:
             raise wrong(f"{str(stored)[:200]} has state and {'no group' if name else 'is no trained parameter of it'}")
         for key, value in entry.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameters[name].shape:
+            if _of_shape(key, value) and value.shape != parameters[name].shape:
                 raise wrong(
                     f"{key} of {stored} has shape {tuple(value.shape)}, the parameter {tuple(parameters[name].shape)}"
                 )
@@ -321,6 +327,6 @@ def _mismatch(
             if name not in parameters:
                 return f"no parameter {name}"
             for key, value in state.get(index, {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[name].shape:
+                if _of_shape(key, value) and value.shape != parameters[name].shape:
                     return f"{key} {index} has shape {tuple(value.shape)}, {name} has {tuple(parameters[name].shape)}"
     return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from curvcli.documents import Finding
 from curvcli.errors import InputError
+from curvcli.optimizers import averages
 from curvcli.optimizers.base import Group, OptimizerView
 
 # Largest seen on trained and fresh models: weights 450 times their tensor's median and 1.2, second moments 3.5e5 times
@@ -52,7 +53,8 @@ def weight_findings(model: nn.Module) -> list[Finding]:
 def state_findings(view: OptimizerView, step: int | None, path: object) -> list[Finding]:
     """What optimizer state cannot be, and what it should not be.
 
-    Adam's two moments are averages of the same gradients. By Cauchy and Schwarz, with betas (a, b) after t steps,
+    Adam's two moments, as those of every rule with `averages`, are averages of the same gradients. By Cauchy and Schwarz,
+    with betas (a, b) after t steps,
 
         |m| <= sqrt(v) (1 - a) / sqrt(1 - b) sqrt(sum over k < t of (a^2/b)^k)
 
@@ -68,22 +70,24 @@ def state_findings(view: OptimizerView, step: int | None, path: object) -> list[
     absurd: list[str] = []
     medians: dict[str, float] = {}
     counts: set[int] = set()
+    pairs = averages()
     owners = [(group, name) for group in view.groups for name in group.names if name in view.state]
     for group, name in owners:
         entry = view.state[name]
         count = _step(entry.get("step"), name, path)
         if count is not None:
             counts.add(count)
-        v = entry.get("exp_avg_sq")
+        first, second = next((keys for keys in pairs if keys[1] in entry), ("", ""))
+        v = entry.get(second)
         if not isinstance(v, Tensor) or not v.is_floating_point() or not v.numel():
             continue
-        _check_second(v, count, name, path)
+        _check_second({second: v}, count, name, path)
         largest, medians[name] = float(v.max()), _median(v)
         if largest > _MOMENT_RATIO * medians[name] > 0:
             absurd.append(f"{name} (largest {largest:.3g})")
-        m = entry.get("exp_avg")
+        m = entry.get(first)
         if isinstance(m, Tensor) and m.shape == v.shape:
-            _check_bound(m, v, _constant(group, count), name, path)
+            _check_bound({first: m, second: v}, _constant(group, count), name, path)
     middle = median([value for value in medians.values() if value > 0] or [0.0])
     absurd += [f"{name} (median {value:.3g})" for name, value in medians.items() if value > _MOMENT_RATIO * middle > 0]
     found = []
@@ -129,11 +133,12 @@ def _constant(group: Group, step: int | None) -> float | None:
     return (1 - a) * math.sqrt(total / (1 - b))
 
 
-def _check_second(v: Tensor, count: int | None, name: str, path: object) -> None:
+def _check_second(moment: dict[str, Tensor], count: int | None, name: str, path: object) -> None:
     """Raises InputError where v is no average of squares, or is one of no gradients."""
+    ((key, v),) = moment.items()
     if bool((v < 0).any()):
         raise InputError(
-            f"exp_avg_sq of {name} in {path} has negative entries (least {float(v.min()):.3g})",
+            f"{key} of {name} in {path} has negative entries (least {float(v.min()):.3g})",
             hint="the optimizer state is damaged: use another checkpoint",
         )
     if count == 0 and float(v.max()) > 0:
@@ -143,7 +148,8 @@ def _check_second(v: Tensor, count: int | None, name: str, path: object) -> None
         )
 
 
-def _check_bound(m: Tensor, v: Tensor, constant: float | None, name: str, path: object) -> None:
+def _check_bound(moments: dict[str, Tensor], constant: float | None, name: str, path: object) -> None:
+    (first_key, m), (second_key, v) = moments.items()
     if constant is None or not math.isfinite(constant):
         return
     # Rounding: an average in float32 drifts by parts in 10^5; in halves its updates round away, up to a factor.
@@ -156,7 +162,7 @@ def _check_bound(m: Tensor, v: Tensor, constant: float | None, name: str, path: 
     if broken:
         raise InputError(
             f"optimizer state in {path}: {broken} of {v.numel()} entries of {name} have a first moment that no gradients "
-            f"with this second moment give (|exp_avg| > {constant:.3g} sqrt(exp_avg_sq))",
+            f"with this second moment give (|{first_key}| > {constant:.3g} sqrt({second_key}))",
             hint="the state is damaged, of another tensor, or made with other betas: use another checkpoint or pass --betas",
         )
 
