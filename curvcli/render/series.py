@@ -1,247 +1,163 @@
-"""Geometry of a track's page: curves over steps, and the map of layers and checkpoints. Nothing of their looks."""
+"""What pictures show, as numbers: which values, where, and what each says. Nothing of looks."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import ceil, log10
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import nan
 
-from curvcli.documents import Estimate, Track
-from curvcli.render.chart import Mark, linear_ticks, log_ticks, tick_label
-from curvcli.render.fit import LOG_ABOVE
+from curvcli.documents import Estimate, Record, Report, Schedule, Track
+from curvcli.judge.verdict import STABLE_BELOW, UNSTABLE_ABOVE
+from curvcli.render.fit import thin
 from curvcli.render.frame import number
-from curvcli.render.track_points import Row, Series, certified, part_names, rows, series
+from curvcli.render.track_points import Row, axis, certified, part_names, rows
+from curvcli.schedules import highest_from, lr_at
 
-WIDTH, LEFT, RIGHT, TOP, FOOT = 720, 72.0, 690.0, 12.0, 28.0
-# Classes of rho in the map; the verdict's own limits are among them.
-LIMITS = (0.1, 0.2, 0.4, 0.8, 1.25, 2.5)
-CLASSES = ("below 0.1", "0.1 to 0.2", "0.2 to 0.4", "0.4 to 0.8", "0.8 to 1.25, the edge", "1.25 to 2.5", "above 2.5")
+Series = tuple[Sequence[float], Sequence[float]]  # places on the axis, and values; NaN where a line breaks
+ENDS_AT = -0.5  # left of the layers, each of which stands between two depths
+SCHEDULE_POINTS, LOG_POINTS = 600, 1000
+# Classes of rho in the map, the verdict's own limits among them.
+LIMITS = (0.1, 0.2, 0.4, STABLE_BELOW, UNSTABLE_ABOVE, 2.5)
 LONGEST_NAME = 24
 
 
 @dataclass(frozen=True)
-class Dot(Mark):
-    """A point of a curve; `kind` is sure, doubtful (not converged), own (the run's), surge or failed."""
-
-    kind: str
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One picture over steps, in its own pixels, y downwards; the canvas lies within `left`, `top`, `right`, `bottom`.
-
-    `lines` are (kind, points of an SVG polyline), `bars` are brackets as (x, upper y, lower y), `edge` is where the
-    value is 1 where that is a limit, `surges` are the x of surges, `unit` is pixels from one point to the next.
-    """
-
-    title: str
-    height: int
-    bottom: float
-    x_ticks: list[Mark]
-    y_ticks: list[Mark]
-    lines: list[tuple[str, str]]
-    dots: list[Dot]
-    bars: list[tuple[float, float, float]]
-    edge: float | None
-    surges: list[float]
-    unit: float
-    width: int = WIDTH
-    left: float = LEFT
-    right: float = RIGHT
-    top: float = TOP
-
-
-@dataclass(frozen=True)
 class Cell:
-    """A field of the map. `kind` is the class of rho, "h0" to "h6", or "weak" where it is not certified."""
+    """A field of the map: the number of the class of its rho, None where it is not certified, and what it says."""
 
-    x: float
-    kind: str
+    column: int
+    row: int
+    kind: int | None
     label: str
 
 
 @dataclass(frozen=True)
 class Heat:
-    """The map: a row (upper edge, cells) per part and one for the full model, a column per checkpoint.
+    """The map: a row per part and one for the full model, a column per checkpoint. No value, no cell."""
 
-    There is no cell where there is no value.
+    parts: list[str]
+    steps: list[str]
+    cells: list[Cell]
+
+
+def report_series(report: Report) -> dict[str, Series]:
+    """What is drawn: depth and positive converged lambda of each curve. A log axis has no place for others."""
+
+    def pick(items: list[tuple[float, Estimate]]) -> Series:
+        kept = [(x, e.eigenvalue) for x, e in items if e.status == "converged" and e.eigenvalue and e.eigenvalue > 0]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    return {
+        "embedding, head alone": pick([(ENDS_AT, e) for e in (report.outside,) if e]),
+        "layer alone": pick([(e.index + 0.5, e) for e in report.layers]),
+        "restricted to depth": pick([(float(e.depth), e) for e in report.cumulative.restricted]),
+        "truncated to depth": pick([(float(e.depth), e) for e in report.cumulative.truncated]),
+    }
+
+
+def schedule_series(schedule: Schedule) -> dict[str, Series]:
+    """What is drawn, each as steps and values: "depth", and where they are known "lr" and "rho".
+
+    rho follows the learning rate inside a phase, as the prediction does, and jumps where blocks join.
+    """
+    first, last = schedule.phases[0].step, schedule.phases[-1].step
+    lr = schedule.lr_schedule
+    # Without a known end, a fifth of the time so far is enough to show the last phase.
+    end = lr.total_steps - 1 if lr and lr.total_steps else last + max(1, (last - first) // 5)
+    if lr:
+        end = max(end, lr.warmup_steps + 1)
+    changes = {step for phase in schedule.phases[1:] for step in (phase.step - 1, phase.step)}
+    grid = {first + i * (end - first) // SCHEDULE_POINTS for i in range(SCHEDULE_POINTS + 1)}
+    steps = sorted(step for step in {*grid, *changes, *([lr.warmup_steps] if lr else [])} if first <= step <= end)
+    found: dict[str, Series] = {"depth": (steps, [float(schedule.depth - len(schedule.locked_at(step))) for step in steps])}
+    if lr is None:
+        return found
+    rates = [lr_at(lr, step) for step in steps]
+    found["lr"] = (steps, rates)
+    scale: dict[int, float] = {}
+    for index, phase in enumerate(schedule.phases):
+        reference = lr_at(lr, phase.step) if index else highest_from(lr, phase.step)
+        if phase.predicted_rho is not None and reference > 0:
+            scale[index] = phase.predicted_rho / reference
+    phases = map(schedule.phase_at, steps)
+    known = [(step, rate * scale[n]) for step, rate, n in zip(steps, rates, phases, strict=True) if n in scale]
+    if known:
+        found["rho"] = ([step for step, _ in known], [rho for _, rho in known])
+    return found
+
+
+def log_series(records: tuple[Record, ...]) -> dict[str, Series]:
+    """What is drawn: steps and values of each curve. Curvature that did not converge stands apart.
+
+    A value that is missing is NaN where curves are drawn as lines, so that the line breaks there.
     """
 
-    height: int
-    left: float
-    bottom: float
-    cell_width: float
-    cell_height: float
-    rows: list[tuple[float, list[Cell]]]
-    x_ticks: list[Mark]
-    y_ticks: list[Mark]
-    width: int = WIDTH
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """From a value to a height on the canvas."""
-
-    low: float
-    high: float
-    logarithmic: bool
-    bottom: float
-
-    def down(self, value: float) -> float:
-        """Pixels from the top; a value below the axis lies on its foot."""
-        if self.logarithmic:
-            share = (log10(value) - log10(self.low)) / (log10(self.high) - log10(self.low)) if value > 0 else 0.0
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return self.bottom - (self.bottom - TOP) * max(0.0, share)
-
-    def ticks(self) -> list[Mark]:
-        most = 3 if self.bottom < 150 else 5
-        exponents = (log10(self.low), log10(self.high)) if self.logarithmic else (0.0, 0.0)
-        values = log_ticks(*exponents) if self.logarithmic else linear_ticks(self.low, self.high, most)
-        return [Mark(LEFT, self.down(value), tick_label(value)) for value in values]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a panel shows: names of series, and how each is drawn. `logarithmic` is None where rho decides."""
-
-    title: str
-    height: int
-    lines: Mapping[str, str]
-    dots: Mapping[str, str] = field(default_factory=dict)
-    logarithmic: bool | None = False
-    brackets: bool = False
-    edge: bool = False
-
-
-_PLANS = (
-    _Plan(
-        "rho", 240, {"rho": "one"}, {"surges": "surge", "rho": "sure", "rho?": "doubtful", "failed": "failed"},
-        logarithmic=None, brackets=True, edge=True,
-    ),
-    _Plan(
-        "lambda and its threshold", 220, {"threshold": "limit", "lambda": "one"}, {"lambda": "sure", "lambda?": "doubtful"},
-        logarithmic=True,
-    ),
-    _Plan("learning rate over the critical one of the next update", 140, {"ratio": "one"}, {"ratio": "sure"}, edge=True),
-    _Plan("learning rate", 130, {"lr": "two"}),
-    _Plan("training loss", 150, {"loss": "two"}),
-)  # fmt: skip
-
-
-def panels(track: Track) -> list[Panel]:
-    """Curves over steps: rho, lambda, the next update, learning rate, training loss; one without any value is left out."""
-    data, found = series(track), rows(track)
-    labels = {row.place: _label(row) for row in found if row.place is not None}
-    places = [place for xs, _ in data.values() for place in xs]
-    drawn = [_panel(plan, data, labels, (min(places), max(places)), len(found)) for plan in _PLANS]
-    return [panel for panel in drawn if panel]
-
-
-def heat(track: Track) -> Heat | None:
-    """The map of rho; None where no part of any checkpoint has one."""
-    names = part_names(track)
-    found = rows(track)
-    tables = [{e.name: e for e in row.report.parts} if row.report else {} for row in found]
-    if not any(e.rho is not None for table in tables for e in table.values()):
-        return None
-    left, right = 170.0, float(RIGHT)
-    cell_width = (right - left) / len(found)
-    cell_height = 18.0 if len(names) < 30 else max(8.0, 540.0 / len(names))
-    lines: list[tuple[str, list[Estimate | None]]] = [(name, [table.get(name) for table in tables]) for name in names]
-    lines.append(("full model", [row.report.full if row.report else None for row in found]))
-    drawn, marks = [], []
-    every = ceil(15 / cell_height)
-    for index, (name, estimates) in enumerate(lines):
-        full = index == len(names)
-        y = TOP + index * cell_height + (6.0 if full else 0.0)
-        cells = [
-            Cell(left + column * cell_width, *_kind(f"{_short(name)}, {row.label}", estimate))
-            for column, (row, estimate) in enumerate(zip(found, estimates, strict=True))
-            if estimate is not None and estimate.rho is not None
+    def pick(value: Callable[[Record], float | None], converged: bool | None = None) -> Series:
+        chosen = [
+            (r.step, value(r) if converged is None or (r.status == "converged") is converged else None) for r in records
         ]
-        drawn.append((y, cells))
-        if full or (index % every == 0 and index <= len(names) - every):
-            marks.append(Mark(left - 8, y + cell_height / 2 + 4, _short(name)))
-    bottom = TOP + len(lines) * cell_height + 6.0
-    stride = ceil(len(found) / 8)
-    ticks = [
-        Mark(left + (column + 0.5) * cell_width, bottom + 18, "-" if row.point.step is None else f"{row.point.step:,}")
-        for column, row in enumerate(found)
-        if column % stride == 0
-    ]
-    return Heat(round(bottom + 46), left, bottom, cell_width, cell_height, drawn, ticks, marks)
+        return [step for step, _ in chosen], [nan if y is None else y for _, y in chosen]
+
+    return {
+        "rho": pick(lambda r: r.rho, converged=True),
+        "rho, not converged": pick(lambda r: r.rho, converged=False),
+        "lambda": pick(lambda r: r.eigenvalue, converged=True),
+        "threshold": pick(_threshold),
+        "lr": pick(lambda r: r.lr),
+        "loss": pick(lambda r: r.loss),
+    }
 
 
-def _panel(plan: _Plan, data: dict[str, Series], labels: dict[int, str], ends: tuple[int, int], points: int) -> Panel | None:
-    own = [y for name in {*plan.lines, *plan.dots} - {"failed"} for y in data[name][1] if y == y]
-    if not own:
-        return None
-    first, last = ends
-
-    def across(x: float) -> float:
-        inset = 10.0
-        return LEFT + inset + (RIGHT - LEFT - 2 * inset) * ((x - first) / (last - first) if last > first else 0.5)
-
-    bottom = plan.height - FOOT
-    brackets = list(zip(*data["low"], data["high"][1], strict=True)) if plan.brackets else []
-    scale = _scale(plan, own, [y for _, low, high in brackets for y in (low, high)], bottom)
-    x_ticks = [
-        Mark(across(x), bottom + 18, f"{x:,.0f}") for x in linear_ticks(first, last, 10) if x == int(x)
-    ] if last > first else [Mark(across(first), bottom + 18, f"{first:,}")]  # fmt: skip
-    dots = [
-        Dot(across(x), bottom - 6 if kind == "failed" else scale.down(y), labels.get(x, ""), kind)
-        for name, kind in plan.dots.items()
-        for x, y in zip(*data[name], strict=True)
-        if y == y
-    ]
-    for name, kind in plan.lines.items():
-        if kind == "two" and len(data[name][0]) <= points:  # of checkpoints: a log's line has no room for dots
-            dots += [Dot(across(x), scale.down(y), f"{x:,}: {number(y)}", "own") for x, y in zip(*data[name], strict=True)]
-    return Panel(
-        plan.title, plan.height, bottom, x_ticks, scale.ticks(),
-        lines=[
-            (kind, " ".join(f"{across(x):.1f},{scale.down(y):.1f}" for x, y in run))
-            for name, kind in plan.lines.items() for run in _runs(data[name])
-        ],
-        dots=dots,
-        bars=[(across(x), scale.down(high), scale.down(low)) for x, low, high in brackets],
-        edge=scale.down(1.0) if plan.edge and scale.low <= 1 <= scale.high else None,
-        surges=[across(x) for x in data["surges"][0]],
-        unit=(RIGHT - LEFT) / points,
-    )  # fmt: skip
+def unlocks(records: tuple[Record, ...]) -> list[tuple[int, int]]:
+    """Where the number of training blocks changed: (first step of the new depth, new depth)."""
+    known = [(r.step, r.active_depth) for r in records if r.active_depth is not None]
+    return [(step, depth) for (_, before), (step, depth) in pairwise(known) if depth != before]
 
 
-def _scale(plan: _Plan, own: list[float], brackets: list[float], bottom: float) -> _Scale:
-    """The axis that holds the values; the edge too, where rho is drawn. A bracket may leave it at its foot."""
-    if plan.brackets:
-        own = [*own, 1.0]
-    positive = [y for y in own if y > 0]
-    logarithmic = max([*own, *brackets]) > LOG_ABOVE if plan.logarithmic is None else plan.logarithmic
-    if logarithmic and positive:
-        least = max(min([*positive, *(y for y in brackets if y > 0)]), min(positive) / 10)
-        return _Scale(least / 1.5, max([*own, *brackets]) * 1.5, True, bottom)
-    low, high = min([0.0, *own]), max([*own, *brackets])
-    if plan.title == "training loss":  # whose zero is far away and says nothing
-        low, high = min(own), max(own)
-    room = 0.08 * (high - low) or abs(high) or 1.0
-    return _Scale(low - (room if low else 0.0), high + room, False, bottom)
+def track_series(track: Track) -> dict[str, Series]:
+    """What is drawn, each as places on the axis and values.
+
+    Lines break (NaN) where there is no value, those of rho and lambda where it is not certified; "rho?" and
+    "lambda?" are those that are not to be relied on. "low" and "high" bracket rho on the data behind the shard,
+    "surges" are values of rho, and at the places of "failed" nothing could be measured. "lr" and "loss" are of the
+    run's log, and where it has none of the checkpoints.
+    """
+    found = [(row.place, row) for row in rows(track) if row.place is not None]
+
+    def line(value: Callable[[Row], float | None], certified: bool = True) -> Series:
+        values = [value(row) if row.certified is certified else None for _, row in found]
+        return [place for place, _ in found], [nan if y is None else y for y in values]
+
+    def pick(value: Callable[[Row], float | None], wanted: Callable[[Row], bool] = lambda row: True) -> Series:
+        kept = [(place, y) for place, row in found if wanted(row) and (y := value(row)) is not None]
+        return [place for place, _ in kept], [y for _, y in kept]
+
+    bracketed = [(place, row) for place, row in found if row.certified and row.low is not None and row.high is not None]
+    places = [place for place, _ in bracketed]
+    # The log counts steps: it has no place on an axis of checkpoints.
+    log = track.log if axis(track) == "step" else []
+    rates = [(entry.step, entry.lr) for entry in log if entry.lr is not None]
+    losses = [(entry.step, entry.loss) for entry in log if entry.loss is not None]
+    return {
+        "rho": line(lambda row: row.rho),
+        "rho?": pick(lambda row: row.rho, lambda row: not row.certified),
+        "low": (places, [row.low for _, row in bracketed if row.low is not None]),
+        "high": (places, [row.high for _, row in bracketed if row.high is not None]),
+        "surges": pick(lambda row: row.rho, lambda row: row.point.surged),
+        "failed": pick(lambda row: 0.0, lambda row: row.report is None),
+        "lambda": line(lambda row: row.eigenvalue),
+        "lambda?": pick(lambda row: row.eigenvalue, lambda row: not row.certified),
+        "threshold": pick(lambda row: row.threshold),
+        "ratio": ([place for place, _ in found], [nan if row.ratio is None else row.ratio for _, row in found]),
+        "lr": _unzip(rates) if rates else pick(lambda row: row.lr),
+        "loss": _unzip(losses) if losses else pick(lambda row: row.point.training_loss),
+    }
 
 
-def _runs(line: Series) -> list[list[tuple[int, float]]]:
-    """The unbroken stretches of a line; one point alone is no line."""
-    runs: list[list[tuple[int, float]]] = [[]]
-    for x, y in zip(*line, strict=True):
-        if y == y:
-            runs[-1].append((x, y))
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if len(run) > 1]
-
-
-def _label(row: Row) -> str:
+def told(row: Row) -> str:
+    """A checkpoint's numbers in a line."""
     if row.report is None:
         return f"{row.label}: could not be measured"
     text = f"{row.label}: rho {number(row.rho, 3)}, lambda {number(row.eigenvalue)}, {row.verdict}"
@@ -254,13 +170,49 @@ def _label(row: Row) -> str:
     return text + (f"; surge, {number(row.point.surge, 2)} times the median before" if row.point.surged else "")
 
 
-def _kind(what: str, estimate: Estimate) -> tuple[str, str]:
-    label = f"{what}: rho {number(estimate.rho, 3)}"
-    if not certified(estimate):
-        return "weak", f"{label}, {estimate.status}"
-    return f"h{bisect_right(LIMITS, estimate.rho or 0.0)}", label
+def heat(track: Track) -> Heat | None:
+    """The map of rho; None where no part of any checkpoint has one."""
+    names, found = part_names(track), rows(track)
+    tables = [{e.name: e for e in row.report.parts} if row.report else {} for row in found]
+    if not any(e.rho is not None for table in tables for e in table.values()):
+        return None
+    lines: list[list[Estimate | None]] = [[table.get(name) for table in tables] for name in names]
+    lines.append([row.report.full if row.report else None for row in found])
+    parts = [*map(_short, names), "full model"]
+    cells = [
+        Cell(column, index, *_kind(f"{part}, {row.label}", estimate))
+        for index, (part, estimates) in enumerate(zip(parts, lines, strict=True))
+        for column, (row, estimate) in enumerate(zip(found, estimates, strict=True))
+        if estimate is not None and estimate.rho is not None
+    ]
+    return Heat(parts, ["-" if row.point.step is None else f"{row.point.step:,}" for row in found], cells)
+
+
+def classes() -> list[str]:
+    """What each class of the map holds, in words."""
+    between = [f"{a:g} to {b:g}{', the edge' if a == STABLE_BELOW else ''}" for a, b in pairwise(LIMITS)]
+    return [f"below {LIMITS[0]:g}", *between, f"above {LIMITS[-1]:g}"]
 
 
 def _short(name: str) -> str:
     """A layer's name where there is little room: its end tells it from the others."""
     return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+
+
+def _kind(what: str, estimate: Estimate) -> tuple[int | None, str]:
+    label = f"{what}: rho {number(estimate.rho, 3)}"
+    if not certified(estimate):
+        return None, f"{label}, {estimate.status}"
+    return bisect_right(LIMITS, estimate.rho or 0.0), label
+
+
+def _threshold(record: Record) -> float | None:
+    """lambda over rho; nothing where rho is 0, missing, or not to be relied on."""
+    if record.status != "converged" or not record.rho or record.eigenvalue is None:
+        return None
+    return record.eigenvalue / record.rho
+
+
+def _unzip(points: list[tuple[int, float]]) -> Series:
+    kept = thin(points, LOG_POINTS)
+    return [x for x, _ in kept], [y for _, y in kept]
