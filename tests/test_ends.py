@@ -22,12 +22,11 @@ from curvcli.judge.gate import judge
 from curvcli.judge.readings import ReportReadings
 from curvcli.render import compare as compared
 from curvcli.render import table, track_table
-from curvcli.render.chart import curves
 from curvcli.render.csv import csv as report_csv
 from curvcli.render.html import report_page, track_page
 from curvcli.render.markdown import markdown
 from curvcli.render.plot import plot
-from curvcli.render.track_chart import heat
+from curvcli.render.series import heat, report_series
 
 OUTER = ["embed.weight", "head.weight", "head.bias"]
 
@@ -89,7 +88,7 @@ def test_every_output_has_them(report: Report) -> None:
     console = Console(file=io.StringIO(), width=100)
     table.show(report, console)
     assert "embedding, head" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert curves(report)["embedding, head alone"] == ([-0.5], [value])
+    assert report_series(report)["embedding, head alone"] == ([-0.5], [value])
     page = report_page(report)
     assert f"<title>embedding, head alone: {value:,.4g}</title>" in page
     assert "<td>ends</td><td>embedding, head</td>" in page
@@ -102,7 +101,7 @@ def test_tracks_have_them(report: Report) -> None:
     assert float(row["lambda embedding, head"]) == report.ends.eigenvalue  # type: ignore[union-attr]
     found = heat(run)
     assert found is not None
-    assert found.rows[0][1][0].label.startswith("embedding, head, step 3: rho")
+    assert found.cells[0].label.startswith("embedding, head, step 3: rho")
     assert "<td>ends</td><td>embedding, head</td>" in track_page(run)
 
 
@@ -174,7 +173,7 @@ def test_old_documents_without_depths_are_read(tmp_path: Path) -> None:
     old = load_report(tmp_path / "old.json")
     assert old.parts == old.layers
     assert "<td>embedding, head</td>" not in report_page(old)
-    assert curves(old)["embedding, head alone"] == ([], [])
+    assert report_series(old)["embedding, head alone"] == ([], [])
 
 
 def test_a_bottom_within_its_residual_is_never_read_as_converged(tmp_path: Path) -> None:

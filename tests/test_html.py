@@ -14,9 +14,8 @@ from browser import CONTRAST, Browser, troubles
 from typer.testing import CliRunner
 
 from curvcli.cli import app
-from curvcli.documents import Report, load_report
+from curvcli.documents import load_report
 from curvcli.render.advice import advice
-from curvcli.render.chart import log_chart
 from curvcli.render.html import page, report_page
 
 ASSET = Path(__file__).parent / "assets" / "hot-60.report.json"
@@ -148,18 +147,6 @@ def test_a_bound_is_shown_as_one(tmp_path: Path) -> None:
         assert shown in next(line for line in html.splitlines() if "model.layers.3<" in line and "<tr>" in line)
 
 
-def test_geometry() -> None:
-    chart = log_chart({"a": ([0.0, 1.0, 2.0], [1.0, 10.0, 100.0])}, 10.0, 2)
-    assert chart is not None
-    first, second, third = chart.curves["a"]
-    assert chart.edge == pytest.approx(second.y)
-    assert first.y - second.y == pytest.approx(second.y - third.y)
-    assert second.x - first.x == pytest.approx(chart.unit)
-    assert chart.top < third.y < second.y < first.y < chart.bottom
-    assert next(tick for tick in chart.y_ticks if tick.label == "10").y == pytest.approx(second.y)
-    assert log_chart({"a": ([], [])}, 10.0, 2) is None
-
-
 def test_nothing_is_loaded_and_nothing_hostile_is_markup(tmp_path: Path) -> None:
     html = page(hostile(tmp_path))
     parsed = Text(html)
@@ -239,7 +226,10 @@ def test_the_page_fits_and_adapts(browser: Browser, shown: Path, width: int, sch
     assert browser.run("document.documentElement.scrollWidth") <= width
     background = browser.run("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 24, 30)"}[scheme]
-    line = browser.run("getComputedStyle(document.querySelector('polyline.one')).stroke")
+    line = browser.run(
+        "getComputedStyle([...document.querySelectorAll('svg.depths use')]"
+        ".find(e => e.textContent.startsWith('restricted'))).fill"
+    )
     assert line == {"light": "rgb(31, 78, 156)", "dark": "rgb(134, 179, 255)"}[scheme]
     assert browser.run(CONTRAST) >= 4.5
 
@@ -296,19 +286,3 @@ def test_print_is_light_and_whole(browser: Browser, shown: Path) -> None:
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.run("[...document.querySelectorAll('.scroll')].every(e => getComputedStyle(e).overflowX === 'visible')")
     assert browser.run("document.documentElement.scrollWidth") <= 700
-
-
-def test_a_deep_model_keeps_its_bars_apart(browser: Browser, tmp_path: Path) -> None:
-    report = load_report(ASSET)
-    layers = [report.layers[i % 8].model_copy(update={"index": i, "name": f"layers.{i}"}) for i in range(80)]
-    checkpoint = report.checkpoint.model_copy(update={"layers": 80})
-    deep: Report = report.model_copy(update={"layers": layers, "checkpoint": checkpoint})
-    out = tmp_path / "page.html"
-    out.write_text(report_page(deep))
-    browser.open(out)
-    gaps = browser.run(
-        "(() => { const b = [...document.querySelectorAll('.scroll svg rect.bar')].map(e => e.getBoundingClientRect());"
-        " return b.slice(1).map((r, i) => r.left - b[i].right); })()"
-    )
-    assert len(gaps) == 80, "embedding and head, and 80 layers"
-    assert min(gaps) > 0

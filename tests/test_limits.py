@@ -170,9 +170,9 @@ def test_a_number_of_any_size_in_a_document(tmp_path: Path, kind: str, data: st.
             for render in TEXT.values():
                 render(loaded)
         else:
-            from curvcli.render.schedule_plot import series
+            from curvcli.render.series import schedule_series
 
-            series(loaded)
+            schedule_series(loaded)
 
 
 def test_a_schedule_of_two_billion_blocks(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from transformers import get_scheduler
 
 from curvcli.documents import DepthEstimate, LrSchedule, Report, Schedule, load_report
 from curvcli.errors import CurvError, InputError, UsageError
-from curvcli.render.schedule_plot import plot, series
+from curvcli.render.schedule_plot import plot
 from curvcli.render.schedule_table import ranges
+from curvcli.render.series import schedule_series
 from curvcli.schedules import Measured, freeze, grow, grow_from, highest_from, lr_at, lr_schedule, settles
 from curvcli.schedules.lr import read_points
 from curvcli.schedules.plan import joining, split
@@ -401,7 +402,7 @@ def test_no_learning_rate_is_no_zero(hot: Measured) -> None:
 def test_the_picture_shows_the_prediction(init: Measured) -> None:
     lr = rates("cosine", 0.01, warmup_steps=100, total_steps=600)
     plan = grow_from(init, lr=lr)
-    drawn = series(plan)
+    drawn = schedule_series(plan)
     rho = dict(zip(*drawn["rho"], strict=True))
     depth = dict(zip(*drawn["depth"], strict=True))
     for phase in plan.phases[1:]:
@@ -414,6 +415,6 @@ def test_the_picture_shows_the_prediction(init: Measured) -> None:
 
 
 def test_the_picture_of_depth_alone_has_no_prediction() -> None:
-    assert set(series(grow(48))) == {"depth"}
-    assert set(series(grow(48, lr=rates()))) == {"depth", "lr"}
+    assert set(schedule_series(grow(48))) == {"depth"}
+    assert set(schedule_series(grow(48, lr=rates()))) == {"depth", "lr"}
     assert plot(grow(48, groups=24), "pdf").startswith(b"%PDF")

@@ -15,7 +15,8 @@ from curvcli.render.csv import cell
 from curvcli.render.fit import fitting
 from curvcli.render.frame import number
 from curvcli.render.markdown import escape
-from curvcli.render.table import COLOURS, finding_line
+from curvcli.render.style import COLOURS
+from curvcli.render.table import finding_line
 
 TITLES = ("layer", "lambda A", "lambda B", "B/A", "rho A", "rho B", "B/A rho")
 LEAST_NEEDED = ("lambda A", "rho A", "B/A", "lambda B")

@@ -12,8 +12,7 @@ from rich.text import Text
 from curvcli.documents import Gate, Outcome, Rule
 from curvcli.errors import plain
 from curvcli.render.frame import number
-
-COLOURS = {"passed": "green", "broken": "red", "unresolved": "magenta"}
+from curvcli.render.style import COLOURS
 
 
 def show(gate: Gate, console: Console) -> None:

@@ -15,9 +15,11 @@ from markupsafe import Markup
 from curvcli.documents import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
 from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
-from curvcli.render.chart import curves, log_chart
 from curvcli.render.frame import number, records
-from curvcli.render.track_chart import CLASSES, heat, panels
+from curvcli.render.plot import picture
+from curvcli.render.series import heat, report_series
+from curvcli.render.style import variables
+from curvcli.render.track_plot import heat_map, steps
 from curvcli.render.track_points import axis, newest, rows
 
 
@@ -38,7 +40,10 @@ def page(path: Path) -> str:
 
 def report_page(report: Report) -> str:
     """Verdict, findings, next steps, curves over depth, where the sharpest direction lives, numbers, provenance."""
-    chart = log_chart(curves(report), report.optimizer.threshold, report.checkpoint.layers)
+    chart = None
+    if any(ys for _, ys in report_series(report).values()):
+        says = "lambda over depth on a logarithmic axis; the same numbers are in the table below"
+        chart = picture(report).embed("depths", says)
     return _render("report.html", document=report, report=report, steps=advice(report), chart=chart, rows=records(report))
 
 
@@ -49,7 +54,9 @@ def schedule_page(schedule: Schedule) -> str:
 
 def track_page(track: Track) -> str:
     """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
-    last, found = newest(track), rows(track)
+    last, found, cells = newest(track), rows(track), heat(track)
+    says = f"rho, lambda, learning rate and loss over {axis(track)}s; the numbers are in the table of checkpoints"
+    rho_says = "rho of embedding and head, and of each layer alone, a column per checkpoint"
     layers = [r for r in records(last.report) if r["part"] in ("full", "ends", "layer")] if last and last.report else []
     return _render(
         "track.html",
@@ -59,9 +66,8 @@ def track_page(track: Track) -> str:
         newest_label=next((row.label for row in found if row.point is last), ""),
         steps=track_advice(track),
         axis=axis(track),
-        panels=panels(track),
-        heat=heat(track),
-        classes=CLASSES,
+        curves=steps(track).embed("steps", says) if last else None,
+        heat=heat_map(cells).embed("heat", rho_says) if cells else None,
         rows=found,
         records=layers,
     )
@@ -86,7 +92,7 @@ def _render(template: str, *, document: Document, **values: object) -> str:
     )
     environment.filters["number"] = number
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
-    style, script = _asset("style.css"), _asset("sort.js")
+    style, script = variables() + _asset("style.css"), _asset("sort.js")
     # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.
     policy = (
         f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "

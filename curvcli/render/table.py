@@ -12,9 +12,7 @@ from curvcli.documents import Estimate, Finding, Report
 from curvcli.errors import plain
 from curvcli.judge.verdict import classify
 from curvcli.render.frame import number
-
-COLOURS = {"stable": "green", "edge": "yellow", "unstable": "red", "unresolved": "magenta"}
-SEVERITIES = {"error": "red", "warning": "yellow", "info": "dim"}
+from curvcli.render.style import COLOURS
 
 
 def show(report: Report, console: Console) -> None:
@@ -83,7 +81,7 @@ def bar(value: float | None, limit: float, width: int, edge: float | None, conso
     """A bar of `width` cells that is full at `limit`, with a tick at the edge; ASCII where the terminal knows no more."""
     solid, tick = ("█", "│") if (console.encoding or "").lower().startswith("utf") else ("#", "|")
     cells = min(width, round(max(0.0, value or 0.0) / limit * width))
-    colour = "cyan" if edge is None or value is None else COLOURS[classify(value)]
+    colour = COLOURS["measured"] if edge is None or value is None else COLOURS[classify(value)]
     drawn = Text(solid * cells, style=colour) + Text(" " * (width - cells))
     if edge is not None and edge <= limit:
         at = min(width, round(edge / limit * width))
@@ -118,7 +116,7 @@ def _depths(report: Report) -> list[Text | Table]:
 
 def finding_line(finding: Finding) -> Text:
     """A finding's code in the colour of its severity, and what it says in the terminal's own."""
-    return Text.assemble((f"{plain(finding.code)}: ", SEVERITIES[finding.severity]), plain(finding.message))
+    return Text.assemble((f"{plain(finding.code)}: ", COLOURS[finding.severity]), plain(finding.message))
 
 
 def _foot(report: Report) -> Text:

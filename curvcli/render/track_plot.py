@@ -1,111 +1,200 @@
-"""The picture of a track: rho, lambda, the next update, learning rate and training loss over steps."""
+"""The pictures of a track: curves over steps, and the map of rho by layer and checkpoint."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+from math import ceil
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.collections import PolyCollection
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.transforms import AffineDeltaTransform
 
 from curvcli.documents import Track
+from curvcli.errors import plain
 from curvcli.render.fit import LOG_ABOVE
 from curvcli.render.frame import number
-from curvcli.render.track_points import Series, axis, newest, series
+from curvcli.render.picture import EDGE, Picture, readable_log
+from curvcli.render.series import Heat, Series, classes, told, track_series
+from curvcli.render.style import light
+from curvcli.render.track_points import axis, newest, rows
 
-BLUE, ORANGE, RED, GREY = "#1f4e9c", "#c2641a", "#b3261e", "#5b6676"
 LONGEST = 60  # characters of the list of surges
+# Name, series that it shows, height in inches. A panel without a value is left out.
+PANELS = (
+    ("rho", ("rho", "rho?", "failed"), 2.6),
+    ("lambda", ("lambda", "lambda?"), 2.0),
+    ("lr over\ncritical lr", ("ratio",), 1.2),
+    ("learning\nrate", ("lr",), 1.0),
+    ("training\nloss", ("loss",), 1.2),
+)
 
 
 def plot_track(track: Track, suffix: str) -> bytes:
-    """The picture as the bytes of a file of that format (png, svg or pdf)."""
-    data = series(track)
-    figure = Figure(figsize=(8, 9.5), dpi=150, layout="constrained")
-    rho, sharp, update, rate, loss = figure.subplots(5, 1, sharex=True, height_ratios=(3, 2.2, 1.3, 1, 1.3))
-    mark = 5.0 if len(track.points) <= 60 else 2.5
-    _rho(rho, data, mark)
-    sharp.plot(*data["lambda"], color=BLUE, marker="o", markersize=mark, label="lambda")
-    sharp.plot(*data["lambda?"], "o", color=BLUE, markersize=mark, markerfacecolor="white")
-    sharp.plot(*data["threshold"], color=RED, linestyle="--", linewidth=1.4, label="threshold (rho = 1)")
-    drawn = [y for name in ("lambda", "lambda?", "threshold") for y in data[name][1] if y > 0]
-    if drawn:
-        sharp.set_yscale("log")
-        # Room above the curves for the legend.
-        sharp.set_ylim(min(drawn) / 1.5, max(drawn) * (max(drawn) / min(drawn)) ** 0.25 * 1.5)
-    sharp.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
-    update.plot(*data["ratio"], color=BLUE, marker="o", markersize=mark)
-    ratios = [y for y in data["ratio"][1] if y == y]
-    if ratios:
-        top = max(ratios)
-        update.set_ylim(0, 1.15 * top)
-        if 1.15 * top > 1:
-            update.axhline(1, color=RED, linestyle="--", linewidth=1.2)
-    else:
-        update.annotate("no checkpoint has one", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=GREY)
-    style = "" if track.log else "o"
-    rate.plot(*data["lr"], color=ORANGE, marker=style, markersize=mark)
-    rate.set_ylim(0, 1.15 * max(data["lr"][1], default=0.0) or 1.0)
-    loss.plot(*data["loss"], color=GREY, marker=style, markersize=mark, linewidth=1)
-    names = ("rho", "lambda", "lr over\ncritical lr", "learning\nrate", "training\nloss")
-    for axes, name in zip((rho, sharp, update, rate, loss), names, strict=True):
+    """The picture over steps as the bytes of a file of that format (png, svg or pdf)."""
+    return steps(track).save(suffix)
+
+
+def steps(track: Track) -> Picture:
+    """rho, lambda, the next update, learning rate and training loss over steps."""
+    data = track_series(track)
+    shown = [p for p in PANELS if any(y == y for name in p[1] for y in data[name][1])] or list(PANELS[:1])
+    return Picture(lambda drawn: _steps(drawn, track, data, [p[0] for p in shown]), [p[2] for p in shown], _heading(track))
+
+
+def _steps(drawn: Picture, track: Track, data: dict[str, Series], names: Sequence[str]) -> None:
+    labels: dict[float, str] = {row.place: told(row) for row in rows(track) if row.place is not None}
+    size = 5.0 if len(track.points) <= 60 else 2.5
+    surges = data["surges"][0]
+    for axes, name in zip(drawn.axes, names, strict=True):
         axes.set_ylabel(name)
-        axes.grid(axis="y", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        for place in data["surges"][0]:
-            # Below the legends, so that no line runs through a word.
-            axes.axvline(place, ymax=0.86 if axes in (rho, sharp) else 1, color=ORANGE, linewidth=0.8, alpha=0.6, zorder=0)
-    loss.set_xlabel(axis(track))
-    loss.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    loss.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    rho.set_title(_title(track), loc="left", fontweight="bold")
-    rho.set_title(_surges(data["surges"][0]), loc="right", fontsize=9, color=ORANGE)
-    figure.align_ylabels()
-    buffer = io.BytesIO()
-    # No date in the file: the same track gives the same picture.
-    metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[suffix]
-    figure.savefig(buffer, format=suffix, metadata=metadata)
-    return buffer.getvalue()
+        axes.grid(axis="y")
+        for place in surges:
+            axes.axvline(place, color=light("surge"), linewidth=0.8, alpha=0.6, zorder=0)
+        if name == "rho":
+            _rho(drawn, axes, data, labels, size)
+        elif name == "lambda":
+            _lambda(drawn, axes, data, labels, size)
+        elif name == PANELS[2][0]:
+            _ratio(drawn, axes, data, labels, size)
+        else:
+            _logged(drawn, axes, data["lr" if name == PANELS[3][0] else "loss"], len(track.points), size)
+    bottom = drawn.axes[-1]
+    bottom.set_xlabel(axis(track))
+    bottom.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    drawn.axes[0].set_title(_surges(surges), loc="right", fontsize=9, color=light("surge"))
+    drawn.legend(3)
 
 
-def _rho(axes: Axes, data: dict[str, Series], mark: float) -> None:
+def _rho(drawn: Picture, axes: Axes, data: dict[str, Series], labels: dict[float, str], size: float) -> None:
     places, low = data["low"]
     high = data["high"][1]
-    values = [y for name in ("rho", "rho?", "low", "high") for y in data[name][1] if y == y]
-    logarithmic = max(values, default=0.0) > LOG_ABOVE
-    if logarithmic:
+    own = [y for name in ("rho", "rho?") for y in data[name][1] if y == y] + [1.0]
+    values = [*own, *low, *high]
+    # A bracket may reach far below what it is of: then it leaves the picture at its foot.
+    if max(values) > LOG_ABOVE:
         axes.set_yscale("log")
+        least = max(min(y for y in values if y > 0), min(y for y in own if y > 0) / 10)
+        axes.set_ylim(least / 1.5, max(values) * 1.5)
+        readable_log(axes.yaxis)
+    else:
+        top = 1.08 * max(values)
+        axes.set_ylim(min([0.0, *own, max(min([0.0, *values]), -top / 4)]), top)
+    foot = axes.get_ylim()[0]
     if places:
-        axes.vlines(places, low, high, color=BLUE, alpha=0.35, linewidth=0.8 * mark, label="with held-out data", zorder=2)
-    axes.plot(*data["rho"], color=BLUE, marker="o", markersize=mark, label="rho", zorder=3)
-    if data["rho?"][0]:
-        axes.plot(
-            *data["rho?"], "o", color=BLUE, markersize=mark, markerfacecolor="white", label="not converged", zorder=3
+        drawn_low, drawn_high = ([max(y, foot) for y in ends] for ends in (low, high))
+        axes.vlines(
+            places, drawn_low, drawn_high, color=light("bracket"), linewidth=1.2 * size,
+            label="rho on the data behind the shard", zorder=1.5,
         )  # fmt: skip
     if data["surges"][0]:
-        axes.plot(*data["surges"], "^", color=ORANGE, markersize=2 * mark, label="surge", zorder=2.5)
+        _dots(drawn, axes, data["surges"], labels, marker="^", color=light("surge"), markersize=2.2 * size, label="surge")
+    _line(drawn, axes, data["rho"], labels, size, label="measured")
+    _doubtful(drawn, axes, data["rho?"], labels, size)
     if data["failed"][0]:
-        # At the foot, whatever the axis is.
-        axes.plot(
-            data["failed"][0], [0.03] * len(data["failed"][0]), "x", color=RED, markersize=mark + 1,
-            transform=axes.get_xaxis_transform(), label="not measured",
+        failed = (data["failed"][0], [foot] * len(data["failed"][0]))
+        _dots(
+            drawn, axes, failed, labels, marker="x", color=light("limit"), markersize=size + 1, clip_on=False,
+            label="could not be measured",
         )  # fmt: skip
-    axes.axhline(1, color=RED, linestyle="--", linewidth=1.4, label="edge of stability", zorder=1)
-    own = [y for name in ("rho", "rho?") for y in data[name][1] if y == y] + [1.0]
-    # A bracket may reach far below what it is of: then it leaves the picture at its foot.
-    if logarithmic:
-        least = max(min(y for y in [*own, *values] if y > 0), min(y for y in own if y > 0) / 10)
-        axes.set_ylim(least / 1.5, max(values) * (max(values) / least) ** 0.25 * 1.3)
-    else:
-        top = 1.35 * max([1.0, *values])
-        axes.set_ylim(min([0.0, *own, max(min([0.0, *values]), -top / 4)]), top)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=6, columnspacing=1.2, handletextpad=0.4)
+    axes.axhline(1, color=light("limit"), linestyle="--", linewidth=1.4, label=EDGE, zorder=1)
 
 
-def _title(track: Track) -> str:
+def _lambda(drawn: Picture, axes: Axes, data: dict[str, Series], labels: dict[float, str], size: float) -> None:
+    values = [y for name in ("lambda", "lambda?", "threshold") for y in data[name][1] if y > 0]
+    if values:
+        axes.set_yscale("log")
+        axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+        readable_log(axes.yaxis)
+    axes.plot(*data["threshold"], color=light("limit"), linestyle="--", linewidth=1.4)
+    _line(drawn, axes, data["lambda"], labels, size)
+    _doubtful(drawn, axes, data["lambda?"], labels, size)
+
+
+def _ratio(drawn: Picture, axes: Axes, data: dict[str, Series], labels: dict[float, str], size: float) -> None:
+    top = 1.15 * max([y for y in data["ratio"][1] if y == y])
+    axes.set_ylim(min([0.0, *(y for y in data["ratio"][1] if y == y)]), top if top > 0 else 1.0)
+    if top > 1:
+        axes.axhline(1, color=light("limit"), linestyle="--", linewidth=1.2)
+    _line(drawn, axes, data["ratio"], labels, size)
+
+
+def _logged(drawn: Picture, axes: Axes, line: Series, points: int, size: float) -> None:
+    """What the run itself wrote. A log has no room for dots; checkpoints have."""
+    axes.plot(*line, color=light("logged"), linewidth=1.2, label="the run's own")
+    if len(line[0]) <= points:
+        labels = {x: f"{x:,}: {number(y)}" for x, y in zip(*line, strict=True)}
+        _dots(drawn, axes, line, labels, marker="o", color=light("logged"), markersize=size)
+
+
+def _line(
+    drawn: Picture, axes: Axes, line: Series, labels: dict[float, str], size: float, label: str | None = None
+) -> None:  # fmt: skip
+    axes.plot(*line, color=light("measured"))
+    _dots(drawn, axes, line, labels, marker="o", color=light("measured"), markersize=size, label=label)
+
+
+def _doubtful(drawn: Picture, axes: Axes, line: Series, labels: dict[float, str], size: float) -> None:
+    _dots(
+        drawn, axes, line, labels, marker="o", color=light("measured"), markersize=size, label="not converged",
+        markerfacecolor=light("page"),
+    )  # fmt: skip
+
+
+def _dots(drawn: Picture, axes: Axes, line: Series, labels: dict[float, str], **looks: Any) -> None:
+    """A mark for each value, with what it says; one below the axis lies on its foot."""
+    foot = axes.get_ylim()[0]
+    known = [(x, max(y, foot)) for x, y in zip(*line, strict=True) if y == y]
+    if known:
+        (dots,) = axes.plot(*zip(*known, strict=True), linestyle="", zorder=3, **looks)
+        drawn.label(dots, [labels[x] for x, _ in known])
+
+
+def heat_map(found: Heat) -> Picture:
+    """A column per checkpoint, a row per part and one for the full model."""
+    height = 0.19 if len(found.parts) < 30 else max(0.085, 5.6 / len(found.parts))
+    return Picture(lambda drawn: _heat(drawn, found, height), [height * (len(found.parts) + 0.5) + 0.5], "rho of each part")
+
+
+def _heat(drawn: Picture, found: Heat, height: float) -> None:
+    (axes,) = drawn.axes
+    last = len(found.parts) - 1
+    at = [index + (0.35 if index == last else 0.0) for index in range(last + 1)]  # the full model stands apart
+    square = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
+    keys: list[Artist] = []
+    scale = AffineDeltaTransform(axes.transData)  # type: ignore[arg-type]  # which is affine on plain axes
+    names = [*classes(), "not converged"]
+    for kind in [*range(len(names) - 1), None]:
+        cells = [cell for cell in found.cells if cell.kind == kind]
+        looks: dict[str, Any] = {"facecolor": light("page" if kind is None else f"rho{kind}"), "linewidth": 0}
+        if kind is None:
+            looks["hatch"] = "//////"
+        keys.append(Patch(**looks))
+        if cells:
+            marks = PolyCollection(
+                [square], offsets=[(cell.column, at[cell.row]) for cell in cells],
+                offset_transform=axes.transData, transform=scale, clip_on=False, **looks,
+            )  # fmt: skip
+            axes.add_collection(marks, autolim=False)
+            drawn.label(marks, [cell.label for cell in cells])
+    axes.set_xlim(-0.5, len(found.steps) - 0.5)
+    axes.set_ylim(at[-1] + 0.5, -0.5)
+    every, stride = ceil(0.16 / height), ceil(len(found.steps) / 8)
+    named = [index for index in range(last) if index % every == 0 and index <= last - every] + [last]
+    axes.set_yticks([at[index] for index in named], [plain(found.parts[index]) for index in named])
+    columns = range(0, len(found.steps), stride)
+    axes.set_xticks(columns, [found.steps[column] for column in columns])
+    axes.set_xlabel("checkpoints, by step, a column each; blank: no value")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    drawn.legend_of(keys, names, 4)
+
+
+def _heading(track: Track) -> str:
     last = newest(track)
     if last is None or last.report is None:
         return "nothing was measured"
@@ -114,7 +203,7 @@ def _title(track: Track) -> str:
     return f"{last.report.verdict}{rho}{step}"
 
 
-def _surges(places: Sequence[int]) -> str:
+def _surges(places: Sequence[float]) -> str:
     """One line of text: labels at the surges themselves overlap where they follow closely."""
     if not places:
         return ""

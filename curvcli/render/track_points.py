@@ -1,15 +1,10 @@
-"""A track's points as the rows that the table, the CSV, the picture and the page all draw."""
+"""A track's points as the rows that the table, the CSV, the picture and the page all show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import nan
 
 from curvcli.documents import ENDS, Estimate, Report, Track, TrackPoint
-from curvcli.render.fit import thin
-
-Series = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -55,46 +50,6 @@ def rows(track: Track) -> list[Row]:
     return [_row(point, number if counted else point.step) for number, point in enumerate(track.points, 1)]
 
 
-def series(track: Track) -> dict[str, Series]:
-    """What is drawn, each as places on the axis and values.
-
-    Lines break (NaN) where there is no value, those of rho and lambda where it is not certified; "rho?" and
-    "lambda?" are those that are not to be relied on. "low" and "high" bracket rho on the data behind the shard,
-    "surges" are values of rho, and at the places of "failed" nothing could be measured. "lr" and "loss" are of the
-    run's log, and where it has none of the checkpoints.
-    """
-    found = [(row.place, row) for row in rows(track) if row.place is not None]
-
-    def line(value: Callable[[Row], float | None], certified: bool = True) -> Series:
-        values = [value(row) if row.certified is certified else None for _, row in found]
-        return [place for place, _ in found], [nan if y is None else y for y in values]
-
-    def pick(value: Callable[[Row], float | None], wanted: Callable[[Row], bool] = lambda row: True) -> Series:
-        kept = [(place, y) for place, row in found if wanted(row) and (y := value(row)) is not None]
-        return [place for place, _ in kept], [y for _, y in kept]
-
-    bracketed = [(place, row) for place, row in found if row.certified and row.low is not None and row.high is not None]
-    places = [place for place, _ in bracketed]
-    # The log counts steps: it has no place on an axis of checkpoints.
-    log = track.log if axis(track) == "step" else []
-    rates = [(entry.step, entry.lr) for entry in log if entry.lr is not None]
-    losses = [(entry.step, entry.loss) for entry in log if entry.loss is not None]
-    return {
-        "rho": line(lambda row: row.rho),
-        "rho?": pick(lambda row: row.rho, lambda row: not row.certified),
-        "low": (places, [row.low for _, row in bracketed if row.low is not None]),
-        "high": (places, [row.high for _, row in bracketed if row.high is not None]),
-        "surges": pick(lambda row: row.rho, lambda row: row.point.surged),
-        "failed": pick(lambda row: 0.0, lambda row: row.report is None),
-        "lambda": line(lambda row: row.eigenvalue),
-        "lambda?": pick(lambda row: row.eigenvalue, lambda row: not row.certified),
-        "threshold": pick(lambda row: row.threshold),
-        "ratio": ([place for place, _ in found], [nan if row.ratio is None else row.ratio for _, row in found]),
-        "lr": _unzip(rates) if rates else pick(lambda row: row.lr),
-        "loss": _unzip(losses) if losses else pick(lambda row: row.point.training_loss),
-    }
-
-
 def axis(track: Track) -> str:
     """What points are drawn over: "step", or "checkpoint", their number, where a measured one has no step."""
     unknown = any(point.step is None for point in track.points if point.report is not None)
@@ -135,8 +90,3 @@ def _row(point: TrackPoint, place: int | None) -> Row:
         ratio=report.update.ratio,
         lr=report.optimizer.lr,
     )
-
-
-def _unzip(points: list[tuple[int, float]]) -> Series:
-    kept = thin(points, 1000)
-    return [x for x, _ in kept], [y for _, y in kept]

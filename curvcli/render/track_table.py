@@ -14,7 +14,8 @@ from curvcli.errors import plain
 from curvcli.render.csv import cell
 from curvcli.render.fit import fitting
 from curvcli.render.frame import number
-from curvcli.render.table import COLOURS, bar, finding_line
+from curvcli.render.style import COLOURS
+from curvcli.render.table import bar, finding_line
 from curvcli.render.track_points import Row, certified, newest, part_names, rows
 
 RATIO = "lr/critical"
@@ -152,7 +153,7 @@ def _style(title: str, row: Row) -> str:
     if title == "source":
         return SOURCES[row.point.source]
     if title in ("rho", "verdict"):
-        return COLOURS.get(row.verdict, "red")
+        return COLOURS[row.verdict]
     return ""
 
 

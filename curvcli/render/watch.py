@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from math import ceil, floor, log10
 
 import plotext
@@ -16,7 +15,8 @@ from curvcli.errors import plain
 from curvcli.judge.verdict import STABLE_BELOW, UNSTABLE_ABOVE, classify
 from curvcli.render.fit import LOG_ABOVE, Points, fitting, thin
 from curvcli.render.frame import number
-from curvcli.render.table import COLOURS
+from curvcli.render.series import unlocks
+from curvcli.render.style import COLOURS
 
 # Columns of the table, and the order in which a narrow terminal loses them.
 TITLES = ("step", "loss", "lr", "lambda", "rho", "residual", "update", "depth", "HVPs", "seconds", "status")
@@ -62,12 +62,6 @@ def curve(records: tuple[Record, ...]) -> Curve:
         else:
             runs[-1].append((record.step, record.rho))
     return Curve([run for run in runs if run], doubtful, missing, unlocks(records), logarithmic, below)
-
-
-def unlocks(records: tuple[Record, ...]) -> list[tuple[int, int]]:
-    """Where the number of training blocks changed: (first step of the new depth, new depth)."""
-    known = [(r.step, r.active_depth) for r in records if r.active_depth is not None]
-    return [(step, depth) for (_, before), (step, depth) in pairwise(known) if depth != before]
 
 
 def screen(log: Log, console: Console, *, tail: int, height: int | None = None) -> RenderableType:
@@ -155,17 +149,17 @@ def draw(records: tuple[Record, ...], width: int, lines: int, utf8: bool = True)
     plotext.limit_size(False, False)
     plotext.plotsize(width, lines - 1)
     for step, _ in data.unlocks:
-        plotext.vline(step, "yellow")
-    plotext.hline(place(1.0), "red")
+        plotext.vline(step, COLOURS["unlock"])
+    plotext.hline(place(1.0), COLOURS["limit"])
     for run in data.runs:
         shown = thin(run, 2 * width)
         x, y = [step for step, _ in shown], [place(value) for _, value in shown]
-        plotext.plot(x, y, marker="braille" if utf8 else "*", color="cyan")
+        plotext.plot(x, y, marker="braille" if utf8 else "*", color=COLOURS["measured"])
     if data.doubtful:
         shown = thin(data.doubtful, width)
-        plotext.scatter([s for s, _ in shown], [place(v) for _, v in shown], marker="?", color="yellow")
+        plotext.scatter([s for s, _ in shown], [place(v) for _, v in shown], marker="?", color=COLOURS["doubtful"])
     if data.missing:
-        plotext.scatter(data.missing, [place(low)] * len(data.missing), marker="x", color="red")
+        plotext.scatter(data.missing, [place(low)] * len(data.missing), marker="x", color=COLOURS["failed"])
     first, last = records[0].step, max(records[-1].step, records[0].step + 1)
     plotext.xlim(first, last)
     plotext.ylim(place(low), place(high))
@@ -208,7 +202,7 @@ def table(records: tuple[Record, ...], width: int) -> Table:
         drawn.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
     for row, record in zip(cells, records, strict=True):
         verdict = classify(record.rho) if record.rho is not None and record.status == "converged" else "unresolved"
-        styles = {"rho": COLOURS[verdict], "status": "" if record.status == "converged" else "yellow"}
+        styles = {"rho": COLOURS[verdict], "status": "" if record.status == "converged" else COLOURS["doubtful"]}
         drawn.add_row(*(Text(row[title], style=styles.get(title, "")) for title in titles))
     return drawn
 

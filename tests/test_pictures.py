@@ -1,0 +1,324 @@
+"""Pictures: what is in them lies where the numbers say, on a page as in a file; colours that everybody tells apart."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations, pairwise
+from math import log
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from browser import Browser, troubles
+from test_html import HOSTILE, SCHEDULE
+from tracks import asset, at, course, failed, long, track
+
+from curvcli.documents import Report, Schedule, Track, TrainingStep, load_report
+from curvcli.render.html import report_page, track_page
+from curvcli.render.picture import FORMATS, Picture
+from curvcli.render.plot import picture
+from curvcli.render.schedule_plot import plot as plot_schedule
+from curvcli.render.series import heat, report_series
+from curvcli.render.style import COLOURS, PALETTE, light, variables
+from curvcli.render.track_plot import heat_map, plot_track, steps
+
+ASSET = Path(__file__).parent / "assets" / "hot-60.report.json"
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return load_report(ASSET)
+
+
+def embedded(drawn: Picture, name: str = "x") -> ElementTree.Element:
+    """The picture as a page has it."""
+    svg = str(drawn.embed(name, "a picture")).replace("<svg", '<svg xmlns:xlink="http://www.w3.org/1999/xlink"', 1)
+    return ElementTree.fromstring(svg)  # noqa: S314
+
+
+def marks(root: ElementTree.Element) -> dict[str, ElementTree.Element]:
+    """What speaks, by what it says; where several say the same, the first, which is in the uppermost panel."""
+    found: dict[str, ElementTree.Element] = {}
+    for mark in root.iter():
+        for title in mark.findall("title"):
+            found.setdefault(title.text or "", mark)
+    return found
+
+
+def place(mark: ElementTree.Element) -> tuple[float, float]:
+    if mark.tag == "use":
+        return float(mark.attrib["x"]), float(mark.attrib["y"])
+    numbers = [float(n) for n in re.findall(r"[\d.]+", mark.attrib["d"])]
+    return (min(numbers[::2]) + max(numbers[::2])) / 2, (min(numbers[1::2]) + max(numbers[1::2])) / 2
+
+
+def edge(root: ElementTree.Element) -> float:
+    """Height of the first dashed line across the picture."""
+    line = next(e for e in root.iter("path") if e.get("stroke") == f"var(--{NAME['limit']})" and e.get("stroke-dasharray"))
+    return float(line.attrib["d"].split()[2])
+
+
+# A colour of two meanings has one variable: the first that is so called.
+NAME = {name: next(first for first, look in PALETTE.items() if look == PALETTE[name]) for name in PALETTE}
+
+
+# --- where things lie ------------------------------------------------------------------------------------------------
+
+
+def test_depths_lie_where_the_numbers_say(report: Report) -> None:
+    root = embedded(picture(report))
+    found, threshold = marks(root), report.optimizer.threshold
+    assert threshold is not None
+    assert len(found) == sum(len(x) for x, _ in report_series(report).values()) == 27
+    curve = {d.depth: place(found[f"restricted to depth, depth {d.depth}: {d.eigenvalue:,.4g}"])
+             for d in report.cumulative.restricted}  # fmt: skip
+    values = {d.depth: d.eigenvalue for d in report.cumulative.restricted}
+    assert values[0] is not None
+    assert values[8] is not None
+    a_decade = (curve[0][1] - curve[8][1]) / log(values[8] / values[0], 10)
+    assert edge(root) == pytest.approx(curve[0][1] - a_decade * log(threshold / values[0], 10), abs=0.1)
+    assert curve[1][0] - curve[0][0] == pytest.approx((curve[8][0] - curve[0][0]) / 8, abs=0.02)
+    # A layer's bar ends at its value and stands between two depths; embedding and head stand before the first.
+    for layer in report.layers:
+        assert layer.eigenvalue is not None
+        bar = found[f"layer alone, depth {layer.index + 0.5:g}: {layer.eigenvalue:,.4g}"]
+        numbers = [float(n) for n in re.findall(r"[\d.]+", bar.attrib["d"])]
+        assert min(numbers[1::2]) == pytest.approx(curve[0][1] - a_decade * log(layer.eigenvalue / values[0], 10), abs=0.1)
+        assert curve[layer.index][0] < min(numbers[::2]) < max(numbers[::2]) < curve[layer.index + 1][0]
+    outside = next(mark for label, mark in found.items() if label.startswith("embedding, head alone: "))
+    assert max(float(n) for n in re.findall(r"[\d.]+", outside.attrib["d"])[::2]) < curve[0][0]
+
+
+def test_bars_of_a_deep_model_stay_apart(report: Report) -> None:
+    layers = [report.layers[i % 8].model_copy(update={"index": i, "name": f"layers.{i}"}) for i in range(80)]
+    checkpoint = report.checkpoint.model_copy(update={"layers": 80})
+    found = marks(embedded(picture(report.model_copy(update={"layers": layers, "checkpoint": checkpoint}))))
+    bars = [mark for label, mark in found.items() if "alone" in label]
+    spans = sorted(
+        (min(x), max(x)) for bar in bars for x in [[float(n) for n in re.findall(r"[\d.]+", bar.attrib["d"])[::2]]]
+    )
+    assert len(spans) == 81
+    assert min(b[0] - a[1] for a, b in pairwise(spans)) > 0
+
+
+def test_steps_lie_where_the_numbers_say() -> None:
+    root = embedded(steps(course()))
+    rho = {}
+    for label, mark in marks(root).items():
+        rho.setdefault(label.split(":")[0], place(mark))
+    height = {value: rho[f"step {step}"][1] for step, value in ((10, 0.09893), (20, 0.19785), (60, 1.505), (90, 0.5936))}
+    scale = (height[0.09893] - height[1.505]) / (1.505 - 0.09893)
+    for value, y in height.items():
+        assert (height[0.09893] - y) / scale == pytest.approx(value - 0.09893, abs=2e-3)
+    assert edge(root) == pytest.approx(height[0.09893] - scale * (1 - 0.09893), abs=0.1)
+    assert rho["step 20"][0] - rho["step 10"][0] == pytest.approx(rho["step 90"][0] - rho["step 80"][0], abs=0.02)
+    labels = list(marks(root))
+    assert "step 50: could not be measured" in labels
+    assert rho["step 50"][1] == pytest.approx(height[0.09893] + scale * 0.09893, abs=0.1), "at the foot"
+    assert "step 70: rho 0.989, lambda 20,882, unresolved; between 0.987 and 0.995" in next(
+        label for label in labels if label.startswith("step 70")
+    )
+    assert next(label for label in labels if label.startswith("step 60")).endswith("times the median before")
+
+
+def test_the_map_has_a_cell_per_value_in_the_class_of_its_rho() -> None:
+    document = course()
+    found = heat(document)
+    assert found is not None
+    assert [sum(cell.row == row for cell in found.cells) for row in range(10)] == [8] * 10
+    hot = document.points[5].report
+    assert hot is not None
+    limits = (0.1, 0.2, 0.4, 0.8, 1.25, 2.5)
+    assert found.parts == ["embedding, head", *(layer.name for layer in hot.layers), "full model"]
+    kinds = {cell.row: cell.kind for cell in found.cells if cell.column == 5}
+    for row, part in enumerate([*hot.parts, hot.full]):
+        assert part.rho is not None
+        assert kinds[row] == sum(limit <= part.rho for limit in limits)
+    weak = [cell for cell in found.cells if cell.kind is None]
+    assert [cell.label for cell in weak] == ["full model, step 70: rho 0.989, unconverged"]
+    drawn = marks(embedded(heat_map(found)))
+    assert set(drawn) == {cell.label for cell in found.cells}
+    for cell in found.cells:
+        fill = drawn[cell.label].attrib["fill"]
+        assert fill == f"var(--rho{cell.kind})" if cell.kind is not None else fill.startswith("url(#x-")
+    a, b = (place(drawn[f"model.layers.{layer}, step 60: rho {hot.layers[layer].rho:.3g}"]) for layer in (0, 4))
+    assert a[0] == pytest.approx(b[0], abs=0.1)
+    assert a[1] < b[1]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_odd_documents_have_pictures(suffix: str, report: Report) -> None:
+    hot = asset("hot")
+    held = hot.generalisation.model_copy(update={"rho_low": -17.0})
+    bare = {"eigenvalue": None, "rho": None, "status": "non-finite"}
+    for document in (
+        track([hot]),
+        track([failed(10)]),
+        track([failed(None)]),
+        track([hot.model_copy(update={"generalisation": held}), at(hot, 70, 9.0), at(hot, 80, -1.0)]),
+        track([hot], log=[TrainingStep(step=1, loss=None, lr=None), TrainingStep(step=2, loss=3.0, lr=0.0)]),
+    ):
+        assert plot_track(document, suffix)
+        assert embedded(steps(document)) is not None
+    nothing = report.model_copy(
+        update={"layers": [], "ends": None, "full": report.full.model_copy(update=bare),
+                "cumulative": report.cumulative.model_copy(update={"restricted": [], "truncated": []}),
+                "optimizer": report.optimizer.model_copy(update={"threshold": None, "lr": None})}
+    )  # fmt: skip
+    assert picture(nothing).save(suffix)
+    assert heat(track([failed(3)])) is None
+    assert plot_schedule(Schedule.model_validate(SCHEDULE), suffix)
+
+
+def ticks(drawn: Picture) -> list[list[float]]:
+    """Heights of the labelled ticks of each panel."""
+    drawn.save("png")
+    return [[t for t in axes.get_yticks() if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]] for axes in drawn.axes]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.3, 1, 1.0001, 40, 1e7])
+def test_every_axis_has_two_ticks_to_read_by(scale: float) -> None:
+    hot = asset("hot")
+    for run in (track([at(hot, 10), at(hot, 20, scale)]), course()):
+        drawn = steps(run)
+        assert min(map(len, ticks(drawn))) >= 2
+        assert max(map(len, ticks(drawn))) <= 12
+    assert len(ticks(picture(at(hot, 10, scale)))[0]) >= 2
+
+
+# --- a picture in a page ---------------------------------------------------------------------------------------------
+
+
+def test_a_mark_without_its_label_is_no_picture() -> None:
+    def draw(drawn: Picture) -> None:
+        (line,) = drawn.axes[0].plot([0, 1, float("nan")], [0, 1, 2], "o", color=light("measured"))
+        drawn.label(line, ["a", "b", "c"])
+
+    with pytest.raises(ValueError, match="zip"):
+        Picture(draw, [2.0], "").embed("x", "")
+
+
+def test_a_colour_of_no_name_is_refused() -> None:
+    with pytest.raises(KeyError, match="#123456"):
+        Picture(lambda drawn: drawn.axes[0].axhline(1, color="#123456"), [2.0], "").embed("x", "")  # type: ignore[func-returns-value]
+
+
+def test_pictures_of_a_page_share_no_id_and_refer_to_their_own(report: Report) -> None:
+    for html in (track_page(course()), report_page(report)):
+        ids = re.findall(r'\bid="([^"]+)"', html)
+        assert len(ids) == len(set(ids)) > 3
+        assert set(re.findall(r"(?:href=\"|url\()#([\w-]+)", html)) == set(ids)
+        assert not re.search(r'\bstyle="|xmlns|<style type|DejaVu', html)
+        assert html.count("<style>") == 1
+        assert len(html) < 300_000
+    assert track_page(course()) == track_page(course())
+
+
+def test_names_from_a_file_are_text_in_a_picture() -> None:
+    evil = f"$x^2$ \x1b[31m\u202e{HOSTILE[0]}"
+    layers = [asset("hot").layers[0].model_copy(update={"name": evil})]
+    found = heat(track([asset("hot").model_copy(update={"layers": layers})]))
+    assert found is not None
+    drawn = heat_map(found)
+    root = embedded(drawn)
+    texts = [text.text or "" for text in root.iter("text")]
+    assert any("</" in text or "script" in text or "dataset" in text for text in texts)
+    assert not any(c in text for text in [*texts, *marks(root)] for c in "\x1b\u202e")
+    assert {e.tag for e in root.iter()} <= {
+        "svg", "g", "defs", "clipPath", "pattern", "rect", "path", "use", "text", "title"
+    }  # fmt: skip
+
+
+NO_OVERLAP = """(() => {
+  const meet = (a, b) => a.left + 2 < b.right && b.left + 2 < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+  const bad = [];
+  for (const svg of document.querySelectorAll('.scroll svg')) {
+    const texts = [...svg.querySelectorAll('text')], frame = svg.getBoundingClientRect();
+    const all = texts.map((e) => [e.textContent, e.getBoundingClientRect()]);
+    all.forEach(([said, a], i) => {
+      if (a.left < frame.left - 1 || a.right > frame.right + 1 || a.bottom > frame.bottom) bad.push('outside: ' + said);
+      all.slice(i + 1).forEach(([other, b]) => { if (meet(a, b)) bad.push('overlap: ' + said + ', ' + other); });
+    });
+  }
+  return bad;
+})()"""
+
+
+@pytest.mark.parametrize("width", [480, 1280])
+def test_labels_keep_apart(browser: Browser, tmp_path: Path, report: Report, width: int) -> None:
+    def without_log(run: Track) -> Track:
+        return run.model_copy(update={"log": []})
+
+    for name, html in {
+        "report": report_page(report), "track": track_page(course()), "short": track_page(without_log(course())),
+        "long": track_page(long(40, 96)),
+    }.items():  # fmt: skip
+        out = tmp_path / f"{name}.html"
+        out.write_text(html)
+        browser.open(out, width=width)
+        assert troubles(browser) == []
+        assert browser.run(NO_OVERLAP) == [], name
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_a_page_shows_the_palette_of_its_scheme(browser: Browser, tmp_path: Path, report: Report, scheme: int) -> None:
+    out = tmp_path / "x.html"
+    out.write_text(report_page(report))
+    browser.open(out, scheme=("light", "dark")[scheme])
+    used = set(re.findall(r"var\(--(\w+)\)", out.read_text().partition("</style>")[2]))
+    assert {NAME[name] for name in ("restricted", "truncated", "layer", "ends", "limit", "ink", "soft", "line")} <= used
+    for name in used:
+        value = browser.run(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')")
+        assert value == PALETTE[name][scheme]
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+# Machado, Oliveira and Fernandes 2009, severity 1.0: linear RGB as the three kinds of dichromats see it.
+SEEN = {
+    "everybody": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}  # fmt: skip
+TOGETHER = [("restricted", "truncated", "layer", "ends", "limit"), ("measured", "surge", "limit", "bracket")]
+
+
+def lab(colour: str, seen: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* (D65) of #rrggbb as it is seen."""
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.clip(seen @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4), 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+    f = np.cbrt(np.maximum(xyz / [0.9505, 1, 1.089], 1e-3))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_what_shares_a_picture_is_told_apart_by_everybody(seen: str, scheme: int) -> None:
+    for names in (*TOGETHER, ("stable", "edge", "unstable", "unresolved")):
+        for one, other in combinations(names, 2):
+            apart = lab(PALETTE[one][scheme], SEEN[seen]) - lab(PALETTE[other][scheme], SEEN[seen])
+            assert np.linalg.norm(apart) > 12, (one, other)
+    for n in range(6):
+        apart = lab(PALETTE[f"rho{n}"][scheme], SEEN[seen]) - lab(PALETTE[f"rho{n + 1}"][scheme], SEEN[seen])
+        assert np.linalg.norm(apart) > 10, n
+
+
+def test_colours_have_one_home() -> None:
+    """One dark twin each, and no colour written down anywhere else."""
+    assert len(set(PALETTE.values())) == len({look[0] for look in PALETTE.values()})
+    package = Path(__file__).parent.parent / "curvcli" / "render"
+    for path in [*package.rglob("*.py"), *package.rglob("*.css"), *package.rglob("*.html")]:
+        if path.name != "style.py":
+            assert not re.search(r"#[0-9a-fA-F]{6}\b", path.read_text()), path
+    css = variables() + (package / "templates/style.css").read_text()
+    assert set(re.findall(r"var\(--(\w+)\)", css)) <= set(PALETTE)
+    assert {"stable", "edge", "unstable", "unresolved"} <= set(COLOURS)
