@@ -23,10 +23,10 @@ ROOMS = {
     "checkpoints": {"errors", "documents", "files", "models", "optimizers"},
     "data": {"errors", "files", "curvature", "models", "checkpoints"},
     "judge": {"documents"},
-    "schedules": {"errors", "documents"},
+    "schedules": {"errors", "documents", "judge"},
     "render": {"errors", "documents", "judge", "schedules"},
     "analysis": {"errors", "files", "documents", "curvature", "models", "optimizers", "checkpoints", "data", "judge"},
-    "training": {"errors", "documents", "curvature", "models", "optimizers", "checkpoints", "data"},
+    "training": {"errors", "documents", "curvature", "models", "optimizers", "checkpoints", "data", "judge"},
     "cli": {"errors", "documents", "judge", "schedules", "render", "analysis", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

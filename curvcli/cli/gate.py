@@ -186,13 +186,12 @@ class _Settings:
         return [(name, f"{value:g}" if isinstance(value, float) else str(value), source) for name, value, source in found]
 
     def _rules(self) -> list[Rule]:
-        from typing import get_args
-
         from curvcli.analysis.config import gate_not_counted
-        from curvcli.documents import Rule, RuleName
+        from curvcli.documents import Rule
+        from curvcli.documents.columns import ruled
 
         rules = []
-        for name in get_args(RuleName):
+        for name in ruled():
             value, source = self.of(name)
             if value is not None and value is not False:
                 rules.append(Rule(name=name, limit=None if value is True else float(value), source=source))
@@ -287,14 +286,14 @@ def _judge(
 def _baseline(path: Path | None) -> Report | list[Report] | None:
     """What the baseline holds: a report, or the certified points of a track."""
     from curvcli.documents import load_report, load_track
-    from curvcli.judge.readings import certified
+    from curvcli.judge.readings import past
 
     if path is None:
         return None
     if _schema(path) != TRACK:
         return load_report(path)
     track = load_track(path)
-    if not (known := certified(track.points, track.window)):
+    if not (known := past(track.points, track.window)):
         raise InputError(f"{path} has no certified point to compare with", hint="give another --baseline")
     return known
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 
 from curvcli.documents import Estimate, Report
+from curvcli.judge.limits import certified
 
 Curve = tuple[list[float], list[float]]
 ENDS_AT = -0.5  # left of the layers, each of which stands between two depths
@@ -46,7 +47,7 @@ def curves(report: Report) -> dict[str, tuple[list[float], list[float]]]:
     """What is drawn: depth and positive converged lambda of each curve. A log axis has no place for others."""
 
     def pick(items: list[tuple[float, Estimate]]) -> tuple[list[float], list[float]]:
-        kept = [(x, e.eigenvalue) for x, e in items if e.status == "converged" and e.eigenvalue and e.eigenvalue > 0]
+        kept = [(x, e.eigenvalue) for x, e in items if certified(e) and e.eigenvalue and e.eigenvalue > 0]
         return [x for x, _ in kept], [y for _, y in kept]
 
     return {

@@ -13,10 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from curvcli.documents import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
+from curvcli.documents.columns import PARTS, POINTS, parts, shown
 from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
+from curvcli.render.cells import Cell, part_cells, point_cells, summary
 from curvcli.render.chart import curves, log_chart
-from curvcli.render.frame import number, records
+from curvcli.render.frame import number
 from curvcli.render.track_chart import CLASSES, heat, panels
 from curvcli.render.track_points import axis, newest, rows
 
@@ -39,7 +41,21 @@ def page(path: Path) -> str:
 def report_page(report: Report) -> str:
     """Verdict, findings, next steps, curves over depth, where the sharpest direction lives, numbers, provenance."""
     chart = log_chart(curves(report), report.optimizer.threshold, report.checkpoint.layers)
-    return _render("report.html", document=report, report=report, steps=advice(report), chart=chart, rows=records(report))
+    return _render(
+        "report.html",
+        document=report,
+        report=report,
+        steps=advice(report),
+        chart=chart,
+        estimates=estimates(report),
+        facts=summary(report),
+    )
+
+
+def estimates(report: Report, *, curves: bool = True) -> list[list[Cell]]:
+    """The lines of the table of estimates, with or without those over depth."""
+    wanted = ("full", "ends", "layer", *(("restricted", "truncated") if curves else ()))
+    return [part_cells(part) for part in parts(report) if part.kind in wanted]
 
 
 def schedule_page(schedule: Schedule) -> str:
@@ -50,7 +66,6 @@ def schedule_page(schedule: Schedule) -> str:
 def track_page(track: Track) -> str:
     """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
     last, found = newest(track), rows(track)
-    layers = [r for r in records(last.report) if r["part"] in ("full", "ends", "layer")] if last and last.report else []
     return _render(
         "track.html",
         document=track,
@@ -63,7 +78,8 @@ def track_page(track: Track) -> str:
         heat=heat(track),
         classes=CLASSES,
         rows=found,
-        records=layers,
+        cells=[point_cells(row) for row in found],
+        estimates=estimates(last.report, curves=False) if last and last.report else [],
     )
 
 
@@ -85,6 +101,7 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.globals["part_columns"], environment.globals["point_columns"] = shown(PARTS, "page"), shown(POINTS, "page")
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = _asset("style.css"), _asset("sort.js")
     # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.

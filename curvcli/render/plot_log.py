@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from curvcli.documents import Log, Record
+from curvcli.judge.limits import certified
 from curvcli.render.frame import number
 from curvcli.render.watch import unlocks
 
@@ -27,9 +28,7 @@ def series(records: tuple[Record, ...]) -> dict[str, Series]:
     """
 
     def pick(value: Callable[[Record], float | None], converged: bool | None = None) -> Series:
-        chosen = [
-            (r.step, value(r) if converged is None or (r.status == "converged") is converged else None) for r in records
-        ]
+        chosen = [(r.step, value(r) if converged is None or certified(r) is converged else None) for r in records]
         return [step for step, _ in chosen], [float("nan") if y is None else y for _, y in chosen]
 
     return {
@@ -98,6 +97,6 @@ def _title(log: Log) -> str:
 
 def _threshold(record: Record) -> float | None:
     """lambda over rho; nothing where rho is 0, missing, or not to be relied on."""
-    if record.status != "converged" or not record.rho or record.eigenvalue is None:
+    if not certified(record) or not record.rho or record.eigenvalue is None:
         return None
     return record.eigenvalue / record.rho

@@ -5,18 +5,21 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import ceil, log10
 
 from curvcli.documents import Estimate, Track
+from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 from curvcli.render.chart import Mark, linear_ticks, log_ticks, tick_label
 from curvcli.render.fit import LOG_ABOVE
 from curvcli.render.frame import number
-from curvcli.render.track_points import Row, Series, certified, part_names, rows, series
+from curvcli.render.track_points import Row, Series, part_names, rows, series
 
 WIDTH, LEFT, RIGHT, TOP, FOOT = 720, 72.0, 690.0, 12.0, 28.0
 # Classes of rho in the map; the verdict's own limits are among them.
-LIMITS = (0.1, 0.2, 0.4, 0.8, 1.25, 2.5)
-CLASSES = ("below 0.1", "0.1 to 0.2", "0.2 to 0.4", "0.4 to 0.8", "0.8 to 1.25, the edge", "1.25 to 2.5", "above 2.5")
+LIMITS = (0.1, 0.2, 0.4, STABLE_BELOW, UNSTABLE_ABOVE, 2 * UNSTABLE_ABOVE)
+_BETWEEN = [f"{low:g} to {high:g}{', the edge' * (low == STABLE_BELOW)}" for low, high in pairwise(LIMITS)]
+CLASSES = (f"below {LIMITS[0]:g}", *_BETWEEN, f"above {LIMITS[-1]:g}")
 LONGEST_NAME = 24
 
 
