@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from curvcli.analysis.api import Estimated, analyze
+    from curvcli.analysis.gate import gate
     from curvcli.checkpoints.formats.optimizer_file import save_optimizer
     from curvcli.documents import Report
     from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
@@ -30,12 +31,14 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "analyze",
+    "gate",
     "save_optimizer",
 ]
 
 _HOME = {
     "analyze": "analysis.api",
     "Estimated": "analysis.api",
+    "gate": "analysis.gate",
     "Report": "documents",
     "save_optimizer": "checkpoints.formats.optimizer_file",
     "ArchitectureWarmup": "training",

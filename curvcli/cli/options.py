@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from curvcli.cli.formats import Format
 from curvcli.errors import UsageError
 
 
@@ -30,15 +31,6 @@ class Sample(StrEnum):
     first = "first"
     spread = "spread"
     random = "random"
-
-
-class Format(StrEnum):
-    """What stdout gets."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-    markdown = "markdown"
 
 
 Data = Annotated[

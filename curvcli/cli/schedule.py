@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from curvcli.cli.app import BoundedGroup, BoundedTyper, app, check_outputs, exit_codes, readers_may_leave
+from curvcli.cli.formats import ScheduleFormat
 from curvcli.errors import UsageError, plain
 
 if TYPE_CHECKING:
@@ -23,13 +24,6 @@ class Order(StrEnum):
     last = "last"
     first = "first"
     interleaved = "interleaved"
-
-
-class Format(StrEnum):
-    """What stdout gets."""
-
-    table = "table"
-    json = "json"
 
 
 verbs = BoundedTyper(cls=BoundedGroup)
@@ -79,7 +73,7 @@ def schedule(
     tokens: Annotated[int | None, typer.Option(min=1, help="With --resume CHECKPOINT: as for curv analyze.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the schedule (JSON) here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the picture here (.png, .svg, .pdf).")] = None,
-    format: Annotated[Format, typer.Option(help="What stdout gets.")] = Format.table,  # noqa: A002
+    format: Annotated[ScheduleFormat, typer.Option(help="What stdout gets.")] = ScheduleFormat.table,  # noqa: A002
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """Plan when which blocks train: from depth alone, from a report, or for a run that resumes."""
@@ -256,7 +250,7 @@ def _only_last(order: Order | None, what: str) -> None:
         )
 
 
-def _write(plan: Schedule, output: Path | None, plot: Path | None, format: Format) -> None:  # noqa: A002
+def _write(plan: Schedule, output: Path | None, plot: Path | None, format: ScheduleFormat) -> None:  # noqa: A002
     from curvcli.documents import write_whole
 
     if output:
@@ -265,7 +259,7 @@ def _write(plan: Schedule, output: Path | None, plot: Path | None, format: Forma
         from curvcli.render.schedule_plot import plot as draw
 
         write_whole(plot, draw(plan, plot.suffix[1:].lower()))
-    if format is Format.json:
+    if format is ScheduleFormat.json:
         typer.echo(plan.to_json(), nl=False)
     else:
         from rich.console import Console

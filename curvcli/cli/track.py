@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,19 +9,11 @@ import typer
 
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes, starts_as_json
-from curvcli.cli.options import Format
+from curvcli.cli.formats import Format, TrackFormat
 from curvcli.errors import InputError, UsageError, plain
 
 if TYPE_CHECKING:
     from curvcli.documents import Comparison, Report, Track
-
-
-class TrackFormat(StrEnum):
-    """What stdout gets."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
 
 
 @app.command(

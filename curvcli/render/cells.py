@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from curvcli.documents import Report
 from curvcli.documents.columns import PARTS, POINTS, Column, Measurement, Part, Value, parts, shown
+from curvcli.judge.limits import certified
 from curvcli.render.frame import number
 from curvcli.render.track_points import Row
 
@@ -42,8 +43,7 @@ class Cell:
 def part_cells(part: Part) -> list[Cell]:
     """An estimate's line in a page."""
     return [
-        _cell(column, part, weak=column.key == "status" and part.estimate.status != "converged")
-        for column in shown(PARTS, "page")
+        _cell(column, part, weak=column.key == "status" and not certified(part.estimate)) for column in shown(PARTS, "page")
     ]
 
 

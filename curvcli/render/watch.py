@@ -208,7 +208,7 @@ def table(records: tuple[Record, ...], width: int) -> Table:
         drawn.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
     for row, record in zip(cells, records, strict=True):
         verdict = classify(record.rho) if record.rho is not None and certified(record) else "unresolved"
-        styles = {"rho": COLOURS[verdict], "status": "" if record.status == "converged" else "yellow"}
+        styles = {"rho": COLOURS[verdict], "status": "" if certified(record) else "yellow"}
         drawn.add_row(*(Text(row[title], style=styles.get(title, "")) for title in titles))
     return drawn
 

@@ -101,7 +101,7 @@ def read_curve(measured: Measured, kind: Literal["restricted", "truncated"], lea
     for k in range(least, depth + 1):
         estimate = found.get(k)
         if estimate is None or estimate.rho is None or not certified(estimate):
-            bad.append(f"{k} ({estimate.status if estimate and estimate.status != 'converged' else 'missing'})")
+            bad.append(f"{k} ({estimate.status if estimate and not certified(estimate) else 'missing'})")
         else:
             rho[k] = estimate.rho
     if bad:
