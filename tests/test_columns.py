@@ -23,6 +23,7 @@ from curvcli.judge import gate as judging
 from curvcli.judge.limits import UNSTABLE_ABOVE
 from curvcli.judge.readings import Reading
 from curvcli.render.csv import write
+from curvcli.render.frame import number
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "assets" / "hot-60.gate.report.json"
@@ -62,6 +63,10 @@ def test_a_number_is_found_in_every_output(toy: dict[str, Any], output: str, wor
 def test_its_values_are_those_of_the_report(toy: dict[str, Any]) -> None:
     rows = list(csv.DictReader(io.StringIO(toy["csv"])))
     assert [float(row["toy_error"]) for row in rows] == [float(r["residual"]) / float(r["eigenvalue"]) for r in rows]
+    for row in rows:
+        assert f"| {number(float(row['toy_error']), 4)} |" in toy["markdown"]
+        cell = f'<td class="n" data-value="{row["toy_error"]}">{number(float(row["toy_error"]), 3)}</td>'
+        assert cell in toy["page"]
     (row,) = csv.DictReader(io.StringIO(toy["track csv"]))
     assert float(row["toy_spread"]) == json.loads(REPORT.read_text())["participation"]
 

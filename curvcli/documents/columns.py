@@ -1,7 +1,8 @@
 """Every number of a report or a track, once: its name, how it is shown, where it is from, and the gate's rule on it.
 
 Terminal tables, CSV, Markdown, HTML, the flags of `curv gate`, the keys of [gate] and the inputs of action.yml are made from
-PARTS and POINTS: a further number is a further line here.
+PARTS and POINTS: a further number is a field of its document, a line here, and what measures it. Where it has a rule,
+docs/write_action.py and docs/write_cli.py write the rest; judge.readings takes its bracket from here, unless one needs more.
 """
 
 from __future__ import annotations
