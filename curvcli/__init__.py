@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from curvcli.analysis.api import Estimated, analyze
     from curvcli.analysis.compare import compare
+    from curvcli.analysis.gate import gate
     from curvcli.analysis.schedule import schedule
     from curvcli.analysis.track import track
     from curvcli.checkpoints.formats.optimizer_file import save_optimizer
@@ -36,6 +37,7 @@ __all__ = [
     "UsageError",
     "analyze",
     "compare",
+    "gate",
     "save_optimizer",
     "schedule",
     "track",
@@ -47,6 +49,7 @@ _HOME = {
     "compare": "analysis.compare",
     "schedule": "analysis.schedule",
     "track": "analysis.track",
+    "gate": "analysis.gate",
     "Report": "documents",
     "save_optimizer": "checkpoints.formats.optimizer_file",
     "ArchitectureWarmup": "training",

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvcli.documents import Finding, Outcome, Report, Rule, RuleName, Status, load_report
+from curvcli.documents import Finding, Outcome, Report, Rule, Status, load_report
+from curvcli.documents.columns import ruled
 from curvcli.judge.gate import decide, exit_code, judge, overall
 from curvcli.judge.readings import NoReadings, Reading, ReportReadings
 
@@ -203,7 +204,7 @@ def test_without_a_learning_rate_no_rho_rule_is_decided(hot: Report) -> None:
 
 
 def test_nothing_measured_is_unresolved_for_every_rule() -> None:
-    rules = [Rule(name=name, limit=1.0, source="test") for name in get_args(RuleName) if name != "require-resolved"]
+    rules = [Rule(name=name, limit=1.0, source="test") for name in ruled() if name != "require-resolved"]
     outcomes = judge(rules, NoReadings("out of time"))
     assert {outcome.outcome for outcome in outcomes} == {"unresolved"}
     gate = decide(rules, NoReadings("out of time"), None, path="x", kind="checkpoint")

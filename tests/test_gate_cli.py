@@ -21,8 +21,8 @@ from markdown_it import MarkdownIt
 from test_track import course_of
 from typer.testing import CliRunner
 
+from curvcli.analysis.budget import GRACE
 from curvcli.cli import app
-from curvcli.cli.budget import GRACE
 from curvcli.documents import Gate, Rule, json_schema, load_gate, load_report
 from curvcli.errors import plain
 from curvcli.judge.gate import decide

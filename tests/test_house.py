@@ -24,7 +24,7 @@ ROOMS = {
     "checkpoints": {"errors", "documents", "files", "models", "optimizers"},
     "data": {"errors", "files", "curvature", "models", "checkpoints"},
     "judge": {"documents"},
-    "schedules": {"errors", "documents"},
+    "schedules": {"errors", "documents", "judge"},
     "render": {"errors", "documents", "judge", "schedules"},
     "analysis": {
         "errors",
@@ -38,7 +38,7 @@ ROOMS = {
         "judge",
         "schedules",
     },
-    "training": {"errors", "documents", "curvature", "models", "optimizers", "checkpoints", "data"},
+    "training": {"errors", "documents", "curvature", "models", "optimizers", "checkpoints", "data", "judge"},
     "cli": {"errors", "documents", "optimizers", "judge", "render", "analysis", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

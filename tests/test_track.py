@@ -23,8 +23,9 @@ from curvcli.analysis.checkpoint import Opened, Options, analyze_checkpoint, ope
 from curvcli.analysis.track import _findings, _in_order, key_of, track_run
 from curvcli.checkpoints import find_checkpoints
 from curvcli.documents import Report, Track, TrackPoint, load_report, load_track
+from curvcli.documents.columns import ruled
 from curvcli.errors import InputError
-from curvcli.judge.readings import ReportReadings, certified, track_readings
+from curvcli.judge.readings import ReportReadings, past, track_readings
 from curvcli.render.track_table import to_csv
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -133,7 +134,7 @@ def test_a_checkpoint_that_cannot_be_read_is_a_point(calm: Path, tracked: tuple[
     assert track.points[1].step == 60
     assert "safetensors" in (track.points[1].message or "")
     assert any(f.code == "not-measured" for f in track.findings)
-    reading = track_readings(track).rho()
+    reading = track_readings(track).of(ruled()["max-rho"])[0]
     assert "was not measured" in reading.reason
     (copy / "run" / "checkpoint-10" / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="none of 2 checkpoints"):
@@ -257,7 +258,7 @@ def surge(rhos: list[float | None], **changed: Any) -> float | None:
     *before, newest = course_of(rhos).points
     assert newest.report is not None
     parts = {name: getattr(newest.report, name).model_copy(update=update) for name, update in changed.items()}
-    return ReportReadings(newest.report.model_copy(update=parts), history=certified(before, 5)).surge().value
+    return ReportReadings(newest.report.model_copy(update=parts), history=past(before, 5)).surge().value
 
 
 def test_surge_is_over_the_median_before() -> None:
@@ -279,7 +280,7 @@ def test_an_unconverged_value_is_no_past() -> None:
     assert report is not None
     full = report.full.model_copy(update={"status": "unconverged"})  # its rho stands in the report, not to be relied on
     points[1] = points[1].model_copy(update={"report": report.model_copy(update={"full": full})})
-    assert [known.full.rho for known in certified(points, 5)] == [1.0, 3.0]
+    assert [known.full.rho for known in past(points, 5)] == [1.0, 3.0]
 
 
 def test_the_bracket_of_a_surge_is_from_all_residuals() -> None:

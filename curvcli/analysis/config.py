@@ -14,10 +14,11 @@ from contextlib import suppress
 from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
+from curvcli.documents.columns import LimitKind, rules
 from curvcli.errors import InputError
 from curvcli.files.parse import inside, read_toml
 
@@ -35,16 +36,21 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=lambda n: n.replace("_", "-"))
 
 
-class GateTable(_Table):
+_LIMITS: dict[LimitKind, Any] = {
+    "limit": Limit,
+    "percent": Percent,
+    "count": Annotated[int, Field(gt=0, le=MOST, strict=True)],
+    "flag": Annotated[bool, Field(strict=True)],
+}
+if TYPE_CHECKING:
+    _Rules = _Table
+else:  # a field for each rule that a number has
+    _Rules = create_model("_Rules", __base__=_Table, **{r.field: (_LIMITS[r.kind] | None, None) for r in rules()})
+
+
+class GateTable(_Rules):
     """[gate]: the rules of `curv gate`, and how it takes them. None where the table does not say."""
 
-    max_rho: Limit | None = None
-    max_layer_rho: Limit | None = None
-    max_update_ratio: Limit | None = None
-    max_surge: Limit | None = None
-    max_regression: Percent | None = None
-    min_tokens: Annotated[int, Field(gt=0, le=MOST, strict=True)] | None = None
-    require_resolved: Annotated[bool, Field(strict=True)] | None = None
     regression_tolerance: Percent | None = None
     unresolved: Literal["pass", "fail"] | None = None
     baseline: Path | None = None

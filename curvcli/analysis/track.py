@@ -20,7 +20,7 @@ from curvcli.analysis.solve import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
 from curvcli.errors import CurvError, InputError, UsageError
-from curvcli.judge.readings import ReportReadings, certified, incomparable
+from curvcli.judge.readings import ReportReadings, incomparable, past
 from curvcli.models.architecture import config_beside
 from curvcli.models.user_code import source_digest
 
@@ -222,7 +222,7 @@ def _point(
     window: int,
     limit: float,
 ) -> TrackPoint:
-    reading = ReportReadings(report, history=certified(points, window)).surge()
+    reading = ReportReadings(report, history=past(points, window)).surge()
     surge = None if reading.reason else reading.value
     return TrackPoint(
         checkpoint=str(opened.checkpoint.path),

@@ -8,7 +8,7 @@ import typer
 
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes
-from curvcli.cli.options import Format, ShortFormat
+from curvcli.cli.formats import Format, ShortFormat
 
 if TYPE_CHECKING:
     from curvcli.documents import Report

@@ -9,7 +9,7 @@ import typer
 
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes
-from curvcli.cli.options import Format
+from curvcli.cli.formats import Format
 
 if TYPE_CHECKING:
     from curvcli.documents import Comparison

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from curvcli.cli.formats import Format, ShortFormat, TrackFormat
 from curvcli.errors import UsageError
 from curvcli.optimizers import optimizer_names
 
@@ -31,30 +32,6 @@ class Sample(StrEnum):
     first = "first"
     spread = "spread"
     random = "random"
-
-
-class Format(StrEnum):
-    """What stdout gets, of a verb that can give all of these."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-    markdown = "markdown"
-
-
-class TrackFormat(StrEnum):
-    """What stdout gets, of a verb without Markdown."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
-class ShortFormat(StrEnum):
-    """What stdout gets, of a verb whose result is no table of values."""
-
-    table = "table"
-    json = "json"
 
 
 Checkpoint = Annotated[

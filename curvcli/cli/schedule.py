@@ -9,7 +9,7 @@ import typer
 
 from curvcli.cli import options
 from curvcli.cli.app import BoundedGroup, BoundedTyper, app, check_outputs, exit_codes, readers_may_leave
-from curvcli.cli.options import ShortFormat
+from curvcli.cli.formats import ShortFormat
 from curvcli.errors import plain
 
 if TYPE_CHECKING:

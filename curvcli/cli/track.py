@@ -9,7 +9,7 @@ import typer
 
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes
-from curvcli.cli.options import TrackFormat
+from curvcli.cli.formats import TrackFormat
 from curvcli.errors import plain
 
 if TYPE_CHECKING:

@@ -1,39 +1,44 @@
-"""The vocabulary of results: pydantic models, and the versioned JSON documents made of them. No torch."""
+"""The vocabulary of results: pydantic models, and the versioned JSON documents made of them. No torch.
+
+Names are imported on first use: the command line's help is made of `columns`, and needs no models.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from curvcli.documents.base import Document, Finding, Severity, Versions, dumps, first_problem, read_document, schema_of
-from curvcli.documents.compare import Change, Comparison, Side, load_comparison
-from curvcli.documents.gate import Gate, Outcome, OutcomeName, Rule, RuleName, Subject, load_gate
-from curvcli.documents.log import LOG_NAME, Follower, Log, find_log, load_records
-from curvcli.documents.output import check_writable, write_whole
-from curvcli.documents.record import Record, RecordStatus
-from curvcli.documents.report import (
-    ENDS,
-    Attribution,
-    Checkpoint,
-    Cost,
-    Cumulative,
-    Data,
-    DataFile,
-    DepthEstimate,
-    Estimate,
-    Generalisation,
-    LayerEstimate,
-    Optimizer,
-    PartEstimate,
-    Report,
-    Status,
-    TokensPoint,
-    Update,
-    VerdictName,
-    load_report,
-)
-from curvcli.documents.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
-from curvcli.documents.track import Track, TrackPoint, TrainingStep, load_track
-from curvcli.errors import UsageError
+if TYPE_CHECKING:
+    from curvcli.documents.base import Document, Finding, Severity, Versions, dumps, first_problem, read_document, schema_of
+    from curvcli.documents.compare import Change, Comparison, Side, load_comparison
+    from curvcli.documents.gate import Gate, Outcome, OutcomeName, Rule, RuleName, Subject, load_gate
+    from curvcli.documents.log import LOG_NAME, Follower, Log, find_log, load_records
+    from curvcli.documents.output import check_writable, write_whole
+    from curvcli.documents.record import Record, RecordStatus
+    from curvcli.documents.report import (
+        ENDS,
+        Attribution,
+        Checkpoint,
+        Cost,
+        Cumulative,
+        Data,
+        DataFile,
+        DepthEstimate,
+        Estimate,
+        Generalisation,
+        LayerEstimate,
+        Optimizer,
+        PartEstimate,
+        Report,
+        Status,
+        TokensPoint,
+        Update,
+        VerdictName,
+        load_report,
+    )
+    from curvcli.documents.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
+    from curvcli.documents.schemas import SCHEMAS, json_schema
+    from curvcli.documents.track import Track, TrackPoint, TrainingStep, load_track
 
 __all__ = [
     "ENDS",
@@ -98,18 +103,42 @@ __all__ = [
     "write_whole",
 ]
 
-SCHEMAS: dict[str, type[Document]] = {
-    "report": Report,
-    "schedule": Schedule,
-    "curvature": Record,
-    "gate": Gate,
-    "track": Track,
-    "compare": Comparison,
+_MODULES = {
+    "base": ("Document", "Finding", "Severity", "Versions", "dumps", "first_problem", "read_document", "schema_of"),
+    "compare": ("Change", "Comparison", "Side", "load_comparison"),
+    "gate": ("Gate", "Outcome", "OutcomeName", "Rule", "RuleName", "Subject", "load_gate"),
+    "log": ("LOG_NAME", "Follower", "Log", "find_log", "load_records"),
+    "output": ("check_writable", "write_whole"),
+    "record": ("Record", "RecordStatus"),
+    "report": (
+        "ENDS",
+        "Attribution",
+        "Checkpoint",
+        "Cost",
+        "Cumulative",
+        "Data",
+        "DataFile",
+        "DepthEstimate",
+        "Estimate",
+        "Generalisation",
+        "LayerEstimate",
+        "Optimizer",
+        "PartEstimate",
+        "Report",
+        "Status",
+        "TokensPoint",
+        "Update",
+        "VerdictName",
+        "load_report",
+    ),
+    "schedule": ("LrKind", "LrSchedule", "Order", "Phase", "Schedule", "ScheduleProvenance", "load_schedule"),
+    "track": ("Track", "TrackPoint", "TrainingStep", "load_track"),
+    "schemas": ("SCHEMAS", "json_schema"),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def json_schema(name: str) -> dict[str, Any]:
-    """JSON Schema of a document by its short name. Raises UsageError for an unknown one."""
-    if name not in SCHEMAS:
-        raise UsageError(f"no document is called {name!r}", hint=f"one of: {', '.join(SCHEMAS)}")
-    return SCHEMAS[name].model_json_schema(by_alias=True, mode="serialization")
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"curvcli.documents.{_HOME[name]}"), name)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from curvcli.documents import columns
 from curvcli.documents.base import Document, Finding, read_document
 from curvcli.documents.report import VerdictName
 
-RuleName = Literal[
-    "max-rho",
-    "max-layer-rho",
-    "max-update-ratio",
-    "max-surge",
-    "max-regression",
-    "min-tokens",
-    "require-resolved",
-]
+
+def _known(name: str) -> str:
+    if name not in columns.ruled():
+        raise ValueError(f"no rule is called {name!r:.80}")
+    return name
+
+
+def _listed(schema: dict[str, Any]) -> None:
+    schema["enum"] = list(columns.ruled())
+
+
+RuleName = Annotated[str, AfterValidator(_known), Field(json_schema_extra=_listed)]
 OutcomeName = Literal["passed", "broken", "unresolved"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from curvcli.documents import Change, Comparison, Estimate, Finding, Report, Side, Versions
+from curvcli.judge.limits import certified
 
 LARGE = 2.0  # a change that is worth a finding
 
@@ -45,7 +46,7 @@ def _side(report: Report, name: str) -> Side:
 
 
 def _change(part: str, name: str, a: Estimate, b: Estimate) -> Change:
-    sides = [_certified(a), _certified(b)]
+    sides = [_relied_on(a), _relied_on(b)]
     ratio = low = high = message = None
     if sides[0] is None or sides[1] is None:
         status = a.status if sides[0] is None else b.status
@@ -74,11 +75,10 @@ def _change(part: str, name: str, a: Estimate, b: Estimate) -> Change:
     )
 
 
-def _certified(estimate: Estimate) -> tuple[float, float] | None:
+def _relied_on(estimate: Estimate) -> tuple[float, float] | None:
     """lambda and its residual where they may be relied on."""
-    if estimate.status != "converged" or estimate.eigenvalue is None or estimate.residual is None:
-        return None
-    return estimate.eigenvalue, estimate.residual
+    value, residual = estimate.eigenvalue, estimate.residual
+    return (value, residual) if certified(estimate) and value is not None and residual is not None else None
 
 
 def _unlike(first: Report, second: Report) -> list[Finding]:

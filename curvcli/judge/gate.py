@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import isfinite
+from collections.abc import Sequence
 from typing import Literal
 
 from curvcli import __version__
-from curvcli.documents import Gate, Outcome, OutcomeName, Report, Rule, RuleName, Subject, VerdictName
+from curvcli.documents import Gate, Outcome, OutcomeName, Report, Rule, Subject, VerdictName
 from curvcli.documents.base import LARGEST
+from curvcli.documents.columns import ruled
 from curvcli.judge.readings import Reading, Readings
 
 Unresolved = Literal["report", "pass", "fail"]
 WORST_FIRST: tuple[OutcomeName, ...] = ("broken", "unresolved", "passed")
 
 
-_ASK: dict[RuleName, Callable[[Readings], Sequence[Reading]]] = {
-    "max-rho": lambda r: [r.rho()],
-    "max-layer-rho": lambda r: r.layers(),
-    "max-update-ratio": lambda r: [r.update_ratio()],
-    "max-surge": lambda r: [r.surge()],
-    "max-regression": lambda r: [r.regression()],
-}
-
-
 def judge(rules: Sequence[Rule], readings: Readings, *, regression_tolerance: float = 1.0) -> list[Outcome]:
     """One outcome a rule, in order.
 
-    A rule on a number that is missing or not certified is unresolved. Else it is passed where the upper end of
-    the number's bracket is within the limit, broken where the lower end is past it, and unresolved between.
+    A rule on a number that is missing or not certified is unresolved. Else it is passed where the whole of the number's
+    bracket keeps the limit, broken where none of it does, and unresolved between.
 
     Args:
         rules: max-regression's limit in percent.
         regression_tolerance: percent by which the same lambda may differ between machines; added to that limit.
     """
     outcomes = []
+    known = ruled()
     for rule in rules:
-        if rule.name == "require-resolved":
+        column = known[rule.name]
+        asked = column.rule
+        if asked is None or asked.kind == "flag":
             outcomes.append(_resolved(rule, readings.verdict()))
         elif rule.limit is None:
             raise ValueError(f"{rule.name} has no limit")
-        elif rule.name == "min-tokens":
-            outcomes.append(_tokens(rule, rule.limit, readings.tokens()))
+        elif column.kind == "count" and asked.least:
+            outcomes.append(_enough(rule, rule.limit, readings.of(column)[0], column.label))
         else:
-            extra = regression_tolerance if rule.name == "max-regression" else 0.0
-            found = [_at_most(rule, rule.limit + extra, reading) for reading in _ASK[rule.name](readings)]
-            outcomes.append(_deciding(found))
+            limit = rule.limit + (regression_tolerance if rule.name == "max-regression" else 0.0)
+            found = [_held(rule, limit, reading, least=asked.least) for reading in readings.of(column)]
+            outcomes.append(_deciding(found, least=asked.least))
     return outcomes
 
 
@@ -103,20 +97,20 @@ def decide(
     )
 
 
-def _at_most(rule: Rule, limit: float, reading: Reading) -> Outcome:
+def _held(rule: Rule, limit: float, reading: Reading, *, least: bool) -> Outcome:
     low, value, high = reading.low, reading.value, reading.high
     if reading.reason:
         name, message = "unresolved", f"{reading.what}: {reading.reason}"
-    elif low is None or value is None or high is None or not (_known(low) and _known(high) and low <= value <= high):
+    elif low is None or value is None or high is None or not -LARGEST <= low <= value <= high <= LARGEST:
         low = high = None
         name, message = "unresolved", f"{reading.what}: its bracket is missing or makes no sense"
     else:
         shown = f"{reading.what} {value:.4g}"
         bracket = "" if low == high else f" ({low:.4g} to {high:.4g})"
-        if high <= limit:
+        if low >= limit if least else high <= limit:
             name, message = "passed", f"{shown}{bracket} is within {limit:g}"
-        elif low > limit:
-            name, message = "broken", f"{shown}{bracket} is above {limit:g}"
+        elif high < limit if least else low > limit:
+            name, message = "broken", f"{shown}{bracket} is {'below' if least else 'above'} {limit:g}"
         else:
             remedy = f"; {reading.narrow}" if reading.narrow else ""
             name, message = (
@@ -130,7 +124,7 @@ def _at_most(rule: Rule, limit: float, reading: Reading) -> Outcome:
             "source": rule.source,
             "outcome": name,
             "part": reading.part,
-            "value": value if value is not None and _known(value) else None,
+            "value": value if value is not None and abs(value) <= LARGEST else None,
             "low": None if reading.reason else low,
             "high": None if reading.reason else high,
             "message": message + reading.note,
@@ -138,27 +132,24 @@ def _at_most(rule: Rule, limit: float, reading: Reading) -> Outcome:
     )
 
 
-def _known(value: float) -> bool:
-    """Whether a document can hold it: ratios of what it holds can be out of range."""
-    return isfinite(value) and abs(value) <= LARGEST
-
-
-def _deciding(outcomes: Sequence[Outcome]) -> Outcome:
-    """The worst of a rule's outcomes, of equals the one with the largest value; its message counts the others."""
+def _deciding(outcomes: Sequence[Outcome], *, least: bool) -> Outcome:
+    """The worst of a rule's outcomes, of equals the one furthest on; its message counts the others."""
     worst = overall(outcomes)
     same = [outcome for outcome in outcomes if outcome.outcome == worst]
-    chosen = max(same, key=lambda outcome: float("-inf") if outcome.value is None else outcome.value)
+    sign = -1.0 if least else 1.0
+    chosen = max(same, key=lambda outcome: float("-inf") if outcome.value is None else sign * outcome.value)
     if worst == "passed" or len(same) == 1:
         return chosen
     others = ", ".join(str(outcome.part) for outcome in same if outcome is not chosen)
     return chosen.model_copy(update={"message": f"{chosen.message}; {worst} too: {others}"})
 
 
-def _tokens(rule: Rule, limit: float, tokens: int | None) -> Outcome:
-    name: OutcomeName = "unresolved" if tokens is None else "passed" if tokens >= limit else "broken"
-    messages = {"unresolved": "nothing was measured", "passed": "tokens are enough", "broken": "tokens are too few"}
-    shown = "" if tokens is None else f"{tokens:,} "
-    value = None if tokens is None else float(tokens)
+def _enough(rule: Rule, limit: float, reading: Reading, noun: str) -> Outcome:
+    """Of a count, which is exact."""
+    value = reading.value
+    name: OutcomeName = "unresolved" if value is None else "passed" if value >= limit else "broken"
+    messages = {"unresolved": "nothing was measured", "passed": f"{noun} are enough", "broken": f"{noun} are too few"}
+    shown = "" if value is None else f"{value:,.0f} "
     return Outcome(
         rule=rule.name,
         limit=limit,

@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isclose
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
-from curvcli.documents import Estimate, PartEstimate, Report, Track, TrackPoint, VerdictName
+from curvcli.documents import Estimate, Report, Track, TrackPoint, VerdictName
+from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
+from curvcli.documents.columns import parts as parts_of
+from curvcli.judge.limits import certified
 
 
 @dataclass(frozen=True)
@@ -40,28 +43,8 @@ class Reading:
 class Readings(Protocol):
     """What rules ask for. A report answers; so can a track of many steps."""
 
-    def rho(self) -> Reading:
-        """rho of the full model on the data."""
-        ...
-
-    def layers(self) -> Sequence[Reading]:
-        """rho of each part alone: embedding and head, and each layer; at least one reading."""
-        ...
-
-    def update_ratio(self) -> Reading:
-        """The learning rate over the critical one of the next update."""
-        ...
-
-    def surge(self) -> Reading:
-        """rho over what it was before."""
-        ...
-
-    def regression(self) -> Reading:
-        """Percent that lambda has risen over the baseline's."""
-        ...
-
-    def tokens(self) -> int | None:
-        """Tokens averaged over; None where nothing was measured."""
+    def of(self, column: Column[Any]) -> Sequence[Reading]:
+        """Of a number that a rule is on; at least one: of each part where that is the rule's scope."""
         ...
 
     def verdict(self) -> VerdictName: ...
@@ -80,7 +63,13 @@ class ReportReadings:
     baseline: Report | None = None
     history: Sequence[Report] = ()
 
+    def of(self, column: Column[Any]) -> Sequence[Reading]:
+        """Of a number that a rule is on."""
+        name = column.rule.name if column.rule else ""
+        return _OWN[name](self) if name in _OWN else self._plain(column)
+
     def rho(self) -> Reading:
+        """rho of the full model on the data."""
         full, held = self.report.full, self.report.generalisation
         if reason := _reason(full) or self._no_rho(self.report):
             return Reading("rho", full.rho, reason=reason)
@@ -91,23 +80,47 @@ class ReportReadings:
         return Reading("rho", full.rho, held.rho_low, held.rho_high, narrow="measure more tokens")
 
     def layers(self) -> Sequence[Reading]:
-        parts = self.report.parts
-        moving = [part for part in parts if part.status != "empty"]
+        """rho of each part alone: embedding and head, and each layer; at least one reading."""
+        return self._each(self._part)
+
+    def _each(self, read: Callable[[Part, str], Reading]) -> list[Reading]:
+        parts = [part for part in parts_of(self.report) if part.kind in ("ends", "layer")]
+        moving = [part for part in parts if part.estimate.status != "empty"]
         still = len(parts) - len(moving)
         note = f"; {still} of {len(parts)} parts do not train and are left out" if still else ""
         if not moving:
             return [Reading("rho of layers", reason="the report has no layer that trains")]
-        return [self._part(part, note) for part in moving]
+        return [read(part, note) for part in moving]
 
-    def _part(self, estimate: PartEstimate, note: str) -> Reading:
-        name = estimate.name
+    def _part(self, part: Part, note: str) -> Reading:
+        estimate, name = part.estimate, part.name
         what = f"rho of {name}"
         if reason := _reason(estimate) or self._no_rho(self.report):
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         low, high = _on_shard(estimate.rho, estimate.residual, self.report.optimizer.threshold)
         return Reading(what, estimate.rho, low, high, narrow="lower --tolerance of curv analyze", part=name, note=note)
 
+    def _plain(self, column: Column[Any]) -> list[Reading]:
+        """Of a number whose bracket is its column's, or which is exact."""
+        rule, full = column.rule, self.report.full
+        what = (rule and rule.what) or column.label
+
+        def read(item: Any, estimate: Estimate, what: str, part: str | None = None, note: str = "") -> Reading:
+            value = column.get(item)
+            if column.solved and (reason := _reason(estimate)):
+                return Reading(what, reason=reason, part=part, note=note)
+            if not isinstance(value, (int, float)):
+                return Reading(what, reason="is missing from the report", part=part, note=note)
+            low, high = column.bracket(item) if column.bracket else (value, value)
+            return Reading(what, value, low, high, part=part, note=note)
+
+        if rule and rule.scope == "parts":
+            return self._each(lambda part, note: read(part, part.estimate, f"{what} of {part.name}", part.name, note))
+        whole = parts_of(self.report)[0] if is_of_parts(column) else Measurement(self.report)
+        return [read(whole, full, what)]
+
     def update_ratio(self) -> Reading:
+        """The learning rate over the critical one of the next update."""
         update = self.report.update
         if update.ratio is not None and update.status == "ok":
             return Reading("update ratio", update.ratio, update.ratio, update.ratio)
@@ -120,6 +133,7 @@ class ReportReadings:
         return Reading("update ratio", reason=reasons.get(update.status, "the report has none"))
 
     def surge(self) -> Reading:
+        """rho over what it was before."""
         if self.history:
             return self._over_history("surge of rho")
         return self._ratio("surge of rho", lambda r: r.full.rho, lambda r: r.optimizer.threshold, lambda x: x)
@@ -149,6 +163,7 @@ class ReportReadings:
         return Reading(what, report.full.rho / old_low, min(corners), max(corners), narrow=narrow)
 
     def regression(self) -> Reading:
+        """Percent that lambda has risen over the baseline's."""
         return self._ratio("rise of lambda in percent", lambda r: r.full.eigenvalue, lambda r: 1.0, lambda x: 100 * (x - 1))
 
     def _ratio(
@@ -187,9 +202,6 @@ class ReportReadings:
         narrow = "lower --tolerance of curv analyze" if same else "measure both on the same shard"
         return Reading(what, scale(value / old), min(corners), max(corners), narrow=narrow)
 
-    def tokens(self) -> int | None:
-        return self.report.data.tokens
-
     def verdict(self) -> VerdictName:
         return self.report.verdict
 
@@ -199,18 +211,36 @@ class ReportReadings:
         return "" if threshold is not None and threshold > 0 and report.full.rho is not None else _NO_RHO
 
 
-def track_readings(track: Track, baseline: Report | None = None) -> Readings:
+# Rules on what needs more than the number and its own bracket: another report, the held-out data, reasons of its own.
+_OWN: dict[str, Callable[[ReportReadings], Sequence[Reading]]] = {
+    "max-rho": lambda readings: [readings.rho()],
+    "max-layer-rho": ReportReadings.layers,
+    "max-update-ratio": lambda readings: [readings.update_ratio()],
+    "max-surge": lambda readings: [readings.surge()],
+    "max-regression": lambda readings: [readings.regression()],
+}
+
+
+def track_readings(track: Track, baseline: Report | None = None) -> ReportReadings | NoReadings:
     """Readings of a track's newest point, whose surge is over the certified points before it."""
     newest = track.points[-1]
     if newest.report is None:
         return NoReadings(f"the newest checkpoint was not measured: {newest.message}")
-    return ReportReadings(newest.report, baseline, certified(track.points[:-1], track.window))
+    return ReportReadings(newest.report, baseline, past(track.points[:-1], track.window))
 
 
-def certified(points: Sequence[TrackPoint], window: int) -> list[Report]:
-    """Reports of the last `window` points whose rho is known and converged."""
-    known = [p.report for p in points if p.report and p.report.full.rho is not None and p.report.full.status == "converged"]
+def past(points: Sequence[TrackPoint], window: int) -> list[Report]:
+    """Reports of the last `window` points whose rho is known and certified: what a surge is over."""
+    known = [p.report for p in points if p.report and p.report.full.rho is not None and certified(p.report.full)]
     return known[-window:]
+
+
+def compared(baseline: Report | Sequence[Report] | None, report: Report | None) -> tuple[Report | None, list[Report]]:
+    """What lambda is held against, and what rho is, where the baseline is a run: never the judged checkpoint itself."""
+    if report is None or baseline is None or isinstance(baseline, Report):
+        return (baseline if isinstance(baseline, Report) else None), []
+    known = others(baseline, report)
+    return (known[-1] if known else None), known
 
 
 def others(known: Sequence[Report], report: Report) -> list[Report]:
@@ -246,23 +276,9 @@ class NoReadings:
 
     reason: str
 
-    def rho(self) -> Reading:
-        return Reading("rho", reason=self.reason)
-
-    def layers(self) -> Sequence[Reading]:
-        return [Reading("rho of layers", reason=self.reason)]
-
-    def update_ratio(self) -> Reading:
-        return Reading("update ratio", reason=self.reason)
-
-    def surge(self) -> Reading:
-        return Reading("surge of rho", reason=self.reason)
-
-    def regression(self) -> Reading:
-        return Reading("rise of lambda in percent", reason=self.reason)
-
-    def tokens(self) -> int | None:
-        return None
+    def of(self, column: Column[Any]) -> Sequence[Reading]:
+        """The reason, whatever is asked for."""
+        return [Reading((column.rule and column.rule.what) or column.label, reason=self.reason)]
 
     def verdict(self) -> VerdictName:
         return "unresolved"
@@ -279,7 +295,7 @@ def _reason(estimate: Estimate) -> str:
         return "was not measured, the time budget ran out; raise --budget"
     if estimate.status != "converged":
         return f"is no number to rely on, its status is {estimate.status}"
-    if estimate.eigenvalue is None or estimate.residual is None:
+    if not certified(estimate):
         return "is missing from the report"
     return ""
 

@@ -16,16 +16,11 @@ from curvcli.documents import (
     Update,
     VerdictName,
 )
+from curvcli.judge.limits import certified, classify
 
-STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
 # for those of different things (docs/findings.md).
 LOSS_APART, NATS_APART = 1.4, 0.1
-
-
-def classify(rho: float) -> VerdictName:
-    """Verdict of one exactly known rho."""
-    return "stable" if rho < STABLE_BELOW else "edge" if rho <= UNSTABLE_ABOVE else "unstable"
 
 
 def judge(full: Estimate, generalisation: Generalisation) -> VerdictName:
@@ -34,7 +29,7 @@ def judge(full: Estimate, generalisation: Generalisation) -> VerdictName:
     rho is taken to lie between the held-out and the shard's own value plus the residual: the
     verdict stands only where both ends agree on it.
     """
-    if full.status != "converged" or generalisation.rho_low is None or generalisation.rho_high is None:
+    if not certified(full) or generalisation.rho_low is None or generalisation.rho_high is None:
         return "unresolved"
     low, high = classify(generalisation.rho_low), classify(generalisation.rho_high)
     return low if low == high else "unresolved"
@@ -235,7 +230,7 @@ def _shape(
                 f"({full.eigenvalue:.3g}): power iteration would have found it instead",
             )
         )
-    known = [(part, part.eigenvalue) for part in parts if part.eigenvalue is not None and part.status == "converged"]
+    known = [(part, part.eigenvalue) for part in parts if part.eigenvalue is not None and certified(part)]
     if known and full.eigenvalue:
         sharpest, value = max(known, key=lambda pair: pair[1])
         found.append(

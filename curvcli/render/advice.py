@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from curvcli.documents import Report, Track
-from curvcli.judge.verdict import STABLE_BELOW
+from curvcli.judge.limits import STABLE_BELOW
 from curvcli.render.frame import number
 from curvcli.render.track_points import newest
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import io
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from curvcli.documents import Change, Comparison, Side
+from curvcli.documents.columns import PARTS, column
 from curvcli.errors import plain
-from curvcli.render.csv import cell
+from curvcli.render.csv import write
 from curvcli.render.fit import fitting
 from curvcli.render.frame import number
 from curvcli.render.markdown import escape
 from curvcli.render.style import COLOURS
 from curvcli.render.table import finding_line
 
-TITLES = ("layer", "lambda A", "lambda B", "B/A", "rho A", "rho B", "B/A rho")
-LEAST_NEEDED = ("lambda A", "rho A", "B/A", "lambda B")
+LAMBDA, RHO = column(PARTS, "eigenvalue"), column(PARTS, "rho")
+TITLES = ("layer", f"{LAMBDA.label} A", f"{LAMBDA.label} B", "B/A", f"{RHO.label} A", f"{RHO.label} B", f"B/A {RHO.label}")
+LEAST_NEEDED = (TITLES[1], TITLES[4], TITLES[3], TITLES[2])
 
 
 def show(found: Comparison, console: Console) -> None:
@@ -31,32 +30,28 @@ def show(found: Comparison, console: Console) -> None:
     for title in titles:
         table.add_column(title, justify="left" if title == "layer" else "right", no_wrap=title != "layer", overflow="fold")
     for change, cells in zip(changes, rows, strict=True):
-        styles = {"layer": "bold" if change.part == "full" else "", "B/A rho": _style(change)}
+        styles = {"layer": "bold" if change.part == "full" else "", TITLES[-1]: _style(change)}
         table.add_row(*(Text(cells[title], style=styles.get(title, "")) for title in titles))
     findings = map(finding_line, found.findings)
     console.print(_side("A", found.first), _side("B", found.second), Text(), table, Text(), *findings, sep="\n")
 
 
 def _cells(change: Change) -> dict[str, str]:
-    values = (number(change.first), number(change.second), _times(change.ratio))
-    rhos = (number(change.first_rho, 3), number(change.second_rho, 3), _times(change.rho_ratio))
+    values = (number(change.first, LAMBDA.digits), number(change.second, LAMBDA.digits), _times(change.ratio))
+    rhos = (number(change.first_rho, RHO.digits), number(change.second_rho, RHO.digits), _times(change.rho_ratio))
     return dict(zip(TITLES, (plain(change.name), *values, *rhos), strict=True))
 
 
 def to_csv(found: Comparison) -> str:
     """One row per part."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(Change.model_fields), lineterminator="\r\n")
-    writer.writeheader()
-    writer.writerows({key: cell(value) for key, value in change.model_dump().items()} for change in found.changes)
-    return buffer.getvalue()
+    return write(list(Change.model_fields), (change.model_dump() for change in found.changes))
 
 
 def to_markdown(found: Comparison) -> str:
     """For a merge request."""
     lines = [f"## curv: {escape(found.first.path)} against {escape(found.second.path)}", ""]
     lines += [f"- {letter}: {_facts(x)}, {x.verdict}" for letter, x in (("A", found.first), ("B", found.second))] + [""]
-    lines += ["| part | lambda A | lambda B | B/A | rho A | rho B | B/A rho |", "|---|--:|--:|--:|--:|--:|--:|"]
+    lines += [f"| {' | '.join(('part', *TITLES[1:]))} |", "|---|--:|--:|--:|--:|--:|--:|"]
     for change in found.changes:
         lines.append(f"| {' | '.join(map(escape, _cells(change).values()))} |")
     lines += ["", *(f"- {finding.severity} {escape(finding.code)}: {escape(finding.message)}" for finding in found.findings)]

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvcli.documents import Gate, Outcome, Rule
+from curvcli.documents.columns import ruled
 from curvcli.errors import plain
 from curvcli.render.frame import number
 from curvcli.render.style import COLOURS
@@ -71,13 +72,14 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     for title in ("limit", "value", "bracket"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
+    known = ruled()
     for outcome in outcomes:
         low, high = outcome.low, outcome.high
         bracket = "-" if low is None or high is None else "" if low == high else f"{number(low, 3)} to {number(high, 3)}"
         table.add_row(
             outcome.rule,
             number(outcome.limit),
-            number(outcome.value, 3) if outcome.rule != "min-tokens" else number(outcome.value),
+            number(outcome.value, 4 if known[outcome.rule].kind == "count" else 3),
             bracket,
             Text(outcome.outcome, style=COLOURS[outcome.outcome]),
         )

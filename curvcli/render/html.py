@@ -13,9 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from curvcli.documents import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
+from curvcli.documents.columns import PARTS, POINTS, parts, shown
 from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
-from curvcli.render.frame import number, records
+from curvcli.render.cells import Cell, part_cells, point_cells, summary
+from curvcli.render.frame import number
 from curvcli.render.plot import picture
 from curvcli.render.series import heat, report_series
 from curvcli.render.style import variables
@@ -44,7 +46,21 @@ def report_page(report: Report) -> str:
     if any(ys for _, ys in report_series(report).values()):
         says = "lambda over depth on a logarithmic axis; the same numbers are in the table below"
         chart = picture(report).embed("depths", says)
-    return _render("report.html", document=report, report=report, steps=advice(report), chart=chart, rows=records(report))
+    return _render(
+        "report.html",
+        document=report,
+        report=report,
+        steps=advice(report),
+        chart=chart,
+        estimates=estimates(report),
+        facts=summary(report),
+    )
+
+
+def estimates(report: Report, *, curves: bool = True) -> list[list[Cell]]:
+    """The lines of the table of estimates, with or without those over depth."""
+    wanted = ("full", "ends", "layer", *(("restricted", "truncated") if curves else ()))
+    return [part_cells(part) for part in parts(report) if part.kind in wanted]
 
 
 def schedule_page(schedule: Schedule) -> str:
@@ -57,7 +73,6 @@ def track_page(track: Track) -> str:
     last, found, cells = newest(track), rows(track), heat(track)
     says = f"rho, lambda, learning rate and loss over {axis(track)}s; the numbers are in the table of checkpoints"
     rho_says = "rho of embedding and head, and of each layer alone, a column per checkpoint"
-    layers = [r for r in records(last.report) if r["part"] in ("full", "ends", "layer")] if last and last.report else []
     return _render(
         "track.html",
         document=track,
@@ -69,7 +84,8 @@ def track_page(track: Track) -> str:
         curves=steps(track).embed("steps", says) if last else None,
         heat=heat_map(cells).embed("heat", rho_says) if cells else None,
         rows=found,
-        records=layers,
+        cells=[point_cells(row) for row in found],
+        estimates=estimates(last.report, curves=False) if last and last.report else [],
     )
 
 
@@ -91,6 +107,7 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.globals["part_columns"], environment.globals["point_columns"] = shown(PARTS, "page"), shown(POINTS, "page")
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")
     # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from curvcli.documents import Report
+from curvcli.documents.columns import PARTS, Column, Part, parts, shown
 from curvcli.errors import plain
-from curvcli.render.frame import frame, number
+from curvcli.render.cells import summary, written
+from curvcli.render.frame import number
 
 # Punctuation that Markdown, its tables, HTML or a forge gives a meaning to within a line.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&!#@$])")
@@ -14,8 +17,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&!#@$])")
 
 def markdown(report: Report) -> str:
     """Verdict, findings and the table of estimates."""
-    import pandas as pd
-
+    columns = shown(PARTS, "markdown")
     step = report.checkpoint.step
     lines = [
         f"## curv: {report.verdict}",
@@ -24,21 +26,26 @@ def markdown(report: Report) -> str:
         f"lr {number(report.optimizer.lr)}, preconditioner {report.optimizer.preconditioner}, {report.data.tokens:,} tokens",
         "",
         *(f"- **{escape(finding.code)}** ({finding.severity}): {escape(finding.message)}" for finding in report.findings),
+        *[f"- {escape(label)}: {escape(value)}" for label, value in summary(report)],
         "",
-        "| part | name | parameters | lambda | rho | residual | most negative | status |",
-        "|---|---|--:|--:|--:|--:|--:|---|",
+        *table(columns, [[_cell(column, part) for column in columns] for part in parts(report)]),
     ]
-    for row in frame(report).astype(object).to_dict("records"):
-        values = [None if pd.isna(row[key]) else row[key] for key in ("eigenvalue", "rho", "residual", "most_negative")]
-        parameters = "" if pd.isna(row["parameters"]) else f"{row['parameters']:,}"
-        cells = " | ".join(number(value) for value in values[:3])
-        # A Ritz value is an upper bound of the smallest eigenvalue, and no more than that before it has converged.
-        bound = "≤ " if row["most_negative_status"] == "unconverged" else ""
-        cells += f" | {bound}{number(values[3])}"
-        lines.append(f"| {row['part']} | {escape(row['name'])} | {parameters} | {cells} | {row['status']} |")
     cost = report.cost
     lines += ["", f"{cost.hvps} Hessian-vector products, {cost.seconds:.1f} s on {escape(cost.device)}", ""]
     return "\n".join(lines)
+
+
+def table(columns: Sequence[Column[Part]], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, numbers to the right."""
+    return [
+        f"| {' | '.join(column.label for column in columns)} |",
+        f"|{'|'.join('---' if column.kind == 'word' else '--:' for column in columns)}|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _cell(column: Column[Part], part: Part) -> str:
+    return escape(written(column, part, digits=4, missing=""))
 
 
 def escape(text: str) -> str:

@@ -9,17 +9,17 @@ from itertools import pairwise
 from math import nan
 
 from curvcli.documents import Estimate, Record, Report, Schedule, Track
-from curvcli.judge.verdict import STABLE_BELOW, UNSTABLE_ABOVE
+from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 from curvcli.render.fit import thin
 from curvcli.render.frame import number
-from curvcli.render.track_points import Row, axis, certified, part_names, rows
+from curvcli.render.track_points import Row, axis, part_names, rows
 from curvcli.schedules import highest_from, lr_at
 
 Series = tuple[Sequence[float], Sequence[float]]  # places on the axis, and values; NaN where a line breaks
 ENDS_AT = -0.5  # left of the layers, each of which stands between two depths
 SCHEDULE_POINTS, LOG_POINTS = 600, 1000
 # Classes of rho in the map, the verdict's own limits among them.
-LIMITS = (0.1, 0.2, 0.4, STABLE_BELOW, UNSTABLE_ABOVE, 2.5)
+LIMITS = (0.1, 0.2, 0.4, STABLE_BELOW, UNSTABLE_ABOVE, 2 * UNSTABLE_ABOVE)
 LONGEST_NAME = 24
 
 
@@ -46,7 +46,7 @@ def report_series(report: Report) -> dict[str, Series]:
     """What is drawn: depth and positive converged lambda of each curve. A log axis has no place for others."""
 
     def pick(items: list[tuple[float, Estimate]]) -> Series:
-        kept = [(x, e.eigenvalue) for x, e in items if e.status == "converged" and e.eigenvalue and e.eigenvalue > 0]
+        kept = [(x, e.eigenvalue) for x, e in items if certified(e) and e.eigenvalue and e.eigenvalue > 0]
         return [x for x, _ in kept], [y for _, y in kept]
 
     return {
@@ -95,9 +95,7 @@ def log_series(records: tuple[Record, ...]) -> dict[str, Series]:
     """
 
     def pick(value: Callable[[Record], float | None], converged: bool | None = None) -> Series:
-        chosen = [
-            (r.step, value(r) if converged is None or (r.status == "converged") is converged else None) for r in records
-        ]
+        chosen = [(r.step, value(r) if converged is None or certified(r) is converged else None) for r in records]
         return [step for step, _ in chosen], [nan if y is None else y for _, y in chosen]
 
     return {
@@ -208,7 +206,7 @@ def _kind(what: str, estimate: Estimate) -> tuple[int | None, str]:
 
 def _threshold(record: Record) -> float | None:
     """lambda over rho; nothing where rho is 0, missing, or not to be relied on."""
-    if record.status != "converged" or not record.rho or record.eigenvalue is None:
+    if not certified(record) or not record.rho or record.eigenvalue is None:
         return None
     return record.eigenvalue / record.rho
 

@@ -9,8 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from curvcli.documents import Estimate, Finding, Report
+from curvcli.documents.columns import PARTS, Column, Part, parts, shown
 from curvcli.errors import plain
-from curvcli.judge.verdict import classify
+from curvcli.judge.limits import certified, classify
+from curvcli.render.cells import present, summary, written
 from curvcli.render.frame import number
 from curvcli.render.style import COLOURS
 
@@ -48,33 +50,41 @@ def _head(report: Report) -> Text:
         text.append(
             f"\n next update: lr is {number(report.update.ratio, 3)} of its critical {number(report.update.critical_lr, 3)}"
         )
+    for label, value in summary(report):
+        text.append(f"\n {label} {plain(value)}")
     text.append("\n")
     return text
 
 
 def _layers(report: Report, console: Console) -> Table:
+    found = [part for part in parts(report) if part.kind in ("ends", "layer")] + parts(report)[:1]
+    columns = present(shown(PARTS, "table"), found)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
-    table.add_column("layer", overflow="fold")
-    for title in ("parameters", "lambda", "rho"):
-        table.add_column(title, justify="right", no_wrap=True)
+    for column in columns:
+        if column.key == "name":
+            table.add_column("layer", overflow="fold")
+        else:
+            table.add_column(column.label, justify="left" if column.kind == "word" else "right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    rows: list[tuple[str, int, Estimate]] = [(part.name, part.parameters, part) for part in report.parts]
-    rows.append(("full model", report.checkpoint.parameters, report.full))
     use_rho = report.full.rho is not None
-    values = [_size(e, use_rho) for _, _, e in rows]
+    values = [_size(part.estimate, use_rho) for part in found]
     # The bar's end is the threshold unless something is past it: then the tick at 1 shows how far.
     limit = max([*(v for v in values if v is not None), 1.0 if use_rho else 0.0]) or 1.0
-    width = max(8, min(40, console.width - 52))
-    for (name, parameters, estimate), value in zip(rows, values, strict=True):
-        style = "bold" if name == "full model" else ""
-        table.add_row(
-            Text(plain(name), style=style),
-            f"{parameters:,}",
-            number(estimate.eigenvalue),
-            number(estimate.rho, 3) if estimate.status == "converged" else Text(estimate.status, style="yellow"),
-            bar(value, limit, width, 1.0 if use_rho else None, console),
-        )
+    # Names, parameters, lambda and rho take about 52 columns; what else there is takes its own.
+    further = sum(2 + max(len(c.label), *(len(written(c, part)) for part in found)) for c in columns if c.leaves is not None)
+    width = max(8, min(40, console.width - 52 - further))
+    for part, value in zip(found, values, strict=True):
+        cells = [_cell(column, part) for column in columns]
+        table.add_row(*cells, bar(value, limit, width, 1.0 if use_rho else None, console))
     return table
+
+
+def _cell(column: Column[Part], part: Part) -> Text:
+    if column.key == "name":
+        return Text(plain(part.name), style="bold" if part.kind == "full" else "")
+    if column.key == "rho" and not certified(part.estimate):
+        return Text(part.estimate.status, style="yellow")
+    return Text(plain(written(column, part)))
 
 
 def bar(value: float | None, limit: float, width: int, edge: float | None, console: Console) -> Text:
@@ -96,21 +106,16 @@ def _size(estimate: Estimate, use_rho: bool) -> float | None:
 def _depths(report: Report) -> list[Text | Table]:
     if not report.cumulative.restricted:
         return []
+    curves = [[part for part in parts(report) if part.kind == kind] for kind in ("restricted", "truncated")]
+    columns = [c for c in present(shown(PARTS, "table"), [*curves[0], *curves[1]]) if c.key not in ("name", "parameters")]
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("depth", justify="right")
-    for title in ("restricted lambda", "rho", "truncated lambda", "rho"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for kept, cut in zip_longest(report.cumulative.restricted, report.cumulative.truncated):
-        table.add_row(
-            str(kept.depth),
-            *(
-                cell
-                for e in (kept, cut)
-                for cell in (
-                    (number(e.eigenvalue), number(e.rho, 3) if e.status == "converged" else e.status) if e else ("", "")
-                )
-            ),
-        )
+    for kind in ("restricted", "truncated"):
+        for place, column in enumerate(columns):
+            table.add_column(column.label if place else f"{kind} {column.label}", justify="right", no_wrap=True)
+    for pair in zip_longest(*curves):
+        cells = [_cell(column, part).plain if part else "" for part in pair for column in columns]
+        table.add_row(str(pair[0].index), *cells)
     return [Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from curvcli.documents import ENDS, Estimate, Report, Track, TrackPoint
+from curvcli.documents import ENDS, Report, Track, TrackPoint
+from curvcli.documents.columns import POINTS, Measurement
+from curvcli.judge.limits import certified
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Row:
     @property
     def report(self) -> Report | None:
         return self.point.report
+
+    @property
+    def measured(self) -> Measurement:
+        """What the columns of a point are of."""
+        return Measurement(self.point.report, self.point)
 
     @property
     def verdict(self) -> str:
@@ -69,24 +77,20 @@ def part_names(track: Track) -> list[str]:
     )
 
 
-def certified(estimate: Estimate) -> bool:
-    """Whether its value may be relied on."""
-    return estimate.status == "converged" and estimate.eigenvalue is not None
-
-
 def _row(point: TrackPoint, place: int | None) -> Row:
     report = point.report
     if report is None:
         return Row(point, place, certified=False)
+    values: dict[str, Any] = {column.key: column.get(Measurement(report, point)) for column in POINTS}
     return Row(
         point,
         place,
         certified=certified(report.full),
-        eigenvalue=report.full.eigenvalue,
-        threshold=report.optimizer.threshold,
-        rho=report.full.rho,
-        low=report.generalisation.rho_low,
-        high=report.generalisation.rho_high,
-        ratio=report.update.ratio,
-        lr=report.optimizer.lr,
+        eigenvalue=values["lambda"],
+        threshold=values["threshold"],
+        rho=values["rho"],
+        low=values["rho_low"],
+        high=values["rho_high"],
+        ratio=values["update_ratio"],
+        lr=values["lr"],
     )

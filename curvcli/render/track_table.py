@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-from io import StringIO
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from curvcli.documents import Report, Track
+from curvcli.documents.columns import POINTS, Column, Measurement, shown
 from curvcli.errors import plain
-from curvcli.render.csv import cell
+from curvcli.judge.limits import certified
+from curvcli.render.cells import present, written
+from curvcli.render.csv import write
 from curvcli.render.fit import fitting
 from curvcli.render.frame import number
 from curvcli.render.style import COLOURS
 from curvcli.render.table import bar, finding_line
-from curvcli.render.track_points import Row, certified, newest, part_names, rows
+from curvcli.render.track_points import Row, newest, part_names, rows
 
-RATIO = "lr/critical"
-# The table's columns, and the order in which a narrow terminal loses them.
-TITLES = ("step", "rho", "surge", "lambda", RATIO, "lr", "loss", "verdict", "source")
-LEAST_NEEDED = ("source", "lr", "lambda", RATIO)
 SOURCES = {"measured": "", "cached": "dim", "failed": "red"}
 # A bar as long as this says "far past the edge", and leaves the others readable.
 LONGEST = 4.0
@@ -39,40 +35,10 @@ def to_csv(track: Track) -> str:
 
     Columns "lambda NAME" are embedding and head's and the layers'; one that has not converged is empty.
     """
-    parts = part_names(track)
-    text = StringIO()
-    columns = [*_record(rows(track)[0]), *(f"lambda {name}" for name in parts)]
-    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
-    writer.writerow({column: cell(column) for column in columns})
-    for row in rows(track):
-        writer.writerow({key: cell(value) for key, value in {**_record(row), **_lambdas(row.report)}.items()})
-    return text.getvalue()
-
-
-def _record(row: Row) -> dict[str, object]:
-    point, report = row.point, row.report
-    return {
-        "checkpoint": point.checkpoint,
-        "step": point.step,
-        "source": point.source,
-        "verdict": report.verdict if report else None,
-        "status": report.full.status if report else None,
-        "rho": row.rho,
-        "rho_low": row.low,
-        "rho_high": row.high,
-        "lambda": row.eigenvalue,
-        "residual": report.full.residual if report else None,
-        "threshold": row.threshold,
-        "update_ratio": row.ratio,
-        "critical_lr": report.update.critical_lr if report else None,
-        "lr": row.lr,
-        "training_loss": point.training_loss,
-        "shard_loss": report.data.loss if report else None,
-        "tokens": report.data.tokens if report else None,
-        "surge": point.surge,
-        "surged": str(point.surged).lower(),
-        "message": point.message,
-    }
+    found = rows(track)
+    columns = shown(POINTS, "csv")
+    keys = [*(column.key for column in columns), *(f"lambda {name}" for name in part_names(track))]
+    return write(keys, ({**{c.key: c.get(row.measured) for c in columns}, **_lambdas(row.report)} for row in found))
 
 
 def _lambdas(report: Report | None) -> dict[str, float | None]:
@@ -95,21 +61,28 @@ def _head(track: Track) -> Text:
     value = f"rho {number(report.full.rho, 3)}" if report.full.rho is not None else "no rho"
     text.append(f"  {value}", style="bold")
     text.append(f"  at {plain(last.checkpoint) if last.step is None else f'step {last.step:,}'}", style="not bold")
-    if report.full.status != "converged":
+    if not certified(report.full):
         text.append(f"  {report.full.status}: not to be relied on", style="not bold yellow")
     if last is not track.points[-1]:
         text.append("\n the newest checkpoint could not be measured: see below", style="not bold yellow")
     return text.append("\n")
 
 
+def _columns(found: list[Row]) -> list[Column[Measurement]]:
+    """Numbers first, then words."""
+    columns = present(shown(POINTS, "table"), [row.measured for row in found])
+    return sorted(columns, key=lambda column: column.kind == "word")
+
+
 def _table(found: list[Row], console: Console) -> Table:
-    cells = [_cells(row) for row in found]
-    if not any(row.point.surge is not None for row in found):
-        cells = [{title: cell for title, cell in row.items() if title != "surge"} for row in cells]
-    titles = fitting(cells, console.width, TITLES, LEAST_NEEDED)
+    columns = _columns(found)
+    cells = [{column.label: _cell(column, row) for column in columns} for row in found]
+    leaving = sorted((c for c in columns if c.leaves is not None), key=lambda c: c.leaves or 0)
+    titles = fitting(cells, console.width, [c.label for c in columns], [c.label for c in leaving])
+    columns = [column for column in columns if column.label in titles]
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1), collapse_padding=True)
-    for title in titles:
-        table.add_column(title, justify="left" if title in ("verdict", "source") else "right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.label, justify="left" if column.kind == "word" else "right", no_wrap=True)
     used = sum(1 + max(len(title), *(len(row[title]) for row in cells)) for title in titles)
     width = min(40, console.width - used - 1)
     values = [row.rho for row in found if row.rho is not None]
@@ -118,7 +91,7 @@ def _table(found: list[Row], console: Console) -> Table:
         table.add_column("", no_wrap=True)
     limit = max(1.0, min(LONGEST, max(values, default=1.0)))
     for row, texts in zip(found, cells, strict=True):
-        line = [Text(texts[title], style=_style(title, row)) for title in titles]
+        line = [Text(texts[column.label], style=_style(column.key, row)) for column in columns]
         table.add_row(*line, *([_bar(row, limit, width, console)] if bars else []))
     return table
 
@@ -132,27 +105,19 @@ def _bar(row: Row, limit: float, width: int, console: Console) -> Text:
     return drawn[:-1] + Text(">", style="bold red") if row.rho > limit else drawn
 
 
-def _cells(row: Row) -> dict[str, str]:
-    point = row.point
-    return {
-        "step": "-" if point.step is None else f"{point.step:,}",
-        "rho": number(row.rho, 3) + ("?" if row.rho is not None and not row.certified else ""),
-        "surge": "-" if point.surge is None else f"{number(point.surge, 2)}{' !' if point.surged else ''}",
-        "lambda": number(row.eigenvalue) + ("?" if row.eigenvalue is not None and not row.certified else ""),
-        RATIO: number(row.ratio, 3),
-        "lr": number(row.lr, 3),
-        "loss": number(point.training_loss),
-        "verdict": row.verdict,
-        "source": point.source,
-    }
+def _cell(column: Column[Measurement], row: Row) -> str:
+    if column.key == "verdict":
+        return row.verdict
+    doubt = column.solved and not row.certified and column.get(row.measured) is not None
+    return plain(written(column, row.measured)) + ("?" if doubt else column.after(row.measured))
 
 
-def _style(title: str, row: Row) -> str:
-    if title == "surge":
+def _style(key: str, row: Row) -> str:
+    if key == "surge":
         return "bold red" if row.point.surged else ""
-    if title == "source":
+    if key == "source":
         return SOURCES[row.point.source]
-    if title in ("rho", "verdict"):
+    if key in ("rho", "verdict"):
         return COLOURS[row.verdict]
     return ""
 

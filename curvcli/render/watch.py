@@ -12,7 +12,7 @@ from rich.text import Text
 
 from curvcli.documents import Log, Record
 from curvcli.errors import plain
-from curvcli.judge.verdict import STABLE_BELOW, UNSTABLE_ABOVE, classify
+from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified, classify
 from curvcli.render.fit import LOG_ABOVE, Points, fitting, thin
 from curvcli.render.frame import number
 from curvcli.render.series import unlocks
@@ -56,7 +56,7 @@ def curve(records: tuple[Record, ...]) -> Curve:
         elif logarithmic and record.rho <= 0:
             below += 1
             runs.append([])
-        elif record.status != "converged":
+        elif not certified(record):
             doubtful.append((record.step, record.rho))
             runs.append([])
         else:
@@ -105,18 +105,18 @@ def header(log: Log) -> Text:
             text.append(f", usually every {_ago(log.gap)}")
         if log.stalled:
             text.append(" (looks stalled)", style="bold red")
-    verdict = classify(last.rho) if last.rho is not None and last.status == "converged" else "unresolved"
+    verdict = classify(last.rho) if last.rho is not None and certified(last) else "unresolved"
     text.append("\n\n")
     text.append(f" {verdict.upper()} ", style=f"bold reverse {COLOURS[verdict]}")
     if last.rho is not None:
         text.append(f"  rho {number(last.rho, 3)}", style="bold")
         text.append(f"  (edge 1, stable below {STABLE_BELOW:g}, unstable above {UNSTABLE_ABOVE:g})", style="dim")
-        if last.status != "converged":
+        if not certified(last):
             text.append(f"  {last.status}: not to be relied on", style="yellow")
     else:
         reason = f": {plain(last.message)}" if last.message else ""
         text.append(f"  no rho, {last.status}{reason}", style="yellow")
-        known = [r for r in log.records if r.rho is not None and r.status == "converged"]
+        known = [r for r in log.records if r.rho is not None and certified(r)]
         if known:
             text.append(f"\n the last one was {number(known[-1].rho, 3)} at step {known[-1].step:,}")
     _troubles(text, log)
@@ -201,8 +201,8 @@ def table(records: tuple[Record, ...], width: int) -> Table:
     for title in titles:
         drawn.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
     for row, record in zip(cells, records, strict=True):
-        verdict = classify(record.rho) if record.rho is not None and record.status == "converged" else "unresolved"
-        styles = {"rho": COLOURS[verdict], "status": "" if record.status == "converged" else COLOURS["doubtful"]}
+        verdict = classify(record.rho) if record.rho is not None and certified(record) else "unresolved"
+        styles = {"rho": COLOURS[verdict], "status": "" if certified(record) else COLOURS["doubtful"]}
         drawn.add_row(*(Text(row[title], style=styles.get(title, "")) for title in titles))
     return drawn
 

@@ -25,10 +25,11 @@ from curvcli.documents import (
     load_report,
 )
 from curvcli.errors import CurvError, InputError, UsageError
+from curvcli.judge.limits import STABLE_BELOW, certified
 from curvcli.schedules.lr import highest_from, lr_at, settles
 from curvcli.schedules.plan import INTERVAL, phases, split, within
 
-MARGIN = 0.8
+MARGIN = STABLE_BELOW
 # A truncated networks is solved to 3 %; sharper than the whole by more than that is the cut's doing.
 CUT_TOLERANCE = 1.03
 # What a report says about its own lambda, and so about every prediction from it.
@@ -99,8 +100,8 @@ def read_curve(measured: Measured, kind: Literal["restricted", "truncated"], lea
     bad: list[str] = []
     for k in range(least, depth + 1):
         estimate = found.get(k)
-        if estimate is None or estimate.rho is None or estimate.status != "converged":
-            bad.append(f"{k} ({estimate.status if estimate and estimate.status != 'converged' else 'missing'})")
+        if estimate is None or estimate.rho is None or not certified(estimate):
+            bad.append(f"{k} ({estimate.status if estimate and not certified(estimate) else 'missing'})")
         else:
             rho[k] = estimate.rho
     if bad:

@@ -22,6 +22,7 @@ from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.untouched import hushed
 from curvcli.documents import Record
 from curvcli.errors import CurvError
+from curvcli.judge.limits import certified
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
 from curvcli.optimizers.update import next_update
 from curvcli.training.log import Sink, open_log
@@ -204,7 +205,7 @@ class CurvatureTracker:
         wider = replace(preconditioner, root=preconditioner.root.joined(roots, problem.parameters))
         names = [n for n in problem.parameters if n in wider.root]
         found, _ = self._top(engine, wider, names, self._direction)
-        if found.status == "converged":
+        if certified(found):
             self._ahead = (coming, found.rho)
 
     def _top(

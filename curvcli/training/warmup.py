@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from curvcli.documents import Schedule, load_schedule
 from curvcli.errors import UsageError
+from curvcli.judge.limits import STABLE_BELOW
 from curvcli.models.blocks import find_blocks, locate
 from curvcli.training.alive import DeadBlockError, Stillness, Watch
 from curvcli.training.identity import prove
@@ -90,7 +91,7 @@ class ArchitectureWarmup:
         self.growing = self.schedule.mode == "grow"
         self.blocks, self.locks = blocks, find_locks(blocks, outputs, resting=self.growing)
         self.model, self.optimizers, self.rho_source, self.patience = model, bare(optimizer), rho_source, patience
-        self.margin = margin or self.schedule.margin or 0.8
+        self.margin = margin or self.schedule.margin or STABLE_BELOW
         self.locked: frozenset[int] = frozenset()
         self.current: int | None = None
         self.started: list[int] = []  # in adaptive mode: the step at which each phase began

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from curvcli.errors import OutOfTime
+from curvcli.errors import OutOfTime, UsageError
 
 if TYPE_CHECKING:
     from curvcli.documents import Report
@@ -24,7 +25,12 @@ GRACE = 2.0  # seconds for the product in hand to end
 
 
 def measure(
-    checkpoint: Path, options: dict[str, Any], started: float, seconds: float | None, quiet: bool, verbose: bool
+    checkpoint: Path,
+    options: Mapping[str, Any],
+    *,
+    started: float,
+    seconds: float | None,
+    tell: Callable[[str, float], None] = lambda stage, done: None,
 ) -> tuple[Report | None, str]:
     """The report of a checkpoint, or None and why, where not even the full model was reached in time.
 
@@ -32,13 +38,16 @@ def measure(
         options: of `curvcli.analysis.checkpoint.Options`.
         started: instant of `time.monotonic()` at which the budget began.
         seconds: the budget; None is without end.
-    """
-    from curvcli.cli.progress import reporting
+        tell: takes what is being done, and the fraction done.
 
+    Raises:
+        UsageError: an option is not known.
+        CurvError: the checkpoint cannot be read or measured.
+    """
     deadline = float("inf") if seconds is None else started + seconds
     doing = "starting"
     try:
-        with _alarm(deadline + GRACE) as disarm, reporting(quiet, verbose) as tell:
+        with _alarm(deadline + GRACE) as disarm:
 
             def progress(stage: str, done: float) -> None:
                 nonlocal doing
@@ -50,6 +59,9 @@ def measure(
             progress("importing torch", 0.0)
             from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 
+            known = [field.name for field in fields(Options) if field.name != "deadline"]
+            if unknown := [name for name in options if name not in known]:
+                raise UsageError(f"{unknown[0]!r:.80} is no rule and no option", hint=f"options: {', '.join(known)}")
             return analyze_checkpoint(checkpoint, Options(**options, deadline=deadline), progress), ""
     except OutOfTime:
         return None, f"the budget of {seconds:g} s ran out (at: {doing}), and nothing was measured; raise --budget"

@@ -1,0 +1,230 @@
+"""`curvcli.gate`: rules held against a checkpoint, a report or a track, from Python as from the command line."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from curvcli.analysis.budget import measure
+from curvcli.analysis.config import GateTable, find_gate, gate_not_counted
+from curvcli.documents import Gate, Report, Rule, Track, load_report, load_track, schema_of, write_whole
+from curvcli.documents.columns import rules as known_rules
+from curvcli.errors import InputError, UsageError
+from curvcli.judge.gate import Unresolved, decide
+from curvcli.judge.readings import NoReadings, Readings, ReportReadings, compared, past, track_readings
+
+TRACK = "curv.track/1"
+
+
+def gate(
+    subject: str | Path | Report | Track,
+    *,
+    baseline: str | Path | Report | Track | None = None,
+    regression_tolerance: float | None = None,
+    unresolved: Literal["pass", "fail"] | None = None,
+    budget: float | None = None,
+    report: str | Path | None = None,
+    progress: Callable[[str, float], None] | None = None,
+    started: float | None = None,
+    **given: Any,
+) -> Gate:
+    """Hold a checkpoint, a report or a track against rules.
+
+    A rule that is not given here is that of [gate] in the working directory's curv.toml, if that has one.
+
+    Args:
+        subject: path of a checkpoint, of a run (its newest checkpoint), of a report or of a track (its newest point); or the
+            report or track itself.
+        baseline: report or track to compare with, or its path.
+        regression_tolerance: percent added to max_regression.
+        unresolved: what an unresolved outcome is taken for, in the exit code.
+        budget: seconds for measuring a checkpoint.
+        report: where a measured checkpoint's report is written, for a later baseline.
+        progress: takes what is being done, and the fraction done.
+        started: instant of `time.monotonic()` at which the budget began, if not now.
+        given: rules by their names (`max_rho=1.0`, `require_resolved=True`; docs/gate.md has all), and where a checkpoint is
+            measured, options of `curv analyze` by theirs (`data`, `tokens`, `lr`).
+
+    Raises:
+        UsageError: no rule is in force, or one is no number; a rule compares and has no baseline; an option is not known, or
+            is one of measuring and nothing is measured.
+        InputError: the subject or the baseline cannot be read.
+    """
+    started = time.monotonic() if started is None else started
+    subject = Path(subject) if isinstance(subject, str) else subject
+    baseline = Path(baseline) if isinstance(baseline, str) else baseline
+    names = {rule.field for rule in known_rules()}
+    settings = in_force(
+        subject,
+        {
+            **{name: value for name, value in given.items() if name in names},
+            "baseline": baseline,
+            "regression_tolerance": regression_tolerance,
+            "unresolved": unresolved,
+        },
+    )
+    before = _baseline(settings.baseline)  # before minutes are spent
+    options = {name: value for name, value in given.items() if name not in names}
+    judged = _opened(subject)
+    found: Report | None
+    readings: Readings
+    if isinstance(judged, Path):
+        found, reason = measure(
+            judged, options, started=started, seconds=budget, tell=progress or (lambda stage, done: None)
+        )
+        if found is not None and report is not None:
+            write_whole(Path(report), found.to_json().encode())
+        readings = NoReadings(reason) if found is None else ReportReadings(found, *compared(before, found))
+    elif flags := [*options, *["report"][: report is not None], *["budget"][: budget is not None]]:
+        flag = f"--{flags[0].replace('_', '-')}"
+        raise UsageError(f"{flag} is for checkpoints, and {_name(subject)} is a document", hint=f"drop {flag}")
+    elif isinstance(judged, Track):
+        found = judged.points[-1].report
+        readings = track_readings(judged, compared(before, found)[0])
+    else:
+        found, readings = judged, ReportReadings(judged, *compared(before, judged))
+    return decide(
+        settings.rules,
+        readings,
+        found,
+        path=_name(subject),
+        kind="checkpoint" if isinstance(judged, Path) else "track" if isinstance(judged, Track) else "report",
+        baseline=None if settings.baseline is None else _name(settings.baseline),
+        regression_tolerance=settings.tolerance,
+        unresolved=settings.unresolved,
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The rules in force, and what goes with them.
+
+    Args:
+        others: the settings that are no rules: name, value, source.
+    """
+
+    rules: list[Rule]
+    baseline: Path | Report | Track | None
+    tolerance: float
+    unresolved: Unresolved
+    others: list[tuple[str, str, str]]
+
+
+def in_force(subject: Path | Report | Track | None, given: Mapping[str, Any]) -> Settings:
+    """A value that is given, else the configuration's, else the default; nothing is measured.
+
+    Args:
+        subject: None where only the rules are asked for.
+        given: rules and settings by name; None is not given.
+
+    Raises:
+        UsageError: no rule is in force, a value is not allowed, or a rule compares and no baseline is named.
+    """
+    document = given.get("baseline") if isinstance(given.get("baseline"), (Report, Track)) else None
+    flags = _table({name: value for name, value in given.items() if value is not None and value is not document})
+    place = subject if isinstance(subject, Path) else Path()
+    table, file = find_gate(place)
+
+    def of(field: str, default: Any = None) -> tuple[Any, str]:
+        """A setting's value and where it is from."""
+        if (value := getattr(flags, field)) is not None:
+            return value, f"--{field.replace('_', '-')}"
+        if (value := getattr(table, field)) is not None:
+            return value, f"{file}"
+        return default, "default"
+
+    rules = []
+    for known in known_rules():
+        value, source = of(known.field)
+        if value is not None and value is not False:
+            rules.append(Rule(name=known.name, limit=None if value is True else float(value), source=source))
+    if not rules:
+        foreign = gate_not_counted(place)
+        raise UsageError(
+            f"no rule is in force: those of {foreign} do not count, as it is not in the working directory or above it"
+            if foreign
+            else "no rule is in force",
+            hint="pass one, as --max-rho 1.0, or put it into [gate] of a curv.toml in the working directory",
+        )
+    baseline = document or of("baseline")[0]
+    scopes = {known.name: known.scope for known in known_rules()}
+    compares = [rule.name for rule in rules if scopes[rule.name] == "comparison"]
+    if "max-surge" in compares and subject is not None and _is_track(subject):
+        compares.remove("max-surge")  # it has its own past to be compared with
+    if compares and baseline is None:
+        raise UsageError(f"{compares[0]} compares with a baseline, and none is named", hint="pass --baseline FILE")
+    named = {"regression_tolerance": 1.0, "unresolved": "exit code 3", "baseline": "none"}
+    others = [(name.replace("_", "-"), *of(name, default)) for name, default in named.items()]
+    return Settings(
+        rules,
+        baseline,
+        tolerance=of("regression_tolerance", 1.0)[0],
+        unresolved=of("unresolved", "report")[0],
+        others=[(name, f"{value:g}" if isinstance(value, float) else str(value), source) for name, value, source in others],
+    )
+
+
+def is_document(path: Path) -> bool:
+    """Whether a subject is a report or a track, and nothing is to be measured. Raises InputError where nothing is there."""
+    return _schema(path) is not None
+
+
+def _table(given: Mapping[str, Any]) -> GateTable:
+    try:
+        return GateTable.model_validate({name.replace("_", "-"): value for name, value in given.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"--{first['loc'][0]}: {first['msg']}, not {first['input']}", hint="see curv gate --help"
+        ) from error
+
+
+def _opened(subject: Path | Report | Track) -> Path | Report | Track:
+    """The document that a path is of; a checkpoint's path as it is."""
+    schema = _schema(subject) if isinstance(subject, Path) else None
+    if not isinstance(subject, Path) or schema is None:
+        return subject
+    return load_track(subject) if schema == TRACK else load_report(subject)
+
+
+def _baseline(found: Path | Report | Track | None) -> Report | list[Report] | None:
+    """What the baseline holds: a report, or the certified points of a track."""
+    named = _name(found) if found is not None else ""
+    if isinstance(found, Path):
+        found = load_track(found) if _schema(found) == TRACK else load_report(found)
+    if not isinstance(found, Track):
+        return found
+    if not (known := past(found.points, found.window)):
+        raise InputError(f"{named} has no certified point to compare with", hint="give another --baseline")
+    return known
+
+
+def _is_track(subject: Path | Report | Track) -> bool:
+    return isinstance(subject, Track) or (isinstance(subject, Path) and _schema(subject) == TRACK)
+
+
+def _name(subject: Path | Report | Track) -> str:
+    """A path as text that JSON and a terminal can hold, whatever bytes it is made of; of a document, what it is of."""
+    if isinstance(subject, Path):
+        return os.fsencode(subject).decode("utf-8", "replace")
+    return subject.run if isinstance(subject, Track) else subject.checkpoint.path
+
+
+def _schema(path: Path) -> str | None:
+    """The schema of a document; None for checkpoints: directories, URLs, zip archives or pickles, not JSON."""
+    if not path.is_file():
+        if not path.exists() and not set(":*?[") & set(str(path)):  # no URL and no pattern: known without minutes of work
+            raise InputError(f"{path} does not exist", hint="give a checkpoint, a run, a report or a track")
+        return None
+    try:
+        with path.open("rb") as stream:
+            is_json = stream.read(64).lstrip().startswith(b"{") or path.suffix == ".json"
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint="give a checkpoint, a run or a report") from error
+    return (schema_of(path) or "unknown") if is_json else None

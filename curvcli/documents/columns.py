@@ -1,0 +1,261 @@
+"""Every number of a report or a track, once: its name, how it is shown, where it is from, and the gate's rule on it.
+
+Terminal tables, CSV, Markdown, HTML, the flags of `curv gate`, the keys of [gate] and the inputs of action.yml are made from
+PARTS and POINTS: a further number is a field of its document, a line here, and what measures it. Where it has a rule,
+docs/write_action.py and docs/write_cli.py write the rest; judge.readings takes its bracket from here, unless one needs more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from curvcli.documents.report import Estimate, Report
+    from curvcli.documents.track import TrackPoint
+
+T = TypeVar("T")
+Value: TypeAlias = "float | str | None"
+Kind = Literal["number", "count", "word"]
+# The terminal's table, the table of a page, CSV, the Markdown table, and what the summary of a single report lists.
+Place = Literal["table", "page", "csv", "markdown", "summary"]
+# What a rule looks at, in the order in which rules are listed.
+Scope = Literal["full model", "parts", "next update", "comparison", "data"]
+_SCOPES: tuple[Scope, ...] = ("full model", "parts", "next update", "comparison", "data")
+LimitKind = Literal["limit", "percent", "count", "flag"]
+_METAVARS: dict[LimitKind, str | None] = {"limit": "X", "percent": "PERCENT", "count": "N", "flag": None}
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """What the gate may demand of a number.
+
+    Args:
+        name: of the flag, the key in [gate] and the action's input; "min-..." is a lower limit, any other an upper one.
+        scope: what it looks at: the full model, each part alone, the next update, two measurements, or the data.
+        help: a whole phrase, for the flag and for the action.
+        what: what the outcome's message calls the number; "" is the column's label.
+        kind: of the limit: above 0, percent, whole number, or none at all.
+    """
+
+    name: str
+    scope: Scope
+    help: str
+    what: str = ""
+    kind: LimitKind = "limit"
+
+    @property
+    def least(self) -> bool:
+        """Whether the limit is a lower one."""
+        return self.name.startswith("min-")
+
+    @property
+    def field(self) -> str:
+        """The name as an identifier: of the parameter, and of the table's field."""
+        return self.name.replace("-", "_")
+
+    @property
+    def metavar(self) -> str | None:
+        return _METAVARS[self.kind]
+
+
+@dataclass(frozen=True)
+class Column(Generic[T]):
+    """A number (or word) and everything that is said of it.
+
+    Args:
+        key: its name in CSV and in records.
+        label: its name where people read it.
+        get: the value of a part or a measurement; None where there is none.
+        kind: a measured number, a count, or a word.
+        digits: significant digits of a number where people read it.
+        unit: "" where it has none.
+        absent: where it is not shown: everywhere else it is.
+        rank: where it stands in tables, from left to right; CSV keeps the order of the lines below.
+        leaves: order in which a narrow terminal loses it, 0 first; None is never.
+        optional: left out of a table in which no row has it.
+        solved: it is the eigensolver's, and not to be relied on where that has not converged.
+        before: put before it where people read it: what the value is no more than.
+        after: put after it: what to look at.
+        bracket: its lower and upper end, which a limit is held against; None where the value is exact.
+        rule: of the gate, where it has one.
+    """
+
+    key: str
+    label: str
+    get: Callable[[T], Value]
+    kind: Kind = "number"
+    digits: int = 4
+    unit: str = ""
+    absent: Sequence[Place] = ()
+    rank: int = 85
+    leaves: int | None = 0
+    optional: bool = False
+    solved: bool = False
+    before: Callable[[T], str] = lambda item: ""
+    after: Callable[[T], str] = lambda item: ""
+    bracket: Callable[[T], tuple[float | None, float | None]] | None = None
+    rule: GateRule | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """An estimate of a report and what it is of.
+
+    Args:
+        kind: full, ends (embedding and head), layer, restricted or truncated (over depth).
+        index: of the layer, or the depth.
+    """
+
+    kind: Literal["full", "ends", "layer", "restricted", "truncated"]
+    index: int | None
+    name: str
+    parameters: int | None
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A report, or a point of a track with its report where it has one."""
+
+    report: Report | None
+    point: TrackPoint | None = None
+
+
+def parts(report: Report) -> list[Part]:
+    """Every estimate of a report: the full model, embedding and head, layers, and the two curves over depth."""
+    found = [Part("full", None, "full model", report.checkpoint.parameters, report.full)]
+    found += [Part("ends", None, e.name, e.parameters, e) for e in (report.outside,) if e]
+    found += [Part("layer", e.index, e.name, e.parameters, e) for e in report.layers]
+    found += [Part("restricted", e.depth, f"depth {e.depth}", None, e) for e in report.cumulative.restricted]
+    return found + [Part("truncated", e.depth, f"depth {e.depth}", None, e) for e in report.cumulative.truncated]
+
+
+def shown(columns: Sequence[Column[T]], place: Place) -> list[Column[T]]:
+    """Those that a place shows, in its order."""
+    found = [column for column in columns if place not in column.absent]
+    return found if place == "csv" else sorted(found, key=lambda column: column.rank)
+
+
+def ruled() -> dict[str, Column[Any]]:
+    """The columns that a gate's rule is on, by the rule's name, in the order in which rules are listed."""
+    every: list[Column[Any]] = [*POINTS, *PARTS]
+    found = [column for column in every if column.rule]
+    found.sort(key=lambda column: (_SCOPES.index(column.rule.scope), column.rank) if column.rule else (0, 0))
+    return {column.rule.name: column for column in found if column.rule}
+
+
+def rules() -> list[GateRule]:
+    """The gate's rules, in order."""
+    return [column.rule for column in ruled().values() if column.rule]
+
+
+def is_of_parts(column: Column[Any]) -> bool:
+    """Whether it is of a part, and not of a whole measurement."""
+    return any(other is column for other in PARTS)
+
+
+def column(columns: Sequence[Column[T]], key: str) -> Column[T]:
+    """A column by its key. Raises KeyError."""
+    return {column.key: column for column in columns}[key]
+
+
+def _step(m: Measurement) -> int | None:
+    return m.point.step if m.point else m.report.checkpoint.step if m.report else None
+
+
+def _of(get: Callable[[Report], Value]) -> Callable[[Measurement], Value]:
+    """Of the report, where there is one."""
+    return lambda m: None if m.report is None else get(m.report)
+
+
+def _at(get: Callable[[TrackPoint], Value]) -> Callable[[Measurement], Value]:
+    """Of the point of a track, where it is one."""
+    return lambda m: None if m.point is None else get(m.point)
+
+
+def _bound(part: Part) -> str:
+    # A Ritz value is an upper bound of the smallest eigenvalue, and no more than that before it has converged.
+    return "≤ " if part.estimate.most_negative_status == "unconverged" else ""
+
+
+_PEOPLE: tuple[Place, ...] = ("table", "page", "markdown", "summary")  # shown in CSV alone
+_TOLD: tuple[Place, ...] = ("summary",)  # a report's summary says it in a sentence
+_ELSEWHERE: tuple[Place, ...] = ("table", "summary")
+
+PARTS: tuple[Column[Part], ...] = (
+    Column("part", "part", lambda p: p.kind, kind="word", rank=0, absent=("table",)),
+    Column("index", "index", lambda p: p.index, kind="count", absent=_PEOPLE),
+    Column("name", "name", lambda p: p.name, kind="word", rank=10, leaves=None),
+    Column("parameters", "parameters", lambda p: p.parameters, kind="count", rank=20, leaves=None),
+    Column("eigenvalue", "lambda", lambda p: p.estimate.eigenvalue, rank=30, leaves=None, solved=True),
+    Column(
+        "rho", "rho", lambda p: p.estimate.rho, digits=3, rank=40, leaves=None, solved=True,
+        rule=GateRule("max-layer-rho", "parts", "Largest rho of any layer alone.", what="rho of layers"),
+    ),
+    Column("residual", "residual", lambda p: p.estimate.residual, digits=2, rank=50, absent=("table",)),
+    Column(
+        "most_negative", "most negative", lambda p: p.estimate.most_negative, digits=3, rank=60, absent=("table",),
+        before=_bound,
+    ),
+    Column("most_negative_residual", "its residual", lambda p: p.estimate.most_negative_residual, absent=_PEOPLE),
+    Column("most_negative_status", "its status", lambda p: p.estimate.most_negative_status, kind="word", absent=_PEOPLE),
+    Column("hvps", "HVPs", lambda p: p.estimate.hvps, kind="count", rank=70, absent=("table", "markdown")),
+    Column("status", "status", lambda p: p.estimate.status, kind="word", rank=90, absent=("table",)),
+)  # fmt: skip
+
+POINTS: tuple[Column[Measurement], ...] = (
+    Column("checkpoint", "checkpoint", _at(lambda p: p.checkpoint), kind="word", absent=_PEOPLE),
+    Column("step", "step", _step, kind="count", rank=0, leaves=None, absent=_TOLD),
+    Column("source", "source", _at(lambda p: p.source), kind="word", rank=90, leaves=1, absent=_TOLD),
+    Column(
+        "verdict", "verdict", _of(lambda r: r.verdict), kind="word", rank=10, leaves=None, absent=_TOLD,
+        rule=GateRule("require-resolved", "data", "The verdict must be resolved.", kind="flag"),
+    ),
+    Column("status", "status", _of(lambda r: r.full.status), kind="word", absent=_PEOPLE),
+    Column(
+        "rho", "rho", _of(lambda r: r.full.rho), digits=3, rank=20, leaves=None, absent=_TOLD, solved=True,
+        rule=GateRule("max-rho", "full model", "Largest rho of the full model."),
+    ),
+    Column("rho_low", "low", _of(lambda r: r.generalisation.rho_low), digits=3, rank=30, absent=_ELSEWHERE),
+    Column("rho_high", "high", _of(lambda r: r.generalisation.rho_high), digits=3, rank=40, absent=_ELSEWHERE),
+    Column(
+        "lambda", "lambda", _of(lambda r: r.full.eigenvalue), rank=60, leaves=3, absent=_TOLD, solved=True,
+        rule=GateRule(
+            "max-regression", "comparison", "Percent that lambda may lie over the baseline's.", kind="percent",
+            what="rise of lambda in percent",
+        ),
+    ),
+    Column("residual", "residual", _of(lambda r: r.full.residual), digits=2, absent=_PEOPLE),
+    Column("threshold", "threshold", _of(lambda r: r.optimizer.threshold), rank=65, absent=_ELSEWHERE),
+    Column(
+        "update_ratio", "lr/critical", _of(lambda r: r.update.ratio), digits=3, rank=70, leaves=4,
+        absent=_TOLD,
+        rule=GateRule(
+            "max-update-ratio", "next update", "Largest learning rate over the critical one of the next update.",
+            what="update ratio",
+        ),
+    ),
+    Column("critical_lr", "critical lr", _of(lambda r: r.update.critical_lr), digits=3, absent=_PEOPLE),
+    Column("lr", "lr", _of(lambda r: r.optimizer.lr), digits=3, rank=75, leaves=2, absent=_TOLD),
+    Column(
+        "training_loss", "loss", _at(lambda p: p.training_loss), unit="nats per token", rank=80, leaves=None,
+        absent=_TOLD,
+    ),
+    Column("shard_loss", "shard loss", _of(lambda r: r.data.loss), unit="nats per token", absent=_PEOPLE),
+    Column(
+        "tokens", "tokens", _of(lambda r: r.data.tokens), kind="count", rank=5, absent=_PEOPLE,
+        rule=GateRule("min-tokens", "data", "Fewest tokens to have averaged over.", kind="count"),
+    ),
+    Column(
+        "surge", "surge", _at(lambda p: p.surge), digits=2, rank=50, leaves=None, optional=True, absent=_TOLD,
+        after=lambda m: " !" if m.point and m.point.surged else "",
+        rule=GateRule(
+            "max-surge", "comparison", "Largest rho over the baseline's rho, or over a track's median.",
+            what="surge of rho",
+        ),
+    ),
+    Column("surged", "surged", _at(lambda p: str(p.surged).lower()), kind="word", absent=_PEOPLE),
+    Column("message", "message", _at(lambda p: p.message), kind="word", absent=_PEOPLE),
+)  # fmt: skip

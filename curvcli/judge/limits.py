@@ -1,0 +1,32 @@
+"""The limits that verdicts, pictures, schedules and advice go by, and which numbers may be relied on."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from curvcli.documents import VerdictName
+
+STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
+
+
+class Solved(Protocol):
+    """What the eigensolver made: an estimate of a report, or a record of a training job's log."""
+
+    @property
+    def status(self) -> str: ...
+
+    @property
+    def eigenvalue(self) -> float | None: ...
+
+    @property
+    def residual(self) -> float | None: ...
+
+
+def classify(rho: float) -> VerdictName:
+    """Verdict of one exactly known rho."""
+    return "stable" if rho < STABLE_BELOW else "edge" if rho <= UNSTABLE_ABOVE else "unstable"
+
+
+def certified(found: Solved) -> bool:
+    """Whether its value may be relied on: it has converged, and says how far off it may be."""
+    return found.status == "converged" and found.eigenvalue is not None and found.residual is not None
