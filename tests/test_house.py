@@ -39,7 +39,7 @@ ROOMS = {
         "schedules",
     },
     "training": {"errors", "documents", "curvature", "models", "optimizers", "checkpoints", "data", "judge"},
-    "cli": {"errors", "documents", "optimizers", "judge", "render", "analysis", "training"},
+    "cli": {"errors", "documents", "optimizers", "render", "analysis", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

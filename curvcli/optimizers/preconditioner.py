@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -82,82 +82,27 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     """
     rule = rule_for(view)
     doubts = scrutinise(view, rule)
-    stateful = bool(view.state)
-    lrs = [group.lr for group in view.groups if group.names]
-    if lrs and all(lr == 0 for lr in lrs):
-        raise UsageError("the learning rate of every parameter group is 0", hint="pass the one in force with --lr")
-    frozen = {name for group in view.groups if group.lr == 0 for name in group.names if name in parameters}
-    members = [
-        (name, group)
-        for group in view.groups
-        for name in group.names
-        if name in parameters and name not in frozen and (not stateful or name in view.state)
-    ]
-    if not members:
-        raise InputError("the optimizer moves no parameter of this model", hint="check that model and state belong together")
-    keys: dict[int, set[str]] = {}
-    for name, group in members:
-        keys.setdefault(id(group), set()).update(view.state.get(name, {}))
-    for name, group in members:
-        entry = view.state.get(name, {})
-        if missing := sorted(keys[id(group)] - set(entry)):
-            raise InputError(
-                f"optimizer state of {name} has no {missing[0]!r}, which other parameters of its group have",
-                hint="the optimizer state is damaged: use another checkpoint",
-            )
-        _check(name, parameters[name], entry, rule)
-    moving = {name: parameters[name] for name, _ in members}
-    largest = lead_of(view, moving)
+    frozen = _frozen(view, parameters)
+    members = _members(view, parameters, frozen, rule)
+    largest = lead_of(view, {name: parameters[name] for name, _ in members})
     lead_name, lead = next((name, group) for name, group in members if group is largest)
-    state = view.state.get(lead_name, {})
-    lr = rule.lr(lead, state) if lead.options.get("lr") is not None else None
-
-    def threshold(name: str, group: Group) -> float:
-        entry = view.state.get(name, {})
-        own = rule.lr(group, entry)
-        wd = group.number("weight_decay", 0.0) if rule.decoupled(group, view.name) else 0.0
-        if not own > 0:
-            raise UsageError(f"the learning rate of a parameter group is {own}", hint="pass the one in force with --lr")
-        if not 2 / own > wd:
-            raise UsageError(
-                f"learning rate {own:g} times weight decay {wd:g} is 2 or more: the decay alone diverges",
-                hint="check --lr and --weight-decay",
-            )
-        transfer = rule.transfer(group, entry)
-        if not 0 < transfer < float("inf"):
-            raise InputError(
-                f"the momentum of {name} has the transfer function {transfer:g}",
-                hint=f"use another checkpoint, or {NO_OPTIMIZER}",
-            )
-        return (2 / own - wd) / transfer
-
-    directions = {group.flag("maximize") for _, group in members}
-    if len(directions) > 1:
-        raise UnsupportedError(
-            "some parameter groups maximise and others minimise: their curvature is not symmetric", hint=NO_OPTIMIZER
-        )
-    ascends = directions.pop()
+    lr = rule.lr(lead, view.state.get(lead_name, {})) if lead.options.get("lr") is not None else None
+    ascends = _ascends([group for _, group in members])
     if ascends and not view.vouched:
         doubts = (*doubts, "option maximize=True, of a loss that may be minus the one measured")
-    reference = threshold(lead_name, lead) if lr is not None else None
+    reference = _threshold(rule, view, lead_name, lead) if lr is not None else None
     roots: dict[str, InverseRoot] = {}
     direction: dict[str, Tensor] = {}
     decay: dict[str, float] = {}
     idle = 0
     preconditions = False
     for name, group in members:
-        entry = view.state.get(name, {})
-        parameter = parameters[name]
-        root = rule.preconditioner(group, entry).to(parameter)
-        relative = threshold(name, group) / reference if reference is not None else 1.0
+        entry, parameter = view.state.get(name, {}), parameters[name]
+        root = _root(rule, group, entry, name, parameter)
+        relative = _threshold(rule, view, name, group) / reference if reference is not None else 1.0
         plain = isinstance(root, Multiple)
         preconditions = preconditions or not plain
         idle += root.idle
-        if not root.positive:
-            raise InputError(
-                f"the preconditioner of {name} is not positive: eps is {group.options.get('eps')!r}",
-                hint="check --eps and --betas, or use another checkpoint",
-            )
         if root.idle == parameter.numel() and not plain:
             continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
         roots[name] = root.scaled(relative)
@@ -187,6 +132,81 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         doubts=doubts,
         findings=(*view.findings, *_said(view, frozen, ascends), *rule.findings(view)),
     )
+
+
+def _frozen(view: OptimizerView, parameters: Mapping[str, Tensor]) -> set[str]:
+    """Parameters of groups at learning rate 0. Raises UsageError where all groups are."""
+    lrs = [group.lr for group in view.groups if group.names]
+    if lrs and all(lr == 0 for lr in lrs):
+        raise UsageError("the learning rate of every parameter group is 0", hint="pass the one in force with --lr")
+    return {name for group in view.groups if group.lr == 0 for name in group.names if name in parameters}
+
+
+def _members(
+    view: OptimizerView, parameters: Mapping[str, Tensor], frozen: Collection[str], rule: Rule
+) -> list[tuple[str, Group]]:
+    """The parameters that move, with their groups. Raises InputError where there is none, or the state of one is damaged."""
+    members = [
+        (name, group)
+        for group in view.groups
+        for name in group.names
+        if name in parameters and name not in frozen and (not view.state or name in view.state)
+    ]
+    if not members:
+        raise InputError("the optimizer moves no parameter of this model", hint="check that model and state belong together")
+    keys: dict[int, set[str]] = {}
+    for name, group in members:
+        keys.setdefault(id(group), set()).update(view.state.get(name, {}))
+    for name, group in members:
+        entry = view.state.get(name, {})
+        if missing := sorted(keys[id(group)] - set(entry)):
+            raise InputError(
+                f"optimizer state of {name} has no {missing[0]!r}, which other parameters of its group have",
+                hint="the optimizer state is damaged: use another checkpoint",
+            )
+        _check(name, parameters[name], entry, rule)
+    return members
+
+
+def _threshold(rule: Rule, view: OptimizerView, name: str, group: Group) -> float:
+    """(2/lr - wd) / g(-1) of one parameter (arXiv 2207.14484). Raises InputError or UsageError where there is none."""
+    entry = view.state.get(name, {})
+    own = rule.lr(group, entry)
+    wd = group.number("weight_decay", 0.0) if rule.decoupled(group, view.name) else 0.0
+    if not own > 0:
+        raise UsageError(f"the learning rate of a parameter group is {own}", hint="pass the one in force with --lr")
+    if not 2 / own > wd:
+        raise UsageError(
+            f"learning rate {own:g} times weight decay {wd:g} is 2 or more: the decay alone diverges",
+            hint="check --lr and --weight-decay",
+        )
+    transfer = rule.transfer(group, entry)
+    if not 0 < transfer < float("inf"):
+        raise InputError(
+            f"the momentum of {name} has the transfer function {transfer:g}",
+            hint=f"use another checkpoint, or {NO_OPTIMIZER}",
+        )
+    return (2 / own - wd) / transfer
+
+
+def _ascends(groups: Sequence[Group]) -> bool:
+    """Whether the optimizer maximises. Raises UnsupportedError where groups differ in it."""
+    directions = {group.flag("maximize") for group in groups}
+    if len(directions) > 1:
+        raise UnsupportedError(
+            "some parameter groups maximise and others minimise: their curvature is not symmetric", hint=NO_OPTIMIZER
+        )
+    return directions.pop()
+
+
+def _root(rule: Rule, group: Group, entry: Mapping[str, Any], name: str, parameter: Tensor) -> InverseRoot:
+    root = rule.preconditioner(group, entry).to(parameter)
+    if not root.positive:
+        raise InputError(
+            f"the preconditioner of {name} is not positive: eps is {group.options.get('eps')!r}",
+            hint="check --eps and --betas, or use another checkpoint",
+        )
+    return root
 
 
 def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
