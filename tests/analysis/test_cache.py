@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ASSETS
 
 from curvcli.analysis.cache import Entry, FileCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.documents import load_report
 from curvcli.errors import UsageError
 
-ASSET = next((Path(__file__).resolve().parent / "assets").glob("calm-60*.report.json"))
+ASSET = next(ASSETS.glob("calm-60*.report.json"))
 
 
 def entry(size: int = 1000) -> Entry:

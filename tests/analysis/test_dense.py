@@ -57,8 +57,9 @@ OPTIMIZERS: dict[str, tuple[Callable, Callable]] = {
 COUPLED = {"adam-l2": 0.3, "nesterov": 0.05}
 
 
-def dense(model: torch.nn.Module, batches: list, optimizer, metric: Callable, names: list[str], depth=None, wd=0.0) -> float:
-    matrix = models.dense_hessian(model, batches, names, depth)
+def top_of(
+    matrix: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, metric: Callable, names: list[str], wd: float
+) -> float:  # fmt: skip
     parameters = dict(model.named_parameters())
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     p = torch.cat(
@@ -71,9 +72,19 @@ def dense(model: torch.nn.Module, batches: list, optimizer, metric: Callable, na
     return models.top(matrix / (p[:, None] * p[None, :]).sqrt())
 
 
-def check(report: Report, model: torch.nn.Module, batches: list, optimizer, metric: Callable, wd: float = 0.0) -> None:
+def check(
+    report: Report, model: nn.Module, batches: list, optimizer: torch.optim.Optimizer, metric: Callable, wd: float = 0.0
+) -> None:
     names = [n for n, _ in model.named_parameters()]
-    truth = lambda chosen, depth=None: dense(model, batches, optimizer, metric, chosen, depth, wd)  # noqa: E731
+    whole = models.dense_hessian(model, batches, names)
+    owner = [n for n, p in model.named_parameters() for _ in range(p.numel())]
+
+    def truth(chosen: list[str], depth: int | None = None) -> float:
+        # Restricted to some parameters a Hessian is a block of the whole one; a truncated network has another.
+        kept = torch.tensor([name in chosen for name in owner])
+        matrix = whole[kept][:, kept] if depth is None else models.dense_hessian(model, batches, chosen, depth)
+        return top_of(matrix, model, optimizer, metric, chosen, wd)
+
     assert report.full.status == "converged"
     assert report.full.eigenvalue == pytest.approx(truth(names), rel=TOLERANCE)
     for layer in report.layers:

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from real import CURV, curv, process, variables
+from tracks import course_of
 
 from curvcli.analysis.api import Analysis
 from curvcli.analysis.cache import FileCache, NoCache
@@ -25,12 +26,11 @@ from curvcli.analysis.solve import Directions, Measurement, Solved
 from curvcli.analysis.track import _findings, _in_order, key_of, track_run
 from curvcli.checkpoints import find_checkpoints
 from curvcli.curvature.hvp import HVP
-from curvcli.documents import Track, TrackPoint, load_report, load_track
+from curvcli.documents import Track, load_track
 from curvcli.errors import InputError
-from curvcli.judge.readings import ReportReadings, certified, track_readings
+from curvcli.judge.readings import track_readings
 from curvcli.render.track_table import to_csv
 
-ASSETS = Path(__file__).resolve().parent / "assets"
 OPTIONS = Options(tokens=128, depths=False, max_hvps=40)
 
 
@@ -258,81 +258,6 @@ def test_the_users_own_code_is_part_of_the_key(calm: Path, tmp_path: Path, monke
     assert len(keys) == 2
 
 
-# --- surge -------------------------------------------------------------------------------------
-
-
-def course_of(rhos: list[float | None]) -> Track:
-    """A track whose points have these rho; None is an uncertified point."""
-    report = load_report(next(ASSETS.glob("calm-60*.report.json")))
-    points = []
-    for i, rho in enumerate(rhos):
-        full = report.full.model_copy(
-            update={
-                "rho": rho,
-                "eigenvalue": (rho or 0) * (report.optimizer.threshold or 1),
-                "residual": 0.0,
-                "status": "converged" if rho is not None else "unconverged",
-            }
-        )
-        here = report.model_copy(update={"full": full, "checkpoint": report.checkpoint.model_copy(update={"step": i})})
-        points.append(
-            TrackPoint(
-                checkpoint=f"checkpoint-{i}",
-                step=i,
-                source="measured",
-                report=here,
-                training_loss=None,
-                surge=None,
-                surged=False,
-                warm_start=None,
-            )
-        )
-    return Track(
-        run="run", points=points, log=[], window=5, surge_limit=2, findings=[], hvps=0, seconds=0, versions=report.versions
-    )
-
-
-def surge(rhos: list[float | None], **changed: Any) -> float | None:
-    """The newest point's surge as a run would have it, where the newest report's parts are `changed`."""
-    *before, newest = course_of(rhos).points
-    assert newest.report is not None
-    parts = {name: getattr(newest.report, name).model_copy(update=update) for name, update in changed.items()}
-    return ReportReadings(newest.report.model_copy(update=parts), history=certified(before, 5)).surge().value
-
-
-def test_surge_is_over_the_median_before() -> None:
-    assert surge([1.0, 3.0]) is None
-    assert surge([1.0, 2.0, 100.0, 3.0]) == 1.5
-    assert surge([-1.0, 1.0, 3.0]) is None
-
-
-def test_no_surge_is_over_what_does_not_compare() -> None:
-    assert surge([1.0, 1.0, 3.0], optimizer={"preconditioner": "estimated"}) is None
-    assert surge([1.0, 1.0, 3.0], optimizer={"name": "SGD"}) is None
-    assert surge([1.0, 1.0, 3.0], checkpoint={"parameters": 7}) is None
-    assert surge([1.0, 1.0, 3.0], data={"sha256": "0" * 64}) is None
-
-
-def test_an_unconverged_value_is_no_past() -> None:
-    points = list(course_of([1.0, 2.0, 3.0]).points)
-    report = points[1].report
-    assert report is not None
-    full = report.full.model_copy(update={"status": "unconverged"})  # its rho stands in the report, not to be relied on
-    points[1] = points[1].model_copy(update={"report": report.model_copy(update={"full": full})})
-    assert [known.full.rho for known in certified(points, 5)] == [1.0, 3.0]
-
-
-def test_the_bracket_of_a_surge_is_from_all_residuals() -> None:
-    track = course_of([1.0, 1.0, 3.0])
-    points = []
-    for point, residual in zip(track.points, (0.5, 0.5, 0.3), strict=True):
-        assert point.report is not None
-        full = point.report.full.model_copy(update={"residual": residual * (point.report.optimizer.threshold or 0)})
-        points.append(point.model_copy(update={"report": point.report.model_copy(update={"full": full})}))
-    reading = track_readings(track.model_copy(update={"points": points})).surge()
-    assert (reading.low, reading.high) == (pytest.approx(3.0 / 1.5), pytest.approx(3.3 / 1.0))
-
-
 def test_a_run_marks_surges_and_leaves_out_other_tokens(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measuring itself stood in for: 1, damaged, 1, other tokens, 1, 3."""
     for step in range(1, 7):
@@ -345,7 +270,7 @@ def test_a_run_marks_surges_and_leaves_out_other_tokens(calm: Path, tmp_path: Pa
     shutil.copy(tmp_path / "other.bin", tmp_path / "run" / "checkpoint-4")
     (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "other.bin"\nsequence-length = 32\n')
     (tmp_path / "run" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
-    rhos = [1.0, 1.0, 1.0, 3.0]
+    rhos: list[float | None] = [1.0, 1.0, 1.0, 3.0]
     starts: list[Directions | None] = []
 
     def measure(self: Opened, progress: Any = None, start: Directions | None = None) -> Analysis:
@@ -377,17 +302,6 @@ def test_findings_reach_over_a_failed_point() -> None:
     assert "parameters" in found["not-comparable"]
 
 
-def test_the_gate_holds_a_track_against_its_own_past() -> None:
-    assert track_readings(course_of([1.0, 2.0, 100.0, 3.0])).surge().value == pytest.approx(1.5)
-    # Only the window counts, and of it only what is certified.
-    assert track_readings(course_of([9.0, 9.0, 9.0, 9.0, 1.0, 1.0, None, 1.0, 3.0])).surge().value == pytest.approx(3.0)
-    assert "fewer than two" in track_readings(course_of([1.0, 3.0])).surge().reason
-    assert "not converged" in track_readings(course_of([1.0, 1.0, 1.0, None])).surge().reason
-
-
-# --- what it looks like ------------------------------------------------------------------------
-
-
 def test_csv_has_a_row_a_point(tracked: tuple[Track, Path]) -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(tracked[0]))))
     assert [row["step"] for row in rows] == ["10", "60"]
@@ -397,16 +311,9 @@ def test_csv_has_a_row_a_point(tracked: tuple[Track, Path]) -> None:
     assert float(rows[1]["lambda model.layers.7"]) == report.layers[7].eigenvalue
 
 
-# --- the real command --------------------------------------------------------------------------
-
-CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
-
-
 @pytest.mark.parametrize("option", [("--surge", "inf"), ("--surge", "nan"), ("--tolerance", "nan"), ("--tolerance", "1")])
 def test_numbers_that_are_none_are_refused(calm: Path, option: tuple[str, str], tmp_path: Path) -> None:
-    command = [*CURV, "track", str(calm), "--tokens", "128", *option]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = curv("track", calm, "--tokens", "128", *option, XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 2
     assert "internal error" not in done.stderr
     assert option[0].strip("-") in done.stderr
@@ -415,29 +322,25 @@ def test_numbers_that_are_none_are_refused(calm: Path, option: tuple[str, str], 
 @pytest.mark.slow
 def test_killed_and_started_again(calm: Path, tmp_path: Path, tracked: tuple[Track, Path]) -> None:
     """SIGKILL once the first checkpoint is kept: nothing is broken, and the next call pays for the rest alone."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "COLUMNS": "80", "NO_COLOR": "1"}
-    command = [*CURV, "track", str(calm), "--tokens", "128", "--max-hvps", "40", "-o", str(tmp_path / "track.json")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ("track", calm, "--tokens", 128, "--max-hvps", 40, "-o", tmp_path / "track.json")
+    place = {"XDG_CACHE_HOME": str(tmp_path)}
+    job = subprocess.Popen(
+        [*CURV, *map(str, words)], env=variables(**place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("curv/reports/*.json")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(tmp_path.glob("curv/reports/*.json")) and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    job.send_signal(signal.SIGKILL)
+    job.wait()
     assert not (tmp_path / "track.json").exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = process(*words, **place)
     assert done.returncode == 0, done.stderr
     track = load_track(tmp_path / "track.json")
     assert [p.source for p in track.points] == ["cached", "measured"]
     assert without_cost(track) == without_cost(tracked[0])
     assert "1 measured, 1 cached" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
-    gate = subprocess.run(
-        [*CURV, "gate", str(tmp_path / "track.json"), "--max-rho", "50", "--max-surge", "2", "--format", "json"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=60,
-    )
+    gate = curv("gate", tmp_path / "track.json", "--max-rho", 50, "--max-surge", 2, "--format", "json")
     outcomes = {o["rule"]: o["outcome"] for o in json.loads(gate.stdout)["outcomes"]}
     # One point before is no past: the surge is unresolved, not passed.
     assert outcomes["max-surge"] == "unresolved"

@@ -14,7 +14,7 @@ from damage import damaged_checkpoint, damages, read_everything
 from deepspeed_runs import RUNS, STEPS, adamw, batch, build, loss, write, write_trainer
 from formats import RANKED, master
 from ranks import EARLIER, launch
-from test_bad_input import Evil, _one_line, _truncate
+from refusals import Evil, one_line, truncate
 from torch import nn
 
 from curvcli.analysis.cache import NoCache
@@ -182,7 +182,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "one rank too many": (lambda t: shutil.copy(t / OPTIM.format(1), t / OPTIM.format(2)), "has files of 3"),
     "a rank twice": (lambda t: shutil.copy(t / OPTIM.format(1), t / ("bf16_" + OPTIM.format(1))), "second file"),
     "all ranks missing": (lambda t: [f.unlink() for f in t.glob("*optim*")], "no optimizer's of any rank"),
-    "truncated rank": (lambda t: _truncate(t / OPTIM.format(1)), "optim_states.pt"),
+    "truncated rank": (lambda t: truncate(t / OPTIM.format(1)), "optim_states.pt"),
     "empty rank": (lambda t: (t / OPTIM.format(0)).write_bytes(b""), "is empty"),
     "model's file of another kind": (lambda t: torch.save({"a": 1}, t / "mp_rank_00_model_states.pt"), "no model"),
     "state of nothing": (lambda t: torch.save({"optimizer_state_dict": {}}, t / OPTIM.format(0)), "saved by None"),
@@ -354,7 +354,7 @@ def test_inside_a_trainers_checkpoint(tmp_path: Path) -> None:
     assert analyze_checkpoint(run, options).optimizer.lr_source == "log"
     shutil.rmtree(run / "checkpoint-4" / "global_step4")
     (run / "checkpoint-2" / "global_step2" / OPTIM.format(0)).unlink()
-    assert "no optimizer file of rank 0" in _one_line([str(run / "checkpoint-2"), "--data", str(tmp_path / "ids.npy")])
+    assert "no optimizer file of rank 0" in one_line([str(run / "checkpoint-2"), "--data", str(tmp_path / "ids.npy")])
 
 
 @pytest.mark.parametrize("name", [name for name in RANKED if name.startswith("DeepSpeed")])

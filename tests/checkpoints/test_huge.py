@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def _shards(path: Path) -> None:
 
 def _ranks(path: Path, ranks: int = 64) -> None:
     """What FSDP2 on so many ranks leaves: weights and two moments, each tensor in a piece a rank, float32."""
-    tensors, places, paths = {}, {}, {}
+    tensors: dict[str, Any] = {}
+    places, paths = {}, {}
     offsets = [0] * ranks
 
     def add(*where: str, shape: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def llama(tmp_path: Path) -> Path:
 def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> None:
     assert (llama / "model.safetensors.index.json").exists()
     np.save(llama / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
-    options = Options(data=llama / "ids.npy", tokens=512, sequence_length=16)
+    options = Options(data=llama / "ids.npy", tokens=512, sequence_length=16, depths=False)
     report = analyze_checkpoint(llama, options)
     assert report.checkpoint.format == "pretrained"
     assert report.optimizer.preconditioner == "estimated"
@@ -94,9 +95,7 @@ def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> Non
     codes = [f.code for f in report.findings]
     assert "no-threshold" in codes
     assert "estimated-preconditioner" in codes
-    with_lr = analyze_checkpoint(
-        llama, Options(data=llama / "ids.npy", tokens=512, sequence_length=16, lr=1e-3, depths=False)
-    )
+    with_lr = analyze_checkpoint(llama, replace(options, lr=1e-3))
     assert with_lr.full.eigenvalue == pytest.approx(report.full.eigenvalue, rel=1e-2)
     assert with_lr.full.rho == pytest.approx(with_lr.full.eigenvalue / 38e3)
     # That rho's scale is the batch size's: it decides nothing.
@@ -107,7 +106,7 @@ def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> Non
 def test_sgd_without_state(llama: Path) -> None:
     np.save(llama / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
     options = Options(data=llama / "ids.npy", tokens=512, sequence_length=16, optimizer="sgd", lr=0.1, momentum=0.9)
-    report = analyze_checkpoint(llama, options)
+    report = analyze_checkpoint(llama, replace(options, max_hvps=3, depths=False))
     assert (report.optimizer.preconditioner, report.optimizer.threshold) == ("none", pytest.approx(38))
 
 
@@ -197,7 +196,7 @@ def test_a_layer_that_never_moved_is_empty_not_safe(run: Path) -> None:
             document["state"][index]["exp_avg_sq"].zero_()
             document["state"][index]["exp_avg"].zero_()
     torch.save(document, run / "optimizer.pt")
-    report = analyze_checkpoint(run, Options(depths=False))
+    report = analyze_checkpoint(run, Options(tokens=64, sequence_length=16, depths=False))
     assert (report.layers[3].status, report.layers[3].eigenvalue) == ("empty", None)
     assert report.layers[2].status == "converged"
     assert "frozen-tensors" in [f.code for f in report.findings]
@@ -216,11 +215,12 @@ def test_lr_zero_falls_back_to_the_log(run: Path) -> None:
     for group in document["param_groups"]:
         group["lr"] = 0.0
     torch.save(document, run / "optimizer.pt")
-    report = analyze_checkpoint(run, Options(max_hvps=3, depths=False))
+    few = Options(tokens=64, sequence_length=16, max_hvps=3, depths=False)
+    report = analyze_checkpoint(run, few)
     assert report.optimizer.lr_source == "log"
     assert report.optimizer.lr == pytest.approx(2.7e-4)
     assert "lr-from-log" in [f.code for f in report.findings]
-    assert analyze_checkpoint(run, Options(lr=1e-3, max_hvps=3, depths=False)).optimizer.lr_source == "option"
+    assert analyze_checkpoint(run, replace(few, lr=1e-3)).optimizer.lr_source == "option"
 
 
 def test_blocks_are_found(samples: Path) -> None:

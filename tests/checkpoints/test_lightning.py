@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning_runs import Lit, fit
 from ranks import launch
 from real import analyzed, inspected
-from test_torchfiles import NET, Lit, fit, is_the_run
+from saved import NET, is_the_run
 from tiny import STEPS, build, config
 from torch import Tensor
 

@@ -1,12 +1,10 @@
-"""Files of torch.save, Lightning's checkpoints, foreign objects in them, and optimizer.safetensors of our own."""
+"""Files of torch.save, Lightning's checkpoints, weights in every form, and optimizer.safetensors of our own."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
-import pickle
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from lightning_runs import Lit, fit, grouped
+from refusals import one_line
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_bad_input import Evil, _one_line
+from saved import NET, is_the_run, train
 from tiny import STEPS, build, config
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -27,51 +26,7 @@ import curvcli
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
 from curvcli.checkpoints import open_checkpoint
 from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
-from curvcli.files.foreign import Foreign
-from curvcli.files.safe import load_pickle
 from curvcli.models.base import Architecture
-from curvcli.optimizers.base import OptimizerView
-
-NET = Architecture("Llama", build, vocabulary=64)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    for step in range(STEPS):
-        ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(step))
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer
-
-
-def is_the_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, net: Architecture = NET) -> OptimizerView:
-    """Weights, moments and groups of a file are those of the model and optimizer that were saved."""
-    checkpoint = open_checkpoint(path, net)
-    found = checkpoint.model()
-    for name, value in model.state_dict().items():
-        assert torch.equal(found.state_dict()[name], value), name
-    assert checkpoint.optimizer is not None
-    view = checkpoint.optimizer.view(found)
-    groups = {name: group.options for group in view.groups for name in group.names}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = next(n for n, p in model.named_parameters() if p is parameter)
-            assert (groups[name]["lr"], groups[name]["weight_decay"]) == (group["lr"], group["weight_decay"])
-            for key, value in optimizer.state[parameter].items():
-                assert torch.equal(torch.as_tensor(view.state[name][key]), torch.as_tensor(value)), (name, key)
-    assert set(view.state) == {n for n, p in model.named_parameters() if p in optimizer.state}
-    return view
-
-
-@dataclasses.dataclass
-class Settings:
-    """A training script's own class, saved beside the weights."""
-
-    lr: float = 1e-3
-
-
-Settings.__module__ = "__main__"
-
 
 DOCUMENTS: dict[str, tuple[Callable[[nn.Module, Any], dict], int | None]] = {
     "model, optimizer, step": (lambda m, o: {"model": m.state_dict(), "optimizer": o.state_dict(), "step": 7}, 7),
@@ -230,110 +185,6 @@ def test_lightning_with_another_module_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "a.ckpt", NET).model()
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_foreign_objects_are_records(form: str, tmp_path: Path) -> None:
-    saved = {
-        "args": argparse.Namespace(lr=0.1), "settings": Settings(), "path": pathlib.PurePosixPath("a/b"),
-        "best": np.float64(2.5), "rng": np.arange(3), "t": torch.ones(2),
-    }  # fmt: skip
-    import sys
-
-    sys.modules["__main__"].Settings = Settings  # type: ignore[attr-defined]
-    try:
-        torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=form == "zip")
-    finally:
-        del sys.modules["__main__"].Settings  # type: ignore[attr-defined]
-    before = set(torch.serialization.get_safe_globals())
-    found = load_pickle(tmp_path / "a.pt")
-    assert set(torch.serialization.get_safe_globals()) == before
-    assert {key: type(value).__mro__[-2] for key, value in found.items() if key != "t"} == {
-        key: Foreign for key in saved if key != "t"
-    }
-    assert found["args"].attributes == {"lr": 0.1}
-    assert found["settings"].attributes == {"lr": 1e-3}
-    assert found["path"].arguments == ("a", "b")
-    assert repr(found["args"]) == "<argparse.Namespace, not loaded>"
-
-
-def test_transformers_own_arguments(tmp_path: Path) -> None:
-    from transformers import TrainingArguments
-
-    torch.save(TrainingArguments(str(tmp_path), learning_rate=3e-4, use_cpu=True), tmp_path / "training_args.bin")
-    assert load_pickle(tmp_path / "training_args.bin").attributes["learning_rate"] == 3e-4
-
-
-class Runs:
-    """In a pickle: a call of a named function, with a state set on what it returns."""
-
-    def __init__(self, function: str, *arguments: object, state: object = None) -> None:
-        self.function, self.arguments, self.state = function, arguments, state
-
-    def bytes(self) -> bytes:
-        def op(value: object) -> bytes:
-            return value.bytes() if isinstance(value, Runs) else pickle.dumps(value, 2)[2:-1]
-
-        module, _, name = self.function.rpartition(".")
-        call = f"c{module}\n{name}\n".encode() + b"(" + b"".join(op(a) for a in self.arguments) + b"tR"
-        return call + (op(self.state) + b"b" if self.state is not None else b"")
-
-
-def _with_pickle(path: Path, value: Runs) -> Path:
-    """A good file of torch.save with another pickle in it."""
-    import zipfile
-
-    torch.save({"a": torch.ones(2)}, path)
-    with zipfile.ZipFile(path) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in records.items():
-            archive.writestr(name, b"\x80\x02" + value.bytes() + b"." if name.endswith("data.pkl") else content)
-    return path
-
-
-@pytest.mark.parametrize("form", ["call", "argument", "state"])
-@pytest.mark.parametrize("function", ["os.system", "subprocess.call", "builtins.eval", "builtins.exec", "builtins.getattr"])
-def test_functions_that_act_are_refused_wherever_they_stand(function: str, form: str, tmp_path: Path) -> None:
-    trap = tmp_path / "executed"
-    act = Runs(function, f"touch {trap}" if "." in function and "builtins" not in function else f"open({str(trap)!r}, 'w')")
-    value = {
-        "call": act,
-        "argument": Runs("argparse.Namespace", act),
-        "state": Runs("argparse.Namespace", state=act),
-    }[form]
-    with pytest.raises(InputError, match=function.rpartition(".")[2]):
-        load_pickle(_with_pickle(tmp_path / "a.pt", value))
-    assert not trap.exists()
-
-
-def test_a_function_under_a_good_name_is_never_called(tmp_path: Path) -> None:
-    """numpy.testing's runstring executes its text; the package is one that is stood in for."""
-    trap = tmp_path / "executed"
-    text = f"open({str(trap)!r}, 'w')"
-    from numpy.testing._private.utils import runstring
-
-    runstring(text, {})
-    assert trap.exists(), "the payload itself works"
-    trap.unlink()
-    name = "numpy.testing._private.utils.runstring"
-    found = load_pickle(_with_pickle(tmp_path / "a.pt", Runs(name, text, {}, state={"__class__": 1, "__setstate__": 2})))
-    assert isinstance(found, Foreign)
-    assert found.arguments == (text, {})
-    assert not trap.exists()
-
-
-@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.bin", "epoch=0-step=2.ckpt"])
-@pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_nothing_is_executed(name: str, form: str, tmp_path: Path) -> None:
-    trap = tmp_path / "executed"
-    torch.save(
-        {"state_dict": build().state_dict(), "pytorch-lightning_version": "2.6", "hyper_parameters": Evil(trap)},
-        tmp_path / name,
-        _use_new_zipfile_serialization=form == "zip",
-    )
-    assert "system" in _one_line([str(tmp_path / name)])
-    assert not trap.exists()
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
     """A model of save_pretrained with our optimizer file beside it."""
@@ -364,7 +215,7 @@ def test_wrappers_are_dropped_and_another_model_is_refused(tmp_path: Path) -> No
     model = build()
     optimizer = train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     model.save_pretrained(tmp_path)
-    curvcli.save_optimizer(tmp_path, optimizer, torch.compile(model))
+    curvcli.save_optimizer(tmp_path, optimizer, torch.compile(model))  # type: ignore[arg-type]
     view = is_the_run(tmp_path, model, optimizer)
     assert view.name == "SGD"
     with pytest.raises(UsageError, match="does not have"):
@@ -432,7 +283,7 @@ def test_megatron_and_nemo_are_sent_to_their_converters(files: tuple[str, ...], 
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"sharded_backend": "torch_dist"}' if name.endswith(".json") else "10")
-    line = _one_line([str(tmp_path / at)])
+    line = one_line([str(tmp_path / at)])
     assert f"checkpoint of {kind}" in line
     assert "export_ckpt" in line
 
@@ -441,7 +292,7 @@ def test_megatron_and_nemo_are_sent_to_their_converters(files: tuple[str, ...], 
 def test_every_form_of_weights_in_a_trainers_checkpoint(form: str, tmp_path: Path) -> None:
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
-    ).to(torch.bfloat16 if form == "bf16" else torch.float32)
+    ).to(torch.bfloat16 if form == "bf16" else torch.float32)  # type: ignore[arg-type]
     optimizer = train(model, torch.optim.AdamW(grouped(model), lr=1e-2))
     path = tmp_path / "checkpoint-3"
     model.save_pretrained(path, max_shard_size="10KB" if form == "sharded" else "1GB")

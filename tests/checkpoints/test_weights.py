@@ -11,8 +11,8 @@ import pytest
 import torch
 from formats import CHECKPOINTS, _llama
 from real import analyzed, inspected, refusal
+from refusals import Evil, one_line
 from safetensors.torch import load_file, save_file
-from test_bad_input import Evil, _one_line
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -95,7 +95,7 @@ DAMAGE = {
 def test_damaged_shards(case: str, shards: Path, root: Path) -> None:
     damage, said = DAMAGE[case]
     damage(shards)
-    assert said in _one_line([str(shards), "--data", str(root / "ids.npy")])
+    assert said in one_line([str(shards), "--data", str(root / "ids.npy")])
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
@@ -103,7 +103,7 @@ def test_nothing_in_a_shard_is_executed(form: str, shards: Path, tmp_path: Path)
     trap = tmp_path / "executed"
     shard = next(shards.glob("*-00001-of-*.bin"))
     torch.save({"a": Evil(trap)}, shard, _use_new_zipfile_serialization=form == "zip")
-    assert "system" in _one_line([str(shards)])
+    assert "system" in one_line([str(shards)])
     assert not trap.exists()
 
 
@@ -142,7 +142,7 @@ def test_one_of_two_forms_is_the_one_named(root: Path, tmp_path: Path) -> None:
 
 def test_one_shard_is_refused(root: Path) -> None:
     shard = sorted((root / "shards").glob("*.bin"))[0]
-    assert "give its directory" in _one_line([str(shard)])
+    assert "give its directory" in one_line([str(shard)])
 
 
 @pytest.mark.slow

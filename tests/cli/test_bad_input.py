@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from refusals import Evil, one_line, truncate
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
-
-from curvcli.cli import app
 
 FIRED = "fired.txt"
-
-
-class Evil:
-    def __init__(self, target: Path) -> None:
-        self.target = str(target)
-
-    def __reduce__(self) -> tuple:
-        return (os.system, (f"touch {self.target}",))
-
-
-def _truncate(path: Path, share: float = 0.5) -> None:
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
 def _weight(run: Path, name: str, value: float) -> None:
@@ -39,7 +25,7 @@ def _weight(run: Path, name: str, value: float) -> None:
     save_file(tensors, run / "model.safetensors", metadata={"format": "pt"})
 
 
-def _state(run: Path, change: Callable[[dict], None]) -> None:
+def _state(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document = torch.load(run / "optimizer.pt", weights_only=True)
     change(document)
     torch.save(document, run / "optimizer.pt")
@@ -93,8 +79,8 @@ def _shard(run: Path) -> Path:
 
 # What is done to a copy of a sample checkpoint, and what the one line must then say.
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated safetensors": (lambda r: _truncate(r / "model.safetensors"), "model.safetensors cannot be read"),
-    "truncated optimizer": (lambda r: _truncate(r / "optimizer.pt"), "optimizer.pt"),
+    "truncated safetensors": (lambda r: truncate(r / "model.safetensors"), "model.safetensors cannot be read"),
+    "truncated optimizer": (lambda r: truncate(r / "optimizer.pt"), "optimizer.pt"),
     "empty weights": (lambda r: (r / "model.safetensors").write_bytes(b""), "is empty"),
     "lfs pointer": (
         lambda r: (r / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
@@ -163,23 +149,12 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-def _one_line(arguments: list[str]) -> str:
-    result = CliRunner().invoke(app, ["analyze", "--quiet", *arguments])
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert "internal error" not in lines[0]
-    assert ";" in lines[0], "no remedy"
-    return lines[0]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_damage(case: str, run: Path, tmp_path: Path) -> None:
     damage, said = CASES[case]
     damage(run)
     output, plot = tmp_path / "report.json", tmp_path / "plot.png"
-    assert said in _one_line([str(run), "-o", str(output), "--plot", str(plot)])
+    assert said in one_line([str(run), "-o", str(output), "--plot", str(plot)])
     assert not output.exists()
     assert not plot.exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -197,7 +172,7 @@ def test_a_pickle_that_would_run_code_is_not_run(protocol: str, where: str, run:
         target.write_bytes(pickle.dumps(document))
     else:
         torch.save(document, target, _use_new_zipfile_serialization=protocol == "zip")
-    line = _one_line([str(target if where == "nanogpt" else run)])
+    line = one_line([str(target if where == "nanogpt" else run)])
     assert target.name in line
     assert not fired.exists()
     with contextlib.suppress(Exception):
@@ -206,11 +181,11 @@ def test_a_pickle_that_would_run_code_is_not_run(protocol: str, where: str, run:
 
 
 def test_missing_and_empty(tmp_path: Path) -> None:
-    assert "does not exist" in _one_line([str(tmp_path / "nowhere")])
-    assert "holds no checkpoint" in _one_line([str(tmp_path)])
+    assert "does not exist" in one_line([str(tmp_path / "nowhere")])
+    assert "holds no checkpoint" in one_line([str(tmp_path)])
     file = tmp_path / "model.onnx"
     file.write_bytes(b"x")
-    assert "no known checkpoint format" in _one_line([str(file)])
+    assert "no known checkpoint format" in one_line([str(file)])
 
 
 @pytest.mark.parametrize(
@@ -231,4 +206,4 @@ def test_missing_and_empty(tmp_path: Path) -> None:
     ],
 )
 def test_bad_options(arguments: list[str], said: str, run: Path) -> None:
-    assert said in _one_line([str(run), *arguments])
+    assert said in one_line([str(run), *arguments])

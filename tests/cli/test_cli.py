@@ -1,11 +1,10 @@
-"""The real command as a subprocess on the sample checkpoints."""
+"""The command on the sample checkpoints: what it writes, how fast it starts, Ctrl-C and closed pipes."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,19 +13,11 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from places import ASSETS
+from real import CURV, curv, process
 
 from curvcli.documents import load_report
 from curvcli.render import TEXT
-
-ASSETS = Path(__file__).resolve().parent / "assets"
-CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
-
-
-def curv(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        [*CURV, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300, **options
-    )
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +111,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        assert curv("--help").returncode == 0
+        assert process("--help").returncode == 0
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5
 
@@ -140,12 +131,12 @@ def test_ctrl_c_is_130_and_leaves_nothing(samples: Path, tmp_path: Path) -> None
     arguments = ["analyze", str(samples / "hot"), "--tokens", "32768", "-o", str(tmp_path / "r.json")]
     # A shell's background job ignores SIGINT and its children inherit that: a terminal's foreground does not.
     foreground = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    with subprocess.Popen([*CURV, *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=foreground) as process:
-        assert process.stderr is not None
-        process.stderr.readline()  # the first progress line: it is at work
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-        assert "Traceback" not in process.stderr.read()
+    with subprocess.Popen([*CURV, *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=foreground) as job:
+        assert job.stderr is not None
+        job.stderr.readline()  # the first progress line: it is at work
+        job.send_signal(signal.SIGINT)
+        assert job.wait(timeout=60) == 130
+        assert "Traceback" not in job.stderr.read()
     assert not list(tmp_path.iterdir())
 
 

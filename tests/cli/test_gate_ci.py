@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from places import ASSETS, ROOT
 from typer.main import get_command
 
 from curvcli.cli import app
 from curvcli.documents import load_gate
 
-ROOT = Path(__file__).resolve().parent.parent
-ASSETS = ROOT / "tests" / "assets"
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
 STEPS: dict[str, dict[str, Any]] = {step["id"]: step for step in ACTION["runs"]["steps"] if "id" in step}
 GUIDE = (ROOT / "docs" / "how-to" / "gate.md").read_text()

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from test_cli import curv
+from places import ASSETS
+from real import curv
 
 from curvcli.documents import Finding, load_schedule
 from curvcli.schedules import grow
 from curvcli.training.verify import phase_problems
 
-ASSETS = Path(__file__).parent / "assets"
 INIT, HOT = ASSETS / "init.json", ASSETS / "hot-60.json"
 COSINE = ("--lr-schedule", "cosine", "--warmup-steps", 100, "--total-steps", 600)
 

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from places import ASSETS, ROOT
+from real import CURV, curv
 from rich.console import Console
 from schedules import schedule
-from terminal import CURV, Terminal
+from terminal import Terminal
 from tracks import course
 
 from curvcli.cli.app import exit_codes
@@ -25,7 +27,6 @@ from curvcli.errors import InputError
 from curvcli.render import schedule_table, table
 from curvcli.render.facts import show_facts
 
-ASSETS = Path(__file__).parent / "assets"
 REPORT, CALM = ASSETS / "hot-60.gate.report.json", ASSETS / "calm-60.gate.report.json"
 LOG = (
     '{"schema":"curv.curvature/1","step":5,"loss":3.2,"lr":0.001,"eigenvalue":9000.0,"rho":1.5,"residual":12.0,'
@@ -57,21 +58,9 @@ def filled(line: str, words: dict[str, Path]) -> list[str]:
     return [word.format(**words) for word in line.split()]
 
 
-def piped(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    drop = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "GITHUB_ACTIONS", "PY_COLORS")
-    kept = {name: value for name, value in os.environ.items() if name not in drop}
-    return subprocess.run(
-        [*CURV, *arguments],
-        capture_output=True,
-        text=True,
-        env={**kept, "TERM": "xterm-256color", **environment},
-        timeout=120,
-    )
-
-
 @pytest.mark.parametrize("line", SHOWN)
 def test_a_file_gets_no_escapes(line: str, words: dict[str, Path]) -> None:
-    done = piped(filled(line, words))
+    done = curv(*filled(line, words), TERM="xterm-256color")
     assert done.returncode == SHOWN[line], done.stderr
     assert len(done.stdout.splitlines()) > 1
     assert "\x1b" not in done.stdout + done.stderr
@@ -96,7 +85,7 @@ def test_a_terminal_gets_colour(words: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("columns", [50, 79, 80, 140])
 def test_help_names_options_whole_at_any_width(columns: int) -> None:
-    text = piped(["schedule", "--help"], COLUMNS=str(columns)).stdout
+    text = curv("schedule", "--help", COLUMNS=str(columns)).stdout
     for option in ("--lr-schedule", "--warmup-steps", "--total-steps", "--min-lr-ratio", "--decay-steps", "--output"):
         assert re.search(rf"{option}\b", text), option
     assert max(map(len, text.splitlines())) <= columns
@@ -151,7 +140,7 @@ def test_a_reader_that_has_gone_changes_no_exit_code(line: str, code: int, words
 @pytest.mark.slow
 def test_verify_does_not_pass_what_nobody_reads(samples: Path, tmp_path: Path) -> None:
     plan = tmp_path / "s.json"
-    assert piped(["schedule", "--depth", "12", "-o", str(plan)]).returncode == 0
+    assert curv("schedule", "--depth", 12, "-o", plan).returncode == 0
     command = shlex.join([*CURV, "schedule", "verify", str(plan), str(samples / "calm")])
     done = subprocess.run(["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], timeout=120, check=False)  # noqa: S607
     assert done.returncode == 1
@@ -248,7 +237,7 @@ def shell(tmp_path: Path) -> Terminal:
     (tmp_path / ".bashrc").write_text("PS1='> '\n")
     environment = {
         "HOME": str(tmp_path), "PATH": f"{command.parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parent.parent), "INPUTRC": "/dev/null",
+        "PYTHONPATH": str(ROOT), "INPUTRC": "/dev/null",
     }  # fmt: skip
     terminal = Terminal(100, 40, "--noprofile", "-i", command=["bash"], **environment)
     terminal.until("> ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_nested_supports_are_exact_and_never_fall(seed: int) -> None:
     matrix = torch.randn(30, 30, dtype=torch.float64)
     matrix = matrix + matrix.T
     sizes = [5, 12, 20, 30]
-    masks = [(torch.arange(30) < size, []) for size in sizes]
+    masks: list[tuple[Any, list[Any]]] = [(torch.arange(30) < size, []) for size in sizes]
     found = list(Davidson(tolerance=1e-8, max_products=200).nested(DenseOperator(matrix), masks))
     for size, extremes in zip(sizes, found, strict=True):
         truth = torch.linalg.eigvalsh(matrix[:size, :size])

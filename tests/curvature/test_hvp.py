@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fused import FusedCrossEntropy
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -95,7 +96,7 @@ def test_truncation_is_the_shallow_model_and_is_undone() -> None:
     before = problem.mean_loss()
     shallow = MODELS["llama"]()
     shallow.config.num_hidden_layers = 1
-    short = LlamaForCausalLM(shallow.config).double().eval()
+    short = LlamaForCausalLM(shallow.config).double().eval()  # type: ignore[arg-type]
     short.load_state_dict({k: v for k, v in problem.model.state_dict().items() if ".layers.1." not in k})
     expected = sum(w * float(causal_loss(short, b)) for w, b in zip(problem.weights, problem.batches, strict=True))
     assert problem.truncated(blocks, 1).mean_loss() == pytest.approx(expected, abs=1e-12)
@@ -150,20 +151,6 @@ class OneWayTanh(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         return g * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
-
-
-class FusedCrossEntropy(torch.autograd.Function):
-    """As fused kernels do it: the gradient is computed in the forward pass. Its double backward is symmetric and wrong."""
-
-    @staticmethod
-    def forward(ctx, logits, targets):  # type: ignore[no-untyped-def]
-        share = torch.softmax(logits, dim=-1)
-        ctx.save_for_backward((share - nn.functional.one_hot(targets, logits.shape[-1])) / len(targets))
-        return nn.functional.cross_entropy(logits, targets)
-
-    @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return ctx.saved_tensors[0] * g, None
 
 
 @pytest.mark.parametrize(

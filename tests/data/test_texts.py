@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from real import analyzed, refusal
-from test_bad_input import _one_line
+from refusals import one_line
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -52,11 +52,11 @@ def tokenizer(*, bare: bool = False) -> PreTrainedTokenizerFast:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts")
     torch.manual_seed(0)
-    bert = BertConfig(
+    bert = BertConfig(  # type: ignore[call-arg]
         vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=8, num_labels=2, label2id={"dull": 0, "wet": 1}, id2label={0: "dull", 1: "wet"},
     )  # fmt: skip
-    gpt2 = GPT2Config(
+    gpt2 = GPT2Config(  # type: ignore[call-arg]
         vocab_size=len(WORDS), n_positions=32, n_embd=16, n_layer=2, n_head=2, num_labels=2, pad_token_id=0,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def test_ids_may_have_a_label_too(root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_rows_that_are_refused(rows: list[dict[str, Any]], said: str, root: Path, tmp_path: Path) -> None:
-    assert said in _one_line([str(root / "bert"), "--data", str(write(tmp_path / "rows.jsonl", rows))])
+    assert said in one_line([str(root / "bert"), "--data", str(write(tmp_path / "rows.jsonl", rows))])
 
 
 def test_no_tokenizer_and_one_that_cannot_pad(root: Path, tmp_path: Path) -> None:

@@ -12,11 +12,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from formats import CHECKPOINTS
+from places import ASSETS
+from real import CURV, curv
 
 import curvcli.files.safe as safe
 from curvcli.analysis.checkpoint import inspect_checkpoint
@@ -133,7 +136,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(raises: bool, tmp_path: Pa
     torch.save({"moment": torch.ones(8)}, file)
     load = torch.load
 
-    def written_meanwhile(*arguments: object, **options: object) -> object:
+    def written_meanwhile(*arguments: Any, **options: Any) -> Any:
         found = load(*arguments, **options)
         torch.save({"moment": torch.ones(4096)}, file)
         if raises:
@@ -151,7 +154,6 @@ def test_kill_an_analysis_at_any_moment(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 64, 4000))
     out = tmp_path / "out"
     out.mkdir()
-    code = "from curvcli.cli import main; main()"
     arguments = [
         "analyze",
         str(path),
@@ -163,7 +165,7 @@ def test_kill_an_analysis_at_any_moment(tmp_path: Path) -> None:
         "256",
         "-q",
     ]
-    command = [sys.executable, "-c", code, *arguments, "-o", str(out / "report.json")]
+    command = [*CURV, *arguments, "-o", str(out / "report.json")]
     start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     whole, luck = time.perf_counter() - start, random.Random(1)  # noqa: S311
@@ -203,6 +205,7 @@ def test_weights_that_are_written_over_while_they_are_read(run: Path) -> None:
     assert "model.safetensors changed while it was read" in done.stdout
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -219,9 +222,8 @@ def test_weights_that_are_written_over_while_they_are_read(run: Path) -> None:
 )
 def test_a_pipe_is_refused_and_not_waited_for(arguments: tuple[str, ...], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    report = Path(__file__).parent / "assets" / "calm-60.gate.report.json"
+    report = ASSETS / "calm-60.gate.report.json"
     given = [argument.format(pipe=tmp_path / "pipe", report=report) for argument in arguments]
-    command = [sys.executable, "-c", "from curvcli.cli import main; main()", *given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = curv(*given)
     assert done.returncode == 2
     assert "is no regular file" in done.stderr

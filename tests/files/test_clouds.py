@@ -11,15 +11,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from real import analyzed, curv, inspected, refusal
+import real
+from real import process
 
 pytestmark = pytest.mark.slow  # a server, and commands that import torch
 FEW = ("--tokens", "256", "--sequence-length", "32")
+# In processes of their own: the clients read the environment when they are imported.
+analyzed: Callable[..., Any] = partial(real.analyzed, run=process)
+inspected: Callable[..., Any] = partial(real.inspected, run=process)
+refusal: Callable[..., str] = partial(real.refusal, run=process)
 KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -77,7 +84,7 @@ def test_s3_a_run_its_data_and_what_is_not_there(s3: dict[str, str], samples: Pa
 
 def test_s3_a_track_has_every_checkpoint(s3: dict[str, str]) -> None:
     few = (*FEW, "--max-hvps", "3", "--device", "cpu", "--quiet", "--format", "json")
-    done = curv("track", "s3://bucket/calm", "--data", "s3://bucket/data/shard.bin", *few, **s3)
+    done = process("track", "s3://bucket/calm", "--data", "s3://bucket/data/shard.bin", *few, **s3)
     assert done.returncode == 0, done.stderr
     assert [point["step"] for point in json.loads(done.stdout)["points"]] == [10, 60]
 

@@ -1,10 +1,9 @@
-"""Checkpoints and data behind URLs: fsspec's memory file system here, a real HTTP server in a real subprocess."""
+"""Checkpoints and data behind URLs: fsspec's memory file system, and a real HTTP server."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,16 +13,17 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec import AbstractFileSystem
+from real import curv, process
 
-from curvcli.checkpoints import find_checkpoints, open_checkpoint, remote
+from curvcli.checkpoints import find_checkpoints, open_checkpoint
 from curvcli.errors import InputError
+from curvcli.files import remote
 from curvcli.files.remote import _address, fetched
-
-CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
 
 
 @pytest.fixture
-def memory(samples: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def memory(samples: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[AbstractFileSystem]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     system = fsspec.filesystem("memory")
     system.put(str(samples / "calm"), "/bucket/calm", recursive=True)
@@ -39,7 +39,9 @@ def test_what_is_a_url() -> None:
     assert _address(Path("C:/run")) is None
 
 
-def test_the_newest_checkpoint_of_a_run_is_fetched_once(memory, samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_checkpoint_of_a_run_is_fetched_once(
+    memory: AbstractFileSystem, samples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = open_checkpoint(Path("memory://bucket/calm"))
     assert checkpoint.step == 600
     assert "fetching" in capsys.readouterr().err
@@ -53,7 +55,9 @@ def test_the_newest_checkpoint_of_a_run_is_fetched_once(memory, samples: Path, c
     assert open_checkpoint(Path("memory://bucket/calm/checkpoint-10")).step == 10
 
 
-def test_every_checkpoint_of_a_run_is_found_and_none_fetched(memory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_checkpoint_of_a_run_is_found_and_none_fetched(
+    memory: AbstractFileSystem, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = find_checkpoints(Path("memory://bucket/calm"))
     assert [path.name for path in found] == ["checkpoint-10", "checkpoint-60", "checkpoint-600"]
     assert all(_address(path) for path in found)
@@ -61,7 +65,7 @@ def test_every_checkpoint_of_a_run_is_found_and_none_fetched(memory, capsys: pyt
     assert [open_checkpoint(path).step for path in found[:2]] == [10, 60]
 
 
-def test_a_checkpoint_is_whole_whatever_lies_in_it(memory) -> None:
+def test_a_checkpoint_is_whole_whatever_lies_in_it(memory: AbstractFileSystem) -> None:
     """As DeepSpeed's of the Trainer, which has the ranks' files in a directory with a step in its name."""
     memory.pipe("/bucket/run/checkpoint-4/global_step4/mp_rank_00_model_states.pt", b"x")
     memory.pipe("/bucket/run/checkpoint-4/config.json", b"{}")
@@ -72,7 +76,7 @@ def test_a_checkpoint_is_whole_whatever_lies_in_it(memory) -> None:
         assert {p.name for p in copy.iterdir()} == {"global_step4", "config.json"}
 
 
-def test_what_changed_is_fetched_again(memory) -> None:
+def test_what_changed_is_fetched_again(memory: AbstractFileSystem) -> None:
     memory.pipe("/bucket/data/shard.bin", b"\x01\x00" * 100)
     first = fetched(Path("memory://bucket/data/shard.bin"))
     assert first.read_bytes() == b"\x01\x00" * 100
@@ -80,7 +84,9 @@ def test_what_changed_is_fetched_again(memory) -> None:
     assert fetched(Path("memory://bucket/data/shard.bin")).read_bytes() == b"\x02\x00" * 101
 
 
-def test_a_broken_transfer_leaves_nothing(memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_transfer_leaves_nothing(
+    memory: AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: object, far: str, near: str, **kwargs: object) -> None:
         Path(near).write_bytes(b"half")
         raise ConnectionResetError("gone")
@@ -91,7 +97,7 @@ def test_a_broken_transfer_leaves_nothing(memory, tmp_path: Path, monkeypatch: p
     assert not [p for p in (tmp_path / "copies").rglob("*") if p.is_file()]
 
 
-def test_the_oldest_copies_go(memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_copies_go(memory: AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "MOST", 300)
     for i in range(4):
         memory.pipe(f"/bucket/{i}.bin", bytes(100))
@@ -104,7 +110,7 @@ def test_the_oldest_copies_go(memory, tmp_path: Path, monkeypatch: pytest.Monkey
     ("url", "message"),
     [("memory://bucket/nowhere", "memory://bucket/nowhere"), ("nonsense://bucket/run", "nonsense")],
 )
-def test_what_cannot_be_read_is_one_line(memory, url: str, message: str) -> None:
+def test_what_cannot_be_read_is_one_line(memory: AbstractFileSystem, url: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         find_checkpoints(Path(url))
     assert len(str(caught.value).splitlines()) == 1
@@ -126,14 +132,8 @@ def served(samples: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def curv(cache: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    command = [*CURV, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def test_data_over_http_by_the_real_command(samples: Path, served: str, tmp_path: Path) -> None:
-    done = curv(tmp_path, "inspect", samples / "calm", "--data", f"{served}/data/shard.bin", "--json")
+    done = process("inspect", samples / "calm", "--data", f"{served}/data/shard.bin", "--json", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["data"][0]["tokens"] == 65_536
     assert "fetching 1 files, 0.1 MB" in done.stderr
@@ -141,6 +141,7 @@ def test_data_over_http_by_the_real_command(samples: Path, served: str, tmp_path
 
 def test_a_gate_on_a_checkpoint_over_http(samples: Path, served: str, tmp_path: Path) -> None:
     data = ("--data", samples / "data" / "shard.bin", "--tokens", 128)
-    done = curv(tmp_path, "gate", f"{served}/nanogpt/ckpt.pt", "--max-rho", 50, *data, "--format", "json", "-q")
+    gate = ("gate", f"{served}/nanogpt/ckpt.pt", "--max-rho", 50, *data, "--format", "json", "-q")
+    done = curv(*gate, XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode in (0, 3), done.stderr
     assert json.loads(done.stdout)["subject"]["step"] == 300

@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import curv
+from places import ASSETS
+from real import curv
 
 from curvcli.documents import Report, load_comparison, load_report
 from curvcli.judge.compare import compare
 from curvcli.render.compare import to_csv, to_markdown
 
-ASSETS = Path(__file__).resolve().parent / "assets"
 CALM, HOT = ASSETS / "calm-60.gate.report.json", ASSETS / "hot-60.gate.report.json"
 
 

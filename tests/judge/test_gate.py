@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ASSETS
 
 from curvcli.documents import Finding, Outcome, Report, Rule, RuleName, Status, load_report
 from curvcli.judge.gate import decide, exit_code, judge, overall
 from curvcli.judge.readings import NoReadings, Reading, ReportReadings
-
-ASSETS = Path(__file__).parent / "assets"
 
 
 @pytest.fixture(scope="module")

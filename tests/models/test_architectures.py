@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import CASES, VOCABULARY, Case, all_in_float64
+from places import ROOT
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ def _differences(problem: Problem, tangents: list[Tensor], step: float) -> Tenso
 
 
 def test_the_documentation_lists_what_is_tested() -> None:
-    text = (Path(__file__).resolve().parent.parent / "docs/how-to/models.md").read_text()
+    text = (ROOT / "docs/how-to/models.md").read_text()
     listed = re.search(r"included:\n\n(.*?)\n\n", text, re.DOTALL)
     assert listed is not None
     assert {name.strip() for name in listed[1].replace("\n", " ").split(",")} == set(CASES)
@@ -258,7 +259,7 @@ def test_stacks_of_convolutions() -> None:
     for i, width in enumerate((2, 4, 8), start=1):
         setattr(net, f"layer{i}", nn.Sequential(Stage(width), Stage(width)))
     assert [b.prefix for b in stacks(net)] == ["layer3", "layer2", "layer1"]
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)  # type: ignore[call-arg]
     blocks = find_blocks(ResNetForImageClassification(config))
     assert blocks is not None
     assert (blocks.prefix, len(blocks.modules)) == ("resnet.encoder.stages", 2)

@@ -7,6 +7,7 @@ do not move it; the threshold in use is the rule's own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from curvcli.errors import UnsupportedError, UsageError
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import live, prepare
 
-ADAPTIVE = {"betas": (0.9, 1 - 1e-9), "eps": 0.0}
+ADAPTIVE: dict[str, Any] = {"betas": (0.9, 1 - 1e-9), "eps": 0.0}
 CASES: dict[str, tuple[Callable, dict[str, float]]] = {
     "sgd": (lambda p: torch.optim.SGD(p, lr=0.1), {}),
     "heavy ball": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), {}),

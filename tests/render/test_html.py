@@ -6,27 +6,20 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from browser import CONTRAST, Browser, troubles
-from typer.testing import CliRunner
+from pages import HOSTILE, Text
+from places import ASSETS
+from real import curv
 
-from curvcli.cli import app
 from curvcli.documents import Report, load_report
 from curvcli.render.advice import advice
 from curvcli.render.chart import log_chart
 from curvcli.render.html import page, report_page
 
-ASSET = Path(__file__).parent / "assets" / "hot-60.report.json"
-HOSTILE = [
-    "<script>document.documentElement.dataset.owned = 1</script>",
-    "<img src=x onerror='document.documentElement.dataset.owned = 1'>",
-    "\" onmouseover=\"document.documentElement.dataset.owned = 1\" onfocus=\"document.documentElement.dataset.owned = 1",
-    "</title></style></script><svg onload='document.documentElement.dataset.owned = 1'>",
-    "{{ 'ja' * 5 }}{% raw %}",
-]  # fmt: skip
+ASSET = ASSETS / "hot-60.report.json"
 SCHEDULE = {
     "schema": "curv.schedule/1", "mode": "grow", "depth": 4, "order": "last", "blocks": None, "lock": "zero-output",
     "margin": 0.8, "lr_schedule": {"kind": "linear", "peak": 1e-3, "warmup_steps": 10, "total_steps": 100},
@@ -62,26 +55,6 @@ def hostile(tmp_path: Path) -> Path:
         findings__0__message="".join(HOSTILE), findings__1__code="unresolved-tokens", attribution__0__tensor=HOSTILE[3],
         cost__device=HOSTILE[1], cost__mode=one, versions__torch=HOSTILE[1], versions__python=HOSTILE[4],
     )  # fmt: skip
-
-
-class Text(HTMLParser):
-    """Visible text and every attribute of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text, self.tags, self.attributes, self._hidden = "", [], [], False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._hidden = tag in ("style", "script")
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = False
-
-    def handle_data(self, data: str) -> None:
-        self.text += "" if self._hidden else data
 
 
 def test_says_what_the_report_says() -> None:
@@ -202,9 +175,9 @@ def test_what_has_no_page(tmp_path: Path, content: str | None, said: str) -> Non
     path, out = tmp_path / "x.json", tmp_path / "x.html"
     if content is not None:
         path.write_text(content)
-    result = CliRunner().invoke(app, ["report", str(path), "-o", str(out)])
-    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert said in result.stderr
+    done = curv("report", path, "-o", out)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert said in done.stderr
     assert not out.exists()
 
 
@@ -218,7 +191,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert out.read_text() == CliRunner().invoke(app, ["report", str(ASSET)]).stdout
+    assert out.read_text() == curv("report", ASSET).stdout
 
 
 # --- in a real browser -----------------------------------------------------------------------------------------------

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from browser import CONTRAST, Browser, troubles
-from test_html import HOSTILE, Text
+from pages import HOSTILE, Text
+from real import curv
 from tracks import asset, at, course, failed, long, track
-from typer.testing import CliRunner
 
-from curvcli.cli import app
 from curvcli.documents import Track, load_track
 from curvcli.render.advice import track_advice
 from curvcli.render.chart import linear_ticks
@@ -30,8 +29,8 @@ def test_says_what_the_track_says(tmp_path: Path) -> None:
     path.write_text(course().to_json())
     assert load_track(path) == course()
     out = tmp_path / "track.html"
-    result = CliRunner().invoke(app, ["report", str(path), "-o", str(out)])
-    assert (result.exit_code, result.stdout) == (0, "")
+    done = curv("report", path, "-o", out)
+    assert (done.returncode, done.stdout) == (0, "")
     said = " ".join(Text(out.read_text()).text.split())
     assert out.read_text() == page(path)
     for wanted in (
@@ -255,6 +254,6 @@ def test_hostile_values_do_not_run(browser: Browser, tmp_path: Path) -> None:
 def test_other_json_has_no_page(tmp_path: Path) -> None:
     path = tmp_path / "track.json"
     path.write_text(json.dumps({**json.loads(course().to_json()), "points": []}))
-    result = CliRunner().invoke(app, ["report", str(path)])
-    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert "is not a curv.track/1 document" in result.stderr
+    done = curv("report", path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "is not a curv.track/1 document" in done.stderr

@@ -1,27 +1,19 @@
-"""Schedules: learning rates against transformers, policies against closed forms and a real report, refusals."""
+"""Schedules from what was measured: growth, freezing, refusals, and their picture."""
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import get_scheduler
+from places import ASSETS
+from rates import rates
 
-from curvcli.documents import DepthEstimate, LrSchedule, Report, Schedule, load_report
+from curvcli.documents import DepthEstimate, Report, load_report
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.render.schedule_plot import plot, series
-from curvcli.render.schedule_table import ranges
-from curvcli.schedules import Measured, freeze, grow, grow_from, highest_from, lr_at, lr_schedule, settles
-from curvcli.schedules.lr import read_points
-from curvcli.schedules.plan import joining, split
-
-ASSETS = Path(__file__).parent / "assets"
-PEAK = 3e-3
+from curvcli.schedules import Measured, freeze, grow, grow_from, lr_at
 
 
 @pytest.fixture
@@ -34,197 +26,6 @@ def init() -> Measured:
 def hot() -> Measured:
     """sample_checkpoints/hot at step 60, lr 0.03: restricted 0.181 at depth 0, 1.41 to 1.51 from 1 to 8."""
     return Measured.read(ASSETS / "hot-60.json")
-
-
-def rates(kind: str = "constant", peak: float | None = PEAK, **options: object) -> LrSchedule:
-    return lr_schedule(kind, peak=peak, **options)  # type: ignore[arg-type]
-
-
-# The names and options of transformers' own schedulers are the oracle; ours are beside them.
-ORACLES = [
-    ("constant", {}, "constant_with_warmup", {}),
-    ("linear", {}, "linear", {}),
-    ("cosine", {}, "cosine", {}),
-    ("cosine", {"min_ratio": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
-    ("linear", {"min_ratio": 0.1}, "polynomial", {"lr_end": 0.1 * PEAK, "power": 1.0}),
-    ("wsd", {"decay_steps": 30}, "warmup_stable_decay", {"num_decay_steps": 30}),
-    ("wsd", {"decay_steps": 30, "min_ratio": 0.2}, "warmup_stable_decay", {"num_decay_steps": 30, "min_lr_ratio": 0.2}),
-    ("wsd", {"decay_steps": 0}, "warmup_stable_decay", {"num_decay_steps": 0}),
-    ("inverse-sqrt", {}, "inverse_sqrt", {}),
-]
-
-
-@pytest.mark.parametrize("warmup", [0, 1, 17])
-@pytest.mark.parametrize(("kind", "ours", "name", "theirs"), ORACLES)
-def test_lr_is_that_of_transformers(kind: str, ours: dict, name: str, theirs: dict, warmup: int) -> None:
-    schedule = rates(kind, warmup_steps=warmup, total_steps=100, **ours)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
-    oracle = get_scheduler(name, optimizer, warmup, 100, scheduler_specific_kwargs=theirs)
-    for step in range(103):
-        used = optimizer.param_groups[0]["lr"]
-        assert lr_at(schedule, step) == pytest.approx(used, rel=1e-12, abs=1e-18), step
-        optimizer.step()
-        oracle.step()
-
-
-def test_lr_of_a_file_is_a_step_function(tmp_path: Path) -> None:
-    file = tmp_path / "lr.csv"
-    file.write_text("step,loss,lr\n10,9,0.1\n20,8,0.3\n40,7,0.2\n")
-    schedule = rates(str(file), None)
-    assert [lr_at(schedule, s) for s in (10, 19, 20, 39, 40, 999)] == [0.1, 0.1, 0.3, 0.3, 0.2, 0.2]
-    assert (schedule.peak, schedule.warmup_steps) == (0.3, 20)
-    assert (highest_from(schedule, 10), highest_from(schedule, 40)) == (0.3, 0.2)
-    assert [settles(schedule, limit, 0) for limit in (0.3, 0.25, 0.2, 0.1)] == [20, 40, 40, None]
-    with pytest.raises(UsageError, match="no learning rate is known at step 9"):
-        lr_at(schedule, 9)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("", "line 1 has no columns"),
-        ("steps,lr\n0,1\n", "line 1 has no columns"),
-        ("step,lr\n", "no positive learning rate"),
-        ("step,lr\n0,0\n", "no positive learning rate"),
-        ("step,lr\n0,1\nx,1\n", "line 3"),
-        ("step,lr\n0\n", "line 2"),
-        ("step,lr\n0,1\n0,2\n", "line 3: step 0 does not come after 0"),
-        ("step,lr\n-1,1\n", "line 2"),
-        ("step,lr\n0,nan\n", "line 2"),
-        ("step,lr\n0,inf\n", "line 2"),
-        ("step,lr\n0,-1\n", "line 2"),
-        ("\xff\xfe\x00", "cannot read"),
-    ],
-)
-def test_a_bad_file_of_rates_names_its_line(content: str, said: str, tmp_path: Path) -> None:
-    file = tmp_path / "lr.csv"
-    file.write_bytes(content.encode("latin-1"))
-    with pytest.raises(InputError, match=said) as caught:
-        read_points(file)
-    assert caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "said"),
-    [
-        ("cosine", {}, "needs its total steps"),
-        ("wsd", {"total_steps": 100}, "decay steps are needed"),
-        ("cosine", {"total_steps": 100, "decay_steps": 3}, "no decay steps"),
-        ("cosine", {"total_steps": 100, "warmup_steps": 100}, "do not fit into 100"),
-        ("wsd", {"total_steps": 100, "warmup_steps": 50, "decay_steps": 51}, "do not fit into 100"),
-        ("constant", {"min_ratio": 0.1}, "no least learning rate"),
-        ("cosine", {"total_steps": 100, "min_ratio": 2.0}, "min_ratio"),
-        ("constant", {"peak": None}, "no learning rate"),
-        ("constant", {"peak": math.nan}, "peak"),
-        ("constant", {"peak": 0.0}, "peak"),
-        ("triangle", {}, "one of: constant"),
-        ("lr.csv", {}, "drop --lr"),
-    ],
-)
-def test_a_bad_schedule_of_rates_is_refused(kind: str, options: dict, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        rates(kind, **options)
-
-
-@given(
-    st.sampled_from([("linear", {}), ("cosine", {"min_ratio": 0.3}), ("wsd", {"decay_steps": 20}), ("inverse-sqrt", {})]),
-    st.integers(0, 60),
-    st.integers(0, 99),
-    st.floats(1e-5, 2 * PEAK),
-)
-def test_settling_is_what_brute_force_finds(kind: tuple, warmup: int, start: int, limit: float) -> None:
-    schedule = rates(kind[0], warmup_steps=warmup, total_steps=100, **kind[1])
-    first = max(start, warmup)
-    fits = [s for s in range(first, 100) if all(lr_at(schedule, t) <= limit for t in range(s, 100))]
-    assert settles(schedule, limit, start) == (fits[0] if fits else None)
-    assert highest_from(schedule, start) == max(lr_at(schedule, s) for s in range(start, 100))
-
-
-def test_default_is_the_papers() -> None:
-    plan = grow(48)
-    assert [(p.step, p.latest, len(p.active)) for p in plan.phases] == [
-        (0, 0, 24), (2000, 2500, 30), (2500, 3000, 36), (3000, 3500, 42), (3500, 4000, 48),
-    ]  # fmt: skip
-    assert plan.phases[1].unlock == list(range(24, 30))
-    assert [len(plan.locked_at(s)) for s in (0, 1999, 2000, 3499, 3500, 10**9)] == [24, 24, 18, 6, 0, 0]
-    assert {p.predicted_rho for p in plan.phases} == {p.lr for p in plan.phases} == {None}
-
-
-@pytest.mark.parametrize(
-    ("depth", "start", "order", "active", "queue"),
-    [
-        (6, 3, "last", [0, 1, 2], [3, 4, 5]),
-        (6, 2, "first", [4, 5], [3, 2, 1, 0]),
-        (6, 3, "interleaved", [0, 2, 4], [1, 3, 5]),
-        (7, 3, "interleaved", [0, 2, 4], [1, 3, 5, 6]),
-        (8, 2, "interleaved", [0, 4], [1, 2, 3, 5, 6, 7]),
-        (8, 6, "interleaved", [0, 1, 2, 4, 5, 6], [3, 7]),
-    ],
-)
-def test_orders(depth: int, start: int, order: str, active: list[int], queue: list[int]) -> None:
-    assert joining(depth, start, order) == (active, queue)  # type: ignore[arg-type]
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> Schedule:
-    depth = draw(st.integers(2, 60))
-    start = draw(st.integers(1, depth - 1))
-    return grow(
-        depth,
-        start=start,
-        groups=draw(st.none() | st.integers(1, depth - start)),
-        interval=draw(st.integers(1, 1000)),
-        warmup_steps=draw(st.integers(1, 5000)),
-        order=draw(st.sampled_from(["last", "first", "interleaved"])),
-    )
-
-
-@given(plans())
-def test_every_plan_reaches_every_block_once(plan: Schedule) -> None:
-    joined = [*plan.phases[0].active, *(b for p in plan.phases[1:] for b in p.unlock)]
-    assert sorted(joined) == list(range(plan.depth))
-    assert plan.phases[-1].active == list(range(plan.depth))
-    sizes = [len(p.unlock) for p in plan.phases[1:]]
-    assert max(sizes) - min(sizes) <= 1
-    for a, b in pairwise(plan.phases):
-        assert (a.step < b.step, b.active) == (True, sorted({*a.active, *b.unlock}))
-        assert plan.locked_at(b.step - 1) == plan.locked_at(a.step) == set(range(plan.depth)) - set(a.active)
-    assert [p.latest for p in plan.phases[1:-1]] == [p.step for p in plan.phases[2:]]
-    assert Schedule.model_validate_json(plan.to_json()) == plan
-
-
-@given(plans())
-def test_ranges_say_the_same_blocks(plan: Schedule) -> None:
-    for phase in plan.phases:
-        said: list[int] = []
-        for part in ranges(phase.active).split(", "):
-            span, _, stride = part.partition("/")
-            first, _, last = span.partition("-")
-            said += range(int(first), int(last or first) + 1, int(stride or 1))
-        assert said == phase.active
-    assert ranges([]) == "-"
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"depth": 1}, "0 of 1 blocks"),
-        ({"depth": 4, "start": 0}, "0 of 4 blocks"),
-        ({"depth": 4, "start": 4}, "nothing to schedule"),
-        ({"depth": 4, "groups": 3}, "2 locked blocks do not make 3 groups"),
-        ({"depth": 4, "warmup_steps": 0}, "step 0"),
-        ({"depth": 4, "total_steps": 2500}, "join at step 2500, and the run ends at 2500"),
-    ],
-)
-def test_impossible_numbers_are_refused(options: dict, said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
-        grow(**options)
-    assert caught.value.hint
-
-
-def test_groups_differ_by_at_most_one() -> None:
-    assert [len(g) for g in split(range(10), 4)] == [2, 3, 2, 3]
-    assert [len(g) for g in split(range(3), None)] == [1, 1, 1]
 
 
 # --- from a report

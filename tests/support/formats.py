@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import deepspeed_runs
 import fsdp_runs
@@ -24,6 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import zstandard
 from accelerate import Accelerator
+from places import SAMPLES
 from ranks import EARLIER, launch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file, save_model
@@ -35,8 +37,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from curvcli import save_optimizer
 from curvcli.models.base import Architecture
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def _llama() -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     """A Llama after three steps of AdamW, grouped as the Trainer does."""
@@ -47,8 +47,8 @@ def _llama() -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     named = list(model.named_parameters())
-    groups = [[p for n, p in named if ("norm" in n) is norm] for norm in (False, True)]
-    optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-3)
+    plain, norms = ([p for n, p in named if ("norm" in n) is norm] for norm in (False, True))
+    optimizer = torch.optim.AdamW([{"params": plain}, {"params": norms, "weight_decay": 0.0}], lr=1e-3)  # type: ignore[arg-type]
     for _ in range(3):
         ids = torch.randint(64, (4, 17))
         optimizer.zero_grad()
@@ -57,7 +57,7 @@ def _llama() -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def _trainer(path: Path, **how: object) -> Path:
+def _trainer(path: Path, **how: Any) -> Path:
     model, optimizer = _llama()
     model.save_pretrained(path, **how)
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
@@ -101,13 +101,13 @@ def single(path: Path) -> Path:
     """One .safetensors file, with the network's config.json beside it."""
     model, _ = _llama()
     model.config.save_pretrained(path)
-    save_model(model, path / "weights.safetensors")
+    save_model(model, str(path / "weights.safetensors"))
     return path / "weights.safetensors"
 
 
 def nanogpt(path: Path) -> Path:
     path.mkdir(parents=True)
-    shutil.copy(ROOT / "sample_checkpoints" / "nanogpt" / "ckpt.pt", path)
+    shutil.copy(SAMPLES / "nanogpt" / "ckpt.pt", path)
     return path / "ckpt.pt"
 
 

@@ -29,9 +29,9 @@ def on_the_cpu() -> None:
     def to_cpu(self: FlatParamHandle) -> Iterator[None]:
         yield
 
-    FlatParamHandle.to_cpu = to_cpu
+    FlatParamHandle.to_cpu = to_cpu  # type: ignore[method-assign]
     gather = _optim_utils._allgather_orig_param_states
-    _optim_utils._allgather_orig_param_states = lambda *given: gather(*given[:-1], False)  # cpu_offload, the last
+    _optim_utils._allgather_orig_param_states = lambda *given: gather(*given[:-1], False)  # type: ignore[call-arg]  # cpu_offload, the last
 
 
 def layers() -> set[type[nn.Module]]:
@@ -54,7 +54,7 @@ def wrapped(*, original: bool) -> Any:
 def train(model: nn.Module, *, grouped: bool) -> torch.optim.AdamW:
     """Three steps. Norms decay less, by name: under FSDP1 every parameter has one dimension."""
     groups = [{"params": [p for n, p in model.named_parameters() if ("norm" in n) is norm]} for norm in (False, True)]
-    groups[1]["weight_decay"] = 0.0
+    groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(groups if grouped else model.parameters(), lr=1e-2, betas=(0.9, 0.95))
     for step in range(STEPS):
         ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(step))

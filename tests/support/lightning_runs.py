@@ -41,6 +41,6 @@ def fit(module: Lit, path: Path) -> lightning.Trainer:
         max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=path.parent, enable_checkpointing=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(torch.randint(64, (8, 16)), batch_size=4))
+    trainer.fit(module, DataLoader(torch.randint(64, (8, 16)), batch_size=4))  # type: ignore[arg-type]
     trainer.save_checkpoint(path)
     return trainer

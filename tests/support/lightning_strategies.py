@@ -30,7 +30,7 @@ class Lit(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Two groups that take turns in the model's order."""
         groups = [[p for n, p in self.named_parameters() if ("norm" in n) is norm] for norm in (False, True)]
-        return torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-2)
+        return torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-2)  # type: ignore[arg-type]
 
 
 def fit(strategy: Any, path: Path) -> lightning.Trainer:
@@ -40,7 +40,7 @@ def fit(strategy: Any, path: Path) -> lightning.Trainer:
         enable_model_summary=False, default_root_dir=path.parent, enable_checkpointing=False,
     )  # fmt: skip
     ids = torch.randint(64, (16, 16), generator=torch.Generator().manual_seed(0))
-    trainer.fit(Lit(), DataLoader(ids, batch_size=2))
+    trainer.fit(Lit(), DataLoader(ids, batch_size=2))  # type: ignore[arg-type]
     trainer.save_checkpoint(path)
     return trainer
 
@@ -91,8 +91,8 @@ def write_deepspeed(rank: int, path: Path) -> None:
         home = path / f"stage{stage}"
         trainer = fit(Strategy(config=settings), home / "epoch=0-step=3.ckpt")
         if stage == 2:  # as in deepspeed_runs
-            trainer.optimizers[0]._hp_optimizer_states_linked = False
-            trainer.optimizers[0]._lazy_init_hp_params_optimizer_state()
+            trainer.optimizers[0]._hp_optimizer_states_linked = False  # type: ignore[attr-defined]
+            trainer.optimizers[0]._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
         live = {
             name.removeprefix("net."): {"fp32": safe_get_full_fp32_param(p).clone()}
             | {key: safe_get_full_optimizer_state(p, key).clone() for key in ("exp_avg", "exp_avg_sq")}

@@ -76,7 +76,7 @@ def dense_hessian(model: nn.Module, batches: list, names: list[str], depth: int 
     ids, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     layers = model.layers
     if depth is not None:
-        model.layers = nn.ModuleList(list(layers)[:depth])
+        model.layers = nn.ModuleList(list(layers)[:depth])  # type: ignore[arg-type]
 
     def gradient() -> Tensor:
         parts = torch.autograd.grad(loss(model, (ids, targets)), chosen, allow_unused=True, materialize_grads=True)

@@ -8,15 +8,13 @@ import select
 import signal
 import struct
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Sequence
 from fcntl import ioctl
 
 import pyte
-
-CURV = [sys.executable, "-c", "from curvcli.cli import main; main()"]
+from real import CURV
 
 
 class Terminal:

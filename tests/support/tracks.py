@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from math import exp, sin
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart, load_report
+from places import ASSETS
 
-ASSETS = Path(__file__).parent / "assets"
+from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions, WarmStart, load_report
 
 
 def asset(name: str) -> Report:
@@ -71,6 +70,37 @@ def failed(step: int | None, message: str = "optimizer.pt is truncated; copy it 
         checkpoint=f"run/checkpoint-{step}", step=step, source="failed", report=None, message=message,
         training_loss=None, surge=None, surged=False, warm_start=None,
     )  # fmt: skip
+
+
+def course_of(rhos: list[float | None]) -> Track:
+    """A track whose points have these rho; None is an uncertified point."""
+    report = load_report(next(ASSETS.glob("calm-60*.report.json")))
+    points = []
+    for i, rho in enumerate(rhos):
+        full = report.full.model_copy(
+            update={
+                "rho": rho,
+                "eigenvalue": (rho or 0) * (report.optimizer.threshold or 1),
+                "residual": 0.0,
+                "status": "converged" if rho is not None else "unconverged",
+            }
+        )
+        here = report.model_copy(update={"full": full, "checkpoint": report.checkpoint.model_copy(update={"step": i})})
+        points.append(
+            TrackPoint(
+                checkpoint=f"checkpoint-{i}",
+                step=i,
+                source="measured",
+                report=here,
+                training_loss=None,
+                surge=None,
+                surged=False,
+                warm_start=None,
+            )
+        )
+    return Track(
+        run="run", points=points, log=[], window=5, surge_limit=2, findings=[], hvps=0, seconds=0, versions=report.versions
+    )
 
 
 def course() -> Track:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from schedules import schedule
-from test_warmup import DEPTH, GROW, batch, block_of, build, same
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from warmup_job import DEPTH, GROW, Text, batch, block_of, build, same
 
 from curvcli.documents import Record
 from curvcli.errors import UsageError
@@ -19,17 +19,6 @@ from curvcli.training.transformers import CurvCallback
 
 TOTAL = 12
 ADAPTIVE = schedule(DEPTH, (0, [0, 1]), (3, [0, 1, 2]), (8, range(DEPTH)), window=4, margin=5.0)
-
-
-class Text(torch.utils.data.Dataset):
-    """Seeded tokens, so that position n of the epoch is the same in every process."""
-
-    def __len__(self) -> int:
-        return 128
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(37, (12,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
 
 
 def probe() -> list[dict[str, torch.Tensor]]:
@@ -47,7 +36,7 @@ def trainer(path: Path, callback: CurvCallback, **options: Any) -> Trainer:
 
 
 def states(trained: Trainer) -> set[int | None]:
-    optimizer = trained.optimizer.optimizer
+    optimizer = trained.optimizer.optimizer  # type: ignore[attr-defined]
     return {block_of(n) for n, p in trained.model.named_parameters() if optimizer.state[p]}
 
 
@@ -145,7 +134,7 @@ def test_lightning_killed_across_an_unlock(tmp_path: Path) -> None:
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
             callbacks=[LightningCallback(GROW, probe=probe(), loss=loss, every=2, log=tmp_path / "c.jsonl")],
         )  # fmt: skip
-        fitter.fit(module, torch.utils.data.DataLoader(torch.arange(100)), **options)
+        fitter.fit(module, torch.utils.data.DataLoader(torch.arange(100)), **options)  # type: ignore[arg-type]
         return module, fitter
 
     whole, _ = fit(TOTAL)

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import WORLD, launch
-from test_warmup import DEPTH, GROW, TOTAL, Job, batch, block_of, build
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from warmup_job import DEPTH, GROW, TOTAL, Job, batch, block_of, build
 
 from curvcli.training import ArchitectureWarmup, CurvatureTracker
 from curvcli.training.locks import local

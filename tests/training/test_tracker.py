@@ -10,9 +10,9 @@ import models
 import numpy as np
 import pytest
 import torch
-from test_hvp import FusedCrossEntropy
-from test_warmup import Job, batch, build, same
+from fused import FusedCrossEntropy
 from torch import Tensor, nn
+from warmup_job import Job, batch, build, same
 
 from curvcli.documents import Record
 from curvcli.training import ArchitectureWarmup, CurvatureTracker
