@@ -210,10 +210,9 @@ def test_parts_that_do_not_meet_are_both_looked_into(strength: float) -> None:
     values = dict(model.named_parameters())
     blocks = [n.split(".")[1] if n.startswith("layers.") else None for n, p in values.items() for _ in range(p.numel())]
     gradient = torch.autograd.grad(loss(model, (x, y)), list(values.values()), create_graph=True)
-    rows = [
-        torch.autograd.grad(g, list(values.values()), retain_graph=True) for g in torch.cat([g.flatten() for g in gradient])
-    ]
-    whole = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    flat = torch.cat([g.flatten() for g in gradient])
+    rows = torch.autograd.grad(flat, list(values.values()), torch.eye(len(flat), dtype=flat.dtype), is_grads_batched=True)
+    whole = torch.cat([part.flatten(1) for part in rows], dim=1)
 
     def top(*names: str | None) -> float:
         kept = torch.tensor([i for i, block in enumerate(blocks) if block in names])
