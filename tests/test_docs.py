@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from test_track import course_of
-from test_watch import record, write
+from logs import record, write
+from places import ASSETS, ROOT, SAMPLES
 from tiny import build
+from tracks import course_of
 from typer.testing import CliRunner
 
 from curvcli.analysis.api import Analysis
@@ -32,8 +33,6 @@ from curvcli.cli import app
 from curvcli.documents import Report, load_report
 from curvcli.schedules.plan import grow
 
-ROOT = Path(__file__).resolve().parent.parent
-ASSETS = ROOT / "tests" / "assets"
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^(?P<before>(?:<!--.*-->\n)*)```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 CONFIG = 'data = "data/shard.bin"\nsequence-length = 16\ntokens = 64\n\n[gate]\nmax-rho = 1.0\n'
@@ -87,7 +86,7 @@ def masters(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (np.arange(70_000) % 64).astype(np.uint16).tofile(home / name)
     for name in ("a.parquet", "b.parquet"):
         pq.write_table(pa.table({"input_ids": [list(range(17))] * 600}), home / name)
-    shutil.copy(ROOT / "sample_checkpoints" / "nanogpt" / "ckpt.pt", home / "out" / "ckpt.pt")
+    shutil.copy(SAMPLES / "nanogpt" / "ckpt.pt", home / "out" / "ckpt.pt")
     for name in ("report", "last-good", "before", "after", "reports/last", "reports/last-good"):
         shutil.copy(ASSETS / "hot-60.json", home / f"{name}.json")
     (home / "track.json").write_text(course_of([1.0, 1.1, 1.0]).to_json())
@@ -102,7 +101,7 @@ def masters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(masters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "home"
     shutil.copytree(masters, place)
-    (place / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
+    (place / "sample_checkpoints").symlink_to(SAMPLES)
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Opened, "measure", _measured)

@@ -14,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from places import ASSETS, ROOT
 from typer.testing import CliRunner
 
 import curvcli
@@ -24,8 +25,7 @@ from curvcli.cli import app
 from curvcli.documents import Versions, load_report
 from curvcli.errors import UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
-REPORT = load_report(next((ROOT / "tests" / "assets").glob("calm-60*.report.json")))
+REPORT = load_report(next(ASSETS.glob("calm-60*.report.json")))
 K, OTHER = sha256(b"k").hexdigest(), sha256(b"other").hexdigest()
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from places import ASSETS
 from rich.console import Console
-from tracks import ASSETS, asset, track
+from tracks import asset, track
 
 from curvcli.analysis.api import analyze
 from curvcli.analysis.solve import Measurement, Solved

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from test_torchfiles import NET, is_the_run, train
+from saved import NET, is_the_run, train
 from tiny import build, config
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_torchfiles import NET
+from saved import NET
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

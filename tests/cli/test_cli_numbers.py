@@ -9,12 +9,12 @@ from typing import get_args, get_type_hints
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ASSETS
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from curvcli.cli import app
 
-ASSETS = Path(__file__).resolve().parent / "assets"
 NUMBERS = ("nan", "inf", "-inf", "1e400", "9" * 400, "9" * 5000, "-1", "0", "1e-400", str(2**53), str(2**63), "0x10", "")
 
 

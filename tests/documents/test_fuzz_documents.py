@@ -11,8 +11,9 @@ import pytest
 from damage import DAMAGES, Draw, attempt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_track import course_of
-from test_watch import record, write
+from logs import record, write
+from places import ASSETS
+from tracks import course_of
 from typer.testing import CliRunner
 
 from curvcli.analysis.config import find_config, find_gate
@@ -33,7 +34,7 @@ from curvcli.render.html import page
 from curvcli.schedules.lr import read_points
 from curvcli.schedules.plan import grow
 
-ASSET = next((Path(__file__).resolve().parent / "assets").glob("hot-60.json"))
+ASSET = ASSETS / "hot-60.json"
 EXAMPLES = int(os.environ.get("CURV_FUZZ", "24"))
 CONFIG = """# of a run
 data = ["data/a.bin", 'data/b.bin']  # two

@@ -28,7 +28,6 @@ from curvcli.files.limits import check_size
 from curvcli.files.parse import parse_json, read_limited, read_toml
 from curvcli.files.safe import load_pickle, read_json
 
-ROOT = Path(__file__).resolve().parent.parent
 SPACE = 2**30
 
 

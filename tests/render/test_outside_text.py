@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ASSETS
 from typer.testing import CliRunner
 
 from curvcli.cli import app
@@ -28,7 +29,6 @@ from curvcli.render.facts import show_facts
 from curvcli.render.html import page
 from curvcli.render.markdown import escape
 
-ASSETS = Path(__file__).resolve().parent / "assets"
 HOT = load_report(ASSETS / "hot-60.gate.report.json")
 ESCAPE = "\x1b]0;title\x07\x1b[31m"
 BIDI = "\u202eevil\u2066\u200f"
@@ -183,7 +183,7 @@ def test_a_directory_is_told_what_a_page_is_made_of(tmp_path: Path) -> None:
 
 
 def test_two_tracks_are_told_what_is_compared(tmp_path: Path) -> None:
-    from test_track import course_of
+    from tracks import course_of
 
     track = tmp_path / "track.json"
     track.write_text(course_of([1.0, 1.1, 1.2]).to_json())

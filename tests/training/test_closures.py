@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 from schedules import schedule
-from test_callbacks import Text
-from test_warmup import DEPTH, batch, block_of, build
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from warmup_job import DEPTH, Text, batch, block_of, build
 
 from curvcli.training import ArchitectureWarmup
 from curvcli.training.transformers import CurvCallback

@@ -9,8 +9,8 @@ import pytest
 import torch
 from schedules import schedule
 from test_closures import snapshot
-from test_warmup import DEPTH, FREEZE, GROW, Job, batch, block_of, build, weights
 from torch import Tensor, nn
+from warmup_job import DEPTH, FREEZE, GROW, Job, batch, block_of, build, weights
 
 from curvcli.errors import UnsupportedError, UsageError
 from curvcli.training import ArchitectureWarmup

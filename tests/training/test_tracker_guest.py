@@ -12,10 +12,10 @@ import models
 import pytest
 import torch
 from ranks import launch
-from test_warmup import batch, build
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 from typer.testing import CliRunner
+from warmup_job import batch, build
 
 from curvcli import analyze
 from curvcli.cli import app
