@@ -33,7 +33,7 @@ from curvcli.cli import app
 from curvcli.documents import Report, load_report
 from curvcli.schedules.plan import grow
 
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<before>(?:<!--.*-->\n)*)```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 CONFIG = 'data = "data/shard.bin"\nsequence-length = 16\ntokens = 64\n\n[gate]\nmax-rho = 1.0\n'
 
@@ -62,7 +62,7 @@ BLOCKS = [block for block in _blocks() if block.page != "cli.md"]  # that page i
 RUN = [block for block in BLOCKS if not block.not_run]
 
 
-def of(*kinds: str) -> Any:
+def of(*kinds: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("block", [block for block in RUN if block.kind in kinds], ids=str)
 
 
@@ -192,7 +192,14 @@ def test_python(block: Block, home: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     (home / "schedule.json").write_text(grow(2, start=1, groups=1).to_json())
-    have = {"model": model, "optimizer": optimizer, "batches": batches, "loss": loss, "value": value, "Trainer": _Trainer}
+    have: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "batches": batches,
+        "loss": loss,
+        "value": value,
+        "Trainer": _Trainer,
+    }
     have |= {"start": 0, "total": 1, "n_tokens": lambda batch: batch["labels"].numel()}
     if "rho_source=tracker" in block.text:
         exec(next(b for b in RUN if b.kind == "python" and "for step in range" in b.text).text, have)  # noqa: S102

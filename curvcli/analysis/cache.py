@@ -188,7 +188,7 @@ def _signature(secret: bytes, key: str, report: str, vectors: str | None) -> str
 @cache
 def method_digest() -> str:
     """SHA-256 over the sources of this package, but for those that only show: a changed method serves no old number."""
-    root = Path(__file__).parent
+    root = Path(__file__).parent.parent
     sources = {p.relative_to(root): p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in ("cli", "render")}
     return sha256(json.dumps([(str(name), _digest(p)) for name, p in sorted(sources.items())]).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import tomllib
+from collections.abc import Iterator
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +19,12 @@ from places import ASSETS, ROOT
 from typer.testing import CliRunner
 
 import curvcli
-from curvcli.analysis.api import cache as module
+from curvcli.analysis import cache as module
 from curvcli.analysis.cache import Entry, FileCache, cache_key, method_digest
-from curvcli.checkpoints import remote
 from curvcli.cli import app
 from curvcli.documents import Versions, load_report
 from curvcli.errors import UsageError
+from curvcli.files import remote
 
 REPORT = load_report(next(ASSETS.glob("calm-60*.report.json")))
 K, OTHER = sha256(b"k").hexdigest(), sha256(b"other").hexdigest()
@@ -37,11 +38,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the package, which the method's digest is made of."""
     copy = tmp_path / "package"
     shutil.copytree(ROOT / "curvcli", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(module, "__file__", str(copy / "cache.py"))
+    monkeypatch.setattr(module, "__file__", str(copy / "analysis" / "cache.py"))
     method_digest.cache_clear()
     yield copy
     method_digest.cache_clear()
@@ -49,7 +50,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_changed_eigensolver_serves_no_old_number(sources: Path) -> None:
     before = cache_key(checkpoint="c")
-    for name, matters in (("curvature/davidson.py", True), ("report/table.py", False), ("cli/track.py", False)):
+    for name, matters in (("curvature/davidson.py", True), ("render/table.py", False), ("cli/track.py", False)):
         with (sources / name).open("a") as stream:
             stream.write("\n# changed\n")
         method_digest.cache_clear()

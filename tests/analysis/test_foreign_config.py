@@ -12,12 +12,11 @@ import pytest
 from tiny import build
 from typer.testing import CliRunner, Result
 
-from curvcli.analysis.api import config
 from curvcli.analysis.checkpoint import inspect_checkpoint
 from curvcli.analysis.config import find_config, find_gate, is_own
-from curvcli.checkpoints import remote
 from curvcli.cli import app
 from curvcli.errors import InputError
+from curvcli.files import remote
 
 NAMES = pytest.mark.parametrize("name", ["curv.toml", "pyproject.toml"])
 SMALL = ["--tokens", "64", "--sequence-length", "32", "--max-hvps", "3", "-q"]
@@ -146,7 +145,7 @@ def test_a_file_that_another_user_put_where_all_may_write_is_not_the_users(
     monkeypatch.chdir(tmp_path / "below")
     tmp_path.chmod(0o1777)
     assert is_own(file, Path("elsewhere"))
-    monkeypatch.setattr(config.os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert is_own(file, Path("elsewhere")) == (file.stat().st_uid == 0)
     os.chown(file, 54321, -1) if os.getuid() == 0 else None
     assert not is_own(file, Path("elsewhere"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from curvcli.errors import InputError
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live
 
+Model = TypeVar("Model", bound=nn.Module)
 IDS = torch.randint(64, (20, 33), generator=torch.Generator().manual_seed(0)) ** 2 % 61
 
 
@@ -50,7 +52,7 @@ def frozen_below() -> LlamaForCausalLM:
     return freeze(build(), "model.embed_tokens", "model.layers.0.")
 
 
-def freeze(model: nn.Module, *prefixes: str) -> nn.Module:
+def freeze(model: Model, *prefixes: str) -> Model:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(prefixes))
     return model

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import build, config
 from torch import nn
 
-from curvcli.analysis.checkpoint import Options, analyze_checkpoint
-from curvcli.analysis.track import key_of, open_for_analysis
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint, open_for_analysis
+from curvcli.analysis.track import key_of
 from curvcli.checkpoints import open_checkpoint
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.models.architecture import named
@@ -38,7 +38,7 @@ def write(root: Path, **how: Any) -> Path:
         optimizer.zero_grad()
     model.peft_config["default"].base_model_name_or_path = str(root / "base")
     path = root / "run" / "checkpoint-4"
-    model.save_pretrained(path)
+    model.save_pretrained(str(path))
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
     (path / "trainer_state.json").write_text('{"global_step": 4, "log_history": []}')
     return path

@@ -133,7 +133,7 @@ def test_muon_with_an_auxiliary_adam_is_never_read_as_adam(flag: dict[str, Any])
     """Also where its group says `betas: None` and the user gives them, and where nothing says use_muon."""
     adam = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0, **dict.fromkeys(flag, False)}
     muon = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "betas": None, **flag}
-    state = {
+    state: dict[str, dict[str, Any]] = {
         "a": {"momentum_buffer": torch.ones(4)},
         "b": {"step": 3, "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)},
     }
@@ -151,13 +151,13 @@ def test_the_auxiliary_adam_alone_is_adam() -> None:
 
 def stepped(kind: str) -> OptimizerView:
     weight = nn.Parameter(torch.ones(3))
-    options: dict[str, Any] = {
+    kinds: dict[str, dict[str, Any]] = {
         "SGD": {"momentum": 0.9},
         "RMSprop": {"momentum": 0.9, "centered": True},
         "Adam": {"amsgrad": True},
         "Adagrad": {"lr_decay": 0.1},
-    }.get(kind, {})
-    optimizer = getattr(torch.optim, kind)([weight], lr=0.01, **options)
+    }
+    optimizer = getattr(torch.optim, kind)([weight], lr=0.01, **kinds.get(kind, {}))
     for _ in range(2):
         weight.grad = torch.randn(3, generator=torch.Generator().manual_seed(0))
         optimizer.step()
@@ -165,7 +165,7 @@ def stepped(kind: str) -> OptimizerView:
     return OptimizerView(view.groups, view.state)
 
 
-WRONG = (None, "x", [1.0], float("nan"), torch.ones(7), {}, -1, 2)
+WRONG: tuple[Any, ...] = (None, "x", [1.0], float("nan"), torch.ones(7), {}, -1, 2)
 
 
 @pytest.mark.parametrize("name", [True, False])
@@ -173,7 +173,9 @@ WRONG = (None, "x", [1.0], float("nan"), torch.ones(7), {}, -1, 2)
 def test_whatever_is_missing_or_wrong_is_an_error_of_ours_or_a_finite_metric(kind: str, name: bool) -> None:
     view = stepped(kind)
     options, entry = dict(view.groups[0].options), dict(view.state["w"])
-    cases = [({k: v for k, v in options.items() if k != key}, entry) for key in options]
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({k: v for k, v in options.items() if k != key}, entry) for key in options
+    ]
     cases += [({**options, key: value}, entry) for key in options for value in WRONG]
     cases += [(options, {k: v for k, v in entry.items() if k != key}) for key in entry]
     cases += [(options, {**entry, key: value}) for key in entry for value in WRONG]

@@ -14,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from curvcli.cli import app
-from curvcli.documents import output
 from curvcli.documents.output import check_writable, write_whole
 from curvcli.errors import InputError
 
@@ -113,8 +112,8 @@ def test_a_disk_a_socket_and_a_directory_are_refused(tmp_path: Path, monkeypatch
                 write_whole(path, b"x")
     disk = tmp_path / "disk"
     disk.write_bytes(b"of great value")
-    monkeypatch.setattr(output.stat, "S_ISREG", lambda mode: False)
-    monkeypatch.setattr(output.stat, "S_ISBLK", lambda mode: True)
+    monkeypatch.setattr(stat, "S_ISREG", lambda mode: False)
+    monkeypatch.setattr(stat, "S_ISBLK", lambda mode: True)
     for write in (check_writable, lambda path: write_whole(path, b"x")):
         with pytest.raises(InputError, match="it is a disk"):
             write(disk)

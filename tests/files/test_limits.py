@@ -9,6 +9,7 @@ import tomllib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import ASSETS, ROOT
 from tiny import build, config
 from torch import nn
 
-from curvcli import limits
 from curvcli.analysis.config import find_config
-from curvcli.checkpoints import bounds, open_checkpoint
+from curvcli.checkpoints import open_checkpoint
 from curvcli.documents import load_report, load_schedule, load_track, schema_of
 from curvcli.errors import CurvError, InputError
+from curvcli.files import limits, parse
 from curvcli.files.limits import check_size
 from curvcli.files.parse import parse_json, read_limited, read_toml
 from curvcli.files.safe import load_pickle, read_json
@@ -78,8 +80,9 @@ def test_a_file_of_three_gigabytes_is_not_read(tmp_path: Path) -> None:
         stream.truncate(3 * 2**30)
     refused(lambda: find_config(tmp_path), "larger than 1 MiB")
     (tmp_path / "curv.toml").rename(tmp_path / "a.json")
-    for read in (load_report, load_schedule, load_track, schema_of, read_json):
-        refused(lambda read=read: read(tmp_path / "a.json"), "larger than")
+    readers: list[Callable[[Path], object]] = [load_report, load_schedule, load_track, schema_of, read_json]
+    for read in readers:
+        refused(partial(read, tmp_path / "a.json"), "larger than")
 
 
 def test_a_size_that_the_system_does_not_tell() -> None:
@@ -122,8 +125,8 @@ def test_json_of_more_values_than_any_document(unit: str) -> None:
         parse_json(text)
 
 
-def _documents() -> dict[str, tuple[Any, Callable[[Path], object]]]:
-    reports = sorted((ROOT / "tests" / "assets").glob("*.report.json"))
+def _documents() -> dict[str, tuple[Any, Callable[[Path], Any]]]:
+    reports = sorted(ASSETS.glob("*.report.json"))
     from curvcli.schedules.plan import grow
 
     return {
@@ -217,7 +220,7 @@ def test_modules_without_weights_are_counted(monkeypatch: pytest.MonkeyPatch) ->
         while True:
             outer.append(nn.Identity())
 
-    monkeypatch.setattr(bounds, "_MODULES", 1000)
+    monkeypatch.setattr(limits, "_MODULES", 1000)
     refused(lambda: check_size(endless, values=100, where="c"), "asks for a model")
 
 
@@ -244,7 +247,7 @@ def test_a_tensor_whose_methods_a_file_replaces(name: str, tmp_path: Path) -> No
 
 def test_attributes_that_replace_nothing_are_read(tmp_path: Path) -> None:
     weights = nn.Linear(2, 2).state_dict()
-    assert weights._metadata
+    assert vars(weights)["_metadata"]
     weights["weight"].tensor_model_parallel = True  # as Megatron-LM marks its own
     assert set(load_pickle(_torch_file(tmp_path / "w.pt", weights))) == {"weight", "bias"}
 
@@ -252,4 +255,4 @@ def test_attributes_that_replace_nothing_are_read(tmp_path: Path) -> None:
 def test_limits_are_those_that_are_documented() -> None:
     text = (ROOT / "SECURITY.md").read_text()
     assert "five million values" in text
-    assert limits._VALUES == 5_000_000
+    assert parse._VALUES == 5_000_000

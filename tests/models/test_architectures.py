@@ -188,7 +188,7 @@ def test_a_network_cut_short_is_the_shallow_one(name: str, count: str) -> None:
     model = case.build()
     problem = _problem(case, model)
     blocks, notes = survey(problem, find_blocks(model))
-    assert blocks.cut == "list"
+    assert blocks.truncation == "list"
     assert ("other-stacks" in notes) == (name == "t5")
     expected = _shallow(case, model, problem.batches[0], **{count: 1})
     assert float(problem.truncated(blocks, 1).batch_loss(0).detach()) == pytest.approx(expected, rel=1e-6)
@@ -201,7 +201,7 @@ def test_shared_layers_are_said_and_cut_by_identities() -> None:
     model = case.build()
     problem = _problem(case, model)
     blocks, notes = survey(problem, find_blocks(model))
-    assert blocks.cut == "identities"
+    assert blocks.truncation == "identities"
     assert "used 3 times" in notes["shared-layers"]
     ids = problem.batches[0]["input_ids"]
     inner = model.albert

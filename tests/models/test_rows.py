@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import models
 import pytest
@@ -28,23 +28,36 @@ from curvcli.models.rows import row_kinds
 from curvcli.render.html import report_page
 
 SIZE = 16
+Sizes = dict[str, Any]
 IDS = torch.randint(SIZE, (4, SIZE), generator=torch.Generator().manual_seed(0))
-NONE = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+NONE: Sizes = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
 
 def gpt2(kind: type[Any] = GPT2LMHeadModel, **options: Any) -> nn.Module:
-    sizes = {"vocab_size": SIZE, "n_positions": SIZE, "n_embd": SIZE, "n_layer": 1, "n_head": 2, "n_inner": SIZE}
+    sizes: Sizes = {
+        "vocab_size": SIZE,
+        "n_positions": SIZE,
+        "n_embd": SIZE,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_inner": SIZE,
+    }
     torch.manual_seed(0)
     return kind(GPT2Config(**sizes, **NONE, **options)).eval()
 
 
 def bert() -> nn.Module:
-    sizes = {"vocab_size": SIZE, "max_position_embeddings": SIZE, "hidden_size": SIZE, "intermediate_size": SIZE}
+    sizes: Sizes = {
+        "vocab_size": SIZE,
+        "max_position_embeddings": SIZE,
+        "hidden_size": SIZE,
+        "intermediate_size": SIZE,
+    }
     return BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, type_vocab_size=SIZE)).eval()
 
 
 def t5() -> nn.Module:
-    sizes = {"vocab_size": SIZE, "d_model": SIZE, "d_ff": SIZE, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    sizes: Sizes = {"vocab_size": SIZE, "d_model": SIZE, "d_ff": SIZE, "d_kv": 8, "num_layers": 1, "num_heads": 2}
     sizes |= {"relative_attention_num_buckets": SIZE, "decoder_start_token_id": 0}
     return T5ForConditionalGeneration(T5Config(**sizes, **NONE)).eval()
 
@@ -137,7 +150,8 @@ def test_the_report_says_which_rows_they_are() -> None:
 
 def test_a_position_is_no_rare_token() -> None:
     report = analyze(gpt2(), causal_loss, [IDS[:2], IDS[2:]], max_hvps=20, depths=False)
-    for kind, said in (("tokens", True), ("positions", False), (None, False)):
+    cases: list[tuple[Literal["tokens", "positions"] | None, bool]] = [("tokens", True), ("positions", False), (None, False)]
+    for kind, said in cases:
         mass = Attribution(tensor="w", mass=0.9, rows=[(3, 0.8)], rows_of=kind)
         codes = [finding.code for finding in _shape(report.full, report.parts, report.outside, [mass])]
         assert ("rare-tokens" in codes) == said

@@ -49,7 +49,7 @@ def old_view(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]) -> Opti
 
 
 O = torch.optim  # noqa: E741
-ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3}
+ADAM: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3}
 CASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "adam": lambda p: O.Adam(p, **ADAM),
     "adam coupled amsgrad": lambda p: O.Adam(p, **ADAM, weight_decay=0.3, amsgrad=True),
@@ -189,7 +189,8 @@ def test_the_tracker_measures_the_same(maximize: bool, mystery: int | None) -> N
 
 def test_groups_that_climb_and_descend_are_refused() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = O.SGD([{"params": [a], "maximize": True}, {"params": [b]}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": [a], "maximize": True}, {"params": [b]}]
+    optimizer = O.SGD(groups, lr=0.1)
     with pytest.raises(UnsupportedError, match="not symmetric"):
         prepare(live(optimizer, {"a": a, "b": b}), {"a": a, "b": b})
 
@@ -200,7 +201,7 @@ def adam_view(options: dict[str, Any], name: str | None = None, vouched: bool = 
     return OptimizerView((group,), {"w": entry}, name, vouched)
 
 
-HARMLESS = {
+HARMLESS: dict[str, dict[str, Any]] = {
     "torch": {"foreach": None, "fused": True, "capturable": False, "differentiable": False, "initial_lr": 1e-3},
     "OneCycleLR": {"max_lr": 1e-2, "min_lr": 1e-6, "max_momentum": 0.95, "base_momentum": 0.85},
     "SWALR": {"swa_lr": 1e-3},

@@ -164,7 +164,7 @@ def compiled(path: Path) -> Path:
 def composer(path: Path) -> Path:
     """By hand after composer/core/state.py, whose package holds other versions of torch."""
     model, optimizer = _llama()
-    state = get_optimizer_state_dict(model, optimizer)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
     named = {
         "state": {f"model.{n}": s for n, s in state["state"].items()},
         "param_groups": [{**g, "params": [f"model.{n}" for n in g["params"]]} for g in state["param_groups"]],
@@ -200,7 +200,7 @@ def adapter(path: Path) -> Path:
         tuned(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     tuned.peft_config["default"].base_model_name_or_path = "base"
-    tuned.save_pretrained(path)
+    tuned.save_pretrained(str(path))
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
     (path / "trainer_state.json").write_text('{"global_step": 3, "log_history": []}')
     return path

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm: nn.Module = nn.LayerNorm(width)
         self.up = nn.Linear(width, width)
         self.down = nn.Linear(width, width, bias=False)
 
@@ -29,7 +29,7 @@ class Net(nn.Module):
         torch.manual_seed(seed)
         self.embed = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList(Block(width) for _ in range(blocks))
-        self.head = nn.Linear(width, vocab)
+        self.head: nn.Module = nn.Linear(width, vocab)
         self.double()
 
     def forward(self, ids: Tensor) -> Tensor:

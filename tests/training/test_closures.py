@@ -15,7 +15,7 @@ import torch
 from schedules import schedule
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from warmup_job import DEPTH, Text, batch, block_of, build
+from warmup_job import DEPTH, Text, batch, block_of, build, snapshot
 
 from curvcli.training import ArchitectureWarmup
 from curvcli.training.transformers import CurvCallback
@@ -36,17 +36,6 @@ def without(mode: str) -> LlamaForCausalLM:
     else:
         model.model.layers[2:].requires_grad_(False)
     return model
-
-
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every weight and every tensor of optimizer state, by name."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        found[name] = parameter.detach().clone()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                found[f"{name}: {key}"] = value.clone()
-    return found
 
 
 def check(found: Snapshots, expected: Snapshots, start: dict[str, Tensor]) -> None:
@@ -86,8 +75,8 @@ def plainly(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> No
     optimizer.step()
 
 
-def closure_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Callable[[], Tensor]:
-    def closure() -> Tensor:
+def closure_of(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Callable[[], Any]:
+    def closure() -> Any:
         optimizer.zero_grad()
         value = loss(model, step)
         value.backward()
@@ -110,7 +99,7 @@ def accumulated(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -
     optimizer.zero_grad()
     loss(model, step).backward()
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         value = loss(model, step, 1)
         value.backward()
         return value
@@ -185,7 +174,7 @@ def test_lbfgs_calls_its_closure_many_times(search: str | None) -> None:
     calls = 0
 
     def way(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        def closure() -> Tensor:
+        def closure() -> Any:
             nonlocal calls
             calls += 1
             return closure_of(model, optimizer, step)()
@@ -215,7 +204,7 @@ def test_a_block_that_joins_learns_by_closure() -> None:
 
 def test_compiled_models_step_by_closure() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(build(attn_implementation="eager"), backend="eager")
+    compiled: Any = torch.compile(build(attn_implementation="eager"), backend="eager")
     found, start = run(compiled, "freeze", adamw, by_closure)
     locked = [n for n in start if block_of(n.removeprefix("_orig_mod.")) in LOCKED]
     assert locked
@@ -278,12 +267,13 @@ def test_lightning_automatic_optimization(tmp_path: Path, mode: str, options: di
 
     def fit(model: nn.Module, *callbacks: Any) -> Snapshots:
         module = Module(model)
+        rows: Any = torch.arange(20)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lightning.Trainer(
                 max_steps=STEPS, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False, default_root_dir=tmp_path, callbacks=list(callbacks), **options,
-            ).fit(module, torch.utils.data.DataLoader(torch.arange(20)))  # fmt: skip
+            ).fit(module, torch.utils.data.DataLoader(rows))  # fmt: skip
         return module.found
 
     callback = LightningCallback(plan(mode))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_fully_sharded_is_the_single_process_run(tmp_path: Path) -> None:
 def _by_closure(rank: int, path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    def wrapped(how: str) -> nn.Module:
+    def wrapped(how: str) -> Any:
         model = build()
         if how == "fully_shard":
             for layer in model.model.layers:

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from schedules import schedule
-from test_closures import snapshot
 from torch import Tensor, nn
-from warmup_job import DEPTH, FREEZE, GROW, Job, batch, block_of, build, weights
+from warmup_job import DEPTH, FREEZE, GROW, Job, batch, block_of, build, snapshot, weights
 
 from curvcli.errors import UnsupportedError, UsageError
 from curvcli.training import ArchitectureWarmup
@@ -223,7 +222,7 @@ def test_an_optimizer_that_is_made_later() -> None:
         step(model, warmup, 0, later)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         value = model(input_ids=batch(0), labels=batch(0)).loss
         value.backward()
         return value

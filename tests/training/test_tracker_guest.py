@@ -30,6 +30,9 @@ from curvcli.training.log import jsonl
 class Busy(nn.Module):
     """Writes into itself in every way that a forward pass may."""
 
+    steps: Tensor
+    rebound: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("running", torch.zeros(5, dtype=torch.float64))
@@ -73,7 +76,9 @@ class Norm(nn.BatchNorm1d):
 
 def network() -> models.Net:
     net = models.Net()
-    net.layers[1].norm = nn.Sequential(net.layers[1].norm, Norm(5).double(), Busy())
+    block = net.layers[1]
+    assert isinstance(block, models.Block)
+    block.norm = nn.Sequential(block.norm, Norm(5).double(), Busy())
     return net
 
 
@@ -130,9 +135,11 @@ def test_buffers_and_attributes_are_restored() -> None:
 
 def test_what_a_first_forward_pass_makes_is_made_in_training() -> None:
     net, optimizer, batches = trained()
-    net.layers[1].norm[2] = Busy()
+    norm = net.layers[1].norm
+    assert isinstance(norm, nn.Sequential)
+    norm[2] = Busy()
     measured(tracker_of(net, optimizer, batches).step(0))
-    assert not hasattr(net.layers[1].norm[2], "cache")
+    assert not hasattr(norm[2], "cache")
 
 
 def test_analyze_restores_them_too() -> None:
