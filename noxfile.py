@@ -19,7 +19,12 @@ BUILD = ROOT / "build"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
 # Tests that need no trainer and meet each dependency: documents, the command line, pages, products, the solver. How help is
 # framed is the newest typer's affair.
-OLDEST = ["tests/test_readme.py", "tests/test_davidson.py", "tests/test_html.py", "tests/test_gate.py"]
+OLDEST = [
+    "tests/test_readme.py",
+    "tests/curvature/test_davidson.py",
+    "tests/render/test_html.py",
+    "tests/judge/test_gate.py",
+]
 FRAMED = "tests/test_readme.py::test_the_page_of_help_texts_is_up_to_date"
 
 nox.options.sessions = ["lint", "types", "tests"]

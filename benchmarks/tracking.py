@@ -2,7 +2,7 @@
 
 `python benchmarks/tracking.py`: every fourth step of a run, each estimator gets the same number of products on the
 same probe; the truth is curv's own solver run on to a relative residual of 1e-4 (at most 100 products), which a
-dense test holds (tests/test_tracker.py). Power iteration is the paper's (arXiv 2606.16768), warm from the last
+dense test holds (tests/training/test_tracker.py). Power iteration is the paper's (arXiv 2606.16768), warm from the last
 measured step, transported as curv's is. Also what the tracker costs beside a training step.
 """
 

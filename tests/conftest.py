@@ -1,15 +1,16 @@
-"""Shared fixtures: the sample checkpoints, and copies of them to damage."""
+"""Shared fixtures: the sample checkpoints, and copies of them to damage. What they are made of is in support/."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import BINARY, Browser
 from hypothesis import settings
+from places import SAMPLES
 
 # An example's time is the machine's, which may be busy, and proves nothing.
 settings.register_profile("untimed", deadline=None)
@@ -18,15 +19,10 @@ settings.load_profile("untimed")
 # A worker a core: threads of their own would only wait for each other. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).parent))
-
-from browser import BINARY, Browser  # noqa: E402 - from beside this file
-
 
 @pytest.fixture(scope="session")
 def samples() -> Path:
-    return ROOT / "sample_checkpoints"
+    return SAMPLES
 
 
 @pytest.fixture

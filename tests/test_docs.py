@@ -12,6 +12,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import expandvars
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from test_track import course_of
-from test_watch import record, write
+from formats import distributed
+from logs import record, write
+from places import ASSETS, ROOT, SAMPLES
 from tiny import build
+from tracks import course_of
 from typer.testing import CliRunner
 
 from curvcli.analysis.checkpoint import Opened
@@ -31,9 +34,7 @@ from curvcli.cli import app
 from curvcli.documents import Report, load_report
 from curvcli.schedules.plan import grow
 
-ROOT = Path(__file__).resolve().parent.parent
-ASSETS = ROOT / "tests" / "assets"
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<before>(?:<!--.*-->\n)*)```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 CONFIG = 'data = "data/shard.bin"\nsequence-length = 16\ntokens = 64\n\n[gate]\nmax-rho = 1.0\n'
 
@@ -60,10 +61,14 @@ def _blocks() -> Iterator[Block]:
 
 BLOCKS = [block for block in _blocks() if block.page != "cli.md"]  # that page is written by a script, which a test holds
 RUN = [block for block in BLOCKS if not block.not_run]
+# Pages whose blocks go on from one another: run from top to bottom. Elsewhere each block stands alone.
+IN_ORDER = ("first-checkpoint.md", "notebooks.md")
 
 
-def of(*kinds: str) -> Any:
-    return pytest.mark.parametrize("block", [block for block in RUN if block.kind in kinds], ids=str)
+def of(*kinds: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "block", [block for block in RUN if block.kind in kinds and block.page not in IN_ORDER], ids=str
+    )
 
 
 def _measured(opened: Opened, *arguments: object) -> Report:
@@ -82,11 +87,11 @@ def masters(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(home / place)
     for folder in ("data", "shards", "out", "reports", "runs/first"):
         (home / folder).mkdir(parents=True)
-    for name in ("train.bin", "data/shard.bin", "shards/train_000.bin", "shards/train_001.bin"):
+    for name in ("train.bin", "shard.bin", "data/shard.bin", "shards/train_000.bin", "shards/train_001.bin"):
         (np.arange(70_000) % 64).astype(np.uint16).tofile(home / name)
     for name in ("a.parquet", "b.parquet"):
         pq.write_table(pa.table({"input_ids": [list(range(17))] * 600}), home / name)
-    shutil.copy(ROOT / "sample_checkpoints" / "nanogpt" / "ckpt.pt", home / "out" / "ckpt.pt")
+    shutil.copy(SAMPLES / "nanogpt" / "ckpt.pt", home / "out" / "ckpt.pt")
     for name in ("report", "last-good", "before", "after", "reports/last", "reports/last-good"):
         shutil.copy(ASSETS / "hot-60.json", home / f"{name}.json")
     (home / "track.json").write_text(course_of([1.0, 1.1, 1.0]).to_json())
@@ -94,6 +99,8 @@ def masters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place in ("run", "runs/first"):
         write(home / place / "curvature.jsonl", *map(record, range(3)))
     (home / "curv.toml").write_text(CONFIG)
+    shutil.move(distributed(home / "written"), home / "outputs" / "checkpoint" / "step-3")
+    (home / "mynets.py").write_text("from tiny import build as llama\n")
     return home
 
 
@@ -101,9 +108,10 @@ def masters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(masters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "home"
     shutil.copytree(masters, place)
-    (place / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
+    (place / "sample_checkpoints").symlink_to(SAMPLES)
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RUN", "run")  # which jobs of a cluster are given
     monkeypatch.setattr(Opened, "measure", _measured)
     return place
 
@@ -118,9 +126,9 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
-def run(words: list[str]) -> str:
-    words = ["cpu" if word == "cuda" and not torch.cuda.is_available() else word for word in words]
-    done = CliRunner().invoke(app, words, env={"COLUMNS": "80"})
+def run(words: list[str], columns: int = 80) -> str:
+    words = ["cpu" if word == "cuda" and not torch.cuda.is_available() else expandvars(word) for word in words]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": str(columns)})
     assert done.exception is None or isinstance(done.exception, SystemExit), (words, done.exception)
     assert done.exit_code in ((0, 1, 3) if words[0] == "gate" else (0,)), (words, done.stderr)
     return done.stdout
@@ -129,14 +137,16 @@ def run(words: list[str]) -> str:
 def test_every_block_is_run_or_says_why_not() -> None:
     assert len(RUN) > 20
     for block in RUN:
-        assert block.kind in ("sh", "console", "toml", "python", "yaml") or not block.kind.strip(), block
-        if block.kind in ("sh", "console"):
+        assert block.kind in ("sh", "bash", "console", "toml", "python", "yaml", "text", ""), block
+        if block.kind in ("sh", "bash", "console"):
             assert commands(block.text), f"{block} has no curv command: say why it is not run"
+        if block.kind == "text":
+            assert not commands(block.text), f"{block} shows what is printed, and has a command"
         if not block.kind:
             assert block.page == "SECURITY.md" or "```" not in block.text, block
 
 
-@of("sh")
+@of("sh", "bash")
 def test_shell(block: Block, home: Path) -> None:
     for words in commands(block.text):
         run(words)
@@ -166,7 +176,7 @@ def test_toml(block: Block, home: Path) -> None:
     run(["track", "run", "-q"])
     if "gate" in said:
         run(["gate", "ckpt", "-q"])
-        assert "last-good.json" in run(["gate", "--explain"])
+        assert "last-good.json" in run(["gate", "--explain"], columns=300)  # of which a path takes a part
 
 
 class _Trainer:
@@ -192,13 +202,27 @@ def test_python(block: Block, home: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     (home / "schedule.json").write_text(grow(2, start=1, groups=1).to_json())
-    have = {"model": model, "optimizer": optimizer, "batches": batches, "loss": loss, "value": value, "Trainer": _Trainer}
+    have: dict[str, Any] = {"model": model, "optimizer": optimizer, "batches": batches, "loss": loss, "value": value}
+    have |= {"Trainer": _Trainer}
     have |= {"start": 0, "total": 1, "n_tokens": lambda batch: batch["labels"].numel()}
     if "rho_source=tracker" in block.text:
         exec(next(b for b in RUN if b.kind == "python" and "for step in range" in b.text).text, have)  # noqa: S102
     exec(block.text, have)  # noqa: S102
     if isinstance(have.get("report"), Report):
         assert have["report"].full.rho is not None
+
+
+@pytest.mark.parametrize("page", IN_ORDER)
+def test_a_page_that_is_read_from_top_to_bottom(page: str, home: Path) -> None:
+    names: dict[str, Any] = {}
+    blocks = [block for block in RUN if block.page == page]
+    assert {block.kind for block in blocks} <= {"sh", "console", "python", "text"}
+    for block in blocks:
+        if block.kind == "python":
+            exec(block.text, names)  # noqa: S102
+        elif block.kind != "text":
+            for words in commands(block.text):
+                run(words)
 
 
 @of("yaml")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,16 @@ def test_no_file_is_long_and_no_room_is_half_the_house() -> None:
         assert sum(count for path, count in lines.items() if _room(path) == room) <= sum(lines.values()) / 5, room
 
 
-def _estimate(rho: float | None, status: str = "converged") -> Estimate:
+def test_tests_lie_in_the_rooms_that_they_test() -> None:
+    home = Path(__file__).parent
+    files = list(home.rglob("*.py"))
+    assert {path.relative_to(home).parts[0] for path in files if path.parent != home} <= {*ROOMS, "support"}
+    assert not [str(path) for path in files if len(path.read_text().splitlines()) > 400]
+    names = [path.name for path in files if path.name != "conftest.py"]
+    assert len(names) == len(set(names)), "two files of one name"
+
+
+def _estimate(rho: float | None, status: Any = "converged") -> Estimate:
     return Estimate(
         eigenvalue=rho, rho=rho, residual=0.0, most_negative=None, most_negative_residual=None,
         most_negative_status=None, hvps=1, status=status,

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LOOSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")
 PAGES = sorted([*(ROOT / name for name in LOOSE), *(ROOT / "docs").rglob("*.md")])
 

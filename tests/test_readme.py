@@ -6,17 +6,16 @@ import importlib.util
 import re
 import shlex
 import tomllib
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import ROOT
+from real import curv
 from typer.main import get_command
-from typer.testing import CliRunner
 
 import curvcli
 from curvcli.cli import app
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SHOWN = re.findall(r"^(?:\$ )?(curv .*)$", README, re.MULTILINE)
 COMMANDS = sorted({line.split("#")[0].split("|")[0].strip() for line in SHOWN})
@@ -40,9 +39,9 @@ VERBS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_has_examples(verb: str) -> None:
-    result = CliRunner().invoke(app, [verb, "--help"])
-    assert result.exit_code == 0
-    assert f"curv {verb} " in result.stdout
+    done = curv(verb, "--help")
+    assert done.returncode == 0
+    assert f"curv {verb} " in done.stdout
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,7 +1,7 @@
 """The learning rate over steps: the lambdas of transformers.get_scheduler, without importing it.
 
 `step` is the 0-based global step whose update uses the learning rate. The oracle is transformers 5.23
-(tests/test_schedule.py compares every step); its source is transformers/optimization.py.
+(tests/schedules/test_lr.py compares every step); its source is transformers/optimization.py.
 """
 
 from __future__ import annotations

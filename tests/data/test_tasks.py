@@ -1,0 +1,90 @@
+"""Losses by task against the models' own, forms of output, masking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import CASES
+from torch import Tensor, nn
+
+from curvcli.data.shards import Shard
+from curvcli.data.tasks import LOSSES, causal_loss, labelled_loss, masked, predictions
+from curvcli.data.tokens import Source
+from curvcli.errors import CurvError
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit"])
+def test_loss_is_the_models_own_where_that_is_a_plain_mean(name: str) -> None:
+    case = CASES[name]()
+    model, batch = case.build(), case.batch()
+    columns = {"input_ids": batch, "labels": batch} if isinstance(batch, Tensor) else batch
+    with torch.no_grad():
+        assert LOSSES[case.task](model, batch).item() == pytest.approx(model(**columns).loss.item(), rel=1e-5)
+
+
+def test_labels_of_a_causal_model_are_shifted_and_ignored() -> None:
+    case = CASES["llama"]()
+    model, window = case.build(), case.batch()
+    labels = window.clone()
+    labels[:, :4] = -100  # a prompt
+    columns = {"input_ids": window, "attention_mask": torch.ones_like(window), "labels": labels}
+    with torch.no_grad():
+        assert causal_loss(model, {**columns, "labels": window}).item() == pytest.approx(causal_loss(model, window).item())
+        own = model(**columns).loss.item()
+        assert causal_loss(model, columns).item() == pytest.approx(own, rel=1e-5)
+    assert predictions(columns, "causal-lm") == 3 * 4
+    assert predictions({**columns, "labels": window}, "causal-lm") == 3 * 7
+    assert predictions(window, "causal-lm") == 3 * 7
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda x: x, lambda x: {"logits": x}, lambda x: (x, None), lambda x: type("Output", (), {"logits": x})()],
+    ids=["tensor", "mapping", "tuple", "output"],
+)
+def test_forms_of_output(form: Callable[[Tensor], Any]) -> None:
+    class Net(nn.Module):
+        def forward(self, anything: Tensor) -> Any:
+            return form(nn.functional.one_hot(anything, 5).float())
+
+    window = torch.tensor([[0, 1, 1]])
+    expected = nn.functional.cross_entropy(torch.eye(5)[:2], torch.tensor([1, 1]))
+    assert causal_loss(Net(), window).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(
+    ("output", "labels", "said"),
+    [
+        (torch.zeros(2, 5), torch.zeros(2, 3, dtype=torch.int64), "do not go with labels"),
+        (torch.zeros(2, 3, 5), torch.tensor([[0, 1, 5], [0, 0, 0]]), "label 5 is none of the model's 5 classes"),
+        (torch.zeros(2, 3, 5), torch.tensor([[0, 1, -1], [0, 0, 0]]), "label -1 is none"),
+        ("text", torch.zeros(2, 3, dtype=torch.int64), "returned a str, not logits"),
+    ],
+)
+def test_what_is_no_loss_is_said(output: Any, labels: Tensor, said: str) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return output
+
+    with pytest.raises(CurvError, match=said):
+        labelled_loss(Net(), {"x": torch.zeros(2, 3), "labels": labels})
+
+
+def test_masking() -> None:
+    ids = torch.randint(19, (40, 21), generator=torch.Generator().manual_seed(0))
+    shard = Shard(ids, (Source(Path("s"), "tokens", None, lambda n: ids.numpy()),), "first", np.arange(len(ids)))
+    first, again, other = (masked(shard, 18, seed) for seed in (0, 0, 1))
+    chosen = first.columns["labels"] != -100
+    assert (chosen.sum(1) == 3).all()  # 15 % of 20
+    assert first.tokens == 120
+    assert torch.equal(first.columns["labels"][chosen], ids[:, :-1][chosen])
+    assert (first.columns["input_ids"][chosen] == 18).all()
+    assert torch.equal(first.columns["input_ids"][~chosen], ids[:, :-1][~chosen])
+    assert torch.equal(first.columns["labels"], again.columns["labels"])
+    assert not torch.equal(first.columns["labels"], other.columns["labels"])
+    assert first.sha256 == shard.sha256

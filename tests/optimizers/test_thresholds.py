@@ -1,0 +1,121 @@
+"""Thresholds against the real torch optimizers: a quadratic just under each converges, just over diverges.
+
+The preconditioner is held still by a second moment so large, and a beta2 so near 1, that gradients
+do not move it; the threshold in use is the rule's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from curvcli.errors import UnsupportedError, UsageError
+from curvcli.optimizers.base import Group, OptimizerView
+from curvcli.optimizers.preconditioner import live, prepare
+
+ADAPTIVE: dict[str, Any] = {"betas": (0.9, 1 - 1e-9), "eps": 0.0}
+CASES: dict[str, tuple[Callable, dict[str, float]]] = {
+    "sgd": (lambda p: torch.optim.SGD(p, lr=0.1), {}),
+    "heavy ball": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), {}),
+    "dampening": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.4), {}),
+    "nesterov": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), {}),
+    "sgd coupled decay": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, weight_decay=2.0), {}),
+    "adam": (lambda p: torch.optim.Adam(p, lr=0.1, **ADAPTIVE), {"exp_avg": 0, "exp_avg_sq": 4e6, "step": 1e11}),
+    "adamw decay": (
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=3.0, **ADAPTIVE),
+        {"exp_avg": 0, "exp_avg_sq": 4e6, "step": 1e11},
+    ),
+    "nadam": (
+        lambda p: torch.optim.NAdam(p, lr=0.1, **ADAPTIVE),
+        {"exp_avg": 0, "exp_avg_sq": 4e6, "step": 1e11, "mu_product": 0.0},
+    ),
+    "rmsprop": (lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=1 - 1e-12), {"square_avg": 4e6, "step": 1.0}),
+    "rmsprop momentum": (
+        lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=1 - 1e-12, momentum=0.7),
+        {"square_avg": 4e6, "step": 1.0, "momentum_buffer": 0},
+    ),
+    "adagrad": (lambda p: torch.optim.Adagrad(p, lr=0.1), {"sum": 4e12, "step": 5.0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("factor", [0.97, 1.03])
+def test_real_optimizer_flips_at_the_threshold(case: str, factor: float) -> None:
+    make, initial = CASES[case]
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = make([weight])
+    for key, value in initial.items():
+        shape = () if key in ("step", "mu_product") else (1,)
+        optimizer.state[weight][key] = torch.full(shape, float(value), dtype=torch.float64)
+    metric = prepare(live(optimizer, {"w": weight}), {"w": weight})
+    # lambda = s (h + decay) s, so the curvature h that sits at factor times the threshold is:
+    assert metric.threshold is not None
+    h = factor * metric.threshold / float(metric.root["w"].apply(torch.ones_like(weight))) ** 2 - metric.decay.get("w", 0.0)
+    with torch.no_grad():
+        weight.fill_(1e-6)
+    sizes = []
+    for _ in range(1500):
+        optimizer.zero_grad()
+        (0.5 * h * weight**2).sum().backward()
+        optimizer.step()
+        sizes.append(abs(weight.item()))
+    grew = max(sizes) > 1e-4  # a hundredfold; an adaptive one may settle again once its v has grown
+    assert grew == (factor > 1), (max(sizes[:50]), max(sizes))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "expected"),
+    [
+        (lambda p: torch.optim.Adam(p, lr=1e-3), 1e-3, 38 / 1e-3),
+        (lambda p: torch.optim.SGD(p, lr=0.5), 0.5, 2 / 0.5),
+        (lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9), 0.5, 3.8 / 0.5),
+        (lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, nesterov=True), 0.5, 3.8 / (2.8 * 0.5)),
+        (lambda p: torch.optim.RMSprop(p, lr=1e-3), 1e-3, 2 / 1e-3),
+    ],
+)
+def test_published_thresholds(optimizer: Callable, lr: float, expected: float) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    made = optimizer([weight])
+    weight.sum().backward()
+    made.step()
+    assert prepare(live(made, {"w": weight}), {"w": weight}).threshold == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "name", "said"),
+    [
+        ({"exp_avg": torch.zeros(2)}, {"lr": 1e-4, "betas": (0.9, 0.99)}, None, "Lion"),
+        ({"momentum_buffer": torch.zeros(2)}, {"lr": 1e-2, "ns_steps": 5}, None, "Muon"),
+        ({"exp_avg_sq_row": torch.zeros(2), "step": 3}, {"lr": 1e-2}, None, "Adafactor"),
+        ({"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2), "GG": []}, {"lr": 1e-2}, None, "Shampoo"),
+        ({"state1": torch.zeros(2), "state2": torch.zeros(2), "absmax1": torch.zeros(1)}, {"lr": 1e-2}, None, "8-bit"),
+        ({}, {"lr": 1e-2}, "Lion", "Lion"),
+        ({"mystery": torch.zeros(2)}, {"lr": 1e-2}, None, "mystery"),
+    ],
+)
+def test_refused_with_the_reason(state: dict, options: dict, name: str | None, said: str) -> None:
+    view = OptimizerView((Group(("w",), options),), {"w": state} if state else {}, name)
+    with pytest.raises(UnsupportedError, match=said):
+        prepare(view, {"w": torch.zeros(2)})
+
+
+def test_real_radam_is_refused_not_read_as_adam() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.RAdam([weight])
+    weight.sum().backward()
+    optimizer.step()
+    view = live(optimizer, {"w": weight})
+    with pytest.raises(UnsupportedError, match="RAdam"):
+        prepare(OptimizerView(view.groups, view.state), {"w": weight})
+
+
+def test_decay_that_diverges_alone_is_refused() -> None:
+    view = OptimizerView(
+        (Group(("w",), {"lr": 1.0, "weight_decay": 3.0, "betas": (0.9, 0.99)}),),
+        {"w": {"step": 5.0, "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}},
+    )
+    with pytest.raises(UsageError, match="decay alone diverges"):
+        prepare(view, {"w": torch.zeros(2)})
