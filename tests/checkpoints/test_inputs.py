@@ -67,7 +67,9 @@ def test_nanogpt_is_the_same_function(samples: Path) -> None:
 
 
 def test_loss_is_what_the_trainer_logged(samples: Path) -> None:
-    report = analyze_checkpoint(samples / "calm" / "checkpoint-10", Options(tokens=1024, max_hvps=3, depths=False))
+    report = analyze_checkpoint(
+        samples / "calm" / "checkpoint-10", Options(tokens=1024, max_hvps=3, depths=False, mode="kept")
+    )
     assert report.data.loss == pytest.approx(5.40, abs=0.2)
     assert report.optimizer.lr == pytest.approx(3e-4)
     assert report.optimizer.step == 10
@@ -87,7 +89,7 @@ def llama(tmp_path: Path) -> Path:
 def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> None:
     assert (llama / "model.safetensors.index.json").exists()
     np.save(llama / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
-    options = Options(data=llama / "ids.npy", tokens=512, sequence_length=16, depths=False)
+    options = Options(data=llama / "ids.npy", tokens=512, sequence_length=16, depths=False, mode="kept")
     report = analyze_checkpoint(llama, options)
     assert report.checkpoint.format == "pretrained"
     assert report.optimizer.preconditioner == "estimated"
@@ -106,7 +108,7 @@ def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> Non
 def test_sgd_without_state(llama: Path) -> None:
     np.save(llama / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
     options = Options(data=llama / "ids.npy", tokens=512, sequence_length=16, optimizer="sgd", lr=0.1, momentum=0.9)
-    report = analyze_checkpoint(llama, replace(options, max_hvps=3, depths=False))
+    report = analyze_checkpoint(llama, replace(options, max_hvps=3, depths=False, mode="kept"))
     assert (report.optimizer.preconditioner, report.optimizer.threshold) == ("none", pytest.approx(38))
 
 
@@ -173,13 +175,13 @@ def test_config_is_found_upward_and_flags_win(
     (run.parent / "pyproject.toml").write_text('[tool.curv]\ntokens = 128\ndata = "shard.bin"\n')
     shutil.copy(tmp_path / "data" / "shard.bin", run.parent)
     assert find_config(run)[0].tokens == 128
-    report = analyze_checkpoint(run, Options(tokens=192, sequence_length=32, max_hvps=3, depths=False))
+    report = analyze_checkpoint(run, Options(tokens=192, sequence_length=32, max_hvps=3, depths=False, mode="kept"))
     assert (report.data.tokens, report.data.sequence_length) == (192, 32)
 
 
 def test_one_batch_of_a_file_is_not_all_of_the_data(samples: Path) -> None:
     """Nothing can be held out of one window: 64 tokens of the calm run once read as unstable."""
-    report = analyze_checkpoint(samples / "calm", Options(tokens=64, depths=False))
+    report = analyze_checkpoint(samples / "calm", Options(tokens=64, depths=False, mode="kept"))
     assert report.generalisation.held_out is None
     assert report.verdict == "unresolved"
     assert report.findings[0].code == "unresolved-tokens"
@@ -196,7 +198,7 @@ def test_a_layer_that_never_moved_is_empty_not_safe(run: Path) -> None:
             document["state"][index]["exp_avg_sq"].zero_()
             document["state"][index]["exp_avg"].zero_()
     torch.save(document, run / "optimizer.pt")
-    report = analyze_checkpoint(run, Options(tokens=64, sequence_length=16, depths=False))
+    report = analyze_checkpoint(run, Options(tokens=64, sequence_length=16, depths=False, mode="kept"))
     assert (report.layers[3].status, report.layers[3].eigenvalue) == ("empty", None)
     assert report.layers[2].status == "converged"
     assert "frozen-tensors" in [f.code for f in report.findings]
@@ -215,7 +217,7 @@ def test_lr_zero_falls_back_to_the_log(run: Path) -> None:
     for group in document["param_groups"]:
         group["lr"] = 0.0
     torch.save(document, run / "optimizer.pt")
-    few = Options(tokens=64, sequence_length=16, max_hvps=3, depths=False)
+    few = Options(tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     report = analyze_checkpoint(run, few)
     assert report.optimizer.lr_source == "log"
     assert report.optimizer.lr == pytest.approx(2.7e-4)
