@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-LOOSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")
+LOOSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md")
 PAGES = sorted([*(ROOT / name for name in LOOSE), *(ROOT / "docs").rglob("*.md")])
 
 
