@@ -164,7 +164,7 @@ def test_no_checkpoint_brings_the_rules_it_is_judged_by(away: Path, name: str) -
     assert str(brought) not in curv("gate", away, "--max-rho", "1", "--explain").stdout
     own = write(Path(), name, "", "max-rho = 1e-9")
     table, file = find_gate(away)
-    assert (table.max_rho, file) == (1e-9, own.resolve())
+    assert (table.model_dump()["max_rho"], file) == (1e-9, own.resolve())
 
 
 @NAMES

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_track import course_of
+from places import ASSETS
+from tracks import course_of
 from typer.testing import CliRunner
 
 import curvcli
@@ -16,7 +17,6 @@ from curvcli.cli import app
 from curvcli.documents import Gate, load_report
 from curvcli.errors import InputError
 
-ASSETS = Path(__file__).parent / "assets"
 HOT, CALM = ASSETS / "hot-60.gate.report.json", ASSETS / "calm-60.gate.report.json"
 
 

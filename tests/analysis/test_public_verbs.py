@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ASSETS
 from typer.testing import CliRunner
 
 import curvcli
@@ -22,9 +23,8 @@ from curvcli.cli import app
 from curvcli.documents import Comparison, Schedule, Track, load_report, load_schedule
 from curvcli.errors import InputError, UsageError
 
-ASSETS = Path(__file__).resolve().parent / "assets"
 INIT, HOT, CALM = ASSETS / "init.json", ASSETS / "hot-60.json", ASSETS / "calm-60.gate.report.json"
-COSINE = {"lr_schedule": "cosine", "warmup_steps": 100, "total_steps": 600}
+COSINE: dict[str, Any] = {"lr_schedule": "cosine", "warmup_steps": 100, "total_steps": 600}
 
 
 def printed(*words: object) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def run(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-MEASURING = {"data": "shard.bin", "tokens": 64, "sequence_length": 16, "max_hvps": 6}
+MEASURING: dict[str, Any] = {"data": "shard.bin", "tokens": 64, "sequence_length": 16, "max_hvps": 6}
 
 
 def test_track_gives_what_the_verb_prints(run: Path) -> None:
@@ -121,10 +121,8 @@ def test_schedule_gives_what_the_verb_prints(options: dict[str, Any]) -> None:
 def test_schedule_takes_reports_in_hand() -> None:
     for name, path in (("report", INIT), ("resume", HOT)):
         options: dict[str, Any] = {"lr": 0.01, **COSINE}
-        by_path, in_hand = (
-            curvcli.schedule(**{name: path}, **options),
-            curvcli.schedule(**{name: load_report(path)}, **options),
-        )
+        given: list[dict[str, Any]] = [{name: path}, {name: load_report(path)}]
+        by_path, in_hand = (curvcli.schedule(**source, **options) for source in given)
         assert in_hand.phases == by_path.phases
         assert (by_path.provenance.report, in_hand.provenance.report) == (str(path), None)
 

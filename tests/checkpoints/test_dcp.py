@@ -51,7 +51,7 @@ def test_curvature_is_the_trainers(trained: SimpleNamespace) -> None:
 def test_without_a_network_it_is_listed_and_not_measured(nested: Path, trained: SimpleNamespace) -> None:
     (nested / "config.json").unlink()
     found = inspect_checkpoint(nested)
-    assert found["values"] == sum(p.numel() for p in trained.model.parameters())
+    assert found["parameters"] == sum(p.numel() for p in trained.model.parameters())
     assert found["optimizer"]["parameters with state"] == 21
     with pytest.raises(InputError, match="--model"):
         open_checkpoint(nested).model()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import real
-from curvcli.cli.budget import GRACE
 from places import ASSETS
 from real import Done, process
 from tracks import course_of
 
+from curvcli.analysis.budget import GRACE
 from curvcli.documents import load_gate, load_report
 
 

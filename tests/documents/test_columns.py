@@ -10,29 +10,29 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import yaml
+from places import ASSETS, ROOT
 
 from curvcli.documents import Rule
 from curvcli.documents.base import LARGEST
-from curvcli.documents.columns import PARTS, POINTS, Place, rules, shown
+from curvcli.documents.columns import PARTS, POINTS, Column, Place, rules, shown
 from curvcli.judge import gate as judging
 from curvcli.judge.limits import UNSTABLE_ABOVE
 from curvcli.judge.readings import Reading
 from curvcli.render.csv import write
 from curvcli.render.frame import number
 
-ROOT = Path(__file__).resolve().parent.parent
-REPORT = ROOT / "tests" / "assets" / "hot-60.gate.report.json"
+REPORT = ASSETS / "hot-60.gate.report.json"
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every output of a curv that has two more numbers."""
-    script, away = ROOT / "tests" / "toy_number.py", tmp_path_factory.mktemp("toy")
+    script, away = ROOT / "tests" / "support" / "toy_number.py", tmp_path_factory.mktemp("toy")
     done = subprocess.run([sys.executable, script, REPORT, away], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -101,7 +101,8 @@ def test_action_yml_is_as_its_writer_writes_it() -> None:
 
 
 def test_names_are_said_once() -> None:
-    for columns in (PARTS, POINTS):
+    every: tuple[Sequence[Column[Any]], ...] = (PARTS, POINTS)
+    for columns in every:
         assert not [key for key, count in Counter(column.key for column in columns).items() if count > 1]
         places: tuple[Place, ...] = ("table", "page", "markdown", "summary")
         for place in places:

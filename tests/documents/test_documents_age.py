@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from places import ASSETS
 from pydantic import ValidationError
 
 from curvcli.documents import (
@@ -25,7 +26,6 @@ from curvcli.documents import (
 )
 from curvcli.errors import InputError
 
-ASSETS = Path(__file__).resolve().parent / "assets"
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "report": load_report,
     "track": load_track,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tracks import course_of
 
-from curvcli.judge.readings import ReportReadings, certified, track_readings
+from curvcli.judge.readings import ReportReadings, past, track_readings
 
 
 def surge(rhos: list[float | None], **changed: Any) -> float | None:
@@ -15,7 +15,7 @@ def surge(rhos: list[float | None], **changed: Any) -> float | None:
     *before, newest = course_of(rhos).points
     assert newest.report is not None
     parts = {name: getattr(newest.report, name).model_copy(update=update) for name, update in changed.items()}
-    return ReportReadings(newest.report.model_copy(update=parts), history=certified(before, 5)).surge().value
+    return ReportReadings(newest.report.model_copy(update=parts), history=past(before, 5)).surge().value
 
 
 def test_surge_is_over_the_median_before() -> None:
@@ -37,7 +37,7 @@ def test_an_unconverged_value_is_no_past() -> None:
     assert report is not None
     full = report.full.model_copy(update={"status": "unconverged"})  # its rho stands in the report, not to be relied on
     points[1] = points[1].model_copy(update={"report": report.model_copy(update={"full": full})})
-    assert [known.full.rho for known in certified(points, 5)] == [1.0, 3.0]
+    assert [known.full.rho for known in past(points, 5)] == [1.0, 3.0]
 
 
 def test_the_bracket_of_a_surge_is_from_all_residuals() -> None:

@@ -16,6 +16,7 @@ from curvcli.curvature.problem import Problem
 from curvcli.optimizers.base import Group
 
 KINDS = ("kronecker", "rotated", "low rank", "diagonal", "multiple")
+Measured = tuple[models.Net, Problem, ModelRoot, dict[str, Tensor]]
 SOLVER = Davidson(tolerance=1e-7, bottom_tolerance=1e-6, max_products=400)
 
 
@@ -43,7 +44,7 @@ def made(kind: str, p: Tensor, generator: torch.Generator) -> tuple[InverseRoot,
 
 
 @pytest.fixture(params=KINDS)
-def model(request: pytest.FixtureRequest) -> tuple[models.Net, Problem, ModelRoot, dict[str, Tensor]]:
+def model(request: pytest.FixtureRequest) -> Measured:
     net, batches = models.Net(seed=1, blocks=2, width=4), models.data()
     models.train(net, torch.optim.SGD(net.parameters(), lr=0.1), batches, steps=3)
     problem = Problem.create(net, models.loss, batches, models.weights(batches))
@@ -53,7 +54,7 @@ def model(request: pytest.FixtureRequest) -> tuple[models.Net, Problem, ModelRoo
     return net, problem, root, {n: dense for n, (_, dense) in found.items()}
 
 
-def test_the_spectrum_is_that_of_the_dense_matrix(model) -> None:
+def test_the_spectrum_is_that_of_the_dense_matrix(model: Measured) -> None:
     """The whole model, each layer alone, and all but a layer, with a coupled weight decay of one tensor."""
     net, problem, root, dense = model
     decay = {"head.weight": 0.3}
@@ -73,7 +74,7 @@ def test_the_spectrum_is_that_of_the_dense_matrix(model) -> None:
         assert found.bottom.value == pytest.approx(float(values[0]), rel=1e-5, abs=1e-5 * float(values[-1]))
 
 
-def test_each_map_is_the_dense_one(model) -> None:
+def test_each_map_is_the_dense_one(model: Measured) -> None:
     _, problem, root, dense = model
     for name, parameter in problem.parameters.items():
         x, block, matrix = torch.randn_like(parameter), root[name], dense[name]
@@ -89,7 +90,7 @@ def test_each_map_is_the_dense_one(model) -> None:
         assert block.to(parameter.float()).apply(x.float()).dtype is torch.float32
 
 
-def test_lift_and_lower_undo_each_other(model) -> None:
+def test_lift_and_lower_undo_each_other(model: Measured) -> None:
     _, _, root, dense = model
     scale = torch.block_diag(*dense.values())
     vector = torch.randn(root.space.size, dtype=torch.float64)
@@ -105,7 +106,7 @@ def test_lift_and_lower_undo_each_other(model) -> None:
     assert not bool(part.lower(wrong).any())
 
 
-def test_vectors_go_between_restrictions(model) -> None:
+def test_vectors_go_between_restrictions(model: Measured) -> None:
     _, _, root, _ = model
     names = list(root)
     part = root.restrict(names[2:5])

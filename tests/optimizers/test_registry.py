@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from places import ROOT
 from torch import Tensor
 from toy_optimizer import Whiten, WhitenRule
 
@@ -27,8 +28,7 @@ from curvcli.optimizers.preconditioner import live, prepare
 from curvcli.optimizers.refused import REFUSED, Refused, refuse
 from curvcli.training import CurvatureTracker
 
-TESTS = Path(__file__).parent
-DOCS = TESTS.parent / "docs"
+SUPPORT, DOCS = ROOT / "tests" / "support", ROOT / "docs"
 LINE = ("toy_optimizer:WhitenRule", ("Whiten",))  # all that is added to the package
 
 
@@ -144,7 +144,7 @@ def test_without_its_line_it_is_not_known() -> None:
 def test_the_command_line_lists_it(line: str, samples: Path) -> None:
     words = line.format(checkpoint=samples / "calm").split()
     script = (
-        f"import sys; sys.path.insert(0, {str(TESTS)!r}); sys.argv = ['curv', 'analyze', *{words!r}]\n"
+        f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); sys.argv = ['curv', 'analyze', *{words!r}]\n"
         f"from curvcli.optimizers import RULES\nRULES[{LINE[0]!r}] = {LINE[1]!r}\n"
         "from curvcli.cli import main\nmain()"
     )
@@ -193,7 +193,7 @@ def test_rules_do_not_share_a_name() -> None:
 
 def test_the_documentation_has_every_rule_and_refused_family() -> None:
     """The table of thresholds: a row for each name that may be given; of those refused, each that has no threshold."""
-    tables = [text for file in sorted(DOCS.rglob("*.md")) if "| threshold (wd = 0) |" in (text := file.read_text())]
+    tables = [text for file in sorted(DOCS.rglob("*.md")) if "| optimizer | threshold | $P$ |" in (text := file.read_text())]
     assert len(tables) == 1
     rows = re.search(r"\| optimizer [^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)+)", tables[0])
     assert rows is not None

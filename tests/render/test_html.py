@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from browser import CONTRAST, Browser, troubles
-from pages import HOSTILE, Text
+from pages import HOSTILE, SCHEDULE, Text
 from places import ASSETS
 from real import curv
 
@@ -19,17 +19,6 @@ from curvcli.render.advice import advice
 from curvcli.render.html import page, report_page
 
 ASSET = ASSETS / "hot-60.report.json"
-SCHEDULE = {
-    "schema": "curv.schedule/1", "mode": "grow", "depth": 4, "order": "last", "blocks": None, "lock": "zero-output",
-    "margin": 0.8, "lr_schedule": {"kind": "linear", "peak": 1e-3, "warmup_steps": 10, "total_steps": 100},
-    "phases": [
-        {"step": 0, "latest": 0, "active": [0, 1], "unlock": [], "lr": 1e-4, "predicted_rho": 0.3},
-        {"step": 50, "latest": 80, "active": [0, 1, 2, 3], "unlock": [2, 3], "lr": 1e-3, "predicted_rho": None},
-    ],
-    "findings": [{"code": "late", "severity": "warning", "message": "one < two"}],
-    "provenance": {"report": "r.json", "report_sha256": "0" * 64, "checkpoint": None,
-                   "versions": {"curvcli": "0.1.0", "torch": "2.13.0", "transformers": None, "python": "3.11"}},
-}  # fmt: skip
 
 
 def document(tmp_path: Path, **changes: object) -> Path:

@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from browser import Browser, troubles
-from test_html import HOSTILE, SCHEDULE
+from pages import HOSTILE, SCHEDULE
+from places import ASSETS, ROOT
 from tracks import asset, at, course, failed, long, track
 
 from curvcli.documents import Report, Schedule, Track, TrainingStep, load_report
@@ -23,7 +24,7 @@ from curvcli.render.series import heat, report_series
 from curvcli.render.style import COLOURS, PALETTE, light, variables
 from curvcli.render.track_plot import heat_map, plot_track, steps
 
-ASSET = Path(__file__).parent / "assets" / "hot-60.report.json"
+ASSET = ASSETS / "hot-60.report.json"
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_bars_of_a_deep_model_stay_apart(report: Report) -> None:
 
 def test_steps_lie_where_the_numbers_say() -> None:
     root = embedded(steps(course()))
-    rho = {}
+    rho: dict[str, tuple[float, float]] = {}
     for label, mark in marks(root).items():
         rho.setdefault(label.split(":")[0], place(mark))
     height = {value: rho[f"step {step}"][1] for step, value in ((10, 0.09893), (20, 0.19785), (60, 1.505), (90, 0.5936))}
@@ -200,8 +201,11 @@ def test_a_mark_without_its_label_is_no_picture() -> None:
 
 
 def test_a_colour_of_no_name_is_refused() -> None:
+    def draw(drawn: Picture) -> None:
+        drawn.axes[0].axhline(1, color="#123456")
+
     with pytest.raises(KeyError, match="#123456"):
-        Picture(lambda drawn: drawn.axes[0].axhline(1, color="#123456"), [2.0], "").embed("x", "")  # type: ignore[func-returns-value]
+        Picture(draw, [2.0], "").embed("x", "")
 
 
 def test_pictures_of_a_page_share_no_id_and_refer_to_their_own(report: Report) -> None:
@@ -315,7 +319,7 @@ def test_what_shares_a_picture_is_told_apart_by_everybody(seen: str, scheme: int
 def test_colours_have_one_home() -> None:
     """One dark twin each, and no colour written down anywhere else."""
     assert len(set(PALETTE.values())) == len({look[0] for look in PALETTE.values()})
-    package = Path(__file__).parent.parent / "curvcli" / "render"
+    package = ROOT / "curvcli" / "render"
     for path in [*package.rglob("*.py"), *package.rglob("*.css"), *package.rglob("*.html")]:
         if path.name != "style.py":
             assert not re.search(r"#[0-9a-fA-F]{6}\b", path.read_text()), path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from typing import Any
 
 HOSTILE = [
     "<script>document.documentElement.dataset.owned = 1</script>",
@@ -11,6 +12,19 @@ HOSTILE = [
     "</title></style></script><svg onload='document.documentElement.dataset.owned = 1'>",
     "{{ 'ja' * 5 }}{% raw %}",
 ]  # fmt: skip
+
+# A schedule with everything in it.
+SCHEDULE: dict[str, Any] = {
+    "schema": "curv.schedule/1", "mode": "grow", "depth": 4, "order": "last", "blocks": None, "lock": "zero-output",
+    "margin": 0.8, "lr_schedule": {"kind": "linear", "peak": 1e-3, "warmup_steps": 10, "total_steps": 100},
+    "phases": [
+        {"step": 0, "latest": 0, "active": [0, 1], "unlock": [], "lr": 1e-4, "predicted_rho": 0.3},
+        {"step": 50, "latest": 80, "active": [0, 1, 2, 3], "unlock": [2, 3], "lr": 1e-3, "predicted_rho": None},
+    ],
+    "findings": [{"code": "late", "severity": "warning", "message": "one < two"}],
+    "provenance": {"report": "r.json", "report_sha256": "0" * 64, "checkpoint": None,
+                   "versions": {"curvcli": "0.1.0", "torch": "2.13.0", "transformers": None, "python": "3.11"}},
+}  # fmt: skip
 
 
 class Text(HTMLParser):

@@ -10,11 +10,27 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+from places import ROOT
 
 from curvcli.documents import columns
 
 Column, GateRule = columns.Column, columns.GateRule
+Document = TypeVar("Document")
+
+
+def participation(measurement: columns.Measurement) -> float | None:
+    return measurement.report.participation if measurement.report else None
+
+
+def around(measurement: columns.Measurement) -> tuple[float | None, float | None]:
+    value = participation(measurement)
+    return (None, None) if value is None else (0.5 * value, 2 * value)
+
+
 columns.PARTS += (
     Column(
         "toy_error", "toy error", lambda p: p.estimate.eigenvalue and p.estimate.residual / p.estimate.eigenvalue, digits=3,
@@ -23,8 +39,7 @@ columns.PARTS += (
 )  # fmt: skip
 columns.POINTS += (
     Column(
-        "toy_spread", "toy spread", lambda m: m.report and m.report.participation, digits=3,
-        bracket=lambda m: (0.5 * m.report.participation, 2 * m.report.participation),
+        "toy_spread", "toy spread", participation, digits=3, bracket=around,
         rule=GateRule("min-toy-spread", "full model", "Least toy spread: of the full model."),
     ),
 )  # fmt: skip
@@ -32,7 +47,7 @@ columns.POINTS += (
 
 def main(report_path: Path) -> dict[str, Any]:
     from rich.console import Console
-    from typer.main import get_command
+    from typer.main import get_group
     from typer.testing import CliRunner
 
     from curvcli.analysis.config import GateTable
@@ -43,24 +58,25 @@ def main(report_path: Path) -> dict[str, Any]:
     from curvcli.render.html import report_page, track_page
 
     report = load_report(report_path)
-    point = {"checkpoint": "a", "step": 1, "source": "measured", "report": report, "training_loss": 1.0}
+    point: dict[str, Any] = {"checkpoint": "a", "step": 1, "source": "measured", "report": report, "training_loss": 1.0}
     point |= {"surge": None, "surged": False}
-    known = {name: value for name, value in {**point, "warm_start": None}.items() if name in TrackPoint.model_fields}
     track = Track(
-        run="run", points=[TrackPoint(**known)], log=[], window=5, surge_limit=2.0, findings=[], hvps=1, seconds=1.0,
+        run="run", points=[TrackPoint(**point)], log=[], window=5, surge_limit=2.0, findings=[], hvps=1, seconds=1.0,
         versions=report.versions,
     )  # fmt: skip
 
-    def drawn(show, document) -> str:
-        console = Console(file=io.StringIO(), width=140)
-        show(document, console)
-        return console.file.getvalue()
+    def drawn(show: Callable[[Document, Console], object], document: Document) -> str:
+        text = io.StringIO()
+        show(document, Console(file=text, width=140))
+        return text.getvalue()
 
     def gate(*arguments: str) -> dict[str, Any]:
         done = CliRunner().invoke(app, ["gate", str(report_path), *arguments, "--format", "json"])
         return {"code": done.exit_code, "outcomes": json.loads(done.stdout)["outcomes"] if done.exit_code < 2 else None}
 
-    spec = importlib.util.spec_from_file_location("write_action", Path(__file__).parent.parent / "docs" / "write_action.py")
+    spec = importlib.util.spec_from_file_location("write_action", ROOT / "docs" / "write_action.py")
+    assert spec
+    assert spec.loader
     writer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(writer)
     Path("curv.toml").write_text("[gate]\nmax-toy-error = 1e-9\n")
@@ -76,7 +92,7 @@ def main(report_path: Path) -> dict[str, Any]:
         "markdown": TEXT["markdown"](report),
         "page": report_page(report),
         "track page": track_page(track),
-        "flags": [name for p in get_command(app).commands["gate"].params for name in p.opts],
+        "flags": [name for p in get_group(app).commands["gate"].params for name in p.opts],
         "help": CliRunner().invoke(app, ["gate", "--help"], env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"}).stdout,
         "keys": [field.alias for field in GateTable.model_fields.values()],
         "schema": json_schema("gate")["$defs"]["Outcome"]["properties"]["rule"]["enum"],

@@ -6,7 +6,9 @@ GaLore's where d is infinite in part. `Whiten` is an optimizer with such a P, an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +53,13 @@ class Rotated:
 class Whiten(torch.optim.Optimizer):
     """w -= lr P^(-1) m, with P = (mean of G G^T)^(1/2) + eps from the left and m the mean of G."""
 
-    def __init__(self, params, lr: float = 0.01, betas: tuple[float, float] = (0.9, 0.99), eps: float = 0.05) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 0.01, betas: tuple[float, float] = (0.9, 0.99), eps: float = 0.05
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         for group in self.param_groups:
             (b1, b2), eps = group["betas"], group["eps"]
             for p in (p for p in group["params"] if p.grad is not None):

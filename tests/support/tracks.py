@@ -94,7 +94,6 @@ def course_of(rhos: list[float | None]) -> Track:
                 training_loss=None,
                 surge=None,
                 surged=False,
-                warm_start=None,
             )
         )
     return Track(
