@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -50,13 +51,9 @@ def test_moments_belong_to_their_parameters(name: str, samples: Path) -> None:
 
 def test_nanogpt_is_the_same_function(samples: Path) -> None:
     """transformers' GPT-2 with the converted weights against nanoGPT's own model."""
-    import sys
-
-    sys.path.insert(0, str(samples))
-    from build import GPT
-
+    gpt = runpy.run_path(str(samples / "build.py"))["GPT"]
     document = torch.load(samples / "nanogpt/ckpt.pt", weights_only=True)
-    theirs = GPT(256, 64, 4, 2, 32)
+    theirs = gpt(256, 64, 4, 2, 32)
     theirs.load_state_dict(document["model"])
     ours = open_checkpoint(samples / "nanogpt").model()
     ids = torch.randint(256, (3, 64), generator=torch.Generator().manual_seed(0))
