@@ -25,7 +25,7 @@ ROOMS = {
     "checkpoints": {"errors", "documents", "files", "models", "optimizers"},
     "data": {"errors", "files", "curvature", "models", "checkpoints"},
     "judge": {"documents"},
-    "schedules": {"errors", "documents", "judge"},
+    "schedules": {"errors", "files", "documents", "judge"},
     "render": {"errors", "documents", "judge", "schedules"},
     "analysis": {
         "errors",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from bisect import bisect_left, bisect_right
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from curvcli.documents import LrSchedule
 from curvcli.errors import InputError, UsageError
+from curvcli.files.parse import read_limited
 
 
 def lr_at(schedule: LrSchedule, step: int) -> float:
@@ -135,6 +137,7 @@ def lr_schedule(
         ) from error
 
 
+_MOST = 2**24  # bytes of a table of learning rates: half a million lines
 KINDS = ("constant", "linear", "cosine", "wsd", "inverse-sqrt")
 
 
@@ -143,21 +146,20 @@ def read_points(path: Path) -> list[tuple[int, float]]:
     fix = "write a header step,lr and then one line for each change, steps rising"
     points: list[tuple[int, float]] = []
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            table = csv.DictReader(stream, skipinitialspace=True)
-            if not {"step", "lr"} <= set(table.fieldnames or ()):
-                raise InputError(f"{path} line 1 has no columns step and lr", hint=fix)
-            for row in table:
-                where = f"{path} line {table.line_num}"
-                try:
-                    step, lr = int(row["step"]), float(row["lr"])
-                except (TypeError, ValueError):
-                    raise InputError(f"{where} is no step and lr: {row['step']!r}, {row['lr']!r}", hint=fix) from None
-                if step < 0 or not 0 <= lr < math.inf:
-                    raise InputError(f"{where} has step {step}, lr {lr}", hint="both must be finite and not negative")
-                if points and step <= points[-1][0]:
-                    raise InputError(f"{where}: step {step} does not come after {points[-1][0]}", hint=fix)
-                points.append((step, lr))
+        table = csv.DictReader(StringIO(read_limited(path, _MOST).decode(), newline=""), skipinitialspace=True)
+        if not {"step", "lr"} <= set(table.fieldnames or ()):
+            raise InputError(f"{path} line 1 has no columns step and lr", hint=fix)
+        for row in table:
+            where = f"{path} line {table.line_num}"
+            try:
+                step, lr = int(row["step"]), float(row["lr"])
+            except (TypeError, ValueError):
+                raise InputError(f"{where} is no step and lr: {row['step']!r}, {row['lr']!r}", hint=fix) from None
+            if step < 0 or not 0 <= lr < math.inf:
+                raise InputError(f"{where} has step {step}, lr {lr}", hint="both must be finite and not negative")
+            if points and step <= points[-1][0]:
+                raise InputError(f"{where}: step {step} does not come after {points[-1][0]}", hint=fix)
+            points.append((step, lr))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {error}", hint=fix) from error
     if not any(lr > 0 for _, lr in points):
