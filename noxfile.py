@@ -121,7 +121,8 @@ def _example() -> tuple[str, str, float]:
     """The command that README shows first, and the verdict and rho that it says come out."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command, found = re.search(r"^\$ (curv [^\n]*)$", readme, re.MULTILINE), VERDICT.search(readme)
-    assert command and found, "README.md shows no command with its verdict"
+    assert command, "README.md shows no command"
+    assert found, "README.md shows no verdict"
     return command[1], found[1], float(found[2])
 
 

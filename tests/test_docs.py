@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def home(masters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     place = tmp_path / "home"
     shutil.copytree(masters, place)
     (place / "sample_checkpoints").symlink_to(SAMPLES)
+    monkeypatch.delitem(sys.modules, "mynets", raising=False)  # other tests have networks of that name
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("RUN", "run")  # which jobs of a cluster are given

@@ -219,7 +219,9 @@ def test_what_reads_documents_starts_light(line: str, words: dict[str, Path], tm
         f"print(sorted({set(HEAVY)!r} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, "[]\n")
+    # A page has pictures, and matplotlib draws them; nothing that reads a document imports torch.
+    drawn = ["matplotlib", "numpy"] if line.startswith("report ") else []
+    assert (done.returncode, done.stderr) == (0, f"{drawn}\n")
 
 
 # --- completion ------------------------------------------------------------------------------------------------------
