@@ -63,12 +63,9 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from curvcli.documents.version import package_version
 
-        try:
-            return version("curvcli")
-        except PackageNotFoundError:  # a source tree that was not installed
-            return "unknown"
+        return package_version()
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"curvcli.{_HOME[name]}"), name)

@@ -157,9 +157,9 @@ def _root(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from curvcli import __version__
+        from curvcli.documents.version import package_version
 
-        typer.echo(f"curv {__version__}")
+        typer.echo(f"curv {package_version()}")
         raise typer.Exit
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
-from curvcli import __version__
+from curvcli.documents.version import package_version
 from curvcli.errors import InputError
 from curvcli.files.parse import parse_json, read_limited
 
@@ -92,7 +92,7 @@ class Versions(Document):
     @classmethod
     def installed(cls) -> Self:
         """This package and what its numbers depend on, from their metadata: nothing is imported for it."""
-        found: dict[str, str | None] = {"curvcli": __version__}
+        found: dict[str, str | None] = {"curvcli": package_version()}
         for package in ("torch", "transformers"):
             try:
                 found[package] = version(package)

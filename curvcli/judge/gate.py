@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from curvcli import __version__
 from curvcli.documents import Gate, Outcome, OutcomeName, Report, Rule, Subject, VerdictName
 from curvcli.documents.base import LARGEST
 from curvcli.documents.columns import ruled
+from curvcli.documents.version import package_version
 from curvcli.judge.readings import Reading, Readings
 
 Unresolved = Literal["report", "pass", "fail"]
@@ -93,7 +93,7 @@ def decide(
         exit_code=exit_code(outcome, unresolved),
         outcomes=outcomes,
         findings=[finding for finding in report.findings if finding.severity != "info"] if report else [],
-        curvcli=__version__,
+        curvcli=package_version(),
     )
 
 
