@@ -34,18 +34,24 @@ _STALE = re.compile(r"\.[0-9a-f]{60}\.[0-9a-f]{8}|[0-9a-f]{64}\.safetensors")
 class Cache(Protocol):
     """Where reports are looked up and kept."""
 
-    def get(self, key: str) -> Report | None: ...
-    def put(self, key: str, report: Report) -> None: ...
+    def get(self, key: str) -> Report | None:
+        """The report kept under a key that `cache_key` made; None where there is none."""
+        ...
+
+    def put(self, key: str, report: Report) -> None:
+        """Keep a report under a key. Nothing is raised where it cannot be written: a cache only saves time."""
+        ...
 
 
 class NoCache:
     """Keeps nothing."""
 
     def get(self, key: str) -> Report | None:
+        """None, whatever the key: every report is made anew."""
         return None
 
     def put(self, key: str, report: Report) -> None:
-        return None
+        """Drop the report."""
 
 
 class FileCache:
@@ -71,6 +77,10 @@ class FileCache:
         self.complaint: str | None = None
 
     def get(self, key: str) -> Report | None:
+        """The report under a key, which then counts as just used; None where there is none that is signed.
+
+        An entry that cannot be read, or whose signature is not right for this key, is deleted.
+        """
         file = self.folder / f"{key}.json"
         if not (_is_plain(file) and (secret := self._secret())):
             return None

@@ -33,15 +33,18 @@ class Solved:
 
     @property
     def converged(self) -> bool:
+        """Whether the top pair met its tolerance, and no part of these parameters came out above it."""
         return self.extremes is not None and self.extremes.status == "converged" and not self.inconsistent
 
     @property
     def value(self) -> float:
+        """Largest Ritz value, a lower bound of the largest eigenvalue; -inf where there is no pair."""
         top = self.extremes.top if self.extremes else None
         return top.value if top else float("-inf")
 
     @property
     def slack(self) -> float:
+        """Residual of the top pair, in units of the eigenvalue; 0 where there is no pair."""
         top = self.extremes.top if self.extremes else None
         return top.residual if top else 0.0
 
@@ -101,12 +104,19 @@ class Measurement:
     # --- solving -----------------------------------------------------------------------------
 
     def operator(self, hvp: HVP, names: Sequence[str]) -> PreconditionedHessian:
+        """G restricted to `names`, on flat vectors in the order of `names`, with the products of `hvp`.
+
+        Raises ValueError where `names` is empty.
+        """
         return PreconditionedHessian(hvp, self.preconditioner.root.restrict(names), self.preconditioner.decay)
 
     @property
     def coarse(self) -> Davidson:
-        """For layers, truncated networks and parts of the shard: errors go with the residual's square, and no verdict
-        hangs on them. All restricted depths, the full model last, are solved to the tolerance itself."""
+        """The solver of layers, truncated networks and parts of the shard, at three times the tolerance.
+
+        The smallest eigenvalue's is twice its own. Errors go with the residual's square, and no verdict hangs on them.
+        All restricted depths, the full model last, are solved to the tolerance itself.
+        """
         return replace(self.solver, tolerance=3 * self.solver.tolerance, bottom_tolerance=2 * self.solver.bottom_tolerance)
 
     def solve(self, hvp: HVP, names: list[str], start: Sequence[tuple[Sequence[str], Tensor]] = ()) -> Solved:
@@ -124,6 +134,7 @@ class Measurement:
             raise OutOfTime
 
     def carry(self, operator: PreconditionedHessian, names: Sequence[str], vector: Tensor) -> Tensor:
+        """A flat vector over `names` as one over the operator's parameters: cut to them, 0 on those that it lacks."""
         return operator.root.carry(vector, self.preconditioner.root.restrict(names))
 
     def ends(self, *solved: Solved) -> list[tuple[Sequence[str], Tensor]]:
@@ -277,6 +288,7 @@ class Measurement:
             last = [solved]
 
     def upto(self, depth: int) -> list[str]:
+        """Parameters outside the layers and in the first `depth` of them, in the model's order."""
         inside = {n for names in self.layer_names[:depth] for n in names} | set(self.outer)
         return [n for n in self.names if n in inside]
 

@@ -31,6 +31,7 @@ class BoundedCommand(TyperCommand):
     """A verb whose every number is one: finite, and of a size that a computation can hold."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments that are left, as click gives them. Exits with 2 where a number is NaN or above 2**53 in size."""
         rest = super().parse_args(ctx, args)
         _check_numbers(self, ctx)
         return rest
@@ -40,6 +41,7 @@ class BoundedGroup(TyperGroup):
     """The same of a verb that has others below it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments that are left, as click gives them. Exits with 2 where a number is NaN or above 2**53 in size."""
         rest = super().parse_args(ctx, args)
         _check_numbers(self, ctx)
         return rest
@@ -56,6 +58,7 @@ class BoundedTyper(typer.Typer):
     """An application all of whose verbs are bounded."""
 
     def command(self, *names: Any, **settings: Any) -> Callable[[F], F]:
+        """Typer's decorator; the verb is a `BoundedCommand` unless `cls` names another class."""
         return super().command(*names, **{"cls": BoundedCommand, **settings})
 
 

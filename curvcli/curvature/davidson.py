@@ -73,6 +73,7 @@ class Davidson:
 
     @property
     def expired(self) -> bool:
+        """Whether the deadline has passed."""
         return time.monotonic() >= self.deadline
 
     def extremes(self, operator: Operator, start: Sequence[Tensor] = ()) -> Extremes:
@@ -102,6 +103,7 @@ class Davidson:
             yield self._solve(space, start)
 
     def capacity(self, operator: Operator) -> int:
+        """Vectors that the basis has room for: `basis`, at least 6, and no more than the space has entries."""
         return min(max(self.basis, 6), operator.space.size)
 
     def _solve(self, space: _Subspace, start: Sequence[Tensor]) -> Extremes:

@@ -61,6 +61,7 @@ class KeptGraph:
             self.gradients.append({n: g for n, g in zip(self.parameters, parts, strict=True) if g is not None})
 
     def subset(self, indices: Sequence[int]) -> KeptGraph:
+        """Shares the graphs of the chosen batches: nothing is computed again."""
         part = copy(self)
         total = sum(self.weights[i] for i in indices)
         part.weights = [self.weights[i] / total for i in indices]
@@ -68,6 +69,7 @@ class KeptGraph:
         return part
 
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Walks the kept graphs backward, one batch after the other, and leaves them for the next product."""
         inputs = [self.parameters[n] for n in names]
         total = [torch.zeros_like(p) for p in inputs]
         for weight, gradients in zip(self.weights, self.gradients, strict=True):
@@ -92,9 +94,11 @@ class FreshGraph:
         self.parameters = problem.parameters
 
     def subset(self, indices: Sequence[int]) -> FreshGraph:
+        """Holds no graphs, so this only selects batches and scales their weights to sum to 1."""
         return FreshGraph(self.problem.subset(indices))
 
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Builds the gradient graph of one batch, walks it backward, and drops it before the next."""
         inputs = [self.parameters[n] for n in names]
         total = [torch.zeros_like(p) for p in inputs]
         for i, weight in enumerate(self.problem.weights):
@@ -115,9 +119,14 @@ class ForwardOverReverse:
         self.parameters = problem.parameters
 
     def subset(self, indices: Sequence[int]) -> ForwardOverReverse:
+        """Holds no graphs, so this only selects batches and scales their weights to sum to 1."""
         return ForwardOverReverse(self.problem.subset(indices))
 
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Pushes the tangents through the gradient in forward mode, one batch after the other.
+
+        Raises what the model raises where it cannot be transformed, as for a loss that reaches inside the model.
+        """
         inputs = tuple(self.parameters[n].detach() for n in names)
         total = [torch.zeros_like(p) for p in inputs]
         for i, weight in enumerate(self.problem.weights):

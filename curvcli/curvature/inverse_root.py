@@ -63,21 +63,27 @@ class Multiple:
 
     @property
     def positive(self) -> bool:
+        """Whether the factor is finite and above 0."""
         return 0 < self.factor < float("inf")
 
     def apply(self, tensor: Tensor) -> Tensor:
+        """Entries over the square root of the factor."""
         return tensor * math.pow(self.factor, -0.5)
 
     def invert(self, tensor: Tensor) -> Tensor:
+        """Entries times the square root of the factor."""
         return tensor / math.pow(self.factor, -0.5)
 
     def solve(self, tensor: Tensor) -> Tensor:
+        """Entries over the factor."""
         return tensor / self.factor
 
     def scaled(self, factor: float) -> Multiple:
+        """P times the factor, with nothing idle."""
         return Multiple(self.factor * factor)
 
     def to(self, parameter: Tensor) -> Multiple:
+        """Itself: it holds no tensor."""
         return self
 
 
@@ -104,10 +110,12 @@ class Diagonal:
 
     @property
     def idle(self) -> int:
+        """How many entries never had a gradient."""
         return 0 if self.never is None else int(self.never.sum())
 
     @property
     def positive(self) -> bool:
+        """Whether P is finite and above 0 on every entry that had a gradient."""
         fine = (self.entries > 0) & torch.isfinite(self.entries)
         return bool((fine if self.never is None else fine | self.never).all())
 
@@ -117,20 +125,25 @@ class Diagonal:
         return root if self.never is None else torch.where(self.never, torch.zeros_like(root), root)
 
     def apply(self, tensor: Tensor) -> Tensor:
+        """Entries over the square root of P; 0 where there never was a gradient."""
         return self._root * tensor
 
     def invert(self, tensor: Tensor) -> Tensor:
+        """Entries times the square root of P; 0 where there never was a gradient."""
         root = self._root
         ratio = tensor / root
         return torch.where(root > 0, ratio, torch.zeros_like(ratio))
 
     def solve(self, tensor: Tensor) -> Tensor:
+        """Entries over P, on those that never had a gradient too."""
         return tensor / self.entries
 
     def scaled(self, factor: float) -> Diagonal:
+        """P times the factor; the same entries are idle."""
         return Diagonal(self.entries * factor, self.never)
 
     def to(self, parameter: Tensor) -> Diagonal:
+        """P in the parameter's precision on its device, and the mask of idle entries beside it."""
         return Diagonal(self.entries.to(parameter), None if self.never is None else self.never.to(parameter.device))
 
 

@@ -16,7 +16,9 @@ class Operator(Protocol):
     """A real symmetric operator on the vectors of a space."""
 
     @property
-    def space(self) -> Space: ...
+    def space(self) -> Space:
+        """The space of the vectors that `matvec` takes and gives."""
+        ...
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Image of a vector of the space."""
@@ -31,6 +33,7 @@ class DenseOperator:
         self.space = OneDevice(matrix.shape[0], matrix.dtype, matrix.device)
 
     def matvec(self, vector: Tensor) -> Tensor:
+        """The matrix, of shape (n, n), times a vector of shape (n,)."""
         return self.matrix @ vector
 
 
@@ -51,6 +54,7 @@ class PreconditionedHessian:
         self.space = root.space
 
     def matvec(self, vector: Tensor) -> Tensor:
+        """G v for a flat v of shape (n,): one Hessian-vector product between two applications of P^(-1/2)."""
         tangents = self.root.apply(self.root.split(vector))
         images = self.hvp.product(self.root.names, tangents)
         curved = [

@@ -57,6 +57,7 @@ class Skip(nn.Module):
     """In the place of a block that maps hidden states to hidden states: gives them back."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The hidden states, of any shape; whatever else a block is called with is not looked at."""
         return hidden
 
 

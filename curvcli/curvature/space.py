@@ -64,26 +64,34 @@ class OneDevice:
     device: torch.device
 
     def empty(self, rows: int) -> Tensor:
+        """Memory of shape (rows, size) that is not filled."""
         return torch.empty((rows, self.size), dtype=self.dtype, device=self.device)
 
     def random(self, generator: torch.Generator) -> Tensor:
+        """The same vector, up to rounding, for a generator's seed in every precision and on every device."""
         # Drawn in float64 on the CPU, so that a seed means the same vector in every precision and on every device.
         return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
 
     def inner(self, rows: Tensor, vector: Tensor) -> Tensor:
+        """One product of the rows, of shape (k, size), with the vector."""
         return rows @ vector
 
     def combine(self, coefficients: Tensor, rows: Tensor) -> Tensor:
+        """One product of the coefficients, in the rows' precision and on their device, with the rows."""
         return coefficients.to(rows) @ rows
 
     def norm(self, vector: Tensor) -> float:
+        """Euclidean norm; on a GPU this waits for it."""
         return float(torch.linalg.vector_norm(vector))
 
     def finite(self, vector: Tensor) -> bool:
+        """Whether no entry is NaN or infinite; on a GPU this waits for the answer."""
         return bool(torch.isfinite(vector).all())
 
     def count(self, mask: Tensor) -> int:
+        """How many entries are true; on a GPU this waits for the answer."""
         return int(mask.sum())
 
     def gather(self, vector: Tensor) -> Tensor:
+        """The vector itself, which is whole already; not a copy."""
         return vector

@@ -57,6 +57,7 @@ class GateRule:
 
     @property
     def metavar(self) -> str | None:
+        """What stands for the limit in the flag's help; None where the rule takes no limit."""
         return _METAVARS[self.kind]
 
 

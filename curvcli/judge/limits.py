@@ -13,13 +13,19 @@ class Solved(Protocol):
     """What the eigensolver made: an estimate of a report, or a record of a training job's log."""
 
     @property
-    def status(self) -> str: ...
+    def status(self) -> str:
+        """How the solve ended: "converged", or why the value is not to be relied on."""
+        ...
 
     @property
-    def eigenvalue(self) -> float | None: ...
+    def eigenvalue(self) -> float | None:
+        """Largest Ritz value, lambda; None where there is none."""
+        ...
 
     @property
-    def residual(self) -> float | None: ...
+    def residual(self) -> float | None:
+        """Norm of the Ritz pair's residual: some eigenvalue lies within it of `eigenvalue`. None where not known."""
+        ...
 
 
 def classify(rho: float) -> VerdictName:

@@ -47,7 +47,9 @@ class Readings(Protocol):
         """Of a number that a rule is on; at least one: of each part where that is the rule's scope."""
         ...
 
-    def verdict(self) -> VerdictName: ...
+    def verdict(self) -> VerdictName:
+        """The verdict on rho of the full model; "unresolved" where nothing was measured."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class ReportReadings:
         return Reading(what, scale(value / old), min(corners), max(corners), narrow=narrow)
 
     def verdict(self) -> VerdictName:
+        """The report's own; it is not judged again, and the baseline does not change it."""
         return self.report.verdict
 
     @staticmethod
@@ -281,6 +284,7 @@ class NoReadings:
         return [Reading((column.rule and column.rule.what) or column.label, reason=self.reason)]
 
     def verdict(self) -> VerdictName:
+        """Always "unresolved", for there is no number to judge."""
         return "unresolved"
 
 

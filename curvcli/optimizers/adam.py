@@ -37,11 +37,21 @@ class Adam(Rule):
     defaults: Options | None = ESTIMATED
 
     def name(self, view: OptimizerView) -> str:
+        """Adam or AdamW as the class says; of other classes, AdamW where all groups decouple weight decay."""
         if view.name in ("Adam", "AdamW"):
             return view.name
         return "AdamW" if all(self.decoupled(g, view.name) for g in view.groups) else "Adam"
 
     def preconditioner(self, group: Group, state: State) -> Diagonal:
+        """P = (1 - b1^t) (sqrt(v / (1 - b2^t)) + eps), in the parameter's shape; sqrt(v) + eps without bias correction.
+
+        With amsgrad v is the largest second moment so far. Under `correct_bias` eps is added to sqrt(v) before the
+        correction, as transformers does.
+
+        Raises:
+            InputError: the steps or betas are not known, or v is missing or has negative entries.
+            UnsupportedError: v is quantised.
+        """
         square = moment(state, "max_exp_avg_sq" if group.flag("amsgrad") else "exp_avg_sq")
         root, eps = square.sqrt(), group.number("eps", 1e-8)
         if not all(group.flag(key, True) for key in ("correct_bias", "bias_correction")):
@@ -52,20 +62,25 @@ class Adam(Rule):
         return Diagonal.of(((root + inner) / second**0.5 + outer) * first, square)
 
     def transfer(self, group: Group, state: State) -> float:
+        """(1 - b1)/(1 + b1). Raises InputError where the betas are missing or not in [0, 1)."""
         return (1 - group.betas[0]) / (1 + group.betas[0])
 
     def decoupled(self, group: Group, name: str | None) -> bool:
+        """As the group says; where it does not, yes, but for the class Adam without `t_alpha`."""
         # Files from before torch 2.8 do not say; AdamW is what trainers of Transformers use. bitsandbytes' Adam decouples.
         assumed = name != "Adam" or "t_alpha" in group.options
         return group.flag("decoupled_weight_decay", group.flag("adam_w_mode", assumed))
 
     def momentum(self, group: Group, state: State) -> Tensor:
+        """The first moment as stored, in the parameter's shape; P holds its bias correction."""
         return state["exp_avg"]  # type: ignore[no-any-return]
 
     def expected(self, mean: Tensor, square: Tensor) -> State:
+        """The mean and the mean square as the two moments, after so many steps that no bias is left to correct."""
         return {"step": _LATE, "exp_avg": mean, "exp_avg_sq": square, "max_exp_avg_sq": square}
 
     def findings(self, view: OptimizerView) -> list[Finding]:
+        """`decay-assumed` where weight decay is on and neither the class nor its group says whether it is decoupled."""
         says = {"decoupled_weight_decay", "adam_w_mode", "correct_bias", "t_alpha"}
         unsaid = [group for group in view.groups if says.isdisjoint(group.options)]
         if view.name is not None or not any(g.number("weight_decay", 0.0) for g in unsaid):
@@ -96,28 +111,38 @@ class NAdam(Adam):
     defaults = None  # of an optimizer that is rare no file without state is taken for its
 
     def name(self, view: OptimizerView) -> str:
+        """Always NAdam."""
         return "NAdam"
 
     def preconditioner(self, group: Group, state: State) -> Diagonal:
+        """P = sqrt(v / (1 - b2^t)) + eps, in the parameter's shape. Raises as Adam's; M_t is in `transfer`."""
         square, correction = moment(state, "exp_avg_sq"), 1 - group.betas[1] ** steps(state)
         return Diagonal.of((square / correction).sqrt() + group.number("eps", 1e-8), square)
 
     def transfer(self, group: Group, state: State) -> float:
+        """The filter at z = -1 as the class gives it, with mu at this step and the next.
+
+        Raises InputError where the steps, the betas or the running product of mu are missing or out of range.
+        """
         now, ahead = self._coefficients(group, state)
         return now + ahead * super().transfer(group, state)
 
     def decoupled(self, group: Group, name: str | None) -> bool:
+        """As the group says, no where it does not."""
         return group.flag("decoupled_weight_decay")
 
     def momentum(self, group: Group, state: State) -> Tensor:
+        """The first moment times both coefficients of the update, in the parameter's shape. Raises as `transfer`."""
         # The share of the gradient itself is taken from m too: the next gradient is not known.
         now, ahead = self._coefficients(group, state)
         return state["exp_avg"] * (now + ahead)  # type: ignore[no-any-return]
 
     def expected(self, mean: Tensor, square: Tensor) -> State:
+        """The mean and the mean square as the two moments, after so many steps that the product of mu is 0."""
         return {"step": _LATE, "mu_product": 0.0, "exp_avg": mean, "exp_avg_sq": square}
 
     def findings(self, view: OptimizerView) -> list[Finding]:
+        """None: nothing is assumed."""
         return []  # its decay is coupled unless its group says otherwise
 
     def _coefficients(self, group: Group, state: State) -> tuple[float, float]:

@@ -20,6 +20,12 @@ class RMSprop(Rule):
     options = frozenset({"lr", "alpha", "eps", "momentum", "centered", "weight_decay", "maximize"})
 
     def preconditioner(self, group: Group, state: State) -> Diagonal:
+        """P = sqrt(v) + eps, in the parameter's shape; sqrt(v - mean^2) + eps where centered, the mean being `grad_avg`.
+
+        Raises:
+            InputError: a moment is missing, or v has negative entries.
+            UnsupportedError: v is quantised.
+        """
         average = moment(state, "square_avg")
         square = average
         if group.flag("centered"):
@@ -32,9 +38,11 @@ class RMSprop(Rule):
         return Diagonal.of(square.sqrt() + group.number("eps", 1e-8), average)
 
     def transfer(self, group: Group, state: State) -> float:
+        """1/(1 + b), b the momentum. Raises InputError where it is not in [0, 1)."""
         return 1 / (1 + group.fraction("momentum"))
 
     def momentum(self, group: Group, state: State) -> Tensor | None:
+        """The momentum buffer times P, in the parameter's shape; None where there is no buffer."""
         buffer = state.get("momentum_buffer")
         # PyTorch's buffer holds gradients that were divided already: undo it, for the caller divides again.
         return None if buffer is None else buffer * self.preconditioner(group, state).entries
@@ -50,9 +58,16 @@ class Adagrad(Rule):
     options = frozenset({"lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value", "maximize"})
 
     def preconditioner(self, group: Group, state: State) -> Diagonal:
+        """P = sqrt(sum of squared gradients) + eps, in the parameter's shape.
+
+        Raises:
+            InputError: the sum is missing or has negative entries.
+            UnsupportedError: the sum is quantised.
+        """
         total = moment(state, "sum")
         return Diagonal.of(total.sqrt() + group.number("eps", 1e-10), total)
 
     def lr(self, group: Group, state: State) -> float:
+        """lr / (1 + (t - 1) lr_decay). Raises InputError where lr is missing, or t while it decays."""
         decay = group.number("lr_decay", 0.0, least=0.0)
         return group.number("lr") / (1 + (steps(state) - 1) * decay) if decay else group.number("lr")

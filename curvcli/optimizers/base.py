@@ -202,8 +202,12 @@ class Rule:
 
 
 def moment(state: State, key: str) -> Tensor:
-    """A second moment as stored, at least in float32. Raises InputError where it is missing or negative entries make it
-    none, UnsupportedError where it is quantised."""
+    """A second moment as stored, at least in float32, in the parameter's shape.
+
+    Raises:
+        InputError: it is missing, or has negative entries.
+        UnsupportedError: it is quantised.
+    """
     value = state.get(key)
     if not isinstance(value, Tensor):
         raise InputError(f"the optimizer state has no {key!r}", hint="it is damaged: use another checkpoint")

@@ -21,9 +21,11 @@ class Seen:
         self.options = frozenset(key for group in self.groups for key in group)
 
     def values(self, key: str) -> list[object]:
+        """An option's values over the groups that set it."""
         return [group[key] for group in self.groups if group.get(key) is not None]
 
     def on(self, key: str) -> bool:
+        """Whether some group sets an option to anything but False or 0."""
         return any(value is not False and value != 0 for value in self.values(key))
 
     def says(self, name: str) -> bool:

@@ -34,6 +34,7 @@ class Row:
 
     @property
     def report(self) -> Report | None:
+        """The point's report; None where it was not measured."""
         return self.point.report
 
     @property

@@ -42,9 +42,11 @@ class Watch:
         return [n for n in self.before if _kind(n) not in moved]
 
     def alive(self) -> bool:
+        """Whether every kind of output has moved, and a gradient has come through them."""
         return self.learning and not self.still()
 
     def complaint(self) -> str:
+        """What is still missing, to go on a message; of a block that is not alive."""
         still = self.still()
         return f"its {still[0]} has not moved" if still else "no gradient has come through its outputs"
 

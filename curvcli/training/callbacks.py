@@ -98,6 +98,7 @@ class Callbacks:
             self.warmup.detach()
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed job needs of the warm-up and the tracker: the argument of `load_state_dict`."""
         return {
             "warmup": self.warmup.state_dict() if self.warmup is not None else {"started": []},
             "tracker": self.tracker.state_dict() if self.tracker is not None else {},

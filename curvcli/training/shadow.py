@@ -60,8 +60,10 @@ class Shadow:
         return roots
 
     def state_dict(self) -> dict[str, Any]:
+        """The averages of squared gradients, not bias-corrected, in the parameters' shapes, and how many measurements."""
         return {"moments": dict(self.moments), "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Takes what `state_dict` gave, its tensors to the given device."""
         self.moments = {n: t.to(device) for n, t in state["moments"].items()}
         self.count = int(state["count"])

@@ -25,6 +25,10 @@ class CurvCallback(TrainerCallback):
         self.callbacks = Callbacks(schedule, **options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins at the Trainer's global step, and in a resumed job takes up the state in the checkpoint.
+
+        Raises UsageError where adaptive mode resumes and its state is missing.
+        """
         # accelerate wraps the optimizer, and its hooks are those of what is inside.
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         if state.global_step:
@@ -39,16 +43,20 @@ class CurvCallback(TrainerCallback):
         self.callbacks.begin(kwargs["model"], optimizer, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tells the warm-up the global step before the forward pass."""
         self.callbacks.before(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tells the tracker the step, and the loss that the Trainer logged last."""
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         self.callbacks.after(state.global_step, losses[-1] if losses else None)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the warm-up off the model."""
         self.callbacks.end()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes `curv.pt` into the checkpoint, whole or not at all; on the main process alone."""
         if state.is_world_process_zero:
             target = _checkpoint(args, state) / STATE
             torch.save(self.callbacks.state_dict(), target.with_suffix(".tmp"))

@@ -296,6 +296,11 @@ class ArchitectureWarmup:
             parameter.grad.zero_()
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drops the gradients of locked blocks, so that the optimizer leaves those blocks as they are.
+
+        Raises UsageError where the schedule was not told the step, or where an optimizer that the warm-up was not given
+        would train a locked block.
+        """
         with_gradient = [(i, n, p) for i in self.locked for n, p in self.locks[i].parameters.items() if p.grad is not None]
         if not any(optimizer is own for own in self.optimizers):
             inside = held(optimizer) if with_gradient else set()
@@ -318,6 +323,10 @@ class ArchitectureWarmup:
             watch.see_gradients()
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Sees whether the blocks that joined have come alive.
+
+        Raises DeadBlockError where one has not within `patience` updates.
+        """
         if not self._watches or not any(optimizer is own for own in self.optimizers) or self.current is None:
             return
         moving = held(optimizer, moving=True)

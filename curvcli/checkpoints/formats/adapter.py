@@ -52,9 +52,16 @@ class AdapterReader:
     """
 
     def accepts(self, path: Path) -> bool:
+        """Whether it is a directory with adapter_config.json and no weights of a whole model beside it."""
         return (path / CONFIG).is_file() and not any((path / name).exists() for name in HuggingFaceReader.names)
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
+        """Headers of the adapter, whose model is the base with the adapter on it.
+
+        Raises:
+            InputError: the adapter's weights or options, or the base, are missing or damaged.
+            UnsupportedError: adapter_config.json has options that change the network in a way that is not rebuilt here.
+        """
         options = _options(path)
         file = next((path / name for name in _WEIGHTS if (path / name).exists()), None)
         if file is None:
