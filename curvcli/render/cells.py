@@ -60,9 +60,13 @@ def point_cells(row: Row) -> list[Cell]:
 
 
 def summary(report: Report) -> list[tuple[str, str]]:
-    """Label and value of the report's numbers that no sentence of its own tells."""
-    item = Measurement(report)
-    return [(column.label, written(column, item)) for column in shown(POINTS, "summary") if column.get(item) is not None]
+    """Label and value of the report's numbers that no sentence of its own tells; a question mark says not to rely on one."""
+    item, sure = Measurement(report), certified(report.full)
+    return [
+        (column.label, written(column, item) + ("" if sure or not column.solved else "?"))
+        for column in shown(POINTS, "summary")
+        if column.get(item) is not None
+    ]
 
 
 def records(report: Report) -> list[dict[str, Value]]:

@@ -121,7 +121,7 @@ def test_the_update_is_what_the_rule_says(case: str) -> None:
     assert bool((taken > 0).all())
     # Decay: part of what the gradient goes through, or of the weights alone.
     decay = metric.decay.get("w", 0.0)
-    plain = 0.0 if decay else -metric.lr * group["weight_decay"]
+    plain = 0.0 if decay else -metric.lr * group.get("weight_decay", 0.0)
     torch.testing.assert_close(by_weight, -by_gradient.abs() * decay + plain, rtol=1e-5, atol=1e-12)
     # Without a gradient the step goes along the direction. Nesterov takes part of it from the gradient to come.
     if metric.direction is not None and "nadam" not in case and not group.get("nesterov"):
