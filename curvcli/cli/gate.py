@@ -44,7 +44,10 @@ class Taken(StrEnum):
 def gate(
     *,
     subject: Annotated[
-        Path | None, typer.Argument(help="Checkpoint, run (its newest checkpoint), report, or track (its newest point).")
+        Path | None,
+        typer.Argument(
+            metavar="SUBJECT", help="Checkpoint, run (its newest checkpoint), report, or track (its newest point)."
+        ),
     ] = None,
     rules: dict[str, Any],
     regression_tolerance: Annotated[
@@ -55,23 +58,37 @@ def gate(
         Path | None, typer.Option(metavar="FILE", help="Report or track to compare with.", rich_help_panel=RULES)
     ] = None,
     unresolved: Annotated[
-        Taken | None, typer.Option(help="Take unresolved for this instead of exit code 3.", rich_help_panel=RULES)
+        Taken | None,
+        typer.Option(help="What an unresolved outcome is taken for, instead of exit code 3.", rich_help_panel=RULES),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the rules in force and where each is from.", rich_help_panel=RULES)
     ] = False,
     budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="As 90, 120s or 2m; imports count.", rich_help_panel=MEASURING)
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Time that measuring may take, imports counted, as 90, 120s or 2m.",
+            rich_help_panel=MEASURING,
+        ),
     ] = None,
     given: dict[str, Any],
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the report, a later --baseline.", rich_help_panel=MEASURING),
+        typer.Option(
+            metavar="FILE",
+            help="Write the report of what was measured here, for a later --baseline.",
+            rich_help_panel=MEASURING,
+        ),
     ] = None,
     output: Annotated[
         list[Path] | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write .json, .xml (JUnit), .md or .txt.", rich_help_panel=OUTPUT
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the outcome here, as .json, .xml (JUnit), .md or .txt; may be repeated.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     format: Annotated[GateFormat, typer.Option(help="What stdout gets.", rich_help_panel=OUTPUT)] = GateFormat.text,  # noqa: A002
