@@ -186,7 +186,7 @@ def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path
     said = config.model_dump(exclude={"gate"}, exclude_none=True)
     merged = replace(options, **{key: value for key, value in said.items() if getattr(options, key) is None})
     if merged.data is None:
-        where = f"{file} names none" if file else "no curv.toml was found"
+        where = f"{file} names none" if file else "no curv.toml lies beside or above the checkpoint"
         raise UsageError(f"no data shard: --data was not given and {where}", hint="pass --data FILE of training tokens")
     return merged, merged.data
 
