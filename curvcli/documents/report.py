@@ -11,6 +11,7 @@ from curvcli.documents.base import Document, Finding, Versions, read_document
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
 VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
+MOST_LAYERS = 100_000
 ENDS = "embedding, head"  # what the part outside the layers is called
 
 
@@ -54,13 +55,13 @@ class PartEstimate(Estimate):
 class LayerEstimate(PartEstimate):
     """Of one layer."""
 
-    index: int
+    index: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 
 
 class DepthEstimate(Estimate):
     """Curvature over embedding, head and the first `depth` layers."""
 
-    depth: int
+    depth: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 
 
 class Cumulative(Document):
@@ -77,7 +78,7 @@ class Checkpoint(Document):
     format: str
     step: int | None
     parameters: int
-    layers: Annotated[int, Field(ge=0, le=100_000)]
+    layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 
 
 class DataFile(Document):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from math import inf
 
 from curvcli.documents import Report, Track
 from curvcli.judge.limits import STABLE_BELOW
-from curvcli.render.frame import number
 from curvcli.render.track_points import newest
 
 
@@ -49,9 +49,10 @@ def track_advice(track: Track) -> list[Step]:
 def _verdict(report: Report) -> list[Step]:
     rho, lr = report.full.rho, report.optimizer.lr
     # With the curvature as it is, rho grows in proportion to lr but for a part of weight decay over 2/lr.
-    target = lr * STABLE_BELOW / rho if lr and rho and rho > 0 else None
-    at = f"; with curvature as it is now, rho would be {STABLE_BELOW:g} at a learning rate of about {number(target, 2)}"
-    at = at if target is not None else ""
+    target = lr * STABLE_BELOW / rho if lr and rho and rho > 0 else inf
+    # A rho that is next to nothing says nothing of the learning rate.
+    known = f"; with curvature as it is now, rho would be {STABLE_BELOW:g} at a learning rate of about {target:.2g}"
+    at = known if target < inf else ""
     if report.verdict == "unstable":
         return [
             Step(f"Lower the learning rate or lengthen its warm-up{at}. Curvature moves with it: measure again after."),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from math import floor, inf, log10
+from decimal import ROUND_FLOOR, Context
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -311,5 +312,4 @@ def _bearing(measured: Measured) -> list[Finding]:
 
 def _rounded_down(value: float) -> str:
     """Three digits, never above the value: typed back in, it has to fit."""
-    unit = 10.0 ** (floor(log10(value)) - 2)
-    return f"{floor(value / unit) * unit:.3g}"
+    return f"{float(Context(prec=3, rounding=ROUND_FLOOR).create_decimal(value)):.3g}"

@@ -177,6 +177,34 @@ def test_a_number_of_any_size_in_a_document(tmp_path: Path, kind: str, data: st.
             schedule_series(loaded)
 
 
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        (("full", "rho"), 5e-324),
+        (("full", "rho"), 0.0),
+        (("full", "rho"), -1.0),
+        (("optimizer", "lr"), 0.0),
+        (("cumulative", "restricted", 1, "depth"), 2**53),
+    ],
+)
+def test_numbers_that_overflow_what_is_derived_of_them(tmp_path: Path, place: tuple[Any, ...], value: float) -> None:
+    """A rho next to nothing, under a learning rate that advice is reckoned from, is shown or refused."""
+    from curvcli.render import TEXT
+
+    document, load = _documents()["report"]
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    file = tmp_path / "document.json"
+    file.write_text(json.dumps(document))
+    if place[-1] == "depth":
+        refused(lambda: load(file), "less than or equal to 100000")
+    else:
+        for render in TEXT.values():
+            assert "inf" not in render(load(file)).replace("info", "")
+
+
 def test_a_schedule_of_two_billion_blocks(tmp_path: Path) -> None:
     document, load = _documents()["schedule"]
     (tmp_path / "s.json").write_text(json.dumps({**document, "depth": 2**31}))
