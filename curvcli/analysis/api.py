@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,9 +11,10 @@ from torch import nn
 
 from curvcli import documents
 from curvcli.analysis.document import Provenance, write
-from curvcli.analysis.solve import Measurement, Progress
-from curvcli.curvature.davidson import Davidson
+from curvcli.analysis.solve import Measured, Measurement
+from curvcli.analysis.stages import Progress
 from curvcli.curvature.hvp import Mode
+from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.problem import Loss, Problem, measurable
 from curvcli.errors import UsageError
 from curvcli.models.blocks import find_blocks, locate, survey
@@ -46,6 +47,8 @@ def analyze(
     progress: Progress | None = None,
     deadline: float = float("inf"),
     depths: bool = True,
+    truncated: bool | None = None,
+    on_verdict: Callable[[documents.Report], None] | None = None,
     provenance: Provenance | None = None,
 ) -> documents.Report:
     """Curvature of a model as its optimizer sees it, in full, per layer and cumulative over depth.
@@ -63,13 +66,17 @@ def analyze(
         lr: learning rate to use instead of the optimizer's: that of the largest parameter group that moves; the others
             keep their ratio to it.
         mode: how Hessian-vector products are made; "auto" times the exact ones and takes the fastest.
-        tolerance: residual over lambda at which the full model and the restricted depths count as converged;
-            layers, truncated networks and parts of the shard take three times it.
+        tolerance: residual over lambda at which the full model and the restricted depths count as converged, if no
+            eigenvalue lies more than three times that above (depths: ten times); layers and truncated networks take three
+            times it, and twenty-five times it above.
         max_hvps: products that one estimate may take.
         progress: called with what is being done and the fraction done.
-        deadline: instant of `time.monotonic()` from which nothing more is started. The full model is then measured
-            first, and what was not reached has the status "skipped".
-        depths: measure the two curves over depth too, which take about half of the products.
+        deadline: instant of `time.monotonic()` from which nothing more is started. What was not reached has the status
+            "skipped"; the full model comes first.
+        depths: measure the curve over depth too.
+        truncated: measure the networks cut short too. They mean something near initialisation, and None measures them
+            where the loss of the network cut to half its depth is near the whole's.
+        on_verdict: called with a report of the full model as soon as that is known; layers and depths are "skipped" in it.
         provenance: what the report says of its inputs; needed only where they are files.
 
     Returns:
@@ -91,13 +98,18 @@ def analyze(
         notes: dict[str, str] = {}
         if blocks is not None:
             blocks, notes = survey(problem, blocks)
-        solver = Davidson(tolerance=tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
+        margin = 3 * tolerance
+        solver = Lanczos(tolerance, margin, max_products=max_hvps, seed=seed, deadline=deadline)
         say = progress or (lambda stage, done: None)
-        work = Measurement(problem, preconditioner, blocks, solver, mode, say, depths=depths)
-        found = work.run()
+        work = Measurement(problem, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated)
         said = provenance or Provenance(lr_source="optimizer" if lr is None else "option")
         said = replace(said, notes={**said.notes, **notes})
-        return write(work, found, said, sum(weights) if weights else None)
+        tokens = sum(weights) if weights else None
+
+        def report(found: Measured) -> documents.Report:
+            return write(work, found, said, tokens)
+
+        return report(work.run((lambda found: on_verdict(report(found))) if on_verdict else lambda found: None))
 
 
 def check_effort(tolerance: float, max_hvps: int) -> None:

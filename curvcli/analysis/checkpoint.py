@@ -16,7 +16,7 @@ from curvcli.analysis.api import Estimated, analyze, check_effort
 from curvcli.analysis.config import find_config
 from curvcli.analysis.document import Provenance
 from curvcli.analysis.options import Options as Options  # whoever opens a checkpoint needs them
-from curvcli.analysis.solve import Progress
+from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from curvcli import documents
 from curvcli.analysis.solve import Measured, Measurement, Solved
 from curvcli.curvature import resources
+from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
 from curvcli.judge.verdict import explain, judge
 from curvcli.models.blocks import display
@@ -56,7 +58,7 @@ class _Writer:
         empty = dict.fromkeys(documents.Estimate.model_fields)
         if extremes is None:
             return {**empty, "hvps": 0, "status": "skipped" if solved.skipped else "empty"}
-        if extremes.top is None or extremes.bottom is None or extremes.status == "asymmetric":
+        if extremes.top is None or extremes.status == "asymmetric":
             return {**empty, "hvps": extremes.products, "status": extremes.status}
         top, bottom, threshold = extremes.top, extremes.bottom, self.preconditioner.threshold
         status = "converged" if extremes.status == "converged" else "unconverged"
@@ -64,11 +66,12 @@ class _Writer:
             "eigenvalue": top.value,
             "rho": top.value / threshold if threshold is not None else None,
             "residual": top.residual,
-            "most_negative": bottom.value,
-            "most_negative_residual": bottom.residual,
-            "most_negative_status": "converged" if extremes.bottom_converged else "unconverged",
+            "most_negative": bottom.value if bottom else None,
+            "most_negative_residual": bottom.residual if bottom else None,
+            "most_negative_status": None if bottom is None else "converged" if extremes.bottom_converged else "unconverged",
             "hvps": extremes.products,
             "status": "inconsistent" if solved.inconsistent else status,
+            "ceiling": extremes.ceiling if extremes.ceiling < inf else None,
         }
 
     def report(self, provenance: Provenance, tokens: float | None) -> documents.Report:
@@ -94,39 +97,32 @@ class _Writer:
             for i, s in enumerate(layers)
         ]
         curves = documents.Cumulative(
-            restricted=[documents.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.restricted)],
+            restricted=[documents.DepthEstimate(**self.entry(s), depth=k) for k, s in found.restricted.items()],
             truncated=[documents.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.truncated)],
         )
-        generalisation = self.generalisation(estimate)
+        body = None
+        if found.body is not None:
+            body = documents.BodyEstimate(**self.entry(found.body), rows=sum(found.rare.values()))
+        generalisation = self.generalisation(body or estimate)
         attribution, participation = self.attribution(found.full)
-        points = []
-        for share, solved in found.prefixes:
-            entry = self.entry(solved)
-            usable = entry["status"] == "converged"
-            points.append(
-                documents.TokensPoint(
-                    tokens=round(share * data.tokens),
-                    eigenvalue=entry["eigenvalue"] if usable else None,
-                    rho=entry["rho"] if usable else None,
-                )
-            )
         report = documents.Report(
             checkpoint=checkpoint,
             data=data,
             optimizer=optimizer,
             full=estimate,
+            body=body,
             ends=ends,
             layers=layer_entries,
             cumulative=curves,
             update=update,
-            tokens=points,
+            tokens=self.prefixes(body or estimate, data.tokens),
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=judge(estimate, generalisation),
+            verdict=judge(body or estimate, generalisation),
             findings=[],
             cost=documents.Cost(
-                hvps=work.hvps,
+                hvps=round(work.hvps),
                 seconds=time.perf_counter() - work.started,
                 peak_memory_bytes=resources.peak_bytes(work.device),
                 device=str(work.device),
@@ -146,29 +142,50 @@ class _Writer:
         )
         return report.model_copy(update={"findings": findings})
 
-    def generalisation(self, full: documents.Estimate) -> documents.Generalisation:
-        threshold, held_out = self.preconditioner.threshold, self.measured.held_out
+    def generalisation(self, judged: documents.Estimate) -> documents.Generalisation:
+        threshold, folds = self.preconditioner.threshold, self.measured.folds
+        spread = folds.spread() if folds and judged.status == "converged" else None
+        said: dict[str, Any] = {"held_out": None, "rho_low": None, "rho_high": None}
+        if spread:
+            said.update(held_out=spread.held_out, standard_error=spread.error, folds=spread.folds, confidence=CONFIDENCE)
         # Of an estimated preconditioner the scale follows the size of the batches that it was estimated on: no bracket
         # holds it, nor that of an update which is not known in full.
         unknown = self.preconditioner.kind == "estimated" or bool(self.preconditioner.doubts)
-        if full.rho is None or full.residual is None or threshold is None or unknown:
-            return documents.Generalisation(held_out=held_out, rho_low=None, rho_high=None)
-        high = full.rho + full.residual / threshold
-        if held_out is not None:
-            low: float | None = min(held_out / threshold, full.rho)
-            high = max(high, held_out / threshold)
-        else:
-            # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
-            low = full.rho if self.whole and len(self.problem.batches) == 1 else None
-        return documents.Generalisation(held_out=held_out, rho_low=low, rho_high=high)
+        value, residual = judged.eigenvalue, judged.residual
+        if value is None or residual is None or threshold is None or unknown:
+            return documents.Generalisation(**said)
+        if spread:
+            low, high = spread.bracket(value, residual)
+            return documents.Generalisation(**{**said, "rho_low": low / threshold, "rho_high": high / threshold})
+        # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
+        whole = self.whole and len(self.problem.batches) == 1
+        high = (value + residual) / threshold
+        return documents.Generalisation(**{**said, "rho_low": judged.rho if whole else None, "rho_high": high})
+
+    def prefixes(self, judged: documents.Estimate, tokens: int) -> list[documents.TokensPoint]:
+        """The top eigenvalue on a quarter, half and all of the shard."""
+        folds, threshold = self.measured.folds, self.preconditioner.threshold
+        value = judged.eigenvalue if judged.status == "converged" else None
+        points = [(1.0, value)]
+        if folds and value is not None:
+            count = len(folds.weights)
+            points = [*(folds.prefix(part) for part in sorted({-(-count // 4), -(-count // 2)} - {count})), *points]
+        return [
+            documents.TokensPoint(
+                tokens=round(share * tokens),
+                eigenvalue=value,
+                rho=None if value is None or not threshold else value / threshold,
+            )
+            for share, value in points
+        ]
 
     def attribution(self, full: Solved) -> tuple[list[documents.Attribution], float | None]:
         """Where the top eigenvector lives: by tensor, and by row where rows are tokens or positions."""
-        top = full.extremes.top if full.extremes else None
-        if top is None:
+        vector = full.extremes.vector if full.extremes else None
+        if vector is None:
             return [], None
         kinds = row_kinds(self.problem)
-        squares = top.vector.double().square()
+        squares = vector.double().square()
         squares /= squares.sum()
         sizes = [self.problem.parameters[n].numel() for n in self.names]
         found = []

@@ -1,30 +1,41 @@
-"""The solves: full model on parts of the shard, layers, depths, the next update. Raw pairs, no document."""
+"""The solves: full model, next update, layers, depths. Raw values, no document."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from curvcli.analysis.stages import Progress, Stages
 from curvcli.curvature import resources
-from curvcli.curvature.davidson import Davidson, Extremes
+from curvcli.curvature.davidson import Davidson
+from curvcli.curvature.folds import Folds
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
-from curvcli.curvature.operator import PreconditionedHessian
+from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.operator import Folded, Masked, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
+from curvcli.curvature.ritz import Extremes
 from curvcli.documents import Update
 from curvcli.errors import OutOfTime
+from curvcli.models.rows import Lookups, lookups
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update
 
-Progress = Callable[[str, float], None]
+FOLDS = 8  # parts of the shard that the full model is seen on, at most
+RARE = 10  # a row that the shard looks up fewer times than this is measured by its luck
+RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
+WARM = 4  # products that a depth may take from the vector of the depth above it
+NEAR_START = 1.1  # loss of the network cut to half its depth over the whole's, up to which the cut one means something
 
 
 @dataclass
 class Solved:
-    """An estimate's raw form: the pairs, and the names that its vectors run over."""
+    """An estimate's raw form, and the names that its vector runs over."""
 
     names: list[str]
     extremes: Extremes | None
@@ -33,38 +44,45 @@ class Solved:
 
     @property
     def converged(self) -> bool:
-        """Whether the top pair met its tolerance, and no part of these parameters came out above it."""
+        """Whether the top value met its tolerance, and no part of these parameters came out above it."""
         return self.extremes is not None and self.extremes.status == "converged" and not self.inconsistent
 
     @property
     def value(self) -> float:
-        """Largest Ritz value, a lower bound of the largest eigenvalue; -inf where there is no pair."""
+        """Largest Ritz value, a lower bound of the largest eigenvalue; -inf where there is none."""
         top = self.extremes.top if self.extremes else None
-        return top.value if top else float("-inf")
+        return top.value if top else -inf
 
     @property
-    def slack(self) -> float:
-        """Residual of the top pair, in units of the eigenvalue; 0 where there is no pair."""
-        top = self.extremes.top if self.extremes else None
-        return top.residual if top else 0.0
+    def ceiling(self) -> float:
+        """What no eigenvalue lies above; infinite where that is not known."""
+        return self.extremes.ceiling if self.extremes else inf
+
+    def bare(self) -> Solved:
+        """Without the vector."""
+        return replace(self, extremes=self.extremes and replace(self.extremes, vector=None))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
-    """What was found. `prefixes` pairs shares of the shard with solves on them, the last the full model.
+    """What was found so far.
 
-    `ends` are the parameters outside the layers, as one part; None where there are no layers.
+    `body` is the full model without the embedding rows that the shard hardly looks up, where they carry the top direction;
+    `rare` counts them by name. `folds` are of the body where there is one, else of the full model; None where the shard is
+    one batch. `ends` are the parameters outside the layers, as one part; None where there are no layers.
     """
 
     loss: float
-    prefixes: list[tuple[float, Solved]]
-    held_out: float | None
     full: Solved
-    update: Update
-    ends: Solved | None
-    layers: list[Solved]
-    restricted: list[Solved]
-    truncated: list[Solved]
+    folds: Folds | None = None
+    body: Solved | None = None
+    rare: dict[str, int] = field(default_factory=dict)
+    update: Update = field(default_factory=lambda: Update(critical_lr=None, ratio=None, status="skipped"))
+    ends: Solved | None = None
+    layers: list[Solved] = field(default_factory=list)
+    restricted: dict[int, Solved] = field(default_factory=dict)
+    truncated: list[Solved] = field(default_factory=list)
+    truncated_loss: float | None = None
 
 
 class Measurement:
@@ -75,17 +93,18 @@ class Measurement:
         problem: Problem,
         preconditioner: Preconditioner,
         blocks: Blocks | None,
-        solver: Davidson,
+        solver: Lanczos,
         mode: Mode | Literal["auto"],
         progress: Progress,
         *,
         depths: bool = True,
+        truncated: bool | None = None,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
-        self.solver, self.depths = solver, depths
+        self.depths, self.truncation = depths, truncated
         self.started = time.perf_counter()
-        self.hvps = 0
-        self.stages = _Stages(len(blocks.modules) if blocks else 0, progress, depths)
+        self.hvps = 0.0
+        self.stages = Stages(len(blocks.modules) if blocks else 0, progress, depths)
         self.names = [n for n in problem.parameters if n in preconditioner.root]
         of_block = [{id(p) for p in block.parameters()} for block in (blocks.modules if blocks else ())]
         self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
@@ -97,195 +116,198 @@ class Measurement:
         self.choice: Choice = choose(problem, mode=mode, memory=resources.free_bytes(device))
         size = sum(problem.parameters[n].numel() for n in self.names)
         itemsize = next(iter(problem.parameters.values())).element_size()
-        room = int(resources.free_bytes(device) / 4 / (2 * size * itemsize))
-        self.solver = replace(solver, basis=min(max(room, 6), 24))
+        room = int(resources.free_bytes(device) / 4 / (size * itemsize)) if size else 0
+        self.solver = replace(solver, basis=max(room, 8))
         self.device = device
 
     # --- solving -----------------------------------------------------------------------------
 
-    def operator(self, hvp: HVP, names: Sequence[str]) -> PreconditionedHessian:
+    def operator(self, hvp: HVP, names: Sequence[str], share: float = 1.0) -> PreconditionedHessian:
         """G restricted to `names`, on flat vectors in the order of `names`, with the products of `hvp`.
 
-        Raises ValueError where `names` is empty.
+        Args:
+            share: of a whole product that one of `hvp` stands for.
+
+        Raises:
+            ValueError: `names` is empty.
         """
-        return PreconditionedHessian(hvp, self.preconditioner.root.restrict(names), self.preconditioner.decay)
+        root = self.preconditioner.root.restrict(names)
+        return PreconditionedHessian(_Counting(hvp, self, share), root, self.preconditioner.decay)
+
+    def folded(self, hvp: HVP) -> Folded:
+        """G of the full model, as the mean of those of the shard's folds."""
+        weights = self.problem.weights
+        parts = torch.arange(len(weights)).tensor_split(min(FOLDS, len(weights)))
+        folds: list[tuple[float, Operator]] = []
+        for part in parts:
+            share = sum(weights[i] for i in part)
+            folds.append((share, self.operator(hvp.subset(part.tolist()), self.names, share)))
+        return Folded(folds)
 
     @property
-    def coarse(self) -> Davidson:
-        """The solver of layers, truncated networks and parts of the shard, at three times the tolerance.
+    def coarse(self) -> Lanczos:
+        """The solver of layers and truncated networks, on which no verdict hangs: errors go with the residual's square."""
+        return replace(self.solver, tolerance=3 * self.solver.tolerance, margin=25 * self.solver.tolerance)
 
-        The smallest eigenvalue's is twice its own. Errors go with the residual's square, and no verdict hangs on them.
-        All restricted depths, the full model last, are solved to the tolerance itself.
-        """
-        return replace(self.solver, tolerance=3 * self.solver.tolerance, bottom_tolerance=2 * self.solver.bottom_tolerance)
-
-    def solve(self, hvp: HVP, names: list[str], start: Sequence[tuple[Sequence[str], Tensor]] = ()) -> Solved:
-        """Both ends of the spectrum over `names`, from vectors over other names carried over."""
+    def solve(self, hvp: HVP, names: list[str], solver: Lanczos) -> Solved:
+        """Both ends of the spectrum over `names`, from a random start."""
         if not names:
             return Solved(names, None)
         self.in_time()
-        operator = self.operator(_Counting(hvp, self), names)
-        vectors = [self.carry(operator, source, vector) for source, vector in start]
-        return Solved(names, self.coarse.extremes(operator, vectors))
+        return Solved(names, solver.extremes(self.operator(hvp, names)))
 
     def in_time(self) -> None:
         """Raises OutOfTime where nothing more may be started."""
         if self.solver.expired:
             raise OutOfTime
 
-    def carry(self, operator: PreconditionedHessian, names: Sequence[str], vector: Tensor) -> Tensor:
-        """A flat vector over `names` as one over the operator's parameters: cut to them, 0 on those that it lacks."""
-        return operator.root.carry(vector, self.preconditioner.root.restrict(names))
-
-    def ends(self, *solved: Solved) -> list[tuple[Sequence[str], Tensor]]:
-        """Start vectors: the eigenvectors found at both ends."""
-        found = [(s.names, s.extremes) for s in solved if s.extremes]
-        return [(names, pair.vector) for names, e in found for pair in (e.top, e.bottom) if pair]
-
     # --- the parts ---------------------------------------------------------------------------
 
-    def run(self) -> Measured:
-        """Everything, in the order in which each solve can start from the last.
+    def run(self, on_full: Callable[[Measured], None] = lambda measured: None) -> Measured:
+        """Everything, the full model first.
 
-        Under a deadline the full model comes first, and what is not reached is skipped. Raises OutOfTime where
-        not even the full model was reached.
+        What is not reached before the deadline is skipped. Raises OutOfTime where not even the full model was reached.
+
+        Args:
+            on_full: called as soon as the full model is known, which is what a verdict needs.
         """
         self.stages.enter("gradient")
         gradients = gradient(self.problem, self.names)
-        loss = self.problem.mean_loss()
+        loss, looked_up = lookups(self.problem)
         hvp = build(self.problem, self.choice.mode)
-        prefixes, held_out = self.prefixes(hvp)
-        hint = prefixes[-1][1] if prefixes else None
-        full = self.full(hvp, hint) if self.solver.deadline < float("inf") or not self.depths else None
-        update = Update(critical_lr=None, ratio=None, status="skipped")
-        ends: list[Solved] = []
-        layers: list[Solved] = []
-        restricted: list[Solved] = []
-        truncated: list[Solved] = []
+        found = self.full(hvp, loss, looked_up)
         try:
-            update = self.update(hvp, gradients)
-            ends.extend(self.outside(hvp, full or hint))
-            layers.extend(self.layers(hvp, full or hint))
-            if self.depths:
-                restricted.extend(self.restricted(hvp, full or hint, ends, layers))
+            self.stages.enter("next update")
+            counted = _Counting(hvp, self, 1.0)
+            found.update = next_update(self.problem, self.preconditioner, counted, self.names, gradients)
+            del gradients
+            on_full(self.completed(found))
+            self.parts(hvp, found)
+            if self.depths and self.layer_names:
+                self.curve(hvp, found)
                 del hvp  # its graphs make room for those of the shortened networks
-                truncated.extend(self.truncated(restricted[-1]))
+                self.shortened(found)
         except OutOfTime:  # what was finished has been added one by one
             pass
         self.stages.enter("report")
-        if ends and restricted:  # the same parameters once more, with other start vectors
-            ends[0].inconsistent = violates(restricted[0], ends[0])
-        full = self.best(full, [*ends, *layers], restricted)
-        prefixes.append((1.0, full))
-        self.skip(ends, layers, restricted, truncated, full)
-        outside = ends[0] if ends else None
-        return Measured(loss, prefixes, held_out, full, update, outside, layers, restricted, truncated)
+        everything = [*_some(found.ends), *found.layers, *found.restricted.values()]
+        found.full.inconsistent = found.full.inconsistent or any(violates(part, found.full) for part in everything)
+        return self.completed(found)
 
-    def full(self, hvp: HVP, hint: Solved | None) -> Solved:
-        """The full model on its own, to the tolerance itself."""
+    def full(self, hvp: HVP, loss: float, looked_up: Lookups) -> Measured:
+        """The full model; without the rows that the shard hardly looks up too, where the top direction lies on them."""
         self.stages.enter("full model")
         self.in_time()
-        operator = self.operator(_Counting(hvp, self), self.names)
-        start = [self.carry(operator, *end) for end in (self.ends(hint) if hint else [])]
-        return Solved(self.names, self.solver.extremes(operator, start) if self.names else None)
+        if not self.names:
+            return Measured(loss, Solved(self.names, None))
+        solver = replace(self.solver, bottom_tolerance=0.1)
+        operator = self.folded(hvp)
+        full = Solved(self.names, solver.extremes(operator))
+        found = Measured(loss, full, _folds(operator))
+        rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
+        rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
+        vector = full.extremes.vector if full.extremes else None
+        if vector is None or not rows:
+            return found
+        mask = torch.cat([_entries(self.problem.parameters[n], rows.get(n)) for n in self.names])
+        if float(vector[~mask].double().square().sum()) < RARE_MASS:
+            return found
+        self.stages.enter("full model without rare rows")
+        if self.solver.expired:
+            return found
+        operator = self.folded(hvp)
+        found.body = Solved(self.names, self.solver.extremes(Masked(operator, mask))).bare()
+        found.rare = {n: int(m.sum()) for n, m in rows.items()}
+        found.folds = _folds(operator)
+        return found
 
-    def best(self, full: Solved | None, parts: list[Solved], restricted: list[Solved]) -> Solved:
-        """The full model as the restricted curve ends in it; where that was cut short, as it was solved for first."""
-        whole = len(restricted) == len(self.layer_names) + 1
-        if full is None or (whole and restricted[-1].converged):
-            return restricted[-1]
-        full.inconsistent = any(violates(part, full) for part in (*parts, *restricted))
-        return full
-
-    def skip(
-        self, ends: list[Solved], layers: list[Solved], restricted: list[Solved], truncated: list[Solved], full: Solved
-    ) -> None:
-        """Entries for what was not reached; the truncated curve ends in the full model, which was."""
-        depths = len(self.layer_names)
-        if self.layer_names and not ends:
-            ends.append(Solved(self.outer, None, skipped=True))
-        layers += [Solved(names, None, skipped=True) for names in self.layer_names[len(layers) :]]
-        if not self.depths:
+    def parts(self, hvp: HVP, found: Measured) -> None:
+        """Embedding, head and what else lies outside the blocks, alone; and each block alone, the rest held still."""
+        if not self.layer_names:
             return
-        restricted += [Solved(self.upto(k), None, skipped=True) for k in range(len(restricted), depths + 1)]
-        if self.blocks and self.blocks.truncation:
-            truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), depths)]
-            truncated.append(full)
-
-    def prefixes(self, hvp: HVP) -> tuple[list[tuple[float, Solved]], float | None]:
-        """The full model on growing prefixes of the shard, each warm from the last; and the held-out quotient."""
-        count = len(self.problem.batches)
-        half = -(-count // 2)
-        solved: list[tuple[float, Solved]] = []
-        held_out: float | None = None
-        for prefix in sorted({-(-count // 4), half} - {count}):
-            self.stages.enter("full model on part of the shard")
-            part = hvp.subset(range(prefix))
-            answer = self.solve(part, self.names, self.ends(*[s for _, s in solved[-1:]]))
-            solved.append((sum(self.problem.weights[:prefix]), answer))
-            if prefix == half and answer.extremes and answer.extremes.top:
-                rest = self.operator(_Counting(hvp.subset(range(prefix, count)), self), self.names)
-                vector = answer.extremes.top.vector
-                quotient = float(vector @ rest.matvec(vector))
-                held_out = quotient if abs(quotient) < float("inf") else None
-        return solved, held_out
-
-    def update(self, hvp: HVP, gradients: list[Tensor]) -> Update:
-        """Curvature along the optimizer's own next step (one product)."""
-        self.stages.enter("next update")
-        return next_update(self.problem, self.preconditioner, _Counting(hvp, self), self.names, gradients)
-
-    def outside(self, hvp: HVP, hint: Solved | None) -> Iterator[Solved]:
-        """Embedding, head and what else lies outside the blocks, alone, where there are blocks."""
-        if self.layer_names:
-            self.stages.enter("embedding, head")
-            yield self.solve(hvp, self.outer, self.ends(*([hint] if hint else [])))
-
-    def layers(self, hvp: HVP, hint: Solved | None) -> Iterator[Solved]:
-        """Each block alone, the rest of the network held still."""
+        self.stages.enter("embedding, head")
+        # Depth 0 of the curve, too.
+        found.ends = self.solve(hvp, self.outer, self.coarse).bare()
         for i, names in enumerate(self.layer_names):
             self.stages.enter(f"layer {i}")
-            yield self.solve(hvp, names, self.ends(*([hint] if hint else [])))
+            found.layers.append(self.solve(hvp, names, self.coarse).bare())
 
-    def restricted(self, hvp: HVP, hint: Solved | None, outside: list[Solved], layers: list[Solved]) -> Iterator[Solved]:
-        """Embedding, head and the first k blocks of the intact network; the last is the full model.
+    @property
+    def sharp(self) -> Lanczos:
+        """The solver of restricted depths, whose ceilings bound the depths below them."""
+        return replace(self.solver, margin=3 * self.solver.tolerance)
 
-        One basis serves all depths, so the curve cannot fall. It takes in each block's own top
-        vector, so that it does not stay under any of its blocks either (Cauchy interlacing).
+    def curve(self, hvp: HVP, found: Measured) -> None:
+        """Embedding, head and the first k blocks of the intact network, from the full model down.
+
+        Eigenvalues can only fall with the depth (Cauchy interlacing), so what bounds a depth from above bounds those below
+        it. Where that is near enough, a few products from the vector of the depth above do, and none of a fresh start.
         """
-        operator = self.operator(_Counting(hvp, self), self.names)
-        depths = range(len(layers) + 1)
+        last = len(self.layer_names)
+        above = found.full
+        found.restricted[last] = found.full.bare()
+        for depth in range(last - 1, 0, -1):
+            self.stages.enter(f"restricted to depth {depth}")
+            solved = self.lowered(hvp, self.upto(depth), above)
+            if solved is None:
+                solved = self.solve(hvp, self.upto(depth), self.sharp)
+            solved.inconsistent = any(violates(part, solved) for part in (*found.layers[:depth], *_some(found.ends)))
+            above.inconsistent = above.inconsistent or violates(solved, above)
+            found.restricted[depth] = solved.bare()
+            above = solved if solved.extremes and solved.extremes.vector is not None else above
+        found.restricted[0] = found.ends or Solved(self.outer, None)
 
-        def supports() -> Iterator[tuple[Tensor, list[Tensor]]]:
-            for depth in depths:
-                last = depth == depths[-1]
-                self.stages.enter("full model" if last else f"restricted to depth {depth}")
-                self.in_time()
-                mask = operator.root.mask(self.upto(depth))
-                ends = self.ends(*([hint] if hint else []))
-                start = ends if depth == 0 or last else ends[:1]
-                start += self.ends(layers[depth - 1])[:1] if depth else self.ends(*outside)[:1]
-                yield mask, [self.carry(operator, names, vector) * mask for names, vector in start]
+    def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved | None:
+        """A depth from the one above it; None where that says too little of it."""
+        wide = above.extremes
+        if not names or wide is None or wide.vector is None:
+            return None
+        self.in_time()
+        operator = self.operator(hvp, names)
+        start = operator.root.carry(wide.vector, self.preconditioner.root.restrict(above.names))
+        warm = Davidson(self.coarse.tolerance, inf, max_products=WARM, seed=self.solver.seed, deadline=self.solver.deadline)
+        extremes = warm.extremes(operator, [start])
+        top, ceiling = extremes.top, wide.ceiling
+        if (
+            top is None
+            or extremes.status != "converged"
+            or ceiling - top.value > 10 * self.solver.tolerance * abs(top.value)
+        ):
+            return None
+        return Solved(names, replace(extremes, bottom=None, ceiling=ceiling))
 
-        below: list[Solved] = []  # the depth before
-        for depth, extremes in zip(depths, self.solver.nested(operator, supports()), strict=True):
-            solved = Solved(self.names if self.upto(depth) else [], extremes)
-            solved.inconsistent = any(violates(part, solved) for part in [*below, *outside, *layers[:depth]])
-            yield solved
-            below = [solved]
-
-    def truncated(self, full: Solved) -> Iterator[Solved]:
-        """The network of the first k blocks alone, up to the full model."""
-        if not self.blocks or not self.blocks.truncation:
+    def shortened(self, found: Measured) -> None:
+        """The network of the first k blocks alone, up to the full model; near initialisation, or where it is asked for."""
+        if not self.blocks or not self.blocks.truncation or self.truncation is False:
             return
-        last: list[Solved] = []
+        if self.truncation is None:
+            self.in_time()
+            first = self.problem.subset([0])
+            whole = first.mean_loss()
+            found.truncated_loss = first.truncated(self.blocks, len(self.layer_names) // 2).mean_loss()
+            if not found.truncated_loss <= NEAR_START * abs(whole):
+                return
         for depth in range(len(self.layer_names)):
             self.stages.enter(f"truncated at depth {depth}")
             self.in_time()
             hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
-            solved = self.solve(hvp, self.upto(depth), self.ends(full, *last))
-            yield solved
-            last = [solved]
+            found.truncated.append(self.solve(hvp, self.upto(depth), self.coarse).bare())
+        found.truncated.append(found.full)
+
+    def completed(self, found: Measured) -> Measured:
+        """With entries for what was not reached."""
+        last = len(self.layer_names)
+        if not last:
+            return found
+        layers = [*found.layers, *(Solved(names, None, skipped=True) for names in self.layer_names[len(found.layers) :])]
+        ends = found.ends or Solved(self.outer, None, skipped=True)
+        restricted = dict(found.restricted)
+        for depth in range(last + 1 if self.depths else 0):
+            restricted.setdefault(depth, Solved(self.upto(depth), None, skipped=True))
+        truncated = list(found.truncated)
+        if self.depths and truncated and len(truncated) <= last:
+            truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), last)] + [found.full]
+        return replace(found, ends=ends, layers=layers, restricted=dict(sorted(restricted.items())), truncated=truncated)
 
     def upto(self, depth: int) -> list[str]:
         """Parameters outside the layers and in the first `depth` of them, in the model's order."""
@@ -296,45 +318,38 @@ class Measurement:
 class _Counting:
     """An engine that counts its products and moves the progress on."""
 
-    def __init__(self, hvp: HVP, work: Measurement) -> None:
-        self.hvp, self.work = hvp, work
+    def __init__(self, hvp: HVP, work: Measurement, share: float) -> None:
+        self.hvp, self.work, self.share = hvp, work, share  # of a product over the whole shard
 
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
-        self.work.hvps += 1
-        self.work.stages.tick()
+        self.work.hvps += self.share
+        self.work.stages.tick(self.share)
         return self.hvp.product(names, tangents)
 
     def subset(self, indices: Sequence[int]) -> HVP:
-        return _Counting(self.hvp.subset(indices), self.work)
-
-
-class _Stages:
-    """Progress in stages whose cost is guessed beforehand in products of the full model."""
-
-    def __init__(self, layers: int, progress: Progress, depths: bool) -> None:
-        self.progress = progress
-        self.total = 14.0 + (6 if layers else 0) + layers * (6 + (5 + 5 if depths else 0))
-        self.done, self.planned, self.ticks, self.name = 0.0, 0.0, 0, ""
-
-    def enter(self, name: str) -> None:
-        self.done += self.planned
-        kind = name.split()[0]
-        self.planned = {"full": 4.0, "embedding,": 6.0, "layer": 6.0, "restricted": 5.0, "truncated": 5.0}.get(kind, 1.0)
-        self.ticks, self.name = 0, name
-        self._say()
-
-    def tick(self) -> None:
-        self.ticks += 1
-        self._say()
-
-    def _say(self) -> None:
-        # Within a stage: towards its planned cost and never past it, however many products it takes.
-        within = self.planned * (1 - 0.75**self.ticks)
-        self.progress(self.name, min((self.done + within) / self.total, 1.0))
+        return _Counting(self.hvp.subset(indices), self.work, self.share)
 
 
 def violates(lower: Solved, upper: Solved) -> bool:
-    """Whether `upper`, over more parameters, came out below `lower` by more than rounding."""
-    if lower.extremes is None or upper.extremes is None or lower.inconsistent:
+    """Whether `lower`, over fewer parameters, came out above all that `upper` can be."""
+    if lower.extremes is None or upper.extremes is None or upper.extremes.top is None or lower.inconsistent:
         return False
-    return upper.value < lower.value - upper.slack - 1e-5 * abs(lower.value)
+    most = max(upper.value + upper.extremes.top.residual, upper.ceiling if upper.ceiling < inf else upper.value)
+    return lower.value > most + 1e-5 * abs(lower.value)
+
+
+def _some(solved: Solved | None) -> list[Solved]:
+    return [solved] if solved else []
+
+
+def _folds(operator: Folded) -> Folds | None:
+    if len(operator.folds) < 2:
+        return None
+    return Folds([weight for weight, _ in operator.folds], operator.projected())
+
+
+def _entries(parameter: Tensor, rare: Tensor | None) -> Tensor:
+    """True on the entries of a parameter, flat, that are in no rare row."""
+    if rare is None:
+        return torch.ones(parameter.numel(), dtype=torch.bool, device=parameter.device)
+    return (~rare).to(parameter.device)[:, None].expand(parameter.shape[0], parameter[0].numel()).reshape(-1)

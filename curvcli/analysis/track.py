@@ -16,7 +16,7 @@ from typing import Any, Literal
 from curvcli.analysis.cache import Cache, FileCache, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.analysis.checkpoint import Opened, architecture_of, open_for_analysis
 from curvcli.analysis.options import Options, options_of
-from curvcli.analysis.solve import Progress
+from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
 from curvcli.errors import CurvError, InputError, UsageError

@@ -1,4 +1,7 @@
-"""Both ends of a symmetric operator's spectrum by a thick-restarted Davidson iteration.
+"""Both ends of a symmetric operator's spectrum by a thick-restarted Davidson iteration, warm from vectors at hand.
+
+A small residual says that some eigenvalue is near, not that none lies above: a start that is nearly an eigenvector stops the
+solve before anything else is seen. Where that matters take curvature/lanczos.py.
 
 The basis grows by the residual of the wanted Ritz pair, which from one start vector spans the same
 Krylov space as Lanczos, so the two ends share every product. Unlike Lanczos it takes any number of
@@ -10,7 +13,7 @@ Comput. 29, 2007), which keeps convergence near that of the unrestarted method.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,32 +21,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.operator import Operator
-
-Status = Literal["converged", "max-hvps", "non-finite", "asymmetric"]
-
-
-@dataclass(frozen=True)
-class Ritz:
-    """An approximate eigenpair with its certificate: some eigenvalue lies within `residual` of `value`.
-
-    At the top `value` is a lower bound of the largest eigenvalue, at the bottom an upper bound of
-    the smallest. `vector` is of the operator's space and has norm 1.
-    """
-
-    value: float
-    residual: float
-    vector: Tensor
-
-
-@dataclass(frozen=True)
-class Extremes:
-    """Result of a solve. `top` and `bottom` are None where status is "non-finite"; status is the top's."""
-
-    top: Ritz | None
-    bottom: Ritz | None
-    status: Status
-    products: int
-    bottom_converged: bool = False
+from curvcli.curvature.ritz import Extremes, Ritz, Status
 
 
 @dataclass(frozen=True)
@@ -83,36 +61,10 @@ class Davidson:
             start: warm start vectors of the operator's space, any number. A random one is used
                 where there is none.
         """
-        space = _Subspace(operator, self.capacity(operator), self.seed)
-        return self._solve(space, start)
-
-    def nested(self, operator: Operator, supports: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> Iterator[Extremes]:
-        """The same restricted to growing sets of coordinates, in one basis.
-
-        A vector supported on a small set has an image on all coordinates, so the basis of one set
-        serves the next without a further product. The values can never fall from set to set, as
-        Cauchy interlacing demands of the true ones.
-
-        Args:
-            supports: boolean vectors of the operator's space, each containing the one before, with
-                start vectors that are zero outside it.
-        """
-        space = _Subspace(operator, self.capacity(operator), self.seed)
-        for mask, start in supports:
-            space.support = mask
-            yield self._solve(space, start)
-
-    def capacity(self, operator: Operator) -> int:
-        """Vectors that the basis has room for: `basis`, at least 6, and no more than the space has entries."""
-        return min(max(self.basis, 6), operator.space.size)
-
-    def _solve(self, space: _Subspace, start: Sequence[Tensor]) -> Extremes:
-        before = space.products
+        space = _Subspace(operator, min(max(self.basis, 6), operator.space.size), self.seed)
         for vector in start:
             space.expand(vector)
-        # Beside start vectors too: where the operator falls into parts (a branch with a loss of its own), what lies in
-        # another part than they do is in no residual of theirs, and the top of one part passes for the top.
-        if not space.count or (start and self.bottom_tolerance < float("inf")):
+        if not space.count:
             space.expand(space.random())
         while space.status is None:
             top, bottom = space.pair(-1), space.pair(0)
@@ -122,14 +74,14 @@ class Davidson:
             # One vector, as from a warm start that is an eigenvector still, says nothing of the other end, nor that
             # nothing lies above it.
             bottom_done = bottom_done and (space.count > 1 or space.complete or self.bottom_tolerance == float("inf"))
-            products = space.products - before
             status: Status = "converged" if top_done or space.complete else "max-hvps"
             if space.skew > self.asymmetry * space.norm:
                 status = "asymmetric"
-            if (top_done and bottom_done) or space.complete or products >= self.max_products or self.expired:
-                return Extremes(top, bottom, status, products, bottom.residual <= 0.1 * abs(bottom.value))
+            if (top_done and bottom_done) or space.complete or space.products >= self.max_products or self.expired:
+                known = bottom.residual <= 0.1 * abs(bottom.value)
+                return Extremes(top, bottom, space.vector(-1), status, space.products, known)
             space.improve(0 if top_done else -1)
-        return Extremes(None, None, space.status, space.products - before)
+        return Extremes(None, None, None, space.status, space.products)
 
 
 class _Subspace:
@@ -144,21 +96,20 @@ class _Subspace:
         self.skew = 0.0
         self.status: Literal["non-finite"] | None = None
         self.generator = torch.Generator().manual_seed(seed)
-        self.support: Tensor | None = None
         self.previous: Tensor | None = None  # the last wanted Ritz vector, in coordinates of the basis
         self.values, self.vectors = torch.zeros(0), torch.zeros(0, 0)
 
     @property
     def complete(self) -> bool:
         """The basis spans the whole space: the Ritz values are the eigenvalues."""
-        return self.count == (self.space.size if self.support is None else self.space.count(self.support))
+        return self.count == self.space.size
 
     @property
     def norm(self) -> float:
         return float(self.values.abs().max())
 
     def random(self) -> Tensor:
-        return self._within(self.space.random(self.generator))
+        return self.space.random(self.generator)
 
     def expand(self, vector: Tensor) -> None:
         """Add a direction at the cost of one product; one inside the span is replaced by a random one."""
@@ -185,24 +136,22 @@ class _Subspace:
 
     def pair(self, index: int) -> Ritz:
         """Ritz pair by rank: -1 is the top, 0 the bottom."""
-        vector, residual = self._ritz(index)
-        return Ritz(float(self.values[index]), self.space.norm(residual), vector)
+        return Ritz(float(self.values[index]), self.space.norm(self._residual(index)))
+
+    def vector(self, index: int) -> Tensor:
+        """The vector of a Ritz value, of norm 1."""
+        return self.space.combine(self.vectors[:, index], self.basis[: self.count])
 
     def improve(self, index: int) -> None:
         """Expand by the residual of one Ritz pair, restarting first where the basis is full."""
-        _, residual = self._ritz(index)
+        residual = self._residual(index)
         if self.count < len(self.basis):
             self.previous = self.vectors[:, index]
         self.expand(residual)
 
-    def _ritz(self, index: int) -> tuple[Tensor, Tensor]:
-        y = self.vectors[:, index]
-        vector = self.space.combine(y, self.basis[: self.count])
-        image = self.space.combine(y, self.images[: self.count])
-        return vector, self._within(image - float(self.values[index]) * vector)
-
-    def _within(self, vector: Tensor) -> Tensor:
-        return vector if self.support is None else vector * self.support
+    def _residual(self, index: int) -> Tensor:
+        image = self.space.combine(self.vectors[:, index], self.images[: self.count])
+        return image - float(self.values[index]) * self.vector(index)
 
     def _restart(self) -> None:
         """Keep the extreme Ritz vectors and the previous iterate (GD+k)."""

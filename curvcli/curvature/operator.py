@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from curvcli.curvature.hvp import HVP
@@ -62,3 +63,50 @@ class PreconditionedHessian:
             for image, t, weight in zip(images, tangents, self.decay, strict=True)
         ]
         return self.root.flatten(self.root.apply(curved))
+
+
+class Masked:
+    """An operator on some coordinates alone: the others of every vector, and of its image, are taken for 0."""
+
+    def __init__(self, operator: Operator, mask: Tensor) -> None:
+        self.operator, self.space = operator, operator.space
+        self.mask = mask  # (n,), true where there is something
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The image of what lies within the mask, cut to it; of shape (n,)."""
+        return self.mask * self.operator.matvec(self.mask * vector)
+
+
+class Folded:
+    """The weighted mean of operators that stand for parts of the data, which are seen through the vectors it is applied to.
+
+    Between the vectors of a Lanczos basis every fold is a small matrix, which costs no product: that of the whole is made
+    of the folds' own.
+
+    Args:
+        folds: a weight, which sum to 1, and an operator for each; all on one space.
+    """
+
+    def __init__(self, folds: Sequence[tuple[float, Operator]]) -> None:
+        self.folds, self.space = folds, folds[0][1].space
+        self.vectors: list[Tensor] = []  # each (n,), as they were given
+        self.columns: list[list[list[float]]] = [[] for _ in folds]
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The mean's image of a vector of shape (n,), which is kept, not copied."""
+        self.vectors.append(vector)
+        total = torch.zeros_like(vector)
+        for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
+            image = operator.matvec(vector)
+            columns.append([float(self.space.inner(v[None], image)[0]) for v in self.vectors])
+            total += weight * image
+        return total
+
+    def projected(self) -> Tensor:
+        """Every fold between the vectors: shape (folds, k, k), float64, symmetric."""
+        size = len(self.vectors)
+        found = torch.zeros(len(self.folds), size, size, dtype=torch.float64)
+        for matrix, columns in zip(found, self.columns, strict=True):
+            for j, column in enumerate(columns):
+                matrix[: j + 1, j] = matrix[j, : j + 1] = torch.tensor(column, dtype=torch.float64)
+        return found

@@ -105,11 +105,11 @@ class Part:
     """An estimate of a report and what it is of.
 
     Args:
-        kind: full, ends (embedding and head), layer, restricted or truncated (over depth).
+        kind: full, body (without rare rows), ends (embedding and head), layer, restricted or truncated (over depth).
         index: of the layer, or the depth.
     """
 
-    kind: Literal["full", "ends", "layer", "restricted", "truncated"]
+    kind: Literal["full", "body", "ends", "layer", "restricted", "truncated"]
     index: int | None
     name: str
     parameters: int | None
@@ -127,6 +127,8 @@ class Measurement:
 def parts(report: Report) -> list[Part]:
     """Every estimate of a report: the full model, embedding and head, layers, and the two curves over depth."""
     found = [Part("full", None, "full model", report.checkpoint.parameters, report.full)]
+    if report.body:
+        found.append(Part("body", None, "without rare rows", None, report.body))
     found += [Part("ends", None, e.name, e.parameters, e) for e in (report.outside,) if e]
     found += [Part("layer", e.index, e.name, e.parameters, e) for e in report.layers]
     found += [Part("restricted", e.depth, f"depth {e.depth}", None, e) for e in report.cumulative.restricted]
@@ -200,6 +202,7 @@ PARTS: tuple[Column[Part], ...] = (
         "most_negative", "most negative", lambda p: p.estimate.most_negative, digits=3, rank=60, absent=("table",),
         before=_bound,
     ),
+    Column("ceiling", "at most", lambda p: p.estimate.ceiling, digits=4, rank=55, absent=("table",)),
     Column("most_negative_residual", "its residual", lambda p: p.estimate.most_negative_residual, absent=_PEOPLE),
     Column("most_negative_status", "its status", lambda p: p.estimate.most_negative_status, kind="word", absent=_PEOPLE),
     Column("hvps", "HVPs", lambda p: p.estimate.hvps, kind="count", rank=70, absent=("table", "markdown")),
@@ -214,21 +217,21 @@ POINTS: tuple[Column[Measurement], ...] = (
         "verdict", "verdict", _of(lambda r: r.verdict), kind="word", rank=10, leaves=None, absent=_TOLD,
         rule=GateRule("require-resolved", "data", "The verdict must be resolved.", kind="flag"),
     ),
-    Column("status", "status", _of(lambda r: r.full.status), kind="word", absent=_PEOPLE),
+    Column("status", "status", _of(lambda r: r.judged.status), kind="word", absent=_PEOPLE),
     Column(
-        "rho", "rho", _of(lambda r: r.full.rho), digits=3, rank=20, leaves=None, absent=_TOLD, solved=True,
+        "rho", "rho", _of(lambda r: r.judged.rho), digits=3, rank=20, leaves=None, absent=_TOLD, solved=True,
         rule=GateRule("max-rho", "full model", "Largest rho of the full model."),
     ),
     Column("rho_low", "low", _of(lambda r: r.generalisation.rho_low), digits=3, rank=30, absent=_ELSEWHERE),
     Column("rho_high", "high", _of(lambda r: r.generalisation.rho_high), digits=3, rank=40, absent=_ELSEWHERE),
     Column(
-        "lambda", "lambda", _of(lambda r: r.full.eigenvalue), rank=60, leaves=3, absent=_TOLD, solved=True,
+        "lambda", "lambda", _of(lambda r: r.judged.eigenvalue), rank=60, leaves=3, absent=_TOLD, solved=True,
         rule=GateRule(
             "max-regression", "comparison", "Percent that lambda may lie over the baseline's.", kind="percent",
             what="rise of lambda in percent",
         ),
     ),
-    Column("residual", "residual", _of(lambda r: r.full.residual), digits=2, absent=_PEOPLE),
+    Column("residual", "residual", _of(lambda r: r.judged.residual), digits=2, absent=_PEOPLE),
     Column("threshold", "threshold", _of(lambda r: r.optimizer.threshold), rank=65, absent=_ELSEWHERE),
     Column(
         "update_ratio", "lr/critical", _of(lambda r: r.update.ratio), digits=3, rank=70, leaves=4,

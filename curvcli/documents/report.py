@@ -35,6 +35,10 @@ class Estimate(Document):
     )
     hvps: Annotated[int, Field(ge=0, description="Hessian-vector products spent")]
     status: Status
+    ceiling: float | None = Field(
+        default=None,
+        description="no eigenvalue lies above it, but for a chance of 1 in 1,000; null in documents of older versions",
+    )
 
     @field_validator("most_negative_status")
     @classmethod
@@ -50,6 +54,15 @@ class PartEstimate(Estimate):
 
     name: str
     parameters: int
+
+
+class BodyEstimate(Estimate):
+    """Of the full model without the rows of embeddings that the shard hardly looks up, on which its top direction lies.
+
+    Such a row's curvature is that of a few tokens, and no number of the data behind the shard: the verdict is on the rest.
+    """
+
+    rows: int = Field(description="left out: looked up at least once, and fewer than ten times")
 
 
 class LayerEstimate(PartEstimate):
@@ -134,7 +147,7 @@ class Update(Document):
 
 
 class TokensPoint(Document):
-    """Top eigenvalue on a prefix of the shard, solved for on its own."""
+    """Top eigenvalue on a prefix of the shard, a lower bound: between the vectors that the whole shard was solved with."""
 
     tokens: int
     eigenvalue: float | None
@@ -142,15 +155,24 @@ class TokensPoint(Document):
 
 
 class Generalisation(Document):
-    """A bracket for the curvature of the data behind the shard.
+    """A bracket for the curvature of the data behind the shard, from what it is when parts of the shard are left out.
 
-    `held_out` is v.Gv on the second half of the shard for the top eigenvector v of the first half.
-    In expectation it is at most the data's lambda, as the shard's own lambda is at least that.
+    Of the body, where the report has one; else of the full model.
     """
 
-    held_out: float | None
+    held_out: float | None = Field(
+        description="mean over folds of v.Gv on the fold, for the top eigenvector v of the others: in expectation at most "
+        "the data's lambda, as the shard's own lambda is at least that"
+    )
     rho_low: float | None
     rho_high: float | None
+    standard_error: float | None = Field(
+        default=None, description="of lambda, by the jackknife over folds; null where the shard is one batch"
+    )
+    folds: int | None = Field(default=None, description="parts of the shard, each left out once")
+    confidence: float | None = Field(
+        default=None, description="how often rho of the data lies within the bracket; null in documents of older versions"
+    )
 
 
 class Attribution(Document):
@@ -185,6 +207,9 @@ class Report(Document):
     data: Data
     optimizer: Optimizer
     full: Estimate
+    body: BodyEstimate | None = Field(
+        default=None, description="the full model without rare rows, where they carry its top direction"
+    )
     ends: PartEstimate | None = Field(
         default=None,
         description="embedding, head and what else lies outside the layers, as one part; null without layers, and in "
@@ -201,6 +226,11 @@ class Report(Document):
     findings: list[Finding]
     cost: Cost
     versions: Versions
+
+    @property
+    def judged(self) -> Estimate:
+        """What the verdict is on: the body where there is one, else the full model."""
+        return self.body or self.full
 
     @property
     def outside(self) -> PartEstimate | None:

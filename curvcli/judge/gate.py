@@ -84,7 +84,7 @@ def decide(
             checkpoint=report.checkpoint.path if report else None,
             step=report.checkpoint.step if report else None,
             tokens=report.data.tokens if report else None,
-            rho=report.full.rho if report else None,
+            rho=report.judged.rho if report else None,
             verdict=readings.verdict(),
         ),
         baseline=baseline,

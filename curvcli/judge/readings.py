@@ -72,7 +72,7 @@ class ReportReadings:
 
     def rho(self) -> Reading:
         """rho of the full model on the data."""
-        full, held = self.report.full, self.report.generalisation
+        full, held = self.report.judged, self.report.generalisation
         if reason := _reason(full) or self._no_rho(self.report):
             return Reading("rho", full.rho, reason=reason)
         if self.report.optimizer.preconditioner == "estimated":
@@ -138,7 +138,7 @@ class ReportReadings:
         """rho over what it was before."""
         if self.history:
             return self._over_history("surge of rho")
-        return self._ratio("surge of rho", lambda r: r.full.rho, lambda r: r.optimizer.threshold, lambda x: x)
+        return self._ratio("surge of rho", lambda r: r.judged.rho, lambda r: r.optimizer.threshold, lambda x: x)
 
     def _over_history(self, what: str) -> Reading:
         """rho over the median of what it was; the corners of both brackets."""
@@ -152,9 +152,9 @@ class ReportReadings:
                 return Reading(what, reason=f"the baseline does not compare: {reason}")
             if _shard(old) != _shard(report):
                 return Reading(what, reason="the shards differ; measure the whole run on one")
-        brackets = [_on_shard(r.full.rho, r.full.residual, r.optimizer.threshold) for r in (report, *self.history)]
+        brackets = [_on_shard(r.judged.rho, r.judged.residual, r.optimizer.threshold) for r in (report, *self.history)]
         known = [(low, high) for low, high in brackets if low is not None and high is not None]
-        if len(known) < len(brackets) or report.full.rho is None:
+        if len(known) < len(brackets) or report.judged.rho is None:
             return Reading(what, reason="a value is missing")
         (low, high), before = known[0], known[1:]
         old_low, old_high = median(b[0] for b in before), median(b[1] for b in before)
@@ -162,11 +162,13 @@ class ReportReadings:
             return Reading(what, reason=f"the median before may be 0 or below ({old_low:.4g}): nothing can be divided by it")
         corners = [a / b for a in (low, high) for b in (old_low, old_high)]
         narrow = "lower --tolerance of curv track"
-        return Reading(what, report.full.rho / old_low, min(corners), max(corners), narrow=narrow)
+        return Reading(what, report.judged.rho / old_low, min(corners), max(corners), narrow=narrow)
 
     def regression(self) -> Reading:
         """Percent that lambda has risen over the baseline's."""
-        return self._ratio("rise of lambda in percent", lambda r: r.full.eigenvalue, lambda r: 1.0, lambda x: 100 * (x - 1))
+        return self._ratio(
+            "rise of lambda in percent", lambda r: r.judged.eigenvalue, lambda r: 1.0, lambda x: 100 * (x - 1)
+        )
 
     def _ratio(
         self,
@@ -186,7 +188,7 @@ class ReportReadings:
             value, per = number(report), unit(report)
             if reason := _reason(report.full) or ("" if per and per > 0 else _NO_RHO):
                 return Reading(what, reason=f"{name}{'lambda ' if name else ''}{reason}")
-            low, high = _on_shard(value, report.full.residual, per)
+            low, high = _on_shard(value, report.judged.residual, per)
             if not same:
                 held = report.generalisation.held_out
                 if held is None or low is None or not per:
@@ -211,7 +213,7 @@ class ReportReadings:
     @staticmethod
     def _no_rho(report: Report) -> str:
         threshold = report.optimizer.threshold
-        return "" if threshold is not None and threshold > 0 and report.full.rho is not None else _NO_RHO
+        return "" if threshold is not None and threshold > 0 and report.judged.rho is not None else _NO_RHO
 
 
 # Rules on what needs more than the number and its own bracket: another report, the held-out data, reasons of its own.
@@ -234,7 +236,7 @@ def track_readings(track: Track, baseline: Report | None = None) -> ReportReadin
 
 def past(points: Sequence[TrackPoint], window: int) -> list[Report]:
     """Reports of the last `window` points whose rho is known and certified: what a surge is over."""
-    known = [p.report for p in points if p.report and p.report.full.rho is not None and certified(p.report.full)]
+    known = [p.report for p in points if p.report and p.report.judged.rho is not None and certified(p.report.judged)]
     return known[-window:]
 
 

@@ -23,13 +23,12 @@ from curvcli.judge.limits import certified, classify
 LOSS_APART, NATS_APART = 1.4, 0.1
 
 
-def judge(full: Estimate, generalisation: Generalisation) -> VerdictName:
-    """Verdict on the full model, unresolved where the residual or more data could change it.
+def judge(judged: Estimate, generalisation: Generalisation) -> VerdictName:
+    """Verdict on the full model, or on its body where rare rows are left out; unresolved where more data could change it.
 
-    rho is taken to lie between the held-out and the shard's own value plus the residual: the
-    verdict stands only where both ends agree on it.
+    rho of the data is taken to lie within the bracket: the verdict stands only where both ends agree on it.
     """
-    if not certified(full) or generalisation.rho_low is None or generalisation.rho_high is None:
+    if not certified(judged) or generalisation.rho_low is None or generalisation.rho_high is None:
         return "unresolved"
     low, high = classify(generalisation.rho_low), classify(generalisation.rho_high)
     return low if low == high else "unresolved"
@@ -58,6 +57,7 @@ def explain(
     found = [*given, *_loss(report.data.loss, logged_loss)]
     found += _preconditioner(report.optimizer, idle, left_out, notes)
     found += _update(report.update)
+    found += _body(report)
     found += _shape(report.full, report.parts, report.outside, report.attribution)
     found += _quality(report)
     order = {"error": 0, "warning": 1, "info": 2}
@@ -65,7 +65,7 @@ def explain(
 
 
 def _headline(report: Report, doubts: Sequence[str]) -> Finding:
-    verdict, full, optimizer = report.verdict, report.full, report.optimizer
+    verdict, full, optimizer = report.verdict, report.judged, report.optimizer
     generalisation, data = report.generalisation, report.data
     if optimizer.threshold is None:
         why = "no optimizer was taken" if optimizer.name == "none" else "no learning rate is known"
@@ -113,9 +113,8 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
         return Finding(
             code="unresolved-tokens",
             severity="warning",
-            message=f"on {data.tokens:,} tokens rho is {full.rho:.3g}, on held-out tokens the same direction has "
-            f"{low:.3g}: the data's own rho lies between {low:.3g} and {high:.3g}, which spans a verdict's limit; "
-            f"run again with more, e.g. --tokens {4 * data.tokens}",
+            message=f"on {data.tokens:,} tokens rho is {full.rho:.3g}, and that of the data behind them lies between "
+            f"{low:.3g} and {high:.3g}, which spans a verdict's limit; run again with more, e.g. --tokens {4 * data.tokens}",
         )
     words = {
         "stable": "below the edge of stability: curvature does not limit this learning rate",
@@ -217,6 +216,21 @@ def _update(update: Update) -> list[Finding]:
     return []
 
 
+def _body(report: Report) -> list[Finding]:
+    full, body = report.full, report.body
+    if body is None or full.eigenvalue is None or body.eigenvalue is None:
+        return []
+    with_them = f"rho {full.rho:.3g}" if full.rho is not None else f"lambda {full.eigenvalue:.4g}"
+    return [
+        Finding(
+            code="rare-rows",
+            severity="warning" if full.rho is not None and classify(full.rho) == "unstable" else "info",
+            message=f"with the {body.rows:,} embedding rows that this shard looks up fewer than ten times it is "
+            f"{with_them}: that is their few tokens' luck, and concerns their rows alone; the verdict leaves them out",
+        )
+    ]
+
+
 def _shape(
     full: Estimate, parts: list[PartEstimate], ends: PartEstimate | None, attribution: list[Attribution]
 ) -> list[Finding]:
@@ -268,7 +282,7 @@ def _shape(
 
 
 def _quality(report: Report) -> list[Finding]:
-    full, generalisation = report.full, report.generalisation
+    generalisation = report.generalisation
     found: list[Finding] = []
     parts: list[tuple[str, Estimate]] = [(e.name, e) for e in (report.ends,) if e]
     parts += [(f"layer {e.index}", e) for e in report.layers]
@@ -300,21 +314,6 @@ def _quality(report: Report) -> list[Finding]:
                 code="no-held-out",
                 severity="info",
                 message="a single batch cannot be split: the verdict takes it for all of the data",
-            )
-        )
-    elif (
-        full.rho
-        and generalisation.held_out is not None
-        and generalisation.rho_low is not None
-        and generalisation.rho_low < 0.5 * full.rho
-        and report.verdict != "unresolved"
-    ):
-        found.append(
-            Finding(
-                code="shard-overstates",
-                severity="info",
-                message=f"held-out tokens give {generalisation.rho_low:.3g} along the same direction: lambda of this "
-                "shard overstates that of the data",
             )
         )
     return found

@@ -42,6 +42,35 @@ def row_kinds(problem: Problem) -> dict[int, RowKind]:
     return found
 
 
+@dataclass(frozen=True)
+class Lookups:
+    """How often each row of an embedding was looked up."""
+
+    counts: dict[int, Tensor]  # by `id` of the weight: (rows,)
+
+    def rare(self, weight: Tensor, most: int) -> Tensor | None:
+        """True on rows, of shape (rows,), looked up at least once and fewer than `most` times; None for other weights."""
+        counts = self.counts.get(id(weight))
+        return None if counts is None else (counts > 0) & (counts < most)
+
+
+def lookups(problem: Problem) -> tuple[float, Lookups]:
+    """The mean loss over the shard, and what its forward passes look up."""
+    counts: dict[int, Tensor] = {}
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, nn.Embedding) and arguments and isinstance(arguments[0], Tensor):
+            found = torch.bincount(arguments[0].reshape(-1).to(torch.int64), minlength=module.num_embeddings).cpu()
+            counts[id(module.weight)] = counts.get(id(module.weight), 0) + found
+
+    handles = [m.register_forward_hook(hook) for m in problem.model.modules() if isinstance(m, nn.Embedding)]
+    try:
+        return problem.mean_loss(), Lookups(counts)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class _Used:
     """What a forward pass looked up, the last linear layer with its output, and what the model returned."""

@@ -47,7 +47,7 @@ def track_advice(track: Track) -> list[Step]:
 
 
 def _verdict(report: Report) -> list[Step]:
-    rho, lr = report.full.rho, report.optimizer.lr
+    rho, lr = report.judged.rho, report.optimizer.lr
     # With the curvature as it is, rho grows in proportion to lr but for a part of weight decay over 2/lr.
     target = lr * STABLE_BELOW / rho if lr and rho and rho > 0 else inf
     # A rho that is next to nothing says nothing of the learning rate.

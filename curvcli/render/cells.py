@@ -61,7 +61,7 @@ def point_cells(row: Row) -> list[Cell]:
 
 def summary(report: Report) -> list[tuple[str, str]]:
     """Label and value of the report's numbers that no sentence of its own tells; a question mark says not to rely on one."""
-    item, sure = Measurement(report), certified(report.full)
+    item, sure = Measurement(report), certified(report.judged)
     return [
         (column.label, written(column, item) + ("" if sure or not column.solved else "?"))
         for column in shown(POINTS, "summary")

@@ -22,7 +22,7 @@ def plot(report: Report, suffix: str) -> bytes:
 
 def picture(report: Report) -> Picture:
     """Each part alone as a bar, the two cumulative curves, and the threshold."""
-    rho = f", rho {number(report.full.rho, 3)}" if report.full.rho is not None else ""
+    rho = f", rho {number(report.judged.rho, 3)}" if report.judged.rho is not None else ""
     step = f", step {report.checkpoint.step:,}" if report.checkpoint.step is not None else ""
     return Picture(lambda drawn: _draw(drawn, report), [3.9], f"{report.verdict}{rho}{step}")
 

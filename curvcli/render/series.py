@@ -162,7 +162,7 @@ def told(row: Row) -> str:
     if row.low is not None and row.high is not None:
         text += f"; between {number(row.low, 3)} and {number(row.high, 3)} on the data behind the shard"
     if not row.certified:
-        text += f"; {row.report.full.status}, not to be relied on"
+        text += f"; {row.report.judged.status}, not to be relied on"
     if row.ratio is not None:
         text += f"; lr {number(row.ratio, 3)} of its critical"
     return text + (f"; surge, {number(row.point.surge, 2)} times the median before" if row.point.surged else "")

@@ -36,16 +36,17 @@ def _head(report: Report) -> Text:
     state = {"checkpoint": "", "estimated": ", preconditioner estimated", "none": ", no preconditioner"}
     text.append(f"{optimizer.name}, {lr}{state[optimizer.preconditioner]}\n\n")
     text.append(f" {report.verdict.upper()} ", style=f"bold reverse {colour}")
-    if report.full.rho is not None:
-        text.append(f"  rho {number(report.full.rho, 3)}", style="bold")
-        text.append(f"  (lambda {number(report.full.eigenvalue)}, threshold {number(optimizer.threshold)})")
-    elif report.full.eigenvalue is not None:
-        text.append(f"  lambda {number(report.full.eigenvalue)}, no threshold without a learning rate")
+    if report.judged.rho is not None:
+        text.append(f"  rho {number(report.judged.rho, 3)}", style="bold")
+        text.append(f"  (lambda {number(report.judged.eigenvalue)}, threshold {number(optimizer.threshold)})")
+    elif report.judged.eigenvalue is not None:
+        text.append(f"  lambda {number(report.judged.eigenvalue)}, no threshold without a learning rate")
     else:
-        text.append(f"  no estimate: {report.full.status}")
+        text.append(f"  no estimate: {report.judged.status}")
     low, high = report.generalisation.rho_low, report.generalisation.rho_high
     if report.generalisation.held_out is not None and low is not None and high is not None:
-        text.append(f"\n on the data behind the shard, expect rho between {number(low, 3)} and {number(high, 3)}")
+        odds = f"{report.generalisation.confidence:.0%} " if report.generalisation.confidence else ""
+        text.append(f"\n on the data behind the shard {odds}expect rho between {number(low, 3)} and {number(high, 3)}")
     if report.update.ratio is not None:
         text.append(
             f"\n next update: lr is {number(report.update.ratio, 3)} of its critical {number(report.update.critical_lr, 3)}"
@@ -57,7 +58,8 @@ def _head(report: Report) -> Text:
 
 
 def _layers(report: Report, console: Console) -> Table:
-    found = [part for part in parts(report) if part.kind in ("ends", "layer")] + parts(report)[:1]
+    found = [part for part in parts(report) if part.kind in ("ends", "layer")]
+    found += [part for part in parts(report) if part.kind in ("body", "full")]
     columns = present(shown(PARTS, "table"), found)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     for column in columns:
@@ -66,7 +68,7 @@ def _layers(report: Report, console: Console) -> Table:
         else:
             table.add_column(column.label, justify="left" if column.kind == "word" else "right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    use_rho = report.full.rho is not None
+    use_rho = report.judged.rho is not None
     values = [_size(part.estimate, use_rho) for part in found]
     # The bar's end is the threshold unless something is past it: then the tick at 1 shows how far.
     limit = max([*(v for v in values if v is not None), 1.0 if use_rho else 0.0]) or 1.0

@@ -198,7 +198,7 @@ def _heading(track: Track) -> str:
     last = newest(track)
     if last is None or last.report is None:
         return "nothing was measured"
-    rho = f", rho {number(last.report.full.rho, 3)}" if last.report.full.rho is not None else ""
+    rho = f", rho {number(last.report.judged.rho, 3)}" if last.report.judged.rho is not None else ""
     step = f", step {last.step:,}" if last.step is not None else ""
     return f"{last.report.verdict}{rho}{step}"
 

@@ -86,7 +86,7 @@ def _row(point: TrackPoint, place: int | None) -> Row:
     return Row(
         point,
         place,
-        certified=certified(report.full),
+        certified=certified(report.judged),
         eigenvalue=values["lambda"],
         threshold=values["threshold"],
         rho=values["rho"],

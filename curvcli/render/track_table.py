@@ -58,11 +58,11 @@ def _head(track: Track) -> Text:
         return text.append(" nothing could be measured\n", style="not bold red")
     report = last.report
     text.append(f" {report.verdict.upper()} ", style=f"bold reverse {COLOURS[report.verdict]}")
-    value = f"rho {number(report.full.rho, 3)}" if report.full.rho is not None else "no rho"
+    value = f"rho {number(report.judged.rho, 3)}" if report.judged.rho is not None else "no rho"
     text.append(f"  {value}", style="bold")
     text.append(f"  at {plain(last.checkpoint) if last.step is None else f'step {last.step:,}'}", style="not bold")
-    if not certified(report.full):
-        text.append(f"  {report.full.status}: not to be relied on", style="not bold yellow")
+    if not certified(report.judged):
+        text.append(f"  {report.judged.status}: not to be relied on", style="not bold yellow")
     if last is not track.points[-1]:
         text.append("\n the newest checkpoint could not be measured: see below", style="not bold yellow")
     return text.append("\n")

@@ -215,14 +215,14 @@ class CurvatureTracker:
         operator = PreconditionedHessian(engine, root, preconditioner.decay)
         start = [root.lower(near)] if near else []
         extremes = self.solver.extremes(operator, start)
-        if extremes.top is None:
+        if extremes.top is None or extremes.vector is None:
             return _Found(status="non-finite", message="a Hessian-vector product overflowed"), None
         if extremes.status == "asymmetric":
             return _Found(
                 status="asymmetric", message="products fail u.Gv = v.Gu: a kernel is differentiable once only"
             ), None
         top = extremes.top
-        direction = root.lift(top.vector)
+        direction = root.lift(extremes.vector)
         rho = (
             top.value / preconditioner.threshold
             if preconditioner.threshold is not None and not preconditioner.doubts

@@ -1,0 +1,201 @@
+"""Both ends of a symmetric operator's spectrum by Lanczos from a random start, with a bound from above.
+
+A Ritz value is a lower bound of the largest eigenvalue, and its residual says that *some* eigenvalue is near: neither says
+that nothing lies above. What does is the start. The k-th Lanczos vector is p_k(G) v_1 and has norm 1, so an eigenvector u of
+an eigenvalue mu has |p_k(mu)| |u.v_1| <= 1. A random start is not nearly orthogonal to u but by bad luck:
+|u.v_1| >= e = delta sqrt(pi / (2 n)) but for a probability of delta (Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl.
+13, 1992). p_k grows beyond the Ritz values, so with that confidence mu is at most the root of p_k(t) = 1 / e: the ceiling
+(van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2001). No gap in the spectrum is assumed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from math import inf, log, pi, sqrt
+
+import torch
+from torch import Tensor
+
+from curvcli.curvature.operator import Operator
+from curvcli.curvature.ritz import Extremes, Ritz, Status
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """Settings of the eigensolver.
+
+    Args:
+        tolerance: residual over |eigenvalue| at which the top pair counts as converged, if the ceiling is near too.
+        margin: how far the ceiling may lie above the top's value, over |value|, for it to count as converged.
+        doubt: probability that an eigenvalue lies above the ceiling after all.
+        bottom_tolerance: residual of the smallest eigenvalue that is waited for, over itself or half the top, whichever
+            is larger; infinite waits for nothing. It counts as converged only within a tenth of itself.
+        max_products: stop after this many products.
+        basis: vectors there is room for; one product each.
+        asymmetry: |u.Gv - v.Gu| over the norm of G, at most, before the products are called wrong.
+        seed: of the random start.
+        deadline: instant of `time.monotonic()` at which to stop with what there is.
+    """
+
+    tolerance: float = 1e-2
+    margin: float = 3e-2
+    doubt: float = 1e-3
+    bottom_tolerance: float = inf
+    max_products: int = 200
+    basis: int = 200
+    asymmetry: float = 1e-3
+    seed: int = 0
+    deadline: float = inf
+
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() >= self.deadline
+
+    def extremes(self, operator: Operator, warm: Tensor | None = None, share: float = 0.1) -> Extremes:
+        """Largest and smallest algebraic eigenvalue of `operator`.
+
+        Args:
+            warm: a vector of the operator's space, of shape (n,), thought to be near the top eigenvector.
+            share: norm of the random part of a start beside a warm one of norm sqrt(1 - share^2). The ceiling holds as it
+                does for a random start, with e times `share`: adding a fixed vector to a random one makes none of its
+                components less likely to be away from 0.
+        """
+        start, random_part = self._start(operator, warm, share)
+        walk = _Walk(operator, start)
+        evidence = self.doubt * sqrt(pi / (2 * operator.space.size)) * random_part
+        most = min(self.basis, self.max_products)
+        while walk.step():
+            top, bottom = walk.pair(-1), walk.pair(0)
+            ceiling = walk.ceiling(-log(evidence))
+            near = top.residual <= self.tolerance * abs(top.value) and ceiling - top.value <= self.margin * abs(top.value)
+            waiting = bottom.residual > self.bottom_tolerance * max(abs(bottom.value), abs(top.value) / 2)
+            crooked = walk.skew > self.asymmetry * walk.norm
+            if (near and not waiting) or walk.complete or crooked or walk.products >= most or self.expired:
+                status: Status = "asymmetric" if crooked else "converged" if near else "max-hvps"
+                known = bottom.residual <= 0.1 * abs(bottom.value)
+                return Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling)
+        return Extremes(None, None, None, "non-finite", walk.products)
+
+    def _start(self, operator: Operator, warm: Tensor | None, share: float) -> tuple[Tensor, float]:
+        """The first vector, of norm 1, and the norm of its random part."""
+        space = operator.space
+        start = space.random(torch.Generator().manual_seed(self.seed))
+        start = start / space.norm(start)
+        if warm is None or not 0 < (norm := space.norm(warm)) < inf:
+            return start, 1.0
+        mixed = sqrt(1 - share**2) / norm * warm + share * start
+        return mixed / (size := space.norm(mixed)), share / size
+
+
+class _Walk:
+    """Lanczos vectors, orthonormal to rounding, and the tridiagonal matrix that G is on them."""
+
+    rows = 8  # of memory taken at once
+
+    def __init__(self, operator: Operator, start: Tensor) -> None:
+        self.operator, self.space = operator, operator.space
+        self.blocks: list[Tensor] = []  # each (rows, n); the vectors, filled in order
+        self.diagonal: list[float] = []
+        self.beside: list[float] = []  # one entry more than the matrix has beside its diagonal: the norm of what is left
+        self.skew = self.norm = 0.0
+        self.rounding = 30 * torch.finfo(start.dtype).eps
+        self.complete = False
+        self._add(start)
+
+    @property
+    def products(self) -> int:
+        """Products made so far."""
+        return len(self.diagonal)
+
+    def step(self) -> bool:
+        """One product. False where it is not finite."""
+        k = self.products
+        left = self.operator.matvec(self._row(k))
+        if not self.space.finite(left):
+            return False
+        first = self._inner(left, k + 1)
+        left = self._without(left, first, k + 1)
+        second = self._inner(left, k + 1)  # "twice is enough" (Parlett, The Symmetric Eigenvalue Problem, section 6.9)
+        left = self._without(left, second, k + 1)
+        rest = self.space.norm(left)
+        # Of a symmetric G all inner products are 0 but those with the last two vectors, and that with the one before is
+        # the norm that was left there.
+        expected = first.new_zeros(k)
+        if k:
+            expected[-1] = self.beside[-1]
+            self.skew = max(self.skew, float((first[:k] - expected).abs().max()))
+        self.diagonal.append(float(first[k] + second[k]))
+        self.beside.append(rest)
+        matrix = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64))
+        for i, value in enumerate(self.beside[:-1]):
+            matrix[i, i + 1] = matrix[i + 1, i] = value
+        self.values, self.vectors = torch.linalg.eigh(matrix)
+        self.norm = float(self.values.abs().max())
+        # No start but one without a part in some eigenvector ends before the space does: all eigenvalues are found.
+        self.complete = k + 1 >= self.space.size or rest <= self.rounding * self.norm
+        if not self.complete:
+            self._add(left / rest)
+        return True
+
+    def pair(self, index: int) -> Ritz:
+        """Ritz value by rank, -1 the top, 0 the bottom; a residual never counts for less than rounding."""
+        residual = self.beside[-1] * abs(float(self.vectors[-1, index]))
+        exact = self.products == 1 and self.complete
+        return Ritz(float(self.values[index]), residual if exact else max(residual, self.rounding / 30 * self.norm))
+
+    def vector(self, index: int) -> Tensor:
+        """The vector of a Ritz value, of norm 1."""
+        pieces, done = [], 0
+        for block in self.blocks:
+            used = min(len(block), self.products - done)
+            pieces.append(self.space.combine(self.vectors[done : done + used, index], block[:used]))
+            done += used
+        return torch.stack(pieces).sum(dim=0)
+
+    def ceiling(self, evidence: float) -> float:
+        """The t above the top at which log p_k(t) is `evidence`."""
+        top = float(self.values[-1])
+        if self.complete:
+            return top
+        reach = self.rounding * max(self.norm, abs(top)) or 1.0
+        while self._growth(top + reach) < evidence:
+            reach *= 2
+        low, high = reach / 2, reach
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._growth(top + middle) < evidence else (low, middle)
+        return top + high
+
+    def _growth(self, t: float) -> float:
+        """log p_k(t), for t above all Ritz values, by the recurrence of the Lanczos vectors."""
+        ratio, total, before = inf, 0.0, 0.0
+        for diagonal, beside in zip(self.diagonal, self.beside, strict=True):
+            ratio = (t - diagonal - before / ratio) / beside
+            if ratio <= 0:  # t is a Ritz value to rounding
+                return -inf
+            total += log(ratio)
+            before = beside
+        return total
+
+    def _add(self, vector: Tensor) -> None:
+        block, row = divmod(self.products, self.rows)
+        if block == len(self.blocks):
+            self.blocks.append(self.space.empty(min(self.rows, self.space.size)))
+        self.blocks[block][row] = vector
+
+    def _row(self, index: int) -> Tensor:
+        block, row = divmod(index, self.rows)
+        return self.blocks[block][row]
+
+    def _inner(self, vector: Tensor, count: int) -> Tensor:
+        """Inner products with the first `count` vectors, in float64 on the CPU."""
+        rows = [block[: count - i * self.rows] for i, block in enumerate(self.blocks)]
+        return torch.cat([self.space.inner(r, vector) for r in rows]).cpu().double()
+
+    def _without(self, vector: Tensor, coefficients: Tensor, count: int) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            part = coefficients[i * self.rows : min((i + 1) * self.rows, count)]
+            vector = vector - self.space.combine(part, block[: len(part)])
+        return vector
