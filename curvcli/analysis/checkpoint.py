@@ -26,7 +26,7 @@ from curvcli.curvature.problem import Loss
 from curvcli.data.examples import Examples
 from curvcli.data.shards import Shard, find_sources
 from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
-from curvcli.errors import InputError, UsageError
+from curvcli.errors import InputError, UsageError, exhausted, memory_named
 from curvcli.models.architecture import named
 from curvcli.models.base import Architecture, Task
 from curvcli.models.user_code import blamed
@@ -49,6 +49,10 @@ class Opened:
 
     def measure(self, progress: Progress | None = None) -> documents.Report:
         """Build the model and measure. Raises CurvError."""
+        with memory_named(f"while {self.checkpoint.path} is measured"):
+            return self._measured(progress)
+
+    def _measured(self, progress: Progress | None) -> documents.Report:
         checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
@@ -63,8 +67,12 @@ class Opened:
             return gather(model, self.loss, [_to(part, device) for part in parts])
 
         batches = [_to(b, device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
-        with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
-            self.loss(model, batches[0])
+        try:
+            with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
+                self.loss(model, batches[0])
+        except Exception as error:
+            if not exhausted(error):
+                raise  # smaller batches may do
         optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
         if isinstance(self.read, Shard) and isinstance(shard, Examples):
             positions = len(self.read.windows) * self.read.sequence_length
