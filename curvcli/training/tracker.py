@@ -19,7 +19,7 @@ from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_directio
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Loss, Problem, check_lifted, gradient, measurable
 from curvcli.curvature.selftest import check_second_derivative
-from curvcli.curvature.untouched import hushed
+from curvcli.curvature.untouched import hushed, undrawn
 from curvcli.documents import Record
 from curvcli.errors import CurvError, exhausted
 from curvcli.judge.limits import certified
@@ -180,9 +180,8 @@ class CurvatureTracker:
         batches = self.probe if self.probe is not None else None if batch is None else [batch]
         if not batches:
             raise CurvError("there is nothing to measure on", hint="give a probe, or tracker.step(step, batch=batch)")
-        devices = {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
         with (
-            torch.random.fork_rng(devices=sorted(devices)),
+            undrawn(p.device for p in self.model.parameters()),
             measurable(self.model) as lifted,
             hushed(self.model) as still,
         ):
