@@ -61,12 +61,17 @@ class Opened:
         model.to(device)
 
         def evidence() -> Evidence:
-            # Up to 32 gradients, of rows that are measured anyway.
-            rows = max(1, 8192 // (shard.sequence_length or 1))
-            parts = shard.batches(max(1, rows // 32))[:32]
-            return gather(model, self.loss, [_to(part, device) for part in parts])
+            # Up to 32 gradients, of rows that are measured anyway, and of no more at once.
+            rows = min(size, max(1, 8192 // (shard.sequence_length or 1) // 32))
+            try:
+                return gather(model, self.loss, [_to(part, device) for part in shard.batches(rows)[:32]])
+            except Exception as error:
+                if rows == 1 or not exhausted(error):
+                    raise
+            return gather(model, self.loss, [_to(part, device) for part in shard.batches(1)[:32]])
 
-        batches = [_to(b, device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
+        size = options.batch_size or _batch_size(shard, checkpoint)
+        batches = [_to(b, device) for b in shard.batches(size)]
         try:
             with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
                 self.loss(model, batches[0])

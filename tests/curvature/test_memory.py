@@ -18,6 +18,7 @@ from curvcli.curvature.hvp import choose
 from curvcli.curvature.memory import leanest
 from curvcli.curvature.problem import Problem
 from curvcli.errors import InputError, OutOfMemoryError, UnsupportedError, exhausted, memory_named, shortage
+from curvcli.models.blocks import find_blocks, survey
 from curvcli.models.user_code import blamed
 
 
@@ -232,6 +233,21 @@ def test_a_mode_that_runs_out_of_memory_falls_out_as_such() -> None:
     kept_is_dear.calls = 0  # type: ignore[attr-defined]
     with pytest.raises(OutOfMemoryError, match="mode kept is out of memory"):
         choose(problem, mode="kept")
+
+
+def test_a_network_that_is_cut_short_and_runs_out_of_memory_is_one_that_runs() -> None:
+    net, batches = whole()
+
+    def dear_without_blocks(model: Any, batch: Any) -> Tensor:
+        if not len(model.layers):
+            of_torch()
+        return models.loss(model, batch)
+
+    problem = Problem.create(net, dear_without_blocks, batches, models.weights(batches))
+    blocks = find_blocks(net)
+    assert blocks is not None
+    with pytest.raises(RuntimeError, match="allocate"):
+        survey(problem, blocks)
 
 
 def test_no_second_derivative_is_still_that() -> None:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from wide import data, loss, network
 
 from curvcli import analyze
+from curvcli.curvature.hvp import random_direction
 from curvcli.curvature.precision import exact, norm
+from curvcli.curvature.problem import Problem
 
 
 def numbers(found: Any) -> tuple[float | None, ...]:
@@ -69,6 +71,13 @@ def test_what_a_caller_has_set_changes_no_bit(name: str, plain: tuple[float | No
     model, batches = network(), data()
     with AROUND[name]():
         assert numbers(analyze(model, loss, batches, mode="kept")) == plain
+
+
+def test_a_direction_is_the_same_whatever_the_default_type_is() -> None:
+    problem = Problem.create(network(), loss, data())
+    before = random_direction(problem)
+    with default_dtype(torch.float64):
+        assert all(torch.equal(a, b) for a, b in zip(before, random_direction(problem), strict=True))
 
 
 @pytest.mark.parametrize("made_of", ["model", "batches"])

@@ -73,6 +73,16 @@ def test_a_job_in_bfloat16_does_not_notice() -> None:
         assert all(torch.equal(state[key], its[key]) for key in state)
 
 
+def test_a_probe_in_bfloat16_goes_with_its_job() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).bfloat16()
+    probe = [torch.randn(8, 4).bfloat16() for _ in range(2)]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    record = CurvatureTracker(net, optimizer, lambda m, b: m(b).square().mean(), probe=probe).step(0)
+    assert record is not None
+    assert record.status == "converged", record.message
+
+
 def autocasting(model: nn.Module, batch: Any) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return models.loss(model, batch)
