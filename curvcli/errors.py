@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LEANER = "use --mode fresh, --batch-size 1, a shorter --sequence-length or fewer --tokens"
 LONGEST = 900  # characters of a message: names in a file have any length
 
 
@@ -42,6 +47,44 @@ class InputError(CurvError):
 
 class UnsupportedError(CurvError):
     """The input was understood, and the measurement does not exist for it."""
+
+
+class OutOfMemoryError(CurvError):
+    """The memory of the device or of the machine does not do."""
+
+
+_NO_MEMORY = ("out of memory", "t allocate memory", "not enough memory", "alloc_failed", "cannot allocate", "bad_alloc")
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, here or in what caused it.
+
+    Allocators raise MemoryError (Python, numpy), torch.OutOfMemoryError (CUDA) or a plain RuntimeError (torch on the CPU,
+    MPS, cuBLAS), which words alone tell from a model's own.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == OutOfMemoryError.__name__:
+        return True
+    if isinstance(error, (RuntimeError, OSError)) and any(words in str(error).lower() for words in _NO_MEMORY):
+        return True
+    return error.__cause__ is not None and exhausted(error.__cause__)
+
+
+def shortage(error: BaseException) -> str:
+    """What an allocator's error says that it was asked for, in a few words."""
+    text = " ".join(str(error).split())
+    asked = re.search(r"tried to allocate ([\d.]+ ?[a-z]+)", text, re.IGNORECASE)
+    return f"{asked[1]} more were asked for" if asked else plain(text[:120]) or type(error).__name__
+
+
+@contextmanager
+def memory_named(what: str, hint: str = LEANER) -> Iterator[None]:
+    """An allocator's error within becomes one line that says what ran out of memory. Raises OutOfMemoryError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CurvError) or not exhausted(error):
+            raise
+        raise OutOfMemoryError(f"out of memory {what}: {shortage(error)}", hint=hint) from error
 
 
 class OutOfTime(BaseException):

@@ -15,7 +15,9 @@ from curvcli.analysis.solve import Measured, Measurement
 from curvcli.analysis.stages import Progress
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.lanczos import Lanczos
-from curvcli.curvature.problem import Loss, Problem, measurable
+from curvcli.curvature.memory import leanest
+from curvcli.curvature.precision import Lifted
+from curvcli.curvature.problem import Loss, Problem, check_lifted, measurable
 from curvcli.errors import UsageError
 from curvcli.models.blocks import find_blocks, locate, survey
 from curvcli.optimizers.adam import ESTIMATED
@@ -85,31 +87,38 @@ def analyze(
     Raises:
         UsageError: arguments that contradict each other.
         UnsupportedError: an optimizer without a threshold, or a model without second derivatives.
+        OutOfMemoryError: not even a product on one row fits; batches whose rows are independent are cut where that helps.
         OutOfTime: not even the full model was reached before the deadline.
     """
     check_effort(tolerance, max_hvps)
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
-    with measurable(module):
-        problem = Problem.create(module, loss, batches, weights)
-        preconditioner = _preconditioner(problem, optimizer, lr)
-        if preconditioner.ascends:
-            problem = problem.negated()
-        blocks = locate(module, layers) if layers is not None else find_blocks(module)
-        notes: dict[str, str] = {}
-        if blocks is not None:
-            blocks, notes = survey(problem, blocks)
-        margin = 3 * tolerance
-        solver = Lanczos(tolerance, margin, max_products=max_hvps, seed=seed, deadline=deadline)
-        say = progress or (lambda stage, done: None)
-        work = Measurement(problem, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated)
-        said = provenance or Provenance(lr_source="optimizer" if lr is None else "option")
-        said = replace(said, notes={**said.notes, **notes})
-        tokens = sum(weights) if weights else None
+    if isinstance(optimizer, torch.optim.Optimizer):  # it knows the parameters by identity: before copies take their place
+        optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
+    solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
+    tokens = sum(weights) if weights else None
+    say = progress or (lambda stage, done: None)
+    with measurable(module) as lifted:
 
-        def report(found: Measured) -> documents.Report:
-            return write(work, found, said, tokens)
+        def measure(problem: Problem, mode: Mode | Literal["auto"]) -> documents.Report:
+            preconditioner = _preconditioner(problem, optimizer, lr)
+            part = problem.negated() if preconditioner.ascends else problem
+            blocks = locate(module, layers) if layers is not None else find_blocks(module)
+            notes = {**_lifted(lifted, problem), **_cut(problem, len(batches))}
+            if blocks is not None:
+                blocks, found = survey(part, blocks)
+                notes |= found
+            work = Measurement(part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated)
+            said = provenance or Provenance(lr_source="optimizer" if lr is None else "option")
+            said = replace(said, notes={**said.notes, **notes})
 
-        return report(work.run((lambda found: on_verdict(report(found))) if on_verdict else lambda found: None))
+            def report(found: Measured) -> documents.Report:
+                return write(work, found, said, tokens)
+
+            return report(work.run((lambda found: on_verdict(report(found))) if on_verdict else lambda found: None))
+
+        whole = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
+        check_lifted(whole, lifted)
+        return leanest(whole, mode, measure)
 
 
 def check_effort(tolerance: float, max_hvps: int) -> None:
@@ -118,9 +127,7 @@ def check_effort(tolerance: float, max_hvps: int) -> None:
         raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
 
 
-def _preconditioner(
-    problem: Problem, optimizer: torch.optim.Optimizer | OptimizerView | Estimated | None, lr: float | None
-) -> Preconditioner:
+def _preconditioner(problem: Problem, optimizer: OptimizerView | Estimated | None, lr: float | None) -> Preconditioner:
     parameters = problem.parameters
     if not parameters:
         raise UsageError("no parameter of the model requires a gradient", hint="unfreeze what is to be measured")
@@ -128,5 +135,22 @@ def _preconditioner(
         return identity(parameters)
     if isinstance(optimizer, Estimated):
         return prepare(scaled(estimate(problem, optimizer.options), parameters, lr), parameters, kind="estimated")
-    view = live(optimizer, parameters) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-    return prepare(scaled(view, parameters, lr), parameters)
+    return prepare(scaled(optimizer, parameters, lr), parameters)
+
+
+def _lifted(lifted: Lifted, problem: Problem) -> dict[str, str]:
+    if not lifted.names:
+        return {}
+    return {
+        "lifted-weights": f"{len(lifted.names)} of {len(dict(problem.model.named_parameters()))} weight tensors are in "
+        f"{' and '.join(lifted.dtypes)}: measured as copies of the same numbers in float32"
+    }
+
+
+def _cut(problem: Problem, given: int) -> dict[str, str]:
+    if len(problem.batches) == given:
+        return {}
+    return {
+        "cut-batches": f"memory did not do for a product on whole batches: {given} were cut into {len(problem.batches)}, "
+        "of which the mean loss is the same"
+    }

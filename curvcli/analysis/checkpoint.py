@@ -26,7 +26,7 @@ from curvcli.curvature.problem import Loss
 from curvcli.data.examples import Examples
 from curvcli.data.shards import Shard, find_sources
 from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
-from curvcli.errors import InputError, UsageError
+from curvcli.errors import InputError, UsageError, exhausted, memory_named
 from curvcli.models.architecture import named
 from curvcli.models.base import Architecture, Task
 from curvcli.models.user_code import blamed
@@ -49,6 +49,10 @@ class Opened:
 
     def measure(self, progress: Progress | None = None) -> documents.Report:
         """Build the model and measure. Raises CurvError."""
+        with memory_named(f"while {self.checkpoint.path} is measured"):
+            return self._measured(progress)
+
+    def _measured(self, progress: Progress | None) -> documents.Report:
         checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
@@ -57,14 +61,23 @@ class Opened:
         model.to(device)
 
         def evidence() -> Evidence:
-            # Up to 32 gradients, of rows that are measured anyway.
-            rows = max(1, 8192 // (shard.sequence_length or 1))
-            parts = shard.batches(max(1, rows // 32))[:32]
-            return gather(model, self.loss, [_to(part, device) for part in parts])
+            # Up to 32 gradients, of rows that are measured anyway, and of no more at once.
+            rows = min(size, max(1, 8192 // (shard.sequence_length or 1) // 32))
+            try:
+                return gather(model, self.loss, [_to(part, device) for part in shard.batches(rows)[:32]])
+            except Exception as error:
+                if rows == 1 or not exhausted(error):
+                    raise
+            return gather(model, self.loss, [_to(part, device) for part in shard.batches(1)[:32]])
 
-        batches = [_to(b, device) for b in shard.batches(options.batch_size or _batch_size(shard, checkpoint))]
-        with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
-            self.loss(model, batches[0])
+        size = options.batch_size or _batch_size(shard, checkpoint)
+        batches = [_to(b, device) for b in shard.batches(size)]
+        try:
+            with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
+                self.loss(model, batches[0])
+        except Exception as error:
+            if not exhausted(error):
+                raise  # smaller batches may do
         optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
         if isinstance(self.read, Shard) and isinstance(shard, Examples):
             positions = len(self.read.windows) * self.read.sequence_length

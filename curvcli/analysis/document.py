@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from curvcli import documents
@@ -185,7 +186,7 @@ class _Writer:
         if vector is None:
             return [], None
         kinds = row_kinds(self.problem)
-        squares = vector.double().square()
+        squares = vector.cpu().double().square()
         squares /= squares.sum()
         sizes = [self.problem.parameters[n].numel() for n in self.names]
         found = []
@@ -208,7 +209,8 @@ def _batches(problem: Problem, loss: float, tokens: float | None) -> documents.D
 
     def feed(value: Any) -> None:
         if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+            # As bytes: numpy has no bfloat16.
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key in sorted(value):
                 feed(value[key])

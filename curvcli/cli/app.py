@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from curvcli.errors import CurvError, UsageError, plain
+from curvcli.errors import CurvError, UsageError, exhausted, plain, shortage
 
 # Larger counts and rates say nothing, and overflow somewhere.
 MOST = 2**53
@@ -89,14 +89,13 @@ def exit_codes() -> Iterator[None]:
         _fail(f"curv: error: {error}", 2)
     except KeyboardInterrupt:
         _fail("curv: interrupted", 130)
-    except MemoryError:
-        _fail("curv: error: out of memory; use --mode fresh, a smaller --batch-size or fewer --tokens", 2)
     except Exception as error:
         if os.environ.get("CURV_TRACEBACK"):
             raise
+        if exhausted(error):
+            hint = "use --mode fresh, a smaller --batch-size or fewer --tokens"
+            _fail(f"curv: error: out of memory: {shortage(error)}; {hint}", 2)
         text = plain(" ".join(str(error)[:2000].split()))[:300]
-        if type(error).__name__ == "OutOfMemoryError":
-            _fail("curv: error: the device is out of memory; use --mode fresh, a smaller --batch-size or fewer --tokens", 2)
         _fail(f"curv: internal error: {type(error).__name__}: {text}; set CURV_TRACEBACK=1 and report it", 2)
     raise typer.Exit(0)  # the reader of stdout has gone
 

@@ -127,8 +127,8 @@ class _Subspace:
             return
         n = self.count
         self.basis[n], self.images[n] = direction, image
-        column = self.space.inner(self.basis[: n + 1], image).double().cpu()
-        row = self.space.inner(self.images[: n + 1], direction).double().cpu()
+        column = self.space.inner(self.basis[: n + 1], image).cpu().double()
+        row = self.space.inner(self.images[: n + 1], direction).cpu().double()
         self.skew = max(self.skew, float((column - row).abs().max()))
         self.projected[: n + 1, n] = self.projected[n, : n + 1] = (column + row) / 2
         self.count = n + 1

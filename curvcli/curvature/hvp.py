@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.selftest import check_second_derivative
-from curvcli.errors import UnsupportedError
+from curvcli.errors import OutOfMemoryError, UnsupportedError, exhausted, memory_named, shortage
 
 Mode = Literal["kept", "fresh", "forward"]
 MODES: tuple[Mode, ...] = ("kept", "fresh", "forward")
@@ -157,8 +158,10 @@ class _StandIn(nn.Module):
 
 
 def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> float:
@@ -169,8 +172,12 @@ def _timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> flo
     return time.perf_counter() - start
 
 
-def graph_bytes(problem: Problem) -> int:
-    """Bytes that the kept graph of the first batch holds, counted once per storage as it is saved."""
+def graph_bytes(problem: Problem, *, cut_short: bool = False) -> int:
+    """Bytes that the kept graph of the first batch holds, counted once per storage as it is saved.
+
+    Args:
+        cut_short: where memory runs out, what was held by then, in place of the allocator's error.
+    """
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -179,9 +186,12 @@ def graph_bytes(problem: Problem) -> int:
         return tensor
 
     inputs = list(problem.parameters.values())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        kept = torch.autograd.grad(problem.batch_loss(0), inputs, create_graph=True, allow_unused=True)
-    del kept
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            torch.autograd.grad(problem.batch_loss(0), inputs, create_graph=True, allow_unused=True)
+    except (RuntimeError, MemoryError) as error:
+        if not (cut_short and exhausted(error)):
+            raise
     return sum(seen.values())
 
 
@@ -211,8 +221,9 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
     seconds: dict[Mode, float] = {}
     refused: dict[Mode, str] = {}
     try:
-        reference = FreshGraph(first).product(names, tangents)
-    except (RuntimeError, NotImplementedError) as error:
+        with memory_named("in a Hessian-vector product"):
+            reference = FreshGraph(first).product(names, tangents)
+    except RuntimeError as error:  # NotImplementedError among them
         raise UnsupportedError(
             f"this model has no second derivative here: {str(error).splitlines()[0][:200]}",
             hint="use eager or math attention, and pass the model without torch.compile or checkpointing",
@@ -224,22 +235,29 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
             hint="a custom or fused kernel is differentiable once only: use eager implementations",
         )
     check_second_derivative(first, tangents, reference)
-    scale = float(_norm(reference))
+    scale = norm(reference)
     for candidate in MODES if mode == "auto" else (mode,):
-        if candidate == "kept" and (need := graph_bytes(first) * len(problem.batches)) > memory:
-            refused[candidate] = f"its graphs would hold {need / 2**30:.1f} GiB of {memory / 2**30:.1f} GiB free"
-            continue
         try:
+            if candidate == "kept" and (need := graph_bytes(first) * len(problem.batches)) > memory:
+                refused[candidate] = (
+                    f"out of memory: its graphs need {need / 2**30:.3g} GiB of {memory / 2**30:.3g} GiB free"
+                )
+                continue
             engine = build(first, candidate)
             answer = engine.product(names, tangents)
             seconds[candidate] = min(_timed(engine, names, tangents) for _ in range(3))
         except Exception as error:  # whatever a model's own code raises under this mode rules the mode out
-            refused[candidate] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            said = str(error).splitlines()[0][:120] if str(error) else ""
+            refused[candidate] = (
+                f"out of memory: {shortage(error)}" if exhausted(error) else f"{type(error).__name__}: {said}"
+            )
             continue
-        difference = float(_norm([a - b for a, b in zip(answer, reference, strict=True)]))
+        difference = norm([a - b for a, b in zip(answer, reference, strict=True)])
         if not difference <= 1e-3 * max(scale, 1e-30):
             refused[candidate] = f"differs from double backward by {difference / max(scale, 1e-30):.1e}"
             del seconds[candidate]
+    if not seconds and all(why.startswith("out of memory") for why in refused.values()):
+        raise OutOfMemoryError("; ".join(f"mode {m} is {why}" for m, why in refused.items()), hint="try --mode fresh")
     if not seconds:
         raise UnsupportedError(
             "no exact mode of Hessian-vector products works on this model: "
@@ -256,7 +274,9 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
 def random_direction(problem: Problem) -> list[Tensor]:
     """A tangent for every parameter, the same at every call, each tensor of norm about 1."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(p.shape, generator=generator).to(p) / max(p.numel(), 1) ** 0.5 for p in problem.parameters.values()]
+    # Drawn in one precision, whatever the default is.
+    drawn = [torch.randn(p.shape, generator=generator, dtype=torch.float32) for p in problem.parameters.values()]
+    return [d.to(p) / max(p.numel(), 1) ** 0.5 for d, p in zip(drawn, problem.parameters.values(), strict=True)]
 
 
 def _has_gradient(problem: Problem) -> bool:
@@ -273,7 +293,3 @@ def build(problem: Problem, mode: Mode) -> HVP:
         "forward": ForwardOverReverse,
     }
     return engines[mode](problem)
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvcli.curvature.precision import Lifted, exact, lift, uses
 from curvcli.curvature.untouched import restored
-from curvcli.errors import UnsupportedError, UsageError
+from curvcli.errors import UnsupportedError, UsageError, exhausted
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -153,19 +154,22 @@ class Problem:
 
 
 @contextmanager
-def measurable(model: nn.Module) -> Iterator[None]:
-    """No gradient checkpointing and no padding rows within; the modules are as they were afterwards, modes included.
+def measurable(model: nn.Module) -> Iterator[Lifted]:
+    """No gradient checkpointing, no padding rows and no half precision within; afterwards the modules are as they were.
+
+    Within it parameters in half precision are others, float32 copies: what knows them by identity has to be asked before.
 
     An embedding's `padding_idx` zeroes one row of the gradient and leaves the loss as it is. Such a gradient is that of
     no function: its derivative is not symmetric, and double backward and forward mode give products that differ.
     """
-    with restored(model), torch.enable_grad():
+    with exact(), restored(model):
+        lifted = Lifted() if _sharded(model) else lift(model)
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
             if isinstance(module, nn.Embedding) and _only_masks(module):
                 module.padding_idx = None
-        yield
+        yield lifted
 
 
 def _only_masks(embedding: nn.Embedding) -> bool:
@@ -173,6 +177,30 @@ def _only_masks(embedding: nn.Embedding) -> bool:
     forward = unwrap(type(embedding).forward)
     names = getattr(getattr(forward, "__code__", None), "co_names", ("padding_idx",))
     return forward is nn.Embedding.forward or "padding_idx" not in names
+
+
+def check_lifted(problem: Problem, lifted: Lifted) -> None:
+    """That the loss is one of the copies in float32, by a forward pass of the first batch where there are any.
+
+    Raises UnsupportedError where it does not run on them, or uses the originals past the modules.
+    """
+    if not lifted.originals:
+        return
+    copy = "measure a copy in float32: copy.deepcopy(model).float()"
+    try:
+        value = problem.batch_loss(0)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if exhausted(error):
+            raise
+        raise UnsupportedError(
+            f"weights are in {' and '.join(lifted.dtypes) or 'inference mode'}, and the loss does not run on copies in "
+            f"float32: {str(error)[:200]}",
+            hint=f"leave casts to half precision out of model and loss, or {copy}",
+        ) from error
+    if uses(value, lifted.originals):
+        raise UnsupportedError(
+            f"the loss uses weights in {' and '.join(lifted.dtypes)} past the modules that hold them", hint=copy
+        )
 
 
 def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 
@@ -14,6 +15,15 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return 0.7 * torch.cuda.mem_get_info(device)[0]
     return 0.7 * float(psutil.virtual_memory().available)
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing holds any more, after memory ran out."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def reset_peak(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Problem, gradient
 from curvcli.errors import UnsupportedError
 
@@ -32,7 +33,7 @@ def check_second_derivative(problem: Problem, direction: Sequence[Tensor], image
     first = problem.subset([0])
     names, parameters = list(problem.parameters), list(problem.parameters.values())
     double = parameters[0].dtype == torch.float64
-    size, reach = _norm(parameters), _norm(direction)
+    size, reach = norm(parameters), norm(direction)
     if not size > 0 or not reach > 0:
         return
 
@@ -45,9 +46,9 @@ def check_second_derivative(problem: Problem, direction: Sequence[Tensor], image
         return [(a - b) / (2 * length) for a, b in zip(above, below, strict=True)]
 
     long, short = (difference(r) for r in ((1e-5, 5e-6) if double else (1e-3, 5e-4)))
-    scale = max(_norm(long), _norm(image))
-    apart = _norm([a - b for a, b in zip(long, short, strict=True)])
-    wrong = _norm([a - b for a, b in zip(short, image, strict=True)])
+    scale = max(norm(long), norm(image))
+    apart = norm([a - b for a, b in zip(long, short, strict=True)])
+    wrong = norm([a - b for a, b in zip(short, image, strict=True)])
     # Truncation falls with the square of the length: where a halving changes 1 %, the shorter is good to 0.4 %.
     if apart <= 0.01 * scale and wrong > 0.03 * scale:
         raise UnsupportedError(
@@ -67,7 +68,3 @@ def _moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], length: fl
     finally:
         for parameter, data in zip(parameters, kept, strict=True):
             parameter.data = data
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.detach().double().square().sum() for t in tensors]).sum().sqrt())

@@ -78,7 +78,7 @@ class OneDevice:
 
     def combine(self, coefficients: Tensor, rows: Tensor) -> Tensor:
         """One product of the coefficients, in the rows' precision and on their device, with the rows."""
-        return coefficients.to(rows) @ rows
+        return coefficients.to(rows.dtype).to(rows.device) @ rows
 
     def norm(self, vector: Tensor) -> float:
         """Euclidean norm; on a GPU this waits for it."""

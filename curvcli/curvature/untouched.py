@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,19 @@ def restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module in saved:
             module.restore()
+
+
+@contextmanager
+def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Afterwards torch's random numbers, of the CPU and of these devices, go on as if none had been drawn."""
+    used = set(devices)
+    metal = torch.mps.get_rng_state() if any(device.type == "mps" for device in used) else None
+    with torch.random.fork_rng(devices=sorted({device.index or 0 for device in used if device.type == "cuda"})):
+        try:
+            yield
+        finally:
+            if metal is not None:
+                torch.mps.set_rng_state(metal)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.curvature.problem import Blocks, Problem
-from curvcli.errors import UnsupportedError
+from curvcli.errors import UnsupportedError, exhausted
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
@@ -95,7 +95,9 @@ def _runs(problem: Problem, blocks: Blocks) -> bool:
     try:
         with torch.no_grad():
             problem.truncated(blocks, 0).batch_loss(0)
-    except Exception:  # whatever a model's own code raises
+    except Exception as error:  # whatever a model's own code raises
+        if exhausted(error):
+            raise
         return False
     return True
 

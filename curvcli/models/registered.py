@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 from torch import Tensor, nn
 
-from curvcli.errors import InputError, UnsupportedError
+from curvcli.errors import CurvError, InputError, OutOfMemoryError, UnsupportedError, exhausted, shortage
 from curvcli.files.limits import check_config, check_size
 from curvcli.files.names import unwrapped
 from curvcli.files.safe import check_finite, read_json
@@ -109,12 +109,8 @@ def build(
         twice_differentiable(model)
     except (InputError, UnsupportedError):
         raise
-    except Exception as error:  # transformers raises every kind there is; all mean the same to the user
-        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"transformers cannot build the model in {weights or configuration}: {text[:240]}",
-            hint="check config.json and the weights, or the installed transformers' version",
-        ) from error
+    except Exception as error:  # transformers raises every kind there is; all but one mean the same to the user
+        raise _not_built(error, weights or configuration) from error
     finally:
         transformers.logging.set_verbosity(previous)
     for problem in ("missing_keys", "mismatched_keys"):
@@ -134,6 +130,19 @@ def build(
     if weights is not None:
         check_finite(model)
     return model
+
+
+def _not_built(error: Exception, where: Path) -> CurvError:
+    if exhausted(error):
+        return OutOfMemoryError(
+            f"out of memory while the model in {where} is built: {shortage(error)}",
+            hint="a machine with more memory is needed",
+        )
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return InputError(
+        f"transformers cannot build the model in {where}: {text[:240]}",
+        hint="check config.json and the weights, or the installed transformers' version",
+    )
 
 
 def twice_differentiable(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from curvcli.errors import CurvError, UsageError
+from curvcli.errors import CurvError, UsageError, exhausted
 
 
 def imported(spec: str, option: str) -> Callable[..., Any]:
@@ -59,9 +59,9 @@ def blamed(what: str, hint: str = "set CURV_TRACEBACK=1 to see where") -> Iterat
     """Whatever is raised within becomes one line that says whose code failed. Raises UsageError."""
     try:
         yield
-    except (CurvError, MemoryError):
+    except CurvError:
         raise
     except (Exception, SystemExit) as error:
-        if os.environ.get("CURV_TRACEBACK") or type(error).__name__ == "OutOfMemoryError":
+        if os.environ.get("CURV_TRACEBACK") or exhausted(error):
             raise
         raise UsageError(f"{what} failed: {type(error).__name__}: {str(error)[:300]}", hint=hint) from error

@@ -12,7 +12,7 @@ from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.curvature.problem import Problem, gradient
 from curvcli.errors import UnsupportedError
 from curvcli.optimizers import rule_for
-from curvcli.optimizers.preconditioner import live
+from curvcli.optimizers.base import OptimizerView
 
 
 class Shadow:
@@ -29,20 +29,15 @@ class Shadow:
         self.moments: dict[str, Tensor] = {}
         self.count = 0
 
-    def roots(
-        self, optimizer: torch.optim.Optimizer, problem: Problem, names: Sequence[str]
-    ) -> dict[str, InverseRoot] | None:
+    def roots(self, view: OptimizerView, problem: Problem, names: Sequence[str]) -> dict[str, InverseRoot] | None:
         """P^(-1/2) of those of the named parameters that got a gradient, or None until enough of them were seen.
 
         Raises UnsupportedError for an optimizer whose state gradients alone do not tell.
         """
-        view = live(optimizer, problem.parameters)
         rule, groups = rule_for(view), {name: group for group in view.groups for name in group.names}
         nothing = torch.zeros(())
         if not names or any(n not in groups for n in names) or rule.expected(nothing, nothing) is None:
-            raise UnsupportedError(
-                f"{type(optimizer).__name__} has no second moments to foresee", hint="adaptive mode needs Adam or AdamW"
-            )
+            raise UnsupportedError(f"{view.name} has no second moments to foresee", hint="adaptive mode needs Adam or AdamW")
         if set(names) != set(self.moments):
             self.moments, self.count = {n: torch.zeros_like(problem.parameters[n]) for n in names}, 0
         self.count += 1

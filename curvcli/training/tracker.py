@@ -17,12 +17,13 @@ from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction
 from curvcli.curvature.operator import PreconditionedHessian
-from curvcli.curvature.problem import Loss, Problem, gradient, measurable
+from curvcli.curvature.problem import Loss, Problem, check_lifted, gradient, measurable
 from curvcli.curvature.selftest import check_second_derivative
-from curvcli.curvature.untouched import hushed
+from curvcli.curvature.untouched import hushed, undrawn
 from curvcli.documents import Record
-from curvcli.errors import CurvError
+from curvcli.errors import CurvError, exhausted
 from curvcli.judge.limits import certified
+from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
 from curvcli.optimizers.update import next_update
 from curvcli.training.log import Sink, open_log
@@ -112,11 +113,11 @@ class CurvatureTracker:
             return None
         started = time.perf_counter()
         try:
-            with self._untouched(batch) as problem:
-                found = self._measure(problem, step)
+            found = self._found(step, batch)
         except Exception as error:  # a callback may not end the job, whatever the model or a kernel raises
             logger.warning("curvature at step %d failed: %s", step, error)
-            found = _Found(status="failed", message=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+            said = "out of memory" if exhausted(error) else type(error).__name__
+            found = _Found(status="failed", message=f"{said}: {' '.join(str(error).split())}"[:300])
         record = Record(
             step=step,
             loss=_finite(loss),
@@ -152,34 +153,62 @@ class CurvatureTracker:
         self.shadow.load_state_dict(state["shadow"], device)
         self._ahead = (frozenset(state["ahead"][0]), state["ahead"][1])
 
+    def _found(self, step: int, batch: Any) -> _Found:
+        """The measurement; with fresh graphs where kept ones run out of memory, from then on."""
+        known = self._known(step)
+        try:
+            with self._untouched(batch) as problem:
+                return self._measure(problem, known)
+        except Exception as error:
+            if self._mode != "kept" or not exhausted(error):
+                raise
+        self._mode = "fresh"
+        resources.release(next(self.model.parameters()).device)
+        with self._untouched(batch) as problem:
+            return self._measure(problem, known)
+
+    def _known(self, step: int) -> _Known:
+        """What optimizer and warm-up know of the parameters by identity: asked before copies may take their place."""
+        view = live(self.optimizer, {n: p for n, p in self.model.named_parameters() if p.requires_grad})
+        if self.warmup is None:
+            return _Known(view)
+        return _Known(view, self._translate(self.warmup.locked_parameters()), self.warmup.next_parameters(step))
+
     @contextmanager
     def _untouched(self, batch: Any) -> Iterator[Problem]:
         """The frozen problem; modules, random numbers and hooks are as the job left them afterwards."""
         batches = self.probe if self.probe is not None else None if batch is None else [batch]
         if not batches:
             raise CurvError("there is nothing to measure on", hint="give a probe, or tracker.step(step, batch=batch)")
-        devices = {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=sorted(devices)), measurable(self.model), hushed(self.model) as still:
+        with (
+            undrawn(p.device for p in self.model.parameters()),
+            measurable(self.model) as lifted,
+            hushed(self.model) as still,
+        ):
             if still and not self._warned:
                 logger.warning("forward hooks do not fire in measurements, nor do they count in them: %s", ", ".join(still))
             self._warned = self._warned or bool(still)
-            yield Problem.create(self.model, self.loss, batches, self.weights if self.probe is not None else None)
+            batches = [lifted.batch(part) for part in batches]
+            problem = Problem.create(self.model, self.loss, batches, self.weights if self.probe is not None else None)
+            if self._mode is None:
+                check_lifted(problem, lifted)
+                if lifted.names:
+                    logger.info("%d weights in %s are measured in float32", len(lifted.names), " and ".join(lifted.dtypes))
+            yield problem
 
-    def _measure(self, problem: Problem, step: int) -> _Found:
+    def _measure(self, problem: Problem, known: _Known) -> _Found:
         parameters = problem.parameters
         if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
             return _Found(status="non-finite", message="a weight of the model is NaN or inf")
         if not any(float(group["lr"]) > 0 for group in self.optimizer.param_groups):
             return _Found(message="the learning rate is 0: no step is taken, and there is no edge")
-        view = live(self.optimizer, parameters)
-        locked = self._translate(self.warmup.locked_parameters()) if self.warmup else frozenset()
-        preconditioner = prepare(view, parameters).without(locked)
+        preconditioner = prepare(known.view, parameters).without(known.locked)
         if preconditioner.ascends:
             problem = problem.negated()
         if self._mode is None:
             # Not the fastest by the clock, as analyze takes it: a resumed job has to repeat the very same sums.
             room = resources.free_bytes(next(iter(parameters.values())).device)
-            self._mode = "kept" if graph_bytes(problem) * len(problem.batches) <= room else "fresh"
+            self._mode = "kept" if graph_bytes(problem, cut_short=True) * len(problem.batches) <= room else "fresh"
             first = problem.subset([0])
             tangents = random_direction(first)
             check_second_derivative(first, tangents, build(first, "fresh").product(list(parameters), tangents))
@@ -191,22 +220,22 @@ class CurvatureTracker:
         if self.update_ratio and found.eigenvalue is not None:
             update = next_update(problem, preconditioner, engine, names, gradient(problem, names))
             found = replace(found, update_ratio=update.ratio)
-        if self.warmup and (coming := self.warmup.next_parameters(step)):
-            self._look_ahead(problem, engine, preconditioner, coming)
+        if known.coming:
+            self._look_ahead(problem, engine, preconditioner, known)
         return replace(found, hvps=engine.products)
 
-    def _look_ahead(self, problem: Problem, engine: HVP, preconditioner: Preconditioner, coming: frozenset[str]) -> None:
+    def _look_ahead(self, problem: Problem, engine: HVP, preconditioner: Preconditioner, known: _Known) -> None:
         """rho with the next group's blocks: their second moments, which no optimizer has yet, are shadowed."""
-        self._ahead = (coming, None)
-        inside = [n for n in problem.parameters if n in self._translate(coming)]
-        roots = self.shadow.roots(self.optimizer, problem, inside)
+        self._ahead = (known.coming, None)
+        inside = [n for n in problem.parameters if n in self._translate(known.coming)]
+        roots = self.shadow.roots(known.view, problem, inside)
         if roots is None:
             return
         wider = replace(preconditioner, root=preconditioner.root.joined(roots, problem.parameters))
         names = [n for n in problem.parameters if n in wider.root]
         found, _ = self._top(engine, wider, names, self._direction)
         if certified(found):
-            self._ahead = (coming, found.rho)
+            self._ahead = (known.coming, found.rho)
 
     def _top(
         self, engine: HVP, preconditioner: Preconditioner, names: list[str], near: Mapping[str, Tensor]
@@ -236,6 +265,15 @@ class CurvatureTracker:
     def _translate(self, names: frozenset[str]) -> frozenset[str]:
         """Names in the wrapped model as names in the bare one."""
         return frozenset(".".join(part for part in n.split(".") if part not in ("_orig_mod", "module")) for n in names)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The optimizer's state by name, the names of what is locked, and those, in the wrapped model, of what joins next."""
+
+    view: OptimizerView
+    locked: frozenset[str] = frozenset()
+    coming: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

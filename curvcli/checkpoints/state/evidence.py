@@ -68,7 +68,7 @@ def gather(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: 
             loss(model, batch), list(parameters.values()), allow_unused=True, materialize_grads=True
         )
         for name, gradient in zip(parameters, gradients, strict=True):
-            squares[name] += gradient.reshape(-1)[picks[name].to(gradient.device)].double().cpu().square()
+            squares[name] += gradient.reshape(-1)[picks[name].to(gradient.device)].cpu().double().square()
     return Evidence(picks, {name: _ranks(value) for name, value in squares.items()})
 
 
@@ -190,7 +190,7 @@ def _second(view: OptimizerView, name: str) -> Tensor | None:
 
 def _ranks(values: Tensor) -> Tensor:
     """Ranks, equal ones shared, centred and of unit norm."""
-    _, inverse, counts = torch.unique(values.double().cpu(), return_inverse=True, return_counts=True)
+    _, inverse, counts = torch.unique(values.cpu().double(), return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0).double() - counts.double() / 2)[inverse]
     ranks -= ranks.mean()
     norm = ranks.norm()

@@ -1,0 +1,142 @@
+"""What to do where memory runs out: leaner plans for the same number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from curvcli.curvature import resources
+from curvcli.curvature.hvp import graph_bytes
+from curvcli.curvature.precision import mapped
+from curvcli.curvature.problem import Problem
+from curvcli.errors import LEANER, OutOfMemoryError, exhausted, shortage
+
+T = TypeVar("T")
+Count = Callable[[Any], float]
+
+
+def leanest(problem: Problem, mode: str, measure: Callable[[Problem, Any], T]) -> T:
+    """What the first plan gives that does not run out of memory.
+
+    As asked for; with fresh graphs, where the mode is "auto"; then with batches halved again and again, down to one row,
+    where their rows are independent.
+
+    Args:
+        measure: called with a problem of the same mean loss, and a mode.
+
+    Raises:
+        OutOfMemoryError: none does.
+    """
+    said, part = "", problem
+    for part, how in _plans(problem, mode):
+        try:
+            return measure(part, how)
+        except Exception as error:  # an allocator's has many classes
+            if not exhausted(error):
+                raise
+            # Not the error itself: its traceback holds every tensor of the plan that failed.
+            said = str(error) if isinstance(error, OutOfMemoryError) else f"out of memory: {shortage(error)}"
+        resources.release(next(iter(part.parameters.values())).device)
+    raise OutOfMemoryError(f"{said}; {_needs(part)}", hint=LEANER)
+
+
+def _plans(problem: Problem, mode: str) -> Iterator[tuple[Problem, str]]:
+    yield problem, mode
+    how = "fresh" if mode == "auto" else mode
+    if how != mode:
+        yield problem, how
+    try:
+        count = _counting(problem)
+    except Exception:  # whatever a loss raises on a part of a batch: it cannot be cut
+        return
+    while count and (smaller := _halved(problem, count)) is not None:
+        problem = smaller
+        yield problem, how
+
+
+def _needs(problem: Problem) -> str:
+    """What a product needs at least, by what is known when it has failed."""
+    parameters = list(problem.parameters.values())
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    free = resources.free_bytes(parameters[0].device)
+    return (
+        f"a batch of {_rows(problem.batches[0]) or 1} rows needs about {_gib(size)} for each vector, of which 16 are held, "
+        f"and {_gib(graph_bytes(problem, cut_short=True))} or more for its graph; {_gib(free)} are free"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _halved(problem: Problem, count: Count) -> Problem | None:
+    """The same mean loss over batches of half the rows; None where no batch has more than one."""
+    batches: list[Any] = []
+    weights: list[float] = []
+    for batch, weight in zip(problem.batches, problem.weights, strict=True):
+        rows = _rows(batch) or 1
+        parts = [_cut(batch, 0, rows // 2), _cut(batch, rows // 2, rows)] if rows > 1 else [batch]
+        shares = [count(part) / count(batch) for part in parts] if rows > 1 else [1.0]
+        batches += [part for part, share in zip(parts, shares, strict=True) if share]
+        weights += [weight * share for share in shares if share]
+    return replace(problem, batches=batches, weights=weights) if len(batches) > len(problem.batches) else None
+
+
+def _counting(problem: Problem) -> Count | None:
+    """How rows count in a batch's mean loss: by their labels or as one each; None where a row's loss depends on the others.
+
+    Not assumed: the loss of a few rows must be the mean of their own losses.
+    """
+    batch = next((b for b in problem.batches if (_rows(b) or 1) > 1), None)
+    if batch is None:
+        return None
+    ways = (_shifted_labels, _labels, _each) if isinstance(batch, Mapping) and "labels" in batch else (_each,)
+    alone = [_cut(batch, i, i + 1) for i in range(_rows(batch) or 1)]
+    # The rows that differ most in what they count: two of the same tell no way from another.
+    counts = [[way(row) for row in alone] for way in ways]
+    chosen = sorted({found for count in counts for found in (count.index(min(count)), count.index(max(count)))})
+    chosen = chosen if len(chosen) > 1 else [0, len(alone) - 1]
+    together = mapped(batch, lambda t: t[chosen] if t.dim() else t)
+    some = replace(problem, batches=[together, *(alone[i] for i in chosen)], weights=[1.0] * (len(chosen) + 1))
+    with torch.no_grad():
+        whole, *single = (float(some.batch_loss(i)) for i in range(len(chosen) + 1))
+    for way, count in zip(ways, counts, strict=True):
+        shares = [count[i] for i in chosen]
+        mean = sum(share * loss for share, loss in zip(shares, single, strict=True) if share) / (sum(shares) or 1)
+        if abs(mean - whole) <= 1e-5 * abs(whole):
+            return way
+    return None
+
+
+def _each(batch: Any) -> float:
+    return float(_rows(batch) or 1)
+
+
+def _labels(batch: Any) -> float:
+    return float((batch["labels"] != -100).sum())  # cross-entropy's ignore_index
+
+
+def _shifted_labels(batch: Any) -> float:
+    return float((batch["labels"][..., 1:] != -100).sum())
+
+
+def _rows(batch: Any) -> int | None:
+    """The first dimension that all tensors of a batch share; None where they do not."""
+    sizes = {t.shape[0] for t in _tensors(batch) if t.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _cut(batch: Any, start: int, end: int) -> Any:
+    return mapped(batch, lambda t: t[start:end] if t.dim() else t)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)

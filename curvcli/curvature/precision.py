@@ -1,0 +1,188 @@
+"""Float32 means float32: no autocast, no TF32, and weights in half precision measured as copies.
+
+Second derivatives lose twice the digits of first ones: in bfloat16 products are not symmetric, and under a caller's
+autocast or TF32 they are wrong in the third digit and look converged.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HALVES = (torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Within it float32 is computed as float32 and derivatives can be had, whatever the caller has set.
+
+    Off: autocast, also where the model or the loss enters it; TF32 and bfloat16 inside products of matrices; inference mode
+    and no_grad. Deterministic algorithms warn where they would raise: some second derivatives have none.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        _no_autocast(stack)
+        _ieee(stack)
+        if torch.get_deterministic_debug_mode() == 2:
+            torch.set_deterministic_debug_mode("warn")
+            stack.callback(torch.set_deterministic_debug_mode, "error")
+        yield
+
+
+def _no_autocast(stack: ExitStack) -> None:
+    for device in _DEVICES:
+        if torch.is_autocast_enabled(device):
+            torch.set_autocast_enabled(device, False)
+            stack.callback(torch.set_autocast_enabled, device, True)
+    # Trainers wrap a model's forward in it. Whether it is on belongs to a thread: those of others are left alone.
+    here = threading.get_ident()
+    entered: Any = torch.autocast.__enter__
+
+    def enter(self: torch.autocast) -> Any:
+        found = entered(self)
+        if threading.get_ident() == here:
+            torch.set_autocast_enabled(self.device, False)
+        return found
+
+    torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+    stack.callback(setattr, torch.autocast, "__enter__", entered)
+
+
+def _ieee(stack: ExitStack) -> None:
+    backends: Any = torch.backends
+    general: list[Any] = []
+    special: list[Any] = []
+    if hasattr(backends, "fp32_precision"):  # torch 2.9
+        cpu, gpu = backends.mkldnn, backends.cudnn
+        general = [backends, cpu, gpu]
+        special = [cpu.matmul, cpu.conv, cpu.rnn, backends.cuda.matmul, gpu.conv, gpu.rnn]
+
+    # Those of before torch 2.9 are set, too: reading one raises where the two say different things.
+    matmul, convolution = _read(torch.get_float32_matmul_precision), _read(lambda: backends.cudnn.allow_tf32)
+
+    def put(switch: Any, value: str) -> None:
+        switch.fp32_precision = value
+
+    # A special one that is "none" reads as the general one: without those each is read, and put back, as it is itself.
+    for switch in (*general, *special):
+        stack.callback(put, switch, switch.fp32_precision)
+        put(switch, "none")
+    if matmul not in (None, "highest"):
+        torch.set_float32_matmul_precision("highest")
+        stack.callback(torch.set_float32_matmul_precision, matmul)
+    if convolution:
+        backends.cudnn.allow_tf32 = False
+        stack.callback(setattr, backends.cudnn, "allow_tf32", True)
+    for switch in special:
+        put(switch, "ieee")
+
+
+def _read(setting: Callable[[], Any]) -> Any:
+    try:
+        return setting()
+    except RuntimeError:  # set in the way of torch 2.9, and not readable in that of before
+        return None
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """What `lift` did: the parameters whose precision was raised, by name, and the tensors that copies stand for."""
+
+    names: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    originals: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def batch(self, value: Any) -> Any:
+        """A batch that a lifted model takes: what is in half precision in float32, in containers of the same types."""
+        return mapped(value, lambda t: _copied(t) if t.is_inference() or (self.names and t.dtype in HALVES) else t)
+
+
+def lift(model: nn.Module) -> Lifted:
+    """Put float32 copies in the place of what a model keeps in half precision, and copies of what inference mode made.
+
+    Only members of modules are exchanged, for `untouched.restored` to put back. The parameters themselves, their gradients
+    and hooks, and what holds on to them (an optimizer, DistributedDataParallel) are not touched. Tied weights stay tied.
+    """
+    copies: dict[int, Tensor] = {}
+    originals: dict[int, Tensor] = {}
+
+    def instead(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not (value.is_inference() or value.dtype in HALVES):
+            return value
+        if id(value) not in copies:
+            copies[id(value)], originals[id(value)] = _copied(value), value
+        return copies[id(value)]
+
+    before = dict(model.named_parameters())
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and instead(value) is not value:
+                vars(module)[name] = instead(value)
+            elif isinstance(value, dict):  # parameters and buffers among them
+                value.update({key: instead(part) for key, part in value.items() if instead(part) is not part})
+            elif isinstance(value, list) and any(instead(part) is not part for part in value):
+                value[:] = [instead(part) for part in value]  # recurrent networks keep their weights in one, too
+    raised = {n: p for n, p in before.items() if p.dtype in HALVES}
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in raised.values()})
+    return Lifted(tuple(raised), tuple(kinds), originals)
+
+
+def _copied(value: Tensor) -> Tensor:
+    data = value.detach().float() if value.dtype in HALVES else value.detach().clone()
+    if not isinstance(value, nn.Parameter):
+        return data
+    copy_of = nn.Parameter(data, requires_grad=value.requires_grad)
+    vars(copy_of).update(vars(value))  # marks that a model's own code may look for
+    return copy_of
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A batch with other tensors: tensors in lists, tuples and mappings, which are copied where a member changes."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        parts = [mapped(part, function) for part in value]
+        return value._make(parts) if hasattr(value, "_make") else tuple(parts)
+    members = value.items() if isinstance(value, MutableMapping) else enumerate(value) if isinstance(value, list) else ()
+    found = value
+    for key, part in list(members):
+        new = mapped(part, function)
+        if new is not part:
+            found = copy(value) if found is value else found
+            found[key] = new
+    return found
+
+
+def uses(value: Tensor, tensors: Mapping[int, Tensor]) -> bool:
+    """Whether a scalar depends on one of some leaves, by identity, along its graph."""
+    seen: set[Any] = set()
+    waiting = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in tensors:
+            return True
+        waiting += [following for following, _ in node.next_functions]
+    return False
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """Euclidean norm of all entries together, in the tensors' own precision: not every device has float64."""
+    sizes = [float(t.detach().abs().max()) for t in tensors if t.numel()]
+    largest = max(sizes, default=0.0)
+    if not 0 < largest < float("inf"):
+        return largest if largest == largest else float("nan")
+    return largest * math.hypot(*(float(torch.linalg.vector_norm(t.detach() / largest)) for t in tensors))
