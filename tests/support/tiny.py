@@ -25,14 +25,14 @@ def build(*, tied: bool = False) -> LlamaForCausalLM:
 
 
 def run_of(place: Path, *steps: int) -> Path:
-    """A Trainer's run with checkpoints at these steps, their data and a curv.toml: measured several times as fast as a sample."""
+    """A Trainer's run with checkpoints at these steps, its data and a curv.toml: measured sooner than a sample."""
     tokens = np.random.default_rng(0).integers(0, 64, 4000) & np.random.default_rng(1).integers(0, 64, 4000)
     (place / "data").mkdir(parents=True)
     tokens.astype("<u2").tofile(place / "data" / "shard.bin")
     (place / "curv.toml").write_text('data = "data/shard.bin"\nsequence-length = 16\n')
     model = build()
     plain, norms = ([p for n, p in model.named_parameters() if ("norm" in n) is norm] for norm in (False, True))
-    optimizer = torch.optim.AdamW([{"params": plain}, {"params": norms, "weight_decay": 0.0}], lr=1e-3)  # as the Trainer groups
+    optimizer = torch.optim.AdamW([{"params": plain}, {"params": norms, "weight_decay": 0.0}], lr=1e-3)
     log: list[dict[str, float]] = []
     for step in range(1, max(steps) + 1):
         ids = torch.from_numpy(tokens[68 * step % 3900 :][:68]).view(4, 17)

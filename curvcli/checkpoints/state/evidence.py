@@ -126,11 +126,11 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
     Raises:
         InputError: two layers, or two tensors, fit each other's moments better, beyond doubt.
     """
-    moments = {n: v for n in view.state if n in evidence.ranks and (v := _second(view, n)) is not None and v.numel() > 1}
-    # Ranked once each, not once a pair of layers: tensors of one shape have the same entries picked.
-    ranked = {name: evidence.ranked(name, v) for name, v in moments.items() if bool(evidence.ranks[name].any())}
-    if not ranked:
+    moments = _told(view, evidence)
+    if not moments:
         return []
+    # Ranked once each, not once a pair of layers: tensors of one shape have the same entries picked.
+    ranked = {name: evidence.ranked(name, v) for name, v in moments.items()}
 
     def fit(name: str, moment_of: str) -> float:
         return float(evidence.ranks[name] @ ranked[moment_of])
@@ -156,6 +156,12 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
     if worst[0] < _TENSORS:
         raise _swapped(f"{worst[1]} and {worst[2]}", worst[0], path)
     return _unrelated(mean(own.values()))
+
+
+def _told(view: OptimizerView, evidence: Evidence) -> dict[str, Tensor]:
+    """Second moments of parameters whose gradients say something."""
+    moments = {name: _second(view, name) for name in view.state if name in evidence.ranks}
+    return {n: v for n, v in moments.items() if v is not None and v.numel() > 1 and bool(evidence.ranks[n].any())}
 
 
 def _unrelated(overall: float) -> list[Finding]:
