@@ -316,6 +316,25 @@ def test_invariants_of_the_restricted_curve() -> None:
         assert report.full.eigenvalue >= layer.eigenvalue * (1 - 1e-9)
 
 
+def test_parameters_are_listed_as_often_whatever_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list is a walk over all of the modules: one a layer and parameter would be minutes of a deep model."""
+    walks: list[nn.Module] = []
+    listed = nn.Module.named_parameters
+
+    def counted(self: nn.Module, *given: object, **named: object) -> object:
+        walks.append(self)
+        return listed(self, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(nn.Module, "named_parameters", counted)
+    counts = []
+    for blocks in (2, 6):
+        model, batches = models.Net(blocks=blocks), models.data()
+        walks.clear()
+        analyze(model, models.loss, batches, None, weights=models.weights(batches), max_hvps=3, depths=False, mode="kept")
+        counts.append(sum(each is model for each in walks))
+    assert counts[0] == counts[1], counts
+
+
 def test_training_state_is_left_alone_and_the_seed_decides() -> None:
     model, batches = models.Net(), models.data()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

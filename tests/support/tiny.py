@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ def run_of(place: Path, *steps: int) -> Path:
     (place / "curv.toml").write_text('data = "data/shard.bin"\nsequence-length = 16\n')
     model = build()
     plain, norms = ([p for n, p in model.named_parameters() if ("norm" in n) is norm] for norm in (False, True))
-    optimizer = torch.optim.AdamW([{"params": plain}, {"params": norms, "weight_decay": 0.0}], lr=1e-3)
+    groups: list[dict[str, Any]] = [{"params": plain}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
     log: list[dict[str, float]] = []
     for step in range(1, max(steps) + 1):
         ids = torch.from_numpy(tokens[68 * step % 3900 :][:68]).view(4, 17)

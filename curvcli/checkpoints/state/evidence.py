@@ -131,15 +131,11 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
         return []
     # Ranked once each, not once a pair of layers: tensors of one shape have the same entries picked.
     ranked = {name: evidence.ranked(name, v) for name, v in moments.items()}
-
-    def fit(name: str, moment_of: str) -> float:
-        return float(evidence.ranks[name] @ ranked[moment_of])
-
-    own = {name: fit(name, name) for name in ranked}
+    own = {name: float(evidence.ranks[name] @ mine) for name, mine in ranked.items()}
 
     def margin(a: str, b: str) -> float:
         """How much better two tensors fit their own moments than each other's."""
-        return own[a] + own[b] - fit(a, b) - fit(b, a)
+        return own[a] + own[b] - float(evidence.ranks[a] @ ranked[b]) - float(evidence.ranks[b] @ ranked[a])
 
     worst: tuple[float, str, str] = (0.0, "", "")
     pairs: dict[tuple[str, int, int], list[float]] = {}
