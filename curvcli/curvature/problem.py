@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from inspect import unwrap
 from typing import Any, Literal
 
@@ -112,9 +113,9 @@ class Problem:
             module.training = False
         return cls(model, loss, list(batches), [float(w) / total for w in weights])
 
-    @property
+    @cached_property  # asked for once a layer and name, and every time a walk over all of the modules
     def parameters(self) -> dict[str, Tensor]:
-        """Name to parameter, tied ones once, in `named_parameters` order; only those that are trained."""
+        """Name to parameter, tied ones once, in `named_parameters` order; only those that are trained when first asked."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     @property

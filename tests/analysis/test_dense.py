@@ -82,7 +82,8 @@ def check(
     def truth(chosen: list[str], depth: int | None = None) -> float:
         # Restricted to some parameters a Hessian is a block of the whole one; a truncated network has another.
         kept = torch.tensor([name in chosen for name in owner])
-        matrix = whole[kept][:, kept] if depth is None else models.dense_hessian(model, batches, chosen, depth)
+        cut = depth is not None and depth < len(report.layers)
+        matrix = models.dense_hessian(model, batches, chosen, depth) if cut else whole[kept][:, kept]
         return top_of(matrix, model, optimizer, metric, chosen, wd)
 
     assert report.full.status == "converged"
@@ -98,7 +99,7 @@ def check(
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer(name: str) -> None:
     make, metric = OPTIMIZERS[name]
-    model, batches = models.Net(), models.data()
+    model, batches = models.Net(blocks=2), models.data()
     optimizer = make(model.parameters())
     models.train(model, optimizer, batches)
     report = analyze(model, models.loss, batches, optimizer, weights=models.weights(batches), tolerance=1e-4, max_hvps=400)
@@ -313,6 +314,25 @@ def test_invariants_of_the_restricted_curve() -> None:
     assert all(b >= a * (1 - 1e-9) for a, b in itertools.pairwise(curve))
     for layer in report.layers:
         assert report.full.eigenvalue >= layer.eigenvalue * (1 - 1e-9)
+
+
+def test_parameters_are_listed_as_often_whatever_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list is a walk over all of the modules: one a layer and parameter would be minutes of a deep model."""
+    walks: list[nn.Module] = []
+    listed = nn.Module.named_parameters
+
+    def counted(self: nn.Module, *given: object, **named: object) -> object:
+        walks.append(self)
+        return listed(self, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(nn.Module, "named_parameters", counted)
+    counts = []
+    for blocks in (2, 6):
+        model, batches = models.Net(blocks=blocks), models.data()
+        walks.clear()
+        analyze(model, models.loss, batches, None, weights=models.weights(batches), max_hvps=3, depths=False, mode="kept")
+        counts.append(sum(each is model for each in walks))
+    assert counts[0] == counts[1], counts
 
 
 def test_training_state_is_left_alone_and_the_seed_decides() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from places import ASSETS
+from tiny import run_of
 from tracks import course_of
 from typer.testing import CliRunner
 
@@ -94,19 +95,19 @@ def test_what_cannot_be_judged_is_said(given: dict[str, Any], words: str) -> Non
         curvcli.gate(HOT, **given)
 
 
-def test_a_checkpoint_is_measured_in_python(samples: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_measured_in_python(tmp_path: Path) -> None:
     told: list[str] = []
+    run = run_of(tmp_path, 60)
     decided = curvcli.gate(
-        samples / "hot",
+        run,
         max_rho=1e6,
-        tokens=1024,
-        sequence_length=64,
+        tokens=256,
         depths=False,
         report="kept.json",
         progress=lambda stage, done: told.append(stage),
     )
-    assert (decided.subject.kind, decided.subject.tokens, decided.outcome) == ("checkpoint", 1024, "passed")
+    assert (decided.subject.kind, decided.subject.tokens, decided.outcome) == ("checkpoint", 256, "passed")
     assert load_report(tmp_path / "kept.json").full.rho == decided.subject.rho
     assert told[0] == "importing torch"
     with pytest.raises(UsageError, match="'max_roh' is no rule and no option"):
-        curvcli.gate(samples / "hot", max_rho=1.0, max_roh=1.0)
+        curvcli.gate(run, max_rho=1.0, max_roh=1.0)

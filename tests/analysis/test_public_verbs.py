@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from places import ASSETS
+from tiny import run_of
 from typer.testing import CliRunner
 
 import curvcli
@@ -46,17 +46,14 @@ def timeless(document: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of two checkpoints with data that takes seconds."""
-    for step in (10, 60):
-        shutil.copytree(samples / "calm" / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
-    shutil.copy(samples / "data" / "shard.bin", tmp_path / "shard.bin")
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of two checkpoints."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "run"
+    return run_of(tmp_path, 3, 9)
 
 
-MEASURING: dict[str, Any] = {"data": "shard.bin", "tokens": 64, "sequence_length": 16, "max_hvps": 6}
+MEASURING: dict[str, Any] = {"data": "data/shard.bin", "tokens": 64, "sequence_length": 16, "max_hvps": 6, "mode": "kept"}
 
 
 def test_track_gives_what_the_verb_prints(run: Path) -> None:
@@ -71,7 +68,7 @@ def test_track_keeps_reports_where_the_verb_does(run: Path) -> None:
     printed("track", run, *flags(MEASURING))
     stages: list[str] = []
     found = curvcli.track(run, last=1, progress=lambda stage, done: stages.append(stage), **MEASURING)
-    assert [(point.step, point.source) for point in found.points] == [(60, "cached")]
+    assert [(point.step, point.source) for point in found.points] == [(9, "cached")]
     assert stages
 
 
@@ -85,7 +82,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(run: Path, tmp_path: Path) 
 
 
 def test_compare_gives_what_the_verb_prints(run: Path) -> None:
-    first, second = run / "checkpoint-10", run / "checkpoint-60"
+    first, second = run / "checkpoint-3", run / "checkpoint-9"
     found = curvcli.compare(first, str(second), **MEASURING)
     assert isinstance(found, Comparison)
     assert timeless(json.loads(found.to_json())) == timeless(printed("compare", first, second, *flags(MEASURING)))
@@ -127,8 +124,8 @@ def test_schedule_takes_reports_in_hand() -> None:
         assert (by_path.provenance.report, in_hand.provenance.report) == (str(path), None)
 
 
-def test_schedule_measures_a_checkpoint_to_resume(samples: Path) -> None:
-    options: dict[str, Any] = {"resume": str(samples / "nanogpt" / "ckpt.pt"), "tokens": 256, "lr": 0.003}
+def test_schedule_measures_a_checkpoint_to_resume(run: Path) -> None:
+    options: dict[str, Any] = {"resume": str(run / "checkpoint-9"), "tokens": 256, "lr": 0.003}
     stages: list[str] = []
     found = curvcli.schedule(**options, progress=lambda stage, done: stages.append(stage))
     assert json.loads(found.to_json()) == printed("schedule", *flags(options))

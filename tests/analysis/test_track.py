@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from real import CURV, curv, process, variables
+from tiny import run_of
 from tracks import course_of
 
 from curvcli.analysis.cache import FileCache, NoCache
@@ -29,19 +30,13 @@ from curvcli.errors import InputError
 from curvcli.judge.readings import track_readings
 from curvcli.render.track_table import to_csv
 
-OPTIONS = Options(tokens=128, depths=False, max_hvps=40, mode="kept")
+OPTIONS = Options(tokens=128, depths=False, max_hvps=12, mode="kept")
 
 
 @pytest.fixture(scope="module")
-def calm(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two checkpoints, free to damage, with data that takes seconds."""
-    place = tmp_path_factory.mktemp("calm")
-    for step in (10, 60):
-        shutil.copytree(samples / "calm" / f"checkpoint-{step}", place / "run" / f"checkpoint-{step}")
-    (place / "data").mkdir()
-    shutil.copy(samples / "data" / "shard.bin", place / "data")
-    (place / "curv.toml").write_text('data = "data/shard.bin"\nsequence-length = 32\n')
-    return place / "run"
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two checkpoints, free to damage."""
+    return run_of(tmp_path_factory.mktemp("calm"), 10, 60)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +86,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(tracked: tuple[Track, 
     only = tmp_path / "only"
     shutil.copytree(calm / "checkpoint-10", only / "checkpoint-10")
     track_run(
-        only, Options(**{**OPTIONS.__dict__, "data": calm.parent / "data" / "shard.bin", "sequence_length": 32}), cache
+        only, Options(**{**OPTIONS.__dict__, "data": calm.parent / "data" / "shard.bin", "sequence_length": 16}), cache
     )
     rest = track_run(calm, OPTIONS, cache)
     assert [p.source for p in rest.points] == ["cached", "measured"]
@@ -228,8 +223,8 @@ def test_a_run_marks_surges_and_leaves_out_other_tokens(calm: Path, tmp_path: Pa
     shard = (calm.parent / "data" / "shard.bin").read_bytes()
     (tmp_path / "shard.bin").write_bytes(shard)
     (tmp_path / "run" / "checkpoint-4" / "other.bin").write_bytes(shard[1000:])
-    (tmp_path / "curv.toml").write_text('data = "shard.bin"\nsequence-length = 32\n')
-    (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "other.bin"\nsequence-length = 32\n')
+    (tmp_path / "curv.toml").write_text('data = "shard.bin"\nsequence-length = 16\n')
+    (tmp_path / "run" / "checkpoint-4" / "curv.toml").write_text('data = "other.bin"\nsequence-length = 16\n')
     (tmp_path / "run" / "checkpoint-2" / "model.safetensors").write_bytes(b"")
     rhos: list[float | None] = [1.0, 1.0, 1.0, 3.0]
     reports = iter([point.report for point in course_of(rhos).points])
@@ -266,7 +261,7 @@ def test_csv_has_a_row_a_point(tracked: tuple[Track, Path]) -> None:
     report = tracked[0].points[1].report
     assert report is not None
     assert float(rows[1]["rho"]) == report.full.rho
-    assert float(rows[1]["lambda model.layers.7"]) == report.layers[7].eigenvalue
+    assert float(rows[1]["lambda model.layers.1"]) == report.layers[1].eigenvalue
 
 
 @pytest.mark.parametrize("option", [("--surge", "inf"), ("--surge", "nan"), ("--tolerance", "nan"), ("--tolerance", "1")])
@@ -280,7 +275,7 @@ def test_numbers_that_are_none_are_refused(calm: Path, option: tuple[str, str], 
 @pytest.mark.slow
 def test_killed_and_started_again(calm: Path, tmp_path: Path, tracked: tuple[Track, Path]) -> None:
     """SIGKILL once the first checkpoint is kept: nothing is broken, and the next call pays for the rest alone."""
-    words = ("track", calm, "--tokens", 128, "--max-hvps", 40, "--mode", "kept", "-o", tmp_path / "track.json")
+    words = ("track", calm, "--tokens", 128, "--max-hvps", 12, "--mode", "kept", "-o", tmp_path / "track.json")
     place = {"XDG_CACHE_HOME": str(tmp_path)}
     job = subprocess.Popen(
         [*CURV, *map(str, words)], env=variables(**place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

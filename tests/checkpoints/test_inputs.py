@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from tiny import run_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint, open_for_analysis
 from curvcli.analysis.config import find_config
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
@@ -65,7 +66,7 @@ def test_nanogpt_is_the_same_function(samples: Path) -> None:
 
 def test_loss_is_what_the_trainer_logged(samples: Path) -> None:
     report = analyze_checkpoint(
-        samples / "calm" / "checkpoint-10", Options(tokens=1024, max_hvps=3, depths=False, mode="kept")
+        samples / "calm" / "checkpoint-10", Options(tokens=512, max_hvps=3, depths=False, mode="kept")
     )
     assert report.data.loss == pytest.approx(5.40, abs=0.2)
     assert report.optimizer.lr == pytest.approx(3e-4)
@@ -86,7 +87,7 @@ def llama(tmp_path: Path) -> Path:
 def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> None:
     assert (llama / "model.safetensors.index.json").exists()
     np.save(llama / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
-    options = Options(data=llama / "ids.npy", tokens=512, sequence_length=16, depths=False, mode="kept")
+    options = Options(data=llama / "ids.npy", tokens=128, sequence_length=16, depths=False, mode="kept")
     report = analyze_checkpoint(llama, options)
     assert report.checkpoint.format == "pretrained"
     assert report.optimizer.preconditioner == "estimated"
@@ -172,8 +173,8 @@ def test_config_is_found_upward_and_flags_win(
     (run.parent / "pyproject.toml").write_text('[tool.curv]\ntokens = 128\ndata = "shard.bin"\n')
     shutil.copy(tmp_path / "data" / "shard.bin", run.parent)
     assert find_config(run)[0].tokens == 128
-    report = analyze_checkpoint(run, Options(tokens=192, sequence_length=32, max_hvps=3, depths=False, mode="kept"))
-    assert (report.data.tokens, report.data.sequence_length) == (192, 32)
+    read = open_for_analysis(run, Options(tokens=192, sequence_length=32)).read
+    assert (read.tokens, read.sequence_length) == (192, 32)
 
 
 def test_one_batch_of_a_file_is_not_all_of_the_data(samples: Path) -> None:
@@ -186,18 +187,19 @@ def test_one_batch_of_a_file_is_not_all_of_the_data(samples: Path) -> None:
     assert "no-held-out" not in [f.code for f in report.findings]
 
 
-def test_a_layer_that_never_moved_is_empty_not_safe(run: Path) -> None:
+def test_a_layer_that_never_moved_is_empty_not_safe(tmp_path: Path) -> None:
+    run = run_of(tmp_path, 9) / "checkpoint-9"
     names = [n for n, _ in open_checkpoint(run).model().named_parameters()]
     document = torch.load(run / "optimizer.pt", weights_only=True)
     matrices, vectors = ([n for n in names if ("norm" in n) is norm] for norm in (False, True))
     for index, name in enumerate(matrices + vectors):
-        if ".layers.3." in name:
+        if ".layers.1." in name:
             document["state"][index]["exp_avg_sq"].zero_()
             document["state"][index]["exp_avg"].zero_()
     torch.save(document, run / "optimizer.pt")
     report = analyze_checkpoint(run, Options(tokens=64, sequence_length=16, depths=False, mode="kept"))
-    assert (report.layers[3].status, report.layers[3].eigenvalue) == ("empty", None)
-    assert report.layers[2].status == "converged"
+    assert (report.layers[1].status, report.layers[1].eigenvalue) == ("empty", None)
+    assert report.layers[0].status == "converged"
     assert "frozen-tensors" in [f.code for f in report.findings]
 
 
@@ -209,7 +211,8 @@ def test_no_data_names_the_remedy(samples: Path, tmp_path: Path) -> None:
         analyze_checkpoint(tmp_path, Options())
 
 
-def test_lr_zero_falls_back_to_the_log(run: Path) -> None:
+def test_lr_zero_falls_back_to_the_log(tmp_path: Path) -> None:
+    run = run_of(tmp_path, 9) / "checkpoint-9"
     document = torch.load(run / "optimizer.pt", weights_only=True)
     for group in document["param_groups"]:
         group["lr"] = 0.0
@@ -217,9 +220,9 @@ def test_lr_zero_falls_back_to_the_log(run: Path) -> None:
     few = Options(tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     report = analyze_checkpoint(run, few)
     assert report.optimizer.lr_source == "log"
-    assert report.optimizer.lr == pytest.approx(2.7e-4)
+    assert report.optimizer.lr == pytest.approx(1e-3)
     assert "lr-from-log" in [f.code for f in report.findings]
-    assert analyze_checkpoint(run, replace(few, lr=1e-3)).optimizer.lr_source == "option"
+    assert analyze_checkpoint(run, replace(few, lr=2e-3)).optimizer.lr_source == "option"
 
 
 def test_blocks_are_found(samples: Path) -> None:

@@ -80,6 +80,27 @@ def test_moments_of_nothing_are_noticed(sample: Sample) -> None:
     assert [f.code for f in found] == ["moments-contradict-gradient"]
 
 
+def test_a_moment_is_ranked_once_whatever_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at the same entries as those of its shape, or two tensors could not be held against each other's."""
+    model = nn.ModuleDict({"layers": nn.Sequential(*(nn.Linear(200, 200, bias=False) for _ in range(4)))})
+    evidence = gather(model, lambda m, x: m["layers"](x).square().mean(), list(torch.randn(2, 8, 200)))  # type: ignore[index]
+    first, *others = evidence.picks.values()
+    assert len(first) < 200 * 200
+    assert all(torch.equal(first, other) for other in others)
+    asked: list[str] = []
+    ranked = Evidence.ranked
+
+    def counted(self: Evidence, name: str, moment: Tensor) -> Tensor:
+        asked.append(name)
+        return ranked(self, name, moment)
+
+    monkeypatch.setattr(Evidence, "ranked", counted)
+    names = [name for name, _ in model.named_parameters()]
+    view = OptimizerView((Group(tuple(names), {"lr": 0.1}),), {name: {"exp_avg_sq": torch.rand(200, 200)} for name in names})
+    assert [f.code for f in contradictions(view, evidence, "here")] == ["moments-contradict-gradient"]
+    assert asked == names
+
+
 def test_two_layers_swapped_in_the_file_are_refused(run: Path) -> None:
     model = open_checkpoint(run).model()
     names = [n for n, _ in model.named_parameters()]

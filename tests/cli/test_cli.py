@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jsonschema
@@ -77,7 +77,8 @@ def test_same_seed_same_report(samples: Path) -> None:
 
 
 def test_csv(samples: Path) -> None:
-    done = curv("analyze", samples / "nanogpt" / "ckpt.pt", "--tokens", 256, "-q", "--format", "csv")
+    few = ("--tokens", 256, "--max-hvps", 4, "--mode", "kept", "-q")
+    done = curv("analyze", samples / "nanogpt" / "ckpt.pt", *few, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [r["part"] for r in rows] == ["full", "ends"] + ["layer"] * 4 + ["restricted"] * 5 + ["truncated"] * 5
     assert all(float(r["eigenvalue"]) > 0 for r in rows)
@@ -108,12 +109,14 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
+    used = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process("--help").returncode == 0
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Of the processor, not of a clock, which also counts what else the machine does.
+        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(used) < 0.5
 
 
 def test_bad_usage_is_two() -> None:

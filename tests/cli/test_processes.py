@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import real
 from places import ASSETS
+from tiny import run_of
 from typer.main import get_group
 
 from curvcli.cli import app
@@ -22,12 +23,12 @@ LOG = (
     '{"schema":"curv.curvature/1","step":5,"loss":3.2,"lr":0.001,"eigenvalue":9000.0,"rho":1.5,"residual":12.0,'
     '"update_ratio":null,"active_depth":4,"hvps":12,"seconds":1.5,"status":"converged"}\n'
 )
-FEW = "--tokens 128 --max-hvps 3 --no-depths --device cpu"
+FEW = "--tokens 64 --max-hvps 3 --device cpu --mode kept"
 # What is asked of each verb, and the exit code.
 LINES = {
-    f"analyze {{samples}}/nanogpt/ckpt.pt {FEW} --format csv -q": 0,
+    f"analyze {{run}}/checkpoint-3 --no-depths {FEW} --format csv -q": 0,
     "inspect {samples}/calm --json": 0,
-    f"track {{samples}}/calm --last 1 {FEW.replace(' --no-depths', '')} --format csv -q": 0,
+    f"track {{run}} --last 1 {FEW} --format csv -q": 0,
     "compare {assets}/calm-60.gate.report.json {assets}/hot-60.gate.report.json": 0,
     "report {assets}/hot-60.report.json": 0,
     "gate {assets}/hot-60.gate.report.json --max-rho 1": 1,
@@ -46,7 +47,8 @@ LINES = {
 def test_a_process_does_what_the_entry_point_does_here(line: str, samples: Path, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(LOG)
     os.utime(tmp_path / "log.jsonl", (1, 1))  # so long ago that the age is the same both times
-    words = [word.format(samples=samples, assets=ASSETS, log=tmp_path / "log.jsonl") for word in line.split()]
+    run = run_of(tmp_path, 3) if "{run}" in line else None
+    words = [word.format(samples=samples, assets=ASSETS, log=tmp_path / "log.jsonl", run=run) for word in line.split()]
     here = real.curv(*words, XDG_CACHE_HOME=str(tmp_path / "here"))
     there = real.process(*words, XDG_CACHE_HOME=str(tmp_path / "there"))
     assert there.returncode == LINES[line], there.stderr

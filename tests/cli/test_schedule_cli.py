@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from places import ASSETS
 from real import curv
+from tiny import run_of
 
 from curvcli.documents import Finding, load_schedule
 from curvcli.schedules import grow
@@ -72,12 +73,12 @@ def test_where_the_peak_comes_from() -> None:
     assert "lr-from-report" not in {f["code"] for f in planned("--resume", HOT, "--lr", 0.03)["findings"]}
 
 
-def test_resuming_from_a_checkpoint_measures_it(samples: Path) -> None:
-    plan = planned("--resume", samples / "nanogpt" / "ckpt.pt", "--tokens", 512, "--lr", 0.003)
-    assert (plan["mode"], plan["depth"], plan["phases"][0]["step"]) == ("freeze", 4, 300)
-    assert plan["blocks"] == [f"transformer.h.{i}" for i in range(4)]
+def test_resuming_from_a_checkpoint_measures_it(tmp_path: Path) -> None:
+    plan = planned("--resume", run_of(tmp_path, 3, 9) / "checkpoint-9", "--tokens", 256, "--lr", 0.003)
+    assert (plan["mode"], plan["depth"], plan["phases"][0]["step"]) == ("freeze", 2, 9)
+    assert plan["blocks"] == ["model.layers.0", "model.layers.1"]
     assert plan["provenance"]["report"] is None
-    assert plan["provenance"]["checkpoint"].endswith("ckpt.pt")
+    assert plan["provenance"]["checkpoint"].endswith("checkpoint-9")
     assert plan["phases"][0]["predicted_rho"] > 0
 
 

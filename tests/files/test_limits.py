@@ -178,7 +178,7 @@ def test_a_number_of_any_size_in_a_document(tmp_path: Path, kind: str, data: st.
 
 
 @pytest.mark.parametrize(
-    "place, value",
+    ("place", "value"),
     [
         (("full", "rho"), 5e-324),
         (("full", "rho"), 0.0),

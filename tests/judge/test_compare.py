@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from places import ASSETS
 from real import curv
+from tiny import run_of
 
 from curvcli.documents import Report, load_comparison, load_report
 from curvcli.judge.compare import compare
@@ -110,8 +111,8 @@ def test_markdown_says_what_the_two_are(calm: Report, hot: Report) -> None:
     assert text.count(", unstable\n") == 1
 
 
-def test_a_checkpoint_against_a_report(run: Path, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "nanogpt" / "ckpt.pt"
+def test_a_checkpoint_against_a_report(tmp_path: Path) -> None:
+    checkpoint = run_of(tmp_path, 60) / "checkpoint-60"
     done = curv("compare", checkpoint, checkpoint, "--tokens", 256, "--format", "json", "-q")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -143,22 +142,23 @@ def test_a_module_that_fails_itself_is_blamed(own: Path) -> None:
     assert "ModuleNotFoundError: No module named 'absent_dependency'" in refused("weights", *DATA, "--model", "mynets2:tiny")
 
 
-def test_a_traceback_on_request_and_the_working_directory(own: Path) -> None:
+def test_modules_of_the_working_directory(own: Path) -> None:
     """In a process of its own, whose path does not begin with the working directory, as that of `curv` does not."""
 
-    def run(model: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        code = "from curvcli.cli import main; main()"
-        command = [sys.executable, "-P", "-c", code, "analyze", "weights", "-q", *map(str, DATA), *FEW, "--model", model]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-
-    done = run("mynets:tiny")
+    words = ["analyze", "weights", "-q", *map(str, DATA), *FEW, "--model", "mynets:tiny"]
+    command = [sys.executable, "-P", "-c", "from curvcli.cli import main; main()", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 'raise ValueError("no such' in run("mynets:broken", CURV_TRACEBACK="1").stderr
+
+
+def test_a_traceback_on_request(own: Path) -> None:
+    done = curv("analyze", "weights", "-q", *DATA, *FEW, "--model", "mynets:broken", CURV_TRACEBACK="1")
+    assert 'raise ValueError("no such' in done.stderr
 
 
 def test_a_configuration_for_weights_without_one(tmp_path: Path) -> None:
     model, data = saved(CASES["mixtral"](), tmp_path)
-    arguments = ("--data", data, "--tokens", 128, "--sequence-length", 8, "--optimizer", "none", "--max-hvps", 30)
+    arguments = ("--data", data, "--tokens", 128, "--sequence-length", 8, "--optimizer", "none", "--mode", "kept", *FEW)
     report = analyze(model, *arguments)
     (model / "config.json").rename(tmp_path / "config_of_mine.json")
     again = analyze(model, *arguments, "--model", tmp_path / "config_of_mine.json")

@@ -161,7 +161,8 @@ def test_odd_documents_have_pictures(suffix: str, report: Report) -> None:
         track([hot], log=[TrainingStep(step=1, loss=None, lr=None), TrainingStep(step=2, loss=3.0, lr=0.0)]),
     ):
         assert plot_track(document, suffix)
-        assert embedded(steps(document)) is not None
+        if suffix == "svg":
+            assert embedded(steps(document)) is not None
     nothing = report.model_copy(
         update={"layers": [], "ends": None, "full": report.full.model_copy(update=bare),
                 "cumulative": report.cumulative.model_copy(update={"restricted": [], "truncated": []}),
@@ -178,14 +179,14 @@ def ticks(drawn: Picture) -> list[list[float]]:
     return [[t for t in axes.get_yticks() if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]] for axes in drawn.axes]
 
 
-@pytest.mark.parametrize("scale", [1e-6, 0.3, 1, 1.0001, 40, 1e7])
-def test_every_axis_has_two_ticks_to_read_by(scale: float) -> None:
+@pytest.mark.parametrize("scale", [None, 1e-6, 0.3, 1, 1.0001, 40, 1e7])
+def test_every_axis_has_two_ticks_to_read_by(scale: float | None) -> None:
     hot = asset("hot")
-    for run in (track([at(hot, 10), at(hot, 20, scale)]), course()):
-        drawn = steps(run)
-        assert min(map(len, ticks(drawn))) >= 2
-        assert max(map(len, ticks(drawn))) <= 12
-    assert len(ticks(picture(at(hot, 10, scale)))[0]) >= 2
+    found = ticks(steps(course() if scale is None else track([at(hot, 10), at(hot, 20, scale)])))
+    assert min(map(len, found)) >= 2
+    assert max(map(len, found)) <= 12
+    if scale is not None:
+        assert len(ticks(picture(at(hot, 10, scale)))[0]) >= 2
 
 
 # --- a picture in a page ---------------------------------------------------------------------------------------------
@@ -209,14 +210,15 @@ def test_a_colour_of_no_name_is_refused() -> None:
 
 
 def test_pictures_of_a_page_share_no_id_and_refer_to_their_own(report: Report) -> None:
-    for html in (track_page(course()), report_page(report)):
+    run = track_page(course())
+    for html in (run, report_page(report)):
         ids = re.findall(r'\bid="([^"]+)"', html)
         assert len(ids) == len(set(ids)) > 3
         assert set(re.findall(r"(?:href=\"|url\()#([\w-]+)", html)) == set(ids)
         assert not re.search(r'\bstyle="|xmlns|<style type|DejaVu', html)
         assert html.count("<style>") == 1
         assert len(html) < 300_000
-    assert track_page(course()) == track_page(course())
+    assert track_page(course()) == run
 
 
 def test_names_from_a_file_are_text_in_a_picture() -> None:
@@ -249,8 +251,7 @@ NO_OVERLAP = """(() => {
 })()"""
 
 
-@pytest.mark.parametrize("width", [480, 1280])
-def test_labels_keep_apart(browser: Browser, tmp_path: Path, report: Report, width: int) -> None:
+def test_labels_keep_apart(browser: Browser, tmp_path: Path, report: Report) -> None:
     def without_log(run: Track) -> Track:
         return run.model_copy(update={"log": []})
 
@@ -260,9 +261,10 @@ def test_labels_keep_apart(browser: Browser, tmp_path: Path, report: Report, wid
     }.items():  # fmt: skip
         out = tmp_path / f"{name}.html"
         out.write_text(html)
-        browser.open(out, width=width)
-        assert troubles(browser) == []
-        assert browser.run(NO_OVERLAP) == [], name
+        for width in (480, 1280):
+            browser.open(out, width=width)
+            assert troubles(browser) == []
+            assert browser.run(NO_OVERLAP) == [], (name, width)
 
 
 @pytest.mark.parametrize("scheme", [0, 1])

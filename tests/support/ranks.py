@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,12 @@ def launch(work: Callable[[int, Path], None], path: Path, *, initialize: bool = 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(work, path, port, initialize), nprocs=WORLD)
+    # Ranks are forked from a process that has imported what takes seconds: once, not once a rank.
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["transformers.models.llama.modeling_llama"])
+    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # which DeepSpeed asks for where transformers imports it
+        torch.multiprocessing.start_processes(
+            _rank, args=(work, path, port, initialize), nprocs=WORLD, start_method="forkserver"
+        )
 
 
 def _rank(rank: int, work: Callable[[int, Path], None], path: Path, port: int, initialize: bool) -> None:

@@ -41,7 +41,7 @@ class Evidence:
     """Ranks of squared gradients at sampled entries of every parameter.
 
     Attributes:
-        picks: which entries, by parameter.
+        picks: which entries, by parameter; the same ones for parameters of one size.
         ranks: of their mean squared gradients, centred and of unit norm; zeros where all are equal.
     """
 
@@ -50,18 +50,22 @@ class Evidence:
 
     def fit(self, name: str, moment: Tensor) -> float:
         """Rank correlation of a parameter's squared gradients with a second moment of its shape, -1 to 1."""
-        there = moment.reshape(-1)[self.picks[name].to(moment.device)]
-        return float(self.ranks[name] @ _ranks(there))
+        return float(self.ranks[name] @ self.ranked(name, moment))
+
+    def ranked(self, name: str, moment: Tensor) -> Tensor:
+        """Ranks of a second moment at the entries picked, as `ranks` has those of the gradients."""
+        return _ranks(moment.reshape(-1)[self.picks[name].to(moment.device)])
 
 
 def gather(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Sequence[Any]) -> Evidence:
     """Evidence from a gradient per batch; many small batches say more than few large ones."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
-    picks = {
-        name: torch.randint(p.numel(), (_SAMPLE,), generator=generator) if p.numel() > _SAMPLE else torch.arange(p.numel())
-        for name, p in parameters.items()
+    of_size = {
+        size: torch.randint(size, (_SAMPLE,), generator=generator) if size > _SAMPLE else torch.arange(size)
+        for size in sorted({p.numel() for p in parameters.values()})
     }
+    picks = {name: of_size[p.numel()] for name, p in parameters.items()}
     squares = {name: torch.zeros(len(pick), dtype=torch.float64) for name, pick in picks.items()}
     for batch in batches:
         gradients = torch.autograd.grad(
@@ -122,14 +126,16 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
     Raises:
         InputError: two layers, or two tensors, fit each other's moments better, beyond doubt.
     """
-    moments = {n: v for n in view.state if n in evidence.ranks and (v := _second(view, n)) is not None and v.numel() > 1}
-    own = {name: evidence.fit(name, v) for name, v in moments.items() if bool(evidence.ranks[name].any())}
-    if not own:
+    moments = _told(view, evidence)
+    if not moments:
         return []
+    # Ranked once each, not once a pair of layers: tensors of one shape have the same entries picked.
+    ranked = {name: evidence.ranked(name, v) for name, v in moments.items()}
+    own = {name: float(evidence.ranks[name] @ mine) for name, mine in ranked.items()}
 
     def margin(a: str, b: str) -> float:
         """How much better two tensors fit their own moments than each other's."""
-        return own[a] + own[b] - evidence.fit(a, moments[b]) - evidence.fit(b, moments[a])
+        return own[a] + own[b] - float(evidence.ranks[a] @ ranked[b]) - float(evidence.ranks[b] @ ranked[a])
 
     worst: tuple[float, str, str] = (0.0, "", "")
     pairs: dict[tuple[str, int, int], list[float]] = {}
@@ -146,6 +152,12 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
     if worst[0] < _TENSORS:
         raise _swapped(f"{worst[1]} and {worst[2]}", worst[0], path)
     return _unrelated(mean(own.values()))
+
+
+def _told(view: OptimizerView, evidence: Evidence) -> dict[str, Tensor]:
+    """Second moments of parameters whose gradients say something."""
+    moments = {name: _second(view, name) for name in view.state if name in evidence.ranks}
+    return {n: v for n, v in moments.items() if v is not None and v.numel() > 1 and bool(evidence.ranks[n].any())}
 
 
 def _unrelated(overall: float) -> list[Finding]:
