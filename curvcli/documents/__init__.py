@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from curvcli.documents.report import (
         ENDS,
         Attribution,
+        BodyEstimate,
         Checkpoint,
         Cost,
         Cumulative,
@@ -45,6 +46,7 @@ __all__ = [
     "LOG_NAME",
     "SCHEMAS",
     "Attribution",
+    "BodyEstimate",
     "Change",
     "Checkpoint",
     "Comparison",
@@ -121,6 +123,7 @@ _MODULES = {
         "DepthEstimate",
         "Estimate",
         "Generalisation",
+        "BodyEstimate",
         "LayerEstimate",
         "Optimizer",
         "PartEstimate",
