@@ -236,7 +236,7 @@ class Measurement:
         if vector is None or not rows:
             return found
         mask = torch.cat([_entries(self.problem.parameters[n], rows.get(n)) for n in self.names])
-        if float(vector[~mask].double().square().sum()) < RARE_MASS:
+        if float(vector[~mask].cpu().double().square().sum()) < RARE_MASS:
             return found
         self.stages.enter("full model without rare rows")
         if self.solver.expired:
@@ -316,7 +316,6 @@ class Measurement:
             self.in_time()
             hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
             found.truncated.append(self.solve(hvp, self.upto(depth), self.coarse).bare())
-        found.truncated.append(found.full)
 
     def completed(self, found: Measured) -> Measured:
         """With entries for what was not reached."""
@@ -329,8 +328,11 @@ class Measurement:
         for depth in range(last + 1 if self.depths else 0):
             restricted.setdefault(depth, Solved(self.upto(depth), None, skipped=True))
         truncated = list(found.truncated)
-        if self.depths and truncated and len(truncated) <= last:
-            truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), last)] + [found.full]
+        asked = self.truncation and self.blocks is not None and self.blocks.truncation is not None
+        if self.depths and (truncated or asked) and len(truncated) <= last:
+            truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), last)]
+        if truncated:
+            truncated[last:] = [found.full]
         return replace(found, ends=ends, layers=layers, restricted=dict(sorted(restricted.items())), truncated=truncated)
 
     def upto(self, depth: int) -> list[str]:

@@ -79,7 +79,7 @@ def test_a_small_residual_is_not_enough() -> None:
 
 
 def test_the_ceiling_is_exceeded_as_rarely_as_it_says() -> None:
-    """One eigenvalue and nothing else: after one product the ceiling is too low just where the start has too little of it."""
+    """One eigenvalue and nothing else: after one product the ceiling is too low just where the start hardly has it."""
     operator, tries = DenseOperator(torch.diag(torch.tensor([5.0, *[0.0] * 199], dtype=torch.float64))), 600
     found = [Lanczos(doubt=0.3, max_products=1, seed=seed).extremes(operator) for seed in range(tries)]
     assert 0.24 <= sum(extremes.ceiling < 5.0 for extremes in found) / tries <= 0.34
