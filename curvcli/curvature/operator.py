@@ -56,9 +56,12 @@ class PreconditionedHessian:
     def matvec(self, vector: Tensor) -> Tensor:
         """G v for a flat v of shape (n,): one Hessian-vector product between two applications of P^(-1/2)."""
         tangents = self.root.apply(self.root.split(vector))
-        images = self.hvp.product(self.root.names, tangents)
-        curved = [
-            image.detach() + weight * t if weight else image.detach()
-            for image, t, weight in zip(images, tangents, self.decay, strict=True)
-        ]
-        return self.root.flatten(self.root.apply(curved))
+        images = list(self.hvp.product(self.root.names, tangents))
+        flat = self.space.empty(1)[0]
+        pieces = zip(self.root.split(flat), self.root.values(), self.decay, strict=True)
+        tangents.reverse()
+        images.reverse()
+        for piece, root, weight in pieces:  # each image goes as it is written down: three vectors at a time, not five
+            image, tangent = images.pop().detach(), tangents.pop()
+            piece.copy_(root.apply(image + weight * tangent if weight else image))
+        return flat
