@@ -9,11 +9,10 @@ import pytest
 import torch
 from fused import FusedCrossEntropy
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from curvcli import analyze
-from curvcli.curvature import hvp
 from curvcli.curvature.hvp import MODES, Mode, build, choose
 from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import causal_loss
@@ -192,16 +191,18 @@ def test_a_product_holds_no_gradient_and_leaves_no_hook(mode: Mode, monkeypatch:
     """Gradients are as large as the parameters: of each batch only the graph is held, while the next is worked on."""
     problem = _problem("gpt2")
     names = list(problem.parameters)
-    held: list[weakref.ref[Tensor]] = []
-    original = hvp.get_gradient_edge
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
 
     def spy(gradient: Tensor) -> GradientEdge:
-        held.append(weakref.ref(gradient))
-        return original(gradient)
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(gradient))
+        return get_gradient_edge(gradient)
 
-    monkeypatch.setattr(hvp, "get_gradient_edge", spy)
+    monkeypatch.setattr("curvcli.curvature.hvp.get_gradient_edge", spy)
     engine = build(problem, mode)
     engine.product(names, _random(problem, names))
-    assert len(held) == 2 * len(names)
-    assert not any(reference() is not None for reference in held)
+    assert len(alive) == 2 * len(names)
+    assert max(alive) <= 1
+    assert not any(reference() is not None for reference in seen)
     assert not any(parameter._backward_hooks for parameter in problem.parameters.values())
