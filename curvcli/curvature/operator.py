@@ -7,9 +7,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from curvcli.curvature import resources
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import ModelRoot
 from curvcli.curvature.space import OneDevice, Space
+
+LARGE = 2**26  # bytes of a vector from which on free memory is worth the few percent that it costs to ask for it again
 
 
 class Operator(Protocol):
@@ -57,6 +60,8 @@ class PreconditionedHessian:
         """G v for a flat v of shape (n,): one Hessian-vector product between two applications of P^(-1/2)."""
         tangents = self.root.apply(self.root.split(vector))
         images = list(self.hvp.product(self.root.names, tangents))
+        if vector.nbytes >= LARGE:
+            resources.give_back(vector.device)
         flat = self.space.empty(1)[0]
         pieces = zip(self.root.split(flat), self.root.values(), self.decay, strict=True)
         tangents.reverse()

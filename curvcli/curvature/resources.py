@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
+from functools import cache
+from typing import Any
 
 import psutil
 import torch
@@ -20,6 +23,23 @@ def reset_peak(device: torch.device) -> None:
     """Count the device's peak from here. The CPU's is the process's and cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Hand memory that the C library holds free back to the system, where it is glibc and tensors are the CPU's.
+
+    Of a product's many tensors glibc keeps what they took, and vectors of a model's size are never put there: without
+    this each product's memory is held while the eigensolver works (GPT-2, 256 tokens: 1.5 GB).
+    """
+    if device.type == "cpu" and (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
 
 
 def peak_bytes(device: torch.device) -> int:
