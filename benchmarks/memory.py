@@ -17,20 +17,25 @@ import torch
 from common import save
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from curvcli.curvature import resources
 from curvcli.curvature.hvp import build
 from curvcli.curvature.problem import Problem
 from curvcli.data import tasks
 
-# loss, rows a batch, what is done
+# loss, rows a batch, what is done, whether free blocks go back to the system as in `curv analyze` of a large model
 CASES = [
-    ("plain", 4, "training step"),
-    ("plain", 1, "training step"),
-    ("plain", 1, "fresh"),
-    ("chunked", 1, "fresh"),
-    ("plain", 4, "fresh"),
-    ("chunked", 4, "fresh"),
-    ("plain", 4, "kept"),
-    ("chunked", 4, "kept"),
+    ("plain", 4, "training step", False),
+    ("plain", 1, "training step", False),
+    ("plain", 1, "fresh", False),
+    ("chunked", 1, "fresh", False),
+    ("plain", 4, "fresh", False),
+    ("chunked", 4, "fresh", False),
+    ("plain", 4, "kept", False),
+    ("chunked", 4, "kept", False),
+    ("plain", 4, "training step", True),
+    ("chunked", 1, "fresh", True),
+    ("chunked", 4, "fresh", True),
+    ("chunked", 4, "kept", True),
 ]
 
 
@@ -62,10 +67,12 @@ def main() -> None:
     save("memory", {**said, "torch": torch.__version__, "cases": rows})
 
 
-def measure(rows: int, length: int, loss: str, batch: int, what: str) -> dict[str, Any]:
+def measure(rows: int, length: int, loss: str, batch: int, what: str, blocks: bool) -> dict[str, Any]:
     """Peak over the model in GiB, and CPU seconds of the second time: the first builds kept graphs and moments."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if blocks:
+        resources.return_blocks()
     if loss == "plain":
         tasks.LOGITS = sys.maxsize
     model = GPT2LMHeadModel(GPT2Config())
@@ -102,6 +109,7 @@ def measure(rows: int, length: int, loss: str, batch: int, what: str) -> dict[st
         "what": what,
         "loss": loss,
         "rows_a_batch": batch,
+        "blocks_go_back": blocks,
         "GiB_over_the_model": round(peak / 2**30, 2),
         "cpu_seconds": round(seconds, 1),
     }

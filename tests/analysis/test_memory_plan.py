@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from curvcli.analysis.checkpoint import Options, open_for_analysis
 from curvcli.analysis.plan import LEAST, Sizes, plan, predicted
 from curvcli.errors import CurvError
 
@@ -59,11 +60,26 @@ def test_where_nothing_fits_it_says_what_would() -> None:
         plan(SIZES, (needed - 0.1) * GIB, 8)
 
 
+def test_a_large_model_has_its_free_blocks_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Exception):  # noqa: N818
+        pass
+
+    def told() -> bool:
+        raise Told
+
+    monkeypatch.setattr("curvcli.curvature.resources.return_blocks", told)
+    monkeypatch.setattr("curvcli.analysis.checkpoint.LARGE", 2**10)
+    sample = Path(__file__).parents[2] / "sample_checkpoints" / "calm" / "checkpoint-60"
+    with pytest.raises(Told):
+        open_for_analysis(sample, Options(tokens=256)).measure()
+
+
 MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from curvcli.analysis.checkpoint import Options, open_for_analysis
 from curvcli.analysis.plan import Sizes, predicted
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import build, graph_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +34,31 @@ def test_of_other_systems_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
         assert resources._malloc_trim() is None
         resources.give_back(torch.device("cpu"))
     resources._malloc_trim.cache_clear()
+
+
+BLOCKS = """
+import sys, psutil, torch
+from curvcli.curvature import resources
+told = sys.argv[1] == "told" and resources.return_blocks()
+del (first := [torch.ones(2**22)])[:]  # freeing 16 MiB raises the limit of glibc's own accord
+tensors = [torch.ones(2**19) for _ in range(100)]  # 2 MiB each
+last = torch.ones(2**10)
+held = psutil.Process().memory_info().rss
+del tensors
+print(told, (held - psutil.Process().memory_info().rss) >> 20)
+"""
+
+
+@pytest.mark.skipif(resources._malloc_trim() is None, reason="glibc alone can be told")
+def test_blocks_go_back_as_they_are_freed() -> None:
+    def freed(word: str) -> list[str]:
+        run = subprocess.run([sys.executable, "-c", BLOCKS, word], check=True, capture_output=True, text=True)
+        return run.stdout.split()
+
+    told, mebibytes = freed("told")
+    assert told == "True"
+    assert int(mebibytes) > 190
+    assert int(freed("not")[1]) < 100  # so that it is worth telling
 
 
 @pytest.mark.parametrize(("large", "asked"), [(17, 0), (16, 1)])
