@@ -36,7 +36,7 @@ from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.given import at_logged, check_known, override, scaled
 
 DEFAULT_TOKENS = 8192
-LARGE = 2**28  # bytes of weights from which on memory is worth a tenth of the time
+LARGE = 2**28  # bytes of weights from which on memory is worth more than a sixth of the time
 
 
 @dataclass(frozen=True)
