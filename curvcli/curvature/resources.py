@@ -40,9 +40,10 @@ def give_back(device: torch.device) -> None:
 def return_blocks() -> bool:
     """From now on, in the whole process, memory of 1 MiB and more goes back to the system as soon as it is free.
 
-    glibc raises this limit by itself, up to 32 MiB, and then holds what lies between tensors that live on: a product of
-    GPT-2 with 4 x 256 tokens took 7.0 GiB beside the model, and takes 4.1 with it, in 16 % more
-    time; through kept graphs 6.8 and 5.4, in 36 % more (benchmarks/memory.py, on a busy machine). For a process of one's own, not for somebody's training job.
+    glibc raises this limit by itself, up to 32 MiB, and then holds what lies between tensors that live on. A product of
+    GPT-2 with 4 x 256 tokens took 7.0 GiB beside the model, and takes 4.1 with it, in 16 % more time; through kept graphs
+    6.8 and 5.4, in 36 % more (benchmarks/memory.py, on a busy machine). For a process of one's own, not for somebody's
+    training job.
 
     Returns:
         Whether the C library is one that can be told.
