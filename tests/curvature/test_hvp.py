@@ -108,10 +108,12 @@ def test_truncation_is_the_shallow_model_and_is_undone() -> None:
 def test_choice_takes_an_exact_mode_and_respects_memory() -> None:
     problem = _problem("gpt2")
     free = choose(problem)
-    assert set(free.seconds) == set(MODES)
+    assert (free.mode, set(free.seconds), free.refused) == ("kept", {"kept"}, {})
     tight = choose(problem, memory=1.0)
-    assert "kept" not in tight.seconds
+    assert (tight.mode, set(tight.seconds)) == ("fresh", {"fresh"})
     assert "GiB" in tight.refused["kept"]
+    for mode in MODES:
+        assert choose(problem, mode=mode).mode == mode
 
 
 def test_a_loss_that_reaches_inside_the_model_rules_forward_mode_out() -> None:
@@ -119,9 +121,9 @@ def test_a_loss_that_reaches_inside_the_model_rules_forward_mode_out() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x = torch.randn(5, 3, dtype=torch.float64)
     problem = Problem.create(model, lambda m, b: m[2](torch.tanh(m[0](b))).square().mean(), [x])
-    choice = choose(problem)
-    assert "forward" in choice.refused
-    assert choice.mode in ("kept", "fresh")
+    assert choose(problem).mode == "kept"
+    with pytest.raises(UnsupportedError, match="forward: "):
+        choose(problem, mode="forward")
 
 
 def test_no_second_derivative_is_said() -> None:
