@@ -17,7 +17,7 @@ from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.folds import Folds
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
 from curvcli.curvature.lanczos import Lanczos
-from curvcli.curvature.operator import Folded, Masked, Operator, PreconditionedHessian
+from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ritz import Extremes, Ritz
 from curvcli.documents import Update
@@ -242,7 +242,7 @@ class Measurement:
         if self.solver.expired:
             return found
         operator = self.folded(hvp)
-        found.body = Solved(self.names, self.solver.extremes(Masked(operator, mask))).bare()
+        found.body = Solved(self.names, self.solver.extremes(operator, support=mask)).bare()
         found.rare = {n: int(m.sum()) for n, m in rows.items()}
         found.folds = _folds(operator)
         return found
@@ -271,7 +271,7 @@ class Measurement:
         """
         last = len(self.layer_names)
         above = found.full
-        found.restricted[last] = above.bare()
+        found.restricted.update({0: found.ends or Solved(self.outer, None), last: above.bare()})
         for depth in range(last - 1, 0, -1):
             self.stages.enter(f"restricted to depth {depth}")
             solved = self.lowered(hvp, self.upto(depth), above)
@@ -279,7 +279,6 @@ class Measurement:
                 solved = self.solve(hvp, self.upto(depth), self.sharp)
             found.restricted[depth] = solved.bare()
             above = solved if solved.extremes and solved.extremes.vector is not None else above
-        found.restricted[0] = found.ends or Solved(self.outer, None)
 
     def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved | None:
         """A depth from the one above it; None where that says too little of it."""

@@ -73,18 +73,6 @@ class PreconditionedHessian:
         return flat
 
 
-class Masked:
-    """An operator on some coordinates alone: the others of every vector, and of its image, are taken for 0."""
-
-    def __init__(self, operator: Operator, mask: Tensor) -> None:
-        self.operator, self.space = operator, operator.space
-        self.mask = mask  # (n,), true where there is something
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """The image of what lies within the mask, cut to it; of shape (n,)."""
-        return self.mask * self.operator.matvec(self.mask * vector)
-
-
 class Folded:
     """The weighted mean of operators that stand for parts of the data, which are seen through the vectors it is applied to.
 

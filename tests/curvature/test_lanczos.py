@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from curvcli.curvature.lanczos import Lanczos
-from curvcli.curvature.operator import DenseOperator, Folded, Masked
+from curvcli.curvature.operator import DenseOperator, Folded
 
 
 def matrix_of(values: list[float] | Tensor, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -120,8 +120,13 @@ def test_folds_are_the_parts_between_the_vectors() -> None:
         assert torch.allclose(basis @ part @ basis.T, projected, atol=1e-9)
 
 
-def test_a_mask_leaves_a_submatrix() -> None:
-    matrix, mask = matrix_of(torch.linspace(-3, 4, 60)), torch.arange(60) % 3 > 0
-    found = Lanczos(tolerance=1e-8).extremes(Masked(DenseOperator(matrix), mask))
+def test_a_support_leaves_a_submatrix() -> None:
+    matrix, support = matrix_of(torch.linspace(-3, 4, 60)), torch.arange(60) % 3 > 0
+    operator = Folded([(0.5, DenseOperator(matrix)), (0.5, DenseOperator(matrix))])
+    found = Lanczos(tolerance=1e-8, max_products=60).extremes(operator, support=support)
+    within = torch.linalg.eigvalsh(matrix[support][:, support])
     assert found.top is not None
-    assert found.top.value == pytest.approx(float(torch.linalg.eigvalsh(matrix[mask][:, mask])[-1]), rel=1e-7)
+    assert found.vector is not None
+    assert found.top.value == pytest.approx(float(within[-1]), rel=1e-7)
+    assert not found.vector[~support].any()
+    assert float(torch.linalg.eigvalsh(operator.projected()[0])[-1]) == pytest.approx(found.top.value, rel=1e-9)
