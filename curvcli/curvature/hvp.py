@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.selftest import check_second_derivative
-from curvcli.errors import OutOfMemoryError, UnsupportedError, exhausted, memory_named, shortage
+from curvcli.errors import OutOfMemoryError, OutOfTime, UnsupportedError, exhausted, memory_named, shortage
 
 Mode = Literal["kept", "fresh", "forward"]
 MODES: tuple[Mode, ...] = ("kept", "fresh", "forward")
@@ -164,7 +164,8 @@ def _sync(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> float:
+def timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> float:
+    """Seconds that one product takes, the device's own work counted."""
     _sync(tangents[0].device)
     start = time.perf_counter()
     engine.product(names, tangents)
@@ -204,16 +205,24 @@ class Choice:
     refused: dict[Mode, str]
 
 
-def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: float = float("inf")) -> Choice:
+def choose(
+    problem: Problem,
+    *,
+    mode: Mode | Literal["auto"] = "auto",
+    memory: float = float("inf"),
+    deadline: float = float("inf"),
+) -> Choice:
     """Time the exact modes on the first batch and take a fast one that agrees with fresh double backward.
 
     Args:
         problem: what will be measured.
         mode: a mode to insist on, or "auto".
         memory: bytes that kept graphs of all batches may take.
+        deadline: instant of `time.monotonic()` from which no further mode is tried.
 
     Raises:
         UnsupportedError: no mode works, or none agrees.
+        OutOfTime: the deadline has passed.
     """
     first = problem.subset([0])
     names = list(problem.parameters)
@@ -237,6 +246,8 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
     check_second_derivative(first, tangents, reference)
     scale = norm(reference)
     for candidate in MODES if mode == "auto" else (mode,):
+        if time.monotonic() >= deadline:
+            raise OutOfTime
         try:
             if candidate == "kept" and (need := graph_bytes(first) * len(problem.batches)) > memory:
                 refused[candidate] = (
@@ -245,7 +256,7 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
                 continue
             engine = build(first, candidate)
             answer = engine.product(names, tangents)
-            seconds[candidate] = min(_timed(engine, names, tangents) for _ in range(3))
+            seconds[candidate] = min(timed(engine, names, tangents) for _ in range(3))
         except Exception as error:  # whatever a model's own code raises under this mode rules the mode out
             said = str(error).splitlines()[0][:120] if str(error) else ""
             refused[candidate] = (
