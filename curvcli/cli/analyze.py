@@ -13,7 +13,7 @@ from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.cli.formats import Format, ShortFormat
 from curvcli.cli.progress import Told, reporting, told_early
-from curvcli.errors import plain
+from curvcli.errors import UsageError, plain
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -36,12 +36,12 @@ def analyze(
         bool, typer.Option("--no-depths", help="Leave out the curves over depth, up to half of the work.")
     ] = False,
     truncated: Annotated[
-        bool | None,
+        bool,
         typer.Option(
-            "--truncated/--no-truncated",
-            help="Measure the networks cut short, too: one of the curves over depth.  [default: near initialisation]",
+            "--truncated", help="Measure the networks cut short, wherever in training.  [default: near initialisation]"
         ),
-    ] = None,
+    ] = False,
+    no_truncated: Annotated[bool, typer.Option("--no-truncated", help="Leave out the networks cut short.")] = False,
     budget: options.Budget = None,
     estimate: options.Estimate = False,
     output: options.Output = None,
@@ -58,7 +58,7 @@ def analyze(
     started = time.monotonic()
     out_of_time = False
     with exit_codes():
-        settings = {**options.settings(given), "depths": not no_depths, "truncated": truncated}
+        settings = {**options.settings(given), "depths": not no_depths, "truncated": _either(truncated, no_truncated)}
         seconds = options.seconds(budget)
         check_outputs(output, plot)
         if estimate:
@@ -122,6 +122,12 @@ class _Early:
             with self.progress.aside(), readers_may_leave():  # who want the documents all the same
                 Console().print(head(report))
             self.shown = head(report)
+
+
+def _either(wanted: bool, unwanted: bool) -> bool | None:
+    if wanted and unwanted:
+        raise UsageError("--truncated and --no-truncated contradict each other", hint="drop one of them")
+    return True if wanted else False if unwanted else None
 
 
 def _estimate(checkpoint: Path, settings: dict[str, Any], format: Format, quiet: bool, verbose: bool) -> None:  # noqa: A002
