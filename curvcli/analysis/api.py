@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from curvcli.optimizers.adam import ESTIMATED
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.given import scaled
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, prepare
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def analyze(
         depths: measure the curve over depth too.
         truncated: measure the networks cut short too. They mean something near initialisation, and None measures them
             where the loss of the network cut to half its depth is near the whole's.
-        on_verdict: called with a report of the full model as soon as that is known; layers and depths are "skipped" in it.
+        on_verdict: called with a report of the full model as soon as that is known; layers and depths are "skipped" in it,
+            and no finding says so. Later parts can still show that the full model's estimate is none to rely on.
         provenance: what the report says of its inputs; needed only where they are files.
 
     Returns:
@@ -90,16 +93,59 @@ def analyze(
         OutOfMemoryError: not even a product on one row fits; batches whose rows are independent are cut where that helps.
         OutOfTime: not even the full model was reached before the deadline.
     """
-    check_effort(tolerance, max_hvps)
+
+    def finish(work: Measurement, notes: dict[str, str]) -> documents.Report:
+        said = provenance or Provenance(lr_source="optimizer" if lr is None else "option")
+        said = replace(said, notes={**said.notes, **notes})
+
+        def early(found: Measured) -> None:
+            if on_verdict is not None:
+                on_verdict(_provisional(write(work, found, said, tokens)))
+
+        return write(work, work.run(early), said, tokens)
+
+    check_effort(tolerance, max_hvps, depths=depths, truncated=truncated)
+    tokens = sum(weights) if weights else None
+    solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
+    return prepared(
+        model, loss, batches, optimizer, finish, weights=weights, layers=layers, lr=lr, mode=mode, solver=solver,
+        progress=progress, depths=depths, truncated=truncated,
+    )  # fmt: skip
+
+
+def prepared(
+    model: nn.Module,
+    loss: Loss,
+    batches: Sequence[Any],
+    optimizer: torch.optim.Optimizer | OptimizerView | Estimated | None,
+    finish: Callable[[Measurement, dict[str, str]], T],
+    *,
+    solver: Lanczos,
+    weights: Sequence[float] | None = None,
+    layers: nn.ModuleList | nn.Sequential | None = None,
+    lr: float | None = None,
+    mode: Mode | Literal["auto"] = "auto",
+    progress: Progress | None = None,
+    depths: bool = True,
+    truncated: bool | None = None,
+) -> T:
+    """What is made of a measurement that is set up and has not begun, by the leanest plan that memory does for.
+
+    Args:
+        finish: called with it, and with notes on the model and the batches by their finding's code; once more with a leaner
+            one where memory runs out in it.
+        solver: of the full model. The others are as for `analyze`.
+
+    Raises:
+        CurvError: as `analyze` does.
+    """
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
     if isinstance(optimizer, torch.optim.Optimizer):  # it knows the parameters by identity: before copies take their place
         optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
-    solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
-    tokens = sum(weights) if weights else None
     say = progress or (lambda stage, done: None)
     with measurable(module) as lifted:
 
-        def measure(problem: Problem, mode: Mode | Literal["auto"]) -> documents.Report:
+        def measure(problem: Problem, mode: Mode | Literal["auto"]) -> T:
             preconditioner = _preconditioner(problem, optimizer, lr)
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
@@ -108,21 +154,22 @@ def analyze(
                 blocks, found = survey(part, blocks)
                 notes |= found
             work = Measurement(part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated)
-            said = provenance or Provenance(lr_source="optimizer" if lr is None else "option")
-            said = replace(said, notes={**said.notes, **notes})
-
-            def report(found: Measured) -> documents.Report:
-                return write(work, found, said, tokens)
-
-            return report(work.run((lambda found: on_verdict(report(found))) if on_verdict else lambda found: None))
+            return finish(work, notes)
 
         whole = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
         check_lifted(whole, lifted)
         return leanest(whole, mode, measure)
 
 
-def check_effort(tolerance: float, max_hvps: int) -> None:
-    """Raises UsageError where no number could come out certified."""
+def _provisional(report: documents.Report) -> documents.Report:
+    """Without what is said of parts that are still to come."""
+    return report.model_copy(update={"findings": [f for f in report.findings if f.code != "out-of-time"]})
+
+
+def check_effort(tolerance: float, max_hvps: int, *, depths: bool = True, truncated: bool | None = None) -> None:
+    """Raises UsageError where no number could come out certified, or what is asked for is left out."""
+    if truncated and not depths:
+        raise UsageError("networks cut short are one of the two curves over depth", hint="drop --no-depths, or --truncated")
     if not 0 < tolerance < 1 or max_hvps < 3:  # NaN too; a residual of lambda's size certifies nothing
         raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
 

@@ -10,7 +10,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -21,7 +22,32 @@ from curvcli.errors import OutOfTime, UsageError
 if TYPE_CHECKING:
     from curvcli.documents import Report
 
-GRACE = 2.0  # seconds for the product in hand to end
+# For the product in hand to end, and the report to be written: a share of the budget, and seconds at least.
+GRACE, LEAST_GRACE = 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Time that measuring may take.
+
+    Args:
+        seconds: of it; infinite is without end.
+        started: instant of `time.monotonic()` at which it began.
+    """
+
+    seconds: float = inf
+    started: float = field(default_factory=monotonic)
+
+    @property
+    def deadline(self) -> float:
+        """Instant from which nothing more is started."""
+        return self.started + self.seconds
+
+    @contextmanager
+    def alarm(self) -> Iterator[Callable[[], None]]:
+        """Raise OutOfTime a little after the deadline, whatever runs then; yields what calls it off."""
+        with _alarm(self.deadline + max(LEAST_GRACE, GRACE * self.seconds)) as disarm:
+            yield disarm
 
 
 def measure(
@@ -31,6 +57,7 @@ def measure(
     started: float,
     seconds: float | None,
     tell: Callable[[str, float], None] = lambda stage, done: None,
+    on_verdict: Callable[[Report], None] | None = None,
 ) -> tuple[Report | None, str]:
     """The report of a checkpoint, or None and why, where not even the full model was reached in time.
 
@@ -39,15 +66,16 @@ def measure(
         started: instant of `time.monotonic()` at which the budget began.
         seconds: the budget; None is without end.
         tell: takes what is being done, and the fraction done.
+        on_verdict: as of `analyze_checkpoint`.
 
     Raises:
         UsageError: an option is not known.
         CurvError: the checkpoint cannot be read or measured.
     """
-    deadline = float("inf") if seconds is None else started + seconds
+    budget = Budget(inf if seconds is None else seconds, started)
     doing = "starting"
     try:
-        with _alarm(deadline + GRACE) as disarm:
+        with budget.alarm() as disarm:
 
             def progress(stage: str, done: float) -> None:
                 nonlocal doing
@@ -59,16 +87,16 @@ def measure(
             progress("importing torch", 0.0)
             from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 
-            known = [field.name for field in fields(Options) if field.name != "deadline"]
+            known = [option.name for option in fields(Options) if option.name != "deadline"]
             if unknown := [name for name in options if name not in known]:
                 raise UsageError(f"{unknown[0]!r:.80} is no rule and no option", hint=f"options: {', '.join(known)}")
-            return analyze_checkpoint(checkpoint, Options(**options, deadline=deadline), progress), ""
+            return analyze_checkpoint(checkpoint, Options(**options, deadline=budget.deadline), progress, on_verdict), ""
     except OutOfTime:
         return None, f"the budget of {seconds:g} s ran out (at: {doing}), and nothing was measured; raise --budget"
 
 
 @contextmanager
-def _alarm(at: float) -> Iterator[Any]:
+def _alarm(at: float) -> Iterator[Callable[[], None]]:
     """Raise OutOfTime at an instant, whatever runs then; yields what calls it off."""
 
     def ring(number: int, frame: FrameType | None) -> None:
@@ -77,7 +105,7 @@ def _alarm(at: float) -> Iterator[Any]:
     def disarm() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    if at == float("inf") or threading.current_thread() is not threading.main_thread():
+    if at == inf or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
     before = signal.signal(signal.SIGALRM, ring)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -27,7 +28,7 @@ from curvcli.curvature.problem import Loss
 from curvcli.data.examples import Examples
 from curvcli.data.shards import Shard, find_sources
 from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
-from curvcli.errors import InputError, UsageError, exhausted, memory_named
+from curvcli.errors import InputError, OutOfTime, UsageError, exhausted, memory_named
 from curvcli.models.architecture import named
 from curvcli.models.base import Architecture, Task
 from curvcli.models.user_code import blamed
@@ -40,6 +41,17 @@ LARGE = 2**28  # bytes of weights from which on memory is worth more than a sixt
 
 
 @dataclass(frozen=True)
+class Ready:
+    """What is measured, in memory, and what the report says of where it is from."""
+
+    model: nn.Module
+    batches: list[Any]
+    optimizer: OptimizerView | Estimated | None
+    weights: list[float]
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
 class Opened:
     """A checkpoint and its data, read and not yet measured. `options` have no configuration left to look up."""
 
@@ -49,13 +61,39 @@ class Opened:
     loss: Loss
     options: Options
 
-    def measure(self, progress: Progress | None = None) -> documents.Report:
-        """Build the model and measure. Raises CurvError."""
-        with memory_named(f"while {self.checkpoint.path} is measured"):
-            return self._measured(progress)
+    def measure(
+        self, progress: Progress | None = None, on_verdict: Callable[[documents.Report], None] | None = None
+    ) -> documents.Report:
+        """Build the model and measure. Raises CurvError; OutOfTime where not even the full model was reached.
 
-    def _measured(self, progress: Progress | None) -> documents.Report:
+        Args:
+            on_verdict: as of `analyze`.
+        """
+        options = self.options
+        with memory_named(f"while {self.checkpoint.path} is measured"):
+            ready = self.ready()
+            return analyze(
+                ready.model,
+                self.loss,
+                ready.batches,
+                ready.optimizer,
+                weights=ready.weights,
+                mode=options.mode,
+                tolerance=options.tolerance,
+                max_hvps=options.max_hvps,
+                seed=options.seed or 0,
+                progress=progress,
+                deadline=options.deadline,
+                depths=options.depths,
+                truncated=options.truncated,
+                on_verdict=on_verdict,
+                provenance=ready.provenance,
+            )
+
+    def ready(self) -> Ready:
+        """Build the model, and put it, the batches and the optimizer together. Raises CurvError, and OutOfTime."""
         checkpoint, options = self.checkpoint, self.options
+        _in_time(options)
         device = _device(options.device)
         model = checkpoint.model()
         if device.type == "cpu" and sum(p.nbytes for p in model.parameters()) >= LARGE:
@@ -82,6 +120,7 @@ class Opened:
         except Exception as error:
             if not exhausted(error):
                 raise  # smaller batches may do
+        _in_time(options)
         optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
         if isinstance(self.read, Shard) and isinstance(shard, Examples):
             positions = len(self.read.windows) * self.read.sequence_length
@@ -94,19 +133,11 @@ class Opened:
             notes["unused-columns"] = (
                 f"{', '.join(unused)[:200]}: the model's forward takes no such input, they are left out"
             )
-        return analyze(
+        return Ready(
             model,
-            self.loss,
             batches,
             optimizer,
             weights=[predictions(b, self.task) for b in batches],
-            mode=options.mode,
-            tolerance=options.tolerance,
-            max_hvps=options.max_hvps,
-            seed=options.seed or 0,
-            progress=progress,
-            deadline=options.deadline,
-            depths=options.depths,
             provenance=Provenance(
                 checkpoint=lambda parameters, layers: documents.Checkpoint(
                     path=str(checkpoint.path),
@@ -149,7 +180,7 @@ class Opened:
 
 def open_for_analysis(path: Path, options: Options) -> Opened:
     """Headers of a checkpoint, its configuration and its data. Raises CurvError."""
-    check_effort(options.tolerance, options.max_hvps)
+    check_effort(options.tolerance, options.max_hvps, depths=options.depths, truncated=options.truncated)
     device = str(_device(options.device))
     checkpoint = open_checkpoint(path, architecture_of(options.model))
     options, data = _configured(replace(options, device=device), checkpoint)
@@ -166,10 +197,23 @@ def open_for_analysis(path: Path, options: Options) -> Opened:
     return Opened(checkpoint, read, task, loss, options)
 
 
-def analyze_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> documents.Report:
-    """`curv analyze`: read a checkpoint and a shard, and measure. Raises CurvError."""
+def analyze_checkpoint(
+    path: Path,
+    options: Options,
+    progress: Progress | None = None,
+    on_verdict: Callable[[documents.Report], None] | None = None,
+) -> documents.Report:
+    """`curv analyze`: read a checkpoint and a shard, and measure.
+
+    Args:
+        on_verdict: called with a report of the full model as soon as that is known; layers and depths are "skipped" in it.
+
+    Raises:
+        CurvError: it cannot be read or measured.
+        OutOfTime: not even the full model was reached before the deadline of `options`.
+    """
     (progress or (lambda stage, done: None))("reading", 0.0)
-    return open_for_analysis(path, options).measure(progress)
+    return open_for_analysis(path, options).measure(progress, on_verdict)
 
 
 def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: str | None = None) -> dict[str, Any]:
@@ -277,6 +321,11 @@ def _optimizer(
 def architecture_of(model: str | None) -> Architecture | None:
     """The network that --model names, where it is given. Raises CurvError."""
     return named(model) if model is not None else None
+
+
+def _in_time(options: Options) -> None:
+    if time.monotonic() >= options.deadline:
+        raise OutOfTime
 
 
 def _to(batch: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:

@@ -36,7 +36,7 @@ def compare(
         UsageError: an option is none, or is given with two reports.
         InputError: one of the two is neither report nor checkpoint, or cannot be read.
     """
-    how = options_of(options, fixed=("depths", "deadline"))
+    how = options_of(options, fixed=("depths", "deadline", "truncated"))
     sides = [side if isinstance(side, Report) else Path(side) for side in (a, b)]
     done = [isinstance(side, Report) or _is_report(side) for side in sides]
     if all(done) and (given := changed(how)):

@@ -136,12 +136,22 @@ class _Writer:
             report,
             idle=self.preconditioner.idle,
             left_out=len(self.preconditioner.left_out),
-            notes=provenance.notes,
+            notes={**provenance.notes, **self.left_out()},
             given=(*provenance.findings, *self.preconditioner.findings),
             doubts=self.preconditioner.doubts,
             logged_loss=provenance.logged_loss,
         )
         return report.model_copy(update={"findings": findings})
+
+    def left_out(self) -> dict[str, str]:
+        """Why networks cut short were not measured, where that is their loss."""
+        if self.work.losses is None or self.work.cuts:
+            return {}
+        cut, whole = (-loss if self.preconditioner.ascends else loss for loss in self.work.losses)
+        return {
+            "truncated-left-out": f"the loss of the network cut to half its depth is {cut:.3g} where the whole's is "
+            f"{whole:.3g}: its curvature says nothing of training; --truncated measures it"
+        }
 
     def generalisation(self, judged: documents.Estimate) -> documents.Generalisation:
         threshold, folds = self.preconditioner.threshold, self.measured.folds

@@ -32,6 +32,7 @@ def gate(
     report: str | Path | None = None,
     progress: Callable[[str, float], None] | None = None,
     started: float | None = None,
+    on_verdict: Callable[[Report], None] | None = None,
     **given: Any,
 ) -> Gate:
     """Hold a checkpoint, a report or a track against rules.
@@ -48,6 +49,7 @@ def gate(
         report: where a measured checkpoint's report is written, for a later baseline.
         progress: takes what is being done, and the fraction done.
         started: instant of `time.monotonic()` at which the budget began, if not now.
+        on_verdict: where a checkpoint is measured, called with a report of its full model as soon as that is known.
         given: rules by their names (`max_rho=1.0`, `require_resolved=True`; docs/gate.md has all), and where a checkpoint is
             measured, options of `curv analyze` by theirs (`data`, `tokens`, `lr`).
 
@@ -75,9 +77,8 @@ def gate(
     found: Report | None
     readings: Readings
     if isinstance(judged, Path):
-        found, reason = measure(
-            judged, options, started=started, seconds=budget, tell=progress or (lambda stage, done: None)
-        )
+        tell = progress or (lambda stage, done: None)
+        found, reason = measure(judged, options, started=started, seconds=budget, tell=tell, on_verdict=on_verdict)
         if found is not None and report is not None:
             write_whole(Path(report), found.to_json().encode())
         readings = NoReadings(reason) if found is None else ReportReadings(found, *compared(before, found))

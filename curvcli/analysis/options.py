@@ -40,7 +40,9 @@ class Options:
         tolerance: residual over the eigenvalue at which an estimate counts as converged.
         max_hvps: Hessian-vector products that one estimate may take, at least 3.
         deadline: instant of `time.monotonic()` from which nothing more is started.
-        depths: measure the two curves over depth too, about half of the work.
+        depths: measure the curves over depth too, up to half of the work.
+        truncated: measure the networks cut short too, one of these curves; None where their loss says that they are near
+            initialisation, where alone they mean something.
     """
 
     data: Path | Sequence[Path] | None = None
@@ -63,6 +65,7 @@ class Options:
     max_hvps: int = 100
     deadline: float = float("inf")
     depths: bool = True
+    truncated: bool | None = None
 
 
 def options_of(given: Mapping[str, Any], *, fixed: Collection[str] = ()) -> Options:

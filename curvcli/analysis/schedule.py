@@ -186,7 +186,7 @@ def _measure(checkpoint: Path, data: Path | str | None, tokens: int | None, prog
         progress("importing torch", 0.0)
     from curvcli.analysis.checkpoint import analyze_checkpoint
 
-    return analyze_checkpoint(checkpoint, options_of({"data": data, "tokens": tokens}), progress)
+    return analyze_checkpoint(checkpoint, options_of({"data": data, "tokens": tokens, "truncated": False}), progress)
 
 
 def _name(report: Path | str | Report) -> str:

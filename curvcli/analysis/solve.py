@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvcli.analysis.stages import Progress, Stages
+from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.folds import Folds
@@ -94,7 +94,6 @@ class Measured:
     layers: list[Solved] = field(default_factory=list)
     restricted: dict[int, Solved] = field(default_factory=dict)
     truncated: list[Solved] = field(default_factory=list)
-    truncated_loss: float | None = None
 
 
 class Measurement:
@@ -113,10 +112,11 @@ class Measurement:
         truncated: bool | None = None,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
-        self.depths, self.truncation = depths, truncated
+        self.depths = depths
         self.started = time.perf_counter()
         self.hvps = 0.0
-        self.stages = Stages(len(blocks.modules) if blocks else 0, progress, depths)
+        layers = len(blocks.modules) if blocks else 0
+        self.stages = Stages(progress, products(layers, depths=depths))
         self.names = [n for n in problem.parameters if n in preconditioner.root]
         of_block = [{id(p) for p in block.parameters()} for block in (blocks.modules if blocks else ())]
         self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
@@ -125,12 +125,29 @@ class Measurement:
         device = next(iter(problem.parameters.values())).device
         resources.reset_peak(device)
         self.stages.enter("choosing how to multiply")
+        if solver.expired:
+            raise OutOfTime
         self.choice: Choice = choose(problem, mode=mode, memory=resources.free_bytes(device))
         size = sum(problem.parameters[n].numel() for n in self.names)
         itemsize = next(iter(problem.parameters.values())).element_size()
         room = int(resources.free_bytes(device) / 4 / (size * itemsize)) if size else 0
         self.solver = replace(solver, basis=max(room, 8))
         self.device = device
+        # Mean losses of the first batch, of the network cut to half its depth and of the whole; None where neither is asked.
+        self.losses: tuple[float, float] | None = None
+        self.cuts = self._cuts(truncated)
+        self.stages.total = products(layers, depths=depths, truncated=self.cuts)
+
+    def _cuts(self, truncated: bool | None) -> bool:
+        """Whether networks cut short are measured: where that is asked for, or near initialisation."""
+        if not (self.depths and self.layer_names and self.blocks and self.blocks.truncation):
+            return False
+        if truncated is not None:
+            return truncated
+        first = self.problem.subset([0])
+        half, whole = first.truncated(self.blocks, len(self.layer_names) // 2).mean_loss(), first.mean_loss()
+        self.losses = half, whole
+        return half <= whole + (NEAR_START - 1) * abs(whole)  # not where it is no number
 
     # --- solving -----------------------------------------------------------------------------
 
@@ -183,12 +200,15 @@ class Measurement:
         Args:
             on_full: called as soon as the full model is known, which is what a verdict needs.
         """
+        self.in_time()
         self.stages.enter("gradient")
         gradients = gradient(self.problem, self.names)
         loss, looked_up = lookups(self.problem)
+        self.in_time()
         hvp = build(self.problem, self.choice.mode)
         found = self.full(hvp, loss, looked_up)
         try:
+            self.in_time()
             self.stages.enter("next update")
             counted = _Counting(hvp, self, 1.0)
             found.update = next_update(self.problem, self.preconditioner, counted, self.names, gradients)
@@ -300,16 +320,9 @@ class Measurement:
         return Solved(names, replace(extremes, bottom=None, ceiling=ceiling))
 
     def shortened(self, found: Measured) -> None:
-        """The network of the first k blocks alone, up to the full model; near initialisation, or where it is asked for."""
-        if not self.blocks or not self.blocks.truncation or self.truncation is False:
+        """The network of the first k blocks alone, up to the full model."""
+        if not self.cuts or not self.blocks:
             return
-        if self.truncation is None:
-            self.in_time()
-            first = self.problem.subset([0])
-            whole = first.mean_loss()
-            found.truncated_loss = first.truncated(self.blocks, len(self.layer_names) // 2).mean_loss()
-            if not found.truncated_loss <= NEAR_START * abs(whole):
-                return
         for depth in range(len(self.layer_names)):
             self.stages.enter(f"truncated at depth {depth}")
             self.in_time()
@@ -324,14 +337,14 @@ class Measurement:
         layers = [*found.layers, *(Solved(names, None, skipped=True) for names in self.layer_names[len(found.layers) :])]
         ends = found.ends or Solved(self.outer, None, skipped=True)
         restricted = dict(found.restricted)
-        for depth in range(last + 1 if self.depths else 0):
+        if self.depths:
+            restricted.setdefault(last, found.full.bare())
+        for depth in range(last if self.depths else 0):
             restricted.setdefault(depth, Solved(self.upto(depth), None, skipped=True))
         truncated = list(found.truncated)
-        asked = self.truncation and self.blocks is not None and self.blocks.truncation is not None
-        if self.depths and (truncated or asked) and len(truncated) <= last:
+        if self.cuts and len(truncated) <= last:
             truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), last)]
-        if truncated:
-            truncated[last:] = [found.full]
+            truncated.append(found.full)
         return replace(found, ends=ends, layers=layers, restricted=dict(sorted(restricted.items())), truncated=truncated)
 
     def upto(self, depth: int) -> list[str]:

@@ -6,28 +6,48 @@ from collections.abc import Callable
 
 Progress = Callable[[str, float], None]
 
-# Products of the full model that a stage takes, as measured on the samples: a layer's own products are cheaper ones.
-_COST = {"full": 10.0, "embedding,": 6.0, "layer": 5.0, "restricted": 3.0, "truncated": 5.0}
+# Products of the full model that a stage takes, by the first word of its name, as measured on the samples: a layer's own
+# products are cheaper ones. Others are one each.
+COST = {"full": 10.0, "embedding,": 6.0, "layer": 5.0, "restricted": 3.0, "truncated": 5.0}
+ONCE = ("choosing how to multiply", "gradient", "full model", "next update", "report")
+
+
+def products(layers: int, *, depths: bool = True, truncated: bool = False) -> float:
+    """What an analysis takes, in products of the full model, by what it takes on the samples.
+
+    Args:
+        layers: how many the network has.
+        depths: whether the curve of restricted depths is measured.
+        truncated: whether that of the networks cut short is.
+    """
+    found = sum(_cost(stage) for stage in ONCE)
+    if layers:
+        found += _cost("embedding, head") + layers * _cost("layer")
+        found += (layers - 1) * _cost("restricted") if depths else 0.0
+        found += layers * _cost("truncated") if truncated else 0.0
+    return found
+
+
+def _cost(stage: str) -> float:
+    return COST.get(stage.split()[0], 1.0)
 
 
 class Stages:
     """What is being done, and how much of the whole is done.
 
     Args:
-        layers: how many the network has.
         progress: called with a stage's name and the fraction of everything that is done.
-        depths: whether the curves over depth are measured.
+        total: products that everything takes, as `products` has them.
     """
 
-    def __init__(self, layers: int, progress: Progress, depths: bool) -> None:
-        self.progress = progress
-        self.total = 14.0 + (_COST["embedding,"] if layers else 0) + layers * (_COST["layer"] + (2.0 if depths else 0))
+    def __init__(self, progress: Progress, total: float) -> None:
+        self.progress, self.total = progress, total
         self.done, self.planned, self.ticks, self.name = 0.0, 0.0, 0.0, ""
 
     def enter(self, name: str) -> None:
         """The stage before is done."""
         self.done += self.planned
-        self.planned = _COST.get(name.split()[0], 1.0)
+        self.planned = _cost(name)
         self.ticks, self.name = 0.0, name
         self._say()
 

@@ -13,18 +13,20 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
+from curvcli.analysis.budget import Budget
 from curvcli.analysis.cache import Cache, FileCache, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.analysis.checkpoint import Opened, architecture_of, open_for_analysis
 from curvcli.analysis.options import Options, options_of
 from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
-from curvcli.errors import CurvError, InputError, UsageError
+from curvcli.errors import CurvError, InputError, OutOfTime, UsageError
 from curvcli.judge.readings import ReportReadings, incomparable, past
 from curvcli.models.architecture import config_beside
 from curvcli.models.user_code import source_digest
 
 WINDOW, SURGE = 5, 2.0
+_LATE = CurvError("the time budget ran out before it", hint="call again to go on, or raise --budget")
 
 
 def track(
@@ -35,6 +37,9 @@ def track(
     window: int = WINDOW,
     cache: bool | Cache = True,
     progress: Progress | None = None,
+    on_point: Callable[[TrackPoint], None] | None = None,
+    budget: float | None = None,
+    started: float | None = None,
     **options: Any,
 ) -> Track:
     """The course of a run over its checkpoints: `curv track` from Python.
@@ -50,6 +55,10 @@ def track(
         cache: whether reports are taken from the user's cache directory and kept there, or a cache of one's own. One that
             cannot be written is a RuntimeWarning.
         progress: called with what is being done and the fraction done.
+        on_point: called with each point as soon as it is finished.
+        budget: seconds for all of it. Checkpoints that are not reached are failed points; what was measured in full is in
+            the cache, so that a second call goes on.
+        started: instant of `time.monotonic()` at which the budget began, if not now.
         **options: how checkpoints are measured, by the names of `curvcli.analysis.options.Options` (data, tokens,
             sequence_length, lr, ...).
 
@@ -59,14 +68,19 @@ def track(
     Raises:
         UsageError: an option is none, or a number is out of its range.
         InputError: there is no checkpoint, or none of them could be measured.
+        OutOfTime: the budget ran out before anything was measured.
     """
     if not 1 < surge < inf or window < 2 or (last is not None and last < 1):  # nor is nan
         raise UsageError(
             f"surge {surge}, window {window}, last {last}", hint="surge must be above 1, window at least 2, last at least 1"
         )
-    how = replace(options_of(options, fixed=("depths", "deadline")), depths=False)
+    limit = Budget(inf if budget is None else budget, *([] if started is None else [started]))
+    how = replace(options_of(options, fixed=("depths", "deadline", "truncated")), depths=False, deadline=limit.deadline)
     store: Cache = FileCache() if cache is True else NoCache() if cache is False else cache
-    found = track_run(Path(run), how, store, last=last, window=window, surge_limit=surge, progress=progress)
+    found = track_run(
+        Path(run), how, store, last=last, window=window, surge_limit=surge, progress=progress, on_point=on_point,
+        budget=limit,
+    )  # fmt: skip
     if cache is True and isinstance(store, FileCache) and store.complaint:
         warnings.warn(store.complaint, RuntimeWarning, stacklevel=2)
     return found
@@ -81,6 +95,8 @@ def track_run(
     window: int = WINDOW,
     surge_limit: float = SURGE,
     progress: Progress | None = None,
+    on_point: Callable[[TrackPoint], None] | None = None,
+    budget: Budget | None = None,
 ) -> Track:
     """Every checkpoint of a run in step order.
 
@@ -92,9 +108,12 @@ def track_run(
         last: only so many of the newest checkpoints.
         window: certified points that a surge's median is over.
         surge_limit: rho over that median above which a point counts as surged.
+        on_point: called with each point as soon as it is finished.
+        budget: whose deadline is that of the options.
 
     Raises:
         InputError: there is no checkpoint, or none of them could be measured.
+        OutOfTime: the budget ran out before anything was measured.
     """
     started = time.monotonic()
     if any(":" in spec for spec in (options.model or "", options.loss)):
@@ -102,37 +121,37 @@ def track_run(
     say = progress or (lambda stage, done: None)
     found = _in_order(find_checkpoints(path))
     over = passed_over(path, found)
-    if last:  # so many complete ones, and what comes after them
-        found = found[max(0, newest_complete(found, architecture_of(options.model)) - last + 1) :]
+    found = the_last(found, last, options)
     points: list[TrackPoint] = []
     log: list[TrainingStep] = []
     shard: tuple[str, int | None] | None = None
     for i, checkpoint in enumerate(found):
 
-        def within(stage: str, done: float, place: int = i) -> None:
+        def within(stage: str, done: float, place: int = i, call_off: Callable[[], None] = lambda: None) -> None:
+            if stage == "report":  # measured: what is left is short, and must not be lost
+                call_off()
             say(f"checkpoint {place + 1} of {len(found)}: {stage}", (place + done) / len(found))
 
         try:
-            within("reading", 0.0)
-            checkpoint = fetched(checkpoint)  # of a run behind a URL, one at a time
-            unchanged = partial(_is_still, checkpoint, _stamp(checkpoint))
-            opened = open_for_analysis(checkpoint, options)
-            for finding in opened.checkpoint.findings:
-                if finding.code == "incomplete-checkpoint":
-                    raise InputError(
-                        finding.message, hint="curv analyze measures it as it is, with an estimated second moment"
-                    )
-            log = [TrainingStep(step=e.step, loss=e.loss, lr=e.lr) for e in opened.checkpoint.log] or log
-            tokens = opened.read.sha256, opened.read.sequence_length
-            if shard not in (None, tokens):
-                raise InputError(
-                    "its tokens are not those of the checkpoints before", hint="give one --data for the whole run"
-                )
-            report, source = _measured(opened, cache, unchanged, within)
+            with (budget or Budget()).alarm() as disarm:
+                within("reading", 0.0)
+                checkpoint = fetched(checkpoint)  # of a run behind a URL, one at a time
+                unchanged = partial(_is_still, checkpoint, _stamp(checkpoint))
+                opened = _complete(checkpoint, options)
+                log = [TrainingStep(step=e.step, loss=e.loss, lr=e.lr) for e in opened.checkpoint.log] or log
+                tokens = _same(opened, shard)
+                report, source = _measured(opened, cache, unchanged, partial(within, call_off=disarm))
             shard = tokens
             points.append(_point(opened, report, source, points, window, surge_limit))
         except CurvError as error:
             points.append(_failed(checkpoint, error))
+        except OutOfTime:
+            if all(point.report is None for point in points):
+                raise
+            points += [_failed(late, _LATE) for late in found[i:]]
+            break
+        if on_point:
+            on_point(points[-1])
     if all(point.report is None for point in points):
         first = points[0]
         raise InputError(
@@ -151,6 +170,30 @@ def track_run(
         seconds=time.monotonic() - started,
         versions=Versions.installed(),
     )
+
+
+def the_last(found: list[Path], last: int | None, options: Options) -> list[Path]:
+    """So many complete ones of a run's checkpoints, and what comes after them; all without a number."""
+    if not last:
+        return found
+    return found[max(0, newest_complete(found, architecture_of(options.model)) - last + 1) :]
+
+
+def _same(opened: Opened, shard: tuple[str, int | None] | None) -> tuple[str, int | None]:
+    """The shard's digest and sequence length. Raises InputError where those before were others."""
+    tokens = opened.read.sha256, opened.read.sequence_length
+    if shard not in (None, tokens):
+        raise InputError("its tokens are not those of the checkpoints before", hint="give one --data for the whole run")
+    return tokens
+
+
+def _complete(checkpoint: Path, options: Options) -> Opened:
+    """Raises InputError where others of the run have optimizer state, and this one has not."""
+    opened = open_for_analysis(checkpoint, options)
+    for finding in opened.checkpoint.findings:
+        if finding.code == "incomplete-checkpoint":
+            raise InputError(finding.message, hint="curv analyze measures it as it is, with an estimated second moment")
+    return opened
 
 
 def _in_order(found: list[Path]) -> list[Path]:
@@ -210,7 +253,8 @@ def _measured(
     report = opened.measure(progress)
     if not unchanged():
         raise InputError("it changed while it was measured", hint="call again once it is written")
-    cache.put(key, report)
+    if time.monotonic() < opened.options.deadline:  # else parts of it may be missing
+        cache.put(key, report)
     return report, "measured"
 
 
@@ -255,8 +299,13 @@ def _findings(points: Sequence[TrackPoint], limit: float) -> list[Finding]:
         if point.surged and point.surge is not None:
             message = f"{where}: rho is {point.surge:.2g} times the median of the points before, above {limit:g}"
             found.append(Finding(code="surge", severity="warning", message=message))
-        if point.source == "failed":
+        if point.source == "failed" and point.message != str(_LATE):
             found.append(Finding(code="not-measured", severity="warning", message=f"{where}: {point.message}"))
+    if late := sum(point.message == str(_LATE) for point in points):
+        message = (
+            f"the time budget ran out before {late} of {len(points)} checkpoints: call again to go on, or raise --budget"
+        )
+        found.append(Finding(code="out-of-time", severity="warning", message=message))
     measured = [point.report for point in points if point.report]
     for earlier, later in pairwise(measured):
         steps = f"step {earlier.checkpoint.step} to {later.checkpoint.step}"

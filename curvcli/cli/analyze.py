@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from curvcli.cli import estimate as estimates
 from curvcli.cli import options
-from curvcli.cli.app import app, check_outputs, exit_codes
+from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.cli.formats import Format, ShortFormat
+from curvcli.cli.progress import Told, reporting, told_early
+from curvcli.errors import UsageError, plain
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from curvcli.documents import Report
 
 
 @app.command(
-    epilog="Examples:\n\n"
+    epilog="Exit codes: 0 measured, 2 bad usage or input, 3 the budget was too short for the full model.\n\n"
+    "Examples:\n\n"
     "`curv analyze sample_checkpoints/hot`\n\n"
     "`curv analyze ckpt/ --data train.bin --tokens 32768 -o report.json --plot curv.png`\n\n"
     "`curv analyze ckpt/ --format json | jq .full.rho`"
@@ -25,8 +33,17 @@ def analyze(
     checkpoint: options.Checkpoint,
     given: dict[str, Any],
     no_depths: Annotated[
-        bool, typer.Option("--no-depths", help="Leave out the two curves over depth, about half of the work.")
+        bool, typer.Option("--no-depths", help="Leave out the curves over depth, up to half of the work.")
     ] = False,
+    truncated: Annotated[
+        bool,
+        typer.Option(
+            "--truncated", help="Measure the networks cut short, wherever in training.  [default: near initialisation]"
+        ),
+    ] = False,
+    no_truncated: Annotated[bool, typer.Option("--no-truncated", help="Leave out the networks cut short.")] = False,
+    budget: options.Budget = None,
+    estimate: options.Estimate = False,
     output: options.Output = None,
     plot: options.Plot = None,
     format: options.FormatOption = Format.table,  # noqa: A002
@@ -35,27 +52,35 @@ def analyze(
 ) -> None:
     """Measure a checkpoint's curvature: in full, per layer and over depth, against its edge of stability.
 
-    rho is the top eigenvalue of the preconditioned Hessian over the optimizer's threshold: 1 is the edge.
+    rho is the top eigenvalue of the preconditioned Hessian over the optimizer's threshold: 1 is the edge. The verdict is
+    shown as soon as it is known, layers and depths follow.
     """
+    started = time.monotonic()
+    out_of_time = False
     with exit_codes():
-        settings = options.settings(given)
+        settings = {**options.settings(given), "depths": not no_depths, "truncated": _either(truncated, no_truncated)}
+        seconds = options.seconds(budget)
         check_outputs(output, plot)
-        from curvcli.cli.progress import reporting
+        if estimate:
+            estimates.check(format.value, {"--output": output, "--plot": plot, "--budget": budget})
+            _estimate(checkpoint, settings, format, quiet, verbose)
+            return
+        from curvcli.analysis.budget import measure
 
         with reporting(quiet, verbose) as progress:
-            progress("importing torch", 0.0)
-            from curvcli.analysis.checkpoint import Options, analyze_checkpoint
-
-            report = analyze_checkpoint(checkpoint, Options(**settings, depths=not no_depths), progress)
-        from curvcli.documents import write_whole
-
-        if output:
-            write_whole(output, report.to_json().encode())
-        if plot:
-            from curvcli.render.plot import plot as draw
-
-            write_whole(plot, draw(report, plot.suffix[1:].lower()))
-        _print(report, format)
+            early = _Early(progress) if format is Format.table else None
+            report, reason = measure(
+                checkpoint, settings, started=started, seconds=seconds, tell=progress,
+                on_verdict=early or told_early(progress),
+            )  # fmt: skip
+        if report is None:
+            typer.echo(plain(f"curv: {reason}"), err=True)
+            out_of_time = True
+        else:
+            _write(report, output, plot)
+            _print(report, format, early.shown if early else None)
+    if out_of_time:
+        raise typer.Exit(3)
 
 
 @app.command(epilog="Example:\n\n`curv inspect sample_checkpoints/hot`")
@@ -81,13 +106,58 @@ def inspect(
             show_facts(found)
 
 
-def _print(report: Report, format: Format) -> None:  # noqa: A002
+class _Early:
+    """Prints a report's head as soon as it is known; the progress goes on below it."""
+
+    def __init__(self, progress: Told) -> None:
+        self.progress = progress
+        self.shown: Text | None = None
+
+    def __call__(self, report: Report) -> None:
+        from rich.console import Console
+
+        from curvcli.render.headline import head
+
+        if self.shown is None:  # once: where memory ran out since, it is measured again
+            with self.progress.aside(), readers_may_leave():  # who want the documents all the same
+                Console().print(head(report))
+            self.shown = head(report)
+
+
+def _either(wanted: bool, unwanted: bool) -> bool | None:
+    if wanted and unwanted:
+        raise UsageError("--truncated and --no-truncated contradict each other", hint="drop one of them")
+    return True if wanted else False if unwanted else None
+
+
+def _estimate(checkpoint: Path, settings: dict[str, Any], format: Format, quiet: bool, verbose: bool) -> None:  # noqa: A002
+    with reporting(quiet, verbose) as progress:
+        progress("importing torch", 0.0)
+        from curvcli.analysis.checkpoint import Options
+        from curvcli.analysis.estimate import estimate_checkpoint
+
+        found = estimate_checkpoint(checkpoint, Options(**settings), progress)
+    estimates.show(found, format.value)
+
+
+def _write(report: Report, output: Path | None, plot: Path | None) -> None:
+    from curvcli.documents import write_whole
+
+    if output:
+        write_whole(output, report.to_json().encode())
+    if plot:
+        from curvcli.render.plot import plot as draw
+
+        write_whole(plot, draw(report, plot.suffix[1:].lower()))
+
+
+def _print(report: Report, format: Format, begun: Text | None) -> None:  # noqa: A002
     if format is Format.table:
         from rich.console import Console
 
         from curvcli.render.table import show
 
-        show(report, Console())
+        show(report, Console(), begun=begun)
     else:
         from curvcli.render import TEXT
 

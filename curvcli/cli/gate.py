@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from contextlib import nullcontext
 from enum import StrEnum
@@ -15,7 +14,7 @@ import typer
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.cli.formats import GateFormat
-from curvcli.cli.progress import reporting
+from curvcli.cli.progress import reporting, told_early
 from curvcli.cli.rules import rule_options
 from curvcli.errors import UsageError
 
@@ -68,7 +67,7 @@ def gate(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Time that measuring may take, imports counted, as 90, 120s or 2m.",
+            help=options.BUDGET,
             rich_help_panel=MEASURING,
         ),
     ] = None,
@@ -128,25 +127,18 @@ def gate(
         for path in [*outputs, *([report] if report else [])]:
             check_outputs(path, None)
         _check_suffixes(outputs)
-        seconds = None if budget is None else _seconds(budget)
+        seconds = options.seconds(budget)
         measuring = options.settings(given)
         changed = {name: measuring[name] for name in (flag[2:].replace("-", "_") for flag in options.changed(given))}
         with nullcontext() if is_document(subject) else reporting(quiet, verbose) as progress:
             document = judged(
-                subject, **settings, budget=seconds, report=report, progress=progress, started=started, **changed
-            )
+                subject, **settings, budget=seconds, report=report, progress=progress, started=started,
+                on_verdict=None if progress is None else told_early(progress), **changed,
+            )  # fmt: skip
         _write(document, outputs)
         _print(document, format)
         code = document.exit_code
     raise typer.Exit(code)
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text.strip())
-    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2] or "s"] if match else 0.0
-    if not 0 < seconds < 1e6:
-        raise UsageError(f"--budget {text!r} is no length of time", hint="as in 90, 120s, 2m or 1h")
-    return seconds
 
 
 def _check_suffixes(outputs: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from copy import copy
 from enum import Enum, StrEnum
@@ -125,6 +126,11 @@ TrackFormatOption = Annotated[
 ShortFormatOption = Annotated[
     ShortFormat, typer.Option("--format", metavar="FORMAT", help="What stdout gets: table or json.")
 ]
+BUDGET = "Time that measuring may take, imports counted, as 90, 120s or 2m."
+Budget = Annotated[str | None, typer.Option(metavar="TIME", help=BUDGET)]
+Estimate = Annotated[
+    bool, typer.Option("--estimate", help="Make one product, print what the measurement will cost, and measure nothing.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each step with its time on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.")]
 
@@ -199,6 +205,17 @@ def settings(given: dict[str, Any]) -> dict[str, Any]:
     """What `curvcli.analysis.options.Options` takes, of options as they were typed. Raises UsageError."""
     plain = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     return {**plain, "betas": _betas(given["betas"])}
+
+
+def seconds(budget: str | None) -> float | None:
+    """Of a length of time as it was typed; None where none was. Raises UsageError."""
+    if budget is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", budget.strip())
+    found = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2] or "s"] if match else 0.0
+    if not 0 < found < 1e6:
+        raise UsageError(f"--budget {budget!r} is no length of time", hint="as in 90, 120s, 2m or 1h")
+    return found
 
 
 def _betas(text: str | None) -> tuple[float, float] | None:

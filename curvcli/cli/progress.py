@@ -6,23 +6,38 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from curvcli.errors import plain
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from curvcli.documents import Report
+
+
+class Told:
+    """Takes what is being done and the fraction done, and says nothing of it."""
+
+    def __call__(self, stage: str, done: float) -> None:
+        """Progress: a stage names files and layers."""
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While something is printed to stdout."""
+        yield
+
 
 @contextmanager
-def reporting(quiet: bool, verbose: bool = False) -> Iterator[Callable[[str, float], None]]:
-    """A callback taking what is being done and the fraction done, for the length of the context."""
-    with _reporting(quiet, verbose) as tell:
-        yield lambda stage, done: tell(plain(stage), done)  # a stage names files and layers
-
-
-@contextmanager
-def _reporting(quiet: bool, verbose: bool) -> Iterator[Callable[[str, float], None]]:
+def reporting(quiet: bool, verbose: bool = False) -> Iterator[Told]:
+    """What tells of progress, for the length of the context."""
     if verbose:
         yield _Log()
     elif quiet:
-        yield lambda stage, done: None
+        yield Told()
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -30,13 +45,49 @@ def _reporting(quiet: bool, verbose: bool) -> Iterator[Callable[[str, float], No
         stage_column = TextColumn("{task.description}", markup=False)
         columns = (stage_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("starting", total=1.0)
-            yield lambda stage, done: bar.update(task, description=stage, completed=done)
+            yield _Bar(bar, bar.add_task("starting", total=1.0))
     else:
         yield _Lines()
 
 
-class _Lines:
+def told_early(told: Told) -> Callable[[Report], None]:
+    """Takes a report of the full model, and says its verdict while the rest is measured."""
+
+    def say(report: Report) -> None:
+        from curvcli.render.headline import early_line
+
+        told.say(early_line(report))
+
+    return say
+
+
+class _Bar(Told):
+    """A bar with the time left."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self.bar, self.task = bar, task
+
+    def __call__(self, stage: str, done: float) -> None:
+        self.bar.update(self.task, description=plain(stage), completed=done)
+
+    def say(self, line: str) -> None:
+        self.bar.console.print(f"curv: {plain(line)}", markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self.bar.stop()  # which gives stdout back, and takes the bar off the terminal that both may be
+        try:
+            yield
+        finally:
+            self.bar.start()
+
+
+class _Plain(Told):
+    def say(self, line: str) -> None:
+        print(f"curv: {plain(line)}", file=sys.stderr, flush=True)
+
+
+class _Lines(_Plain):
     """A line when work begins to take long, and then at most every few seconds."""
 
     interval = 5.0
@@ -50,10 +101,10 @@ class _Lines:
             return
         self.last = now
         left = f", about {(now - self.start) * (1 - done) / done:.0f} s left" if done > 0.05 else ""
-        print(f"curv: {done:4.0%} {stage}{left}", file=sys.stderr, flush=True)
+        print(f"curv: {done:4.0%} {plain(stage)}{left}", file=sys.stderr, flush=True)
 
 
-class _Log:
+class _Log(_Plain):
     """A line for each thing begun, with the seconds since the start."""
 
     def __init__(self) -> None:
@@ -63,4 +114,4 @@ class _Log:
     def __call__(self, stage: str, done: float) -> None:
         if stage != self.stage:
             self.stage = stage
-            print(f"curv: {time.monotonic() - self.start:8.1f} s {done:4.0%} {stage}", file=sys.stderr, flush=True)
+            print(f"curv: {time.monotonic() - self.start:8.1f} s {done:4.0%} {plain(stage)}", file=sys.stderr, flush=True)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from curvcli.cli import estimate as estimates
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes
 from curvcli.cli.formats import TrackFormat
-from curvcli.errors import plain
+from curvcli.cli.progress import reporting
+from curvcli.errors import OutOfTime, plain
 
 if TYPE_CHECKING:
     from curvcli.documents import Track
 
 
 @app.command(
-    epilog="Examples:\n\n"
+    epilog="Exit codes: 0 measured, 2 bad usage or input, 3 the budget was too short for any checkpoint.\n\n"
+    "Examples:\n\n"
     "`curv track sample_checkpoints/hot --plot hot.png`\n\n"
     "`curv track 'out/ckpt*.pt' --data train.bin -o track.json && curv gate track.json --max-surge 2`"
 )
@@ -31,6 +36,8 @@ def track(
         typer.Option(metavar="X", min=1.01, max=1e9, help="Mark points whose rho is above X times the median before them."),
     ] = 2.0,
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Number of certified points that the median is over.")] = 5,
+    budget: options.Budget = None,
+    estimate: options.Estimate = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure every checkpoint, and keep no report.")] = False,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -42,29 +49,55 @@ def track(
 
     Reports are kept by content: a second call pays only for what is new, and an interrupted one goes on.
     """
+    started = time.monotonic()
+    found: Track | None = None
     with exit_codes():
         settings = options.settings(given)
+        seconds = options.seconds(budget)
         check_outputs(output, plot)
-        from curvcli.cli.progress import reporting
-
+        if estimate:
+            estimates.check(format.value, {"--output": output, "--plot": plot, "--budget": budget})
         with reporting(quiet, verbose) as progress:
             progress("importing torch", 0.0)
             from curvcli.analysis.cache import FileCache, NoCache
-            from curvcli.analysis.track import track as tracked
 
             store = NoCache() if no_cache else FileCache()
-            found = tracked(run, last=last, surge=surge, window=window, cache=store, progress=progress, **settings)
+            if estimate:
+                from curvcli.analysis.checkpoint import Options
+                from curvcli.analysis.estimate import estimate_run
+
+                cost = estimate_run(run, Options(**settings), store, last=last, progress=progress)
+            else:
+                from curvcli.analysis.track import track as tracked
+                from curvcli.render.headline import point_line
+
+                with suppress(OutOfTime):
+                    found = tracked(
+                        run, last=last, surge=surge, window=window, cache=store, progress=progress, budget=seconds,
+                        started=started, on_point=lambda point: progress.say(point_line(point)), **settings,
+                    )  # fmt: skip
         if isinstance(store, FileCache) and store.complaint:
             typer.echo(plain(f"curv: {store.complaint}"), err=True)
-        from curvcli.documents import write_whole
+        if estimate:
+            estimates.show(cost, format.value)
+        elif found is not None:
+            _write(found, output, plot)
+            _print(found, format)
+        else:
+            typer.echo(f"curv: the budget of {seconds:g} s ran out, and nothing was measured; raise --budget", err=True)
+    if found is None and not estimate:
+        raise typer.Exit(3)
 
-        if output:
-            write_whole(output, found.to_json().encode())
-        if plot:
-            from curvcli.render.track_plot import plot_track
 
-            write_whole(plot, plot_track(found, plot.suffix[1:].lower()))
-        _print(found, format)
+def _write(found: Track, output: Path | None, plot: Path | None) -> None:
+    from curvcli.documents import write_whole
+
+    if output:
+        write_whole(output, found.to_json().encode())
+    if plot:
+        from curvcli.render.track_plot import plot_track
+
+        write_whole(plot, plot_track(found, plot.suffix[1:].lower()))
 
 
 def _print(found: Track, format: TrackFormat) -> None:  # noqa: A002

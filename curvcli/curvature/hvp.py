@@ -218,7 +218,7 @@ def _sync(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+def timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> tuple[list[Tensor], float]:
     """A product and the seconds that it took."""
     _sync(tangents[0].device)
     start = time.perf_counter()
@@ -304,7 +304,7 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
                 )
                 continue
             engine = build(first, candidate)
-            answer, seconds[candidate] = _timed(engine, names, tangents)
+            answer, seconds[candidate] = timed(engine, names, tangents)
         except Exception as error:  # whatever a model's own code raises under this mode rules the mode out
             said = str(error).splitlines()[0][:120] if str(error) else ""
             refused[candidate] = (

@@ -115,6 +115,7 @@ _MODULES = {
     "report": (
         "ENDS",
         "Attribution",
+        "BodyEstimate",
         "Checkpoint",
         "Cost",
         "Cumulative",

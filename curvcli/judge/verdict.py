@@ -83,10 +83,12 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
         )
     if verdict == "unresolved":
         if full.status != "converged":
+            late = any(part.status == "skipped" for part in report.parts)
             return Finding(
                 code="unresolved-residual",
                 severity="warning",
-                message=f"rho {full.rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); raise --max-hvps",
+                message=f"rho {full.rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); "
+                f"raise {'--budget' if late else '--max-hvps'}",
             )
         if doubts:
             return Finding(

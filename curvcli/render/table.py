@@ -12,49 +12,24 @@ from curvcli.documents import Estimate, Finding, Report
 from curvcli.documents.columns import PARTS, Column, Part, parts, shown
 from curvcli.errors import plain
 from curvcli.judge.limits import certified, classify
-from curvcli.render.cells import present, summary, written
-from curvcli.render.frame import number
+from curvcli.render import headline
+from curvcli.render.cells import present, written
 from curvcli.render.style import COLOURS
 
 
-def show(report: Report, console: Console) -> None:
-    """Print verdict, layers, depths, findings and cost; readable at 60 columns."""
+def show(report: Report, console: Console, *, begun: Text | None = None) -> None:
+    """Print verdict, layers, depths, findings and cost; readable at 60 columns.
+
+    Args:
+        begun: the head that was printed before the rest was known. Printed again only where it is another now.
+    """
     findings = map(finding_line, report.findings)
-    console.print(_head(report), _layers(report, console), *_depths(report), Text(""), *findings, _foot(report), sep="\n")
-
-
-def _head(report: Report) -> Text:
-    checkpoint, optimizer = report.checkpoint, report.optimizer
-    colour = COLOURS[report.verdict]
-    text = Text()
-    text.append(plain(checkpoint.path), style="bold")
-    step = f"step {checkpoint.step:,}, " if checkpoint.step is not None else ""
-    text.append(
-        f"\n{step}{checkpoint.parameters:,} parameters, {report.data.tokens:,} tokens, loss {report.data.loss:.3f}\n"
-    )
-    lr = f"lr {number(optimizer.lr)}" if optimizer.lr is not None else "no lr"
-    state = {"checkpoint": "", "estimated": ", preconditioner estimated", "none": ", no preconditioner"}
-    text.append(f"{optimizer.name}, {lr}{state[optimizer.preconditioner]}\n\n")
-    text.append(f" {report.verdict.upper()} ", style=f"bold reverse {colour}")
-    if report.judged.rho is not None:
-        text.append(f"  rho {number(report.judged.rho, 3)}", style="bold")
-        text.append(f"  (lambda {number(report.judged.eigenvalue)}, threshold {number(optimizer.threshold)})")
-    elif report.judged.eigenvalue is not None:
-        text.append(f"  lambda {number(report.judged.eigenvalue)}, no threshold without a learning rate")
-    else:
-        text.append(f"  no estimate: {report.judged.status}")
-    low, high = report.generalisation.rho_low, report.generalisation.rho_high
-    if report.generalisation.held_out is not None and low is not None and high is not None:
-        odds = f"{report.generalisation.confidence:.0%} " if report.generalisation.confidence else ""
-        text.append(f"\n on the data behind the shard {odds}expect rho between {number(low, 3)} and {number(high, 3)}")
-    if report.update.ratio is not None:
-        text.append(
-            f"\n next update: lr is {number(report.update.ratio, 3)} of its critical {number(report.update.critical_lr, 3)}"
-        )
-    for label, value in summary(report):
-        text.append(f"\n {label} {plain(value)}")
-    text.append("\n")
-    return text
+    head = headline.head(report)
+    if begun is None:
+        console.print(head)
+    elif head != begun:
+        console.print(Text("layers and depths changed what stands above, which is now:\n", style="bold"), head, sep="\n")
+    console.print(_layers(report, console), *_depths(report), Text(""), *findings, _foot(report), sep="\n")
 
 
 def _layers(report: Report, console: Console) -> Table:
@@ -108,17 +83,20 @@ def _size(estimate: Estimate, use_rho: bool) -> float | None:
 def _depths(report: Report) -> list[Text | Table]:
     if not report.cumulative.restricted:
         return []
-    curves = [[part for part in parts(report) if part.kind == kind] for kind in ("restricted", "truncated")]
-    columns = [c for c in present(shown(PARTS, "table"), [*curves[0], *curves[1]]) if c.key not in ("name", "parameters")]
+    curves = {kind: [part for part in parts(report) if part.kind == kind] for kind in ("restricted", "truncated")}
+    curves = {kind: curve for kind, curve in curves.items() if curve}
+    both = [part for curve in curves.values() for part in curve]
+    columns = [c for c in present(shown(PARTS, "table"), both) if c.key not in ("name", "parameters")]
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("depth", justify="right")
-    for kind in ("restricted", "truncated"):
+    for kind in curves:
         for place, column in enumerate(columns):
             table.add_column(column.label if place else f"{kind} {column.label}", justify="right", no_wrap=True)
-    for pair in zip_longest(*curves):
+    for pair in zip_longest(*curves.values()):
         cells = [_cell(column, part).plain if part else "" for part in pair for column in columns]
         table.add_row(str(pair[0].index), *cells)
-    return [Text("\ncumulative over depth: the intact network restricted, and cut short", style="dim"), table]
+    cut = ", and cut short" if "truncated" in curves else ""
+    return [Text(f"\ncumulative over depth: the intact network restricted{cut}", style="dim"), table]
 
 
 def finding_line(finding: Finding) -> Text:

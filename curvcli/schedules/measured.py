@@ -34,7 +34,13 @@ MARGIN = STABLE_BELOW
 # A truncated networks is solved to 3 %; sharper than the whole by more than that is the cut's doing.
 CUT_TOLERANCE = 1.03
 # What a report says about its own lambda, and so about every prediction from it.
-BEARING = ("estimated-preconditioner", "young-preconditioner", "unresolved-tokens", "shard-overstates", "rare-tokens")
+BEARING = ("estimated-preconditioner", "young-preconditioner", "unresolved-tokens", "rare-rows", "rare-tokens")
+# What makes a curve that a report lacks.
+_MISSING = {
+    "restricted": "analyze again without --no-depths",
+    "truncated": "analyze again with curv analyze --truncated; of a network that cannot be cut short there is none (see the "
+    "findings)",
+}
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,7 @@ def read_curve(measured: Measured, kind: Literal["restricted", "truncated"], lea
     if bad:
         raise InputError(
             f"{measured.name} has no converged {kind} rho at depth {', '.join(bad[:6])}{' ...' if len(bad) > 6 else ''}",
-            hint="analyze again with a larger --max-hvps"
-            if found
-            else "analyze again without --no-depths; of a network that cannot be cut short there is none (see the findings)",
+            hint="analyze again with a larger --max-hvps" if found else _MISSING[kind],
         )
     return Curve(rho, lr)
 

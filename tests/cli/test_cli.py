@@ -80,7 +80,7 @@ def test_csv(samples: Path) -> None:
     few = ("--tokens", 256, "--max-hvps", 4, "--mode", "kept", "-q")
     done = curv("analyze", samples / "nanogpt" / "ckpt.pt", *few, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    assert [r["part"] for r in rows] == ["full", "ends"] + ["layer"] * 4 + ["restricted"] * 5 + ["truncated"] * 5
+    assert [r["part"] for r in rows] == ["full", "body", "ends"] + ["layer"] * 4 + ["restricted"] * 5 + ["truncated"] * 5
     assert all(float(r["eigenvalue"]) > 0 for r in rows)
 
 

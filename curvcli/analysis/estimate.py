@@ -1,0 +1,103 @@
+"""What a measurement will cost, from one product: seconds and memory, before the minutes of work."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from curvcli.analysis.api import prepared
+from curvcli.analysis.cache import Cache
+from curvcli.analysis.checkpoint import Options, open_for_analysis
+from curvcli.analysis.solve import Measurement
+from curvcli.analysis.stages import Progress
+from curvcli.analysis.track import key_of, the_last
+from curvcli.checkpoints import fetched, find_checkpoints
+from curvcli.curvature.hvp import build, graph_bytes, random_direction, timed
+from curvcli.curvature.lanczos import Lanczos
+from curvcli.errors import CurvError, memory_named
+
+HELD = 16  # vectors of the parameters' size that a solve of the usual length holds
+
+
+def estimate_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> dict[str, Any]:
+    """What `analyze_checkpoint` will take, of which nothing is measured but how long a product takes.
+
+    Products are counted as the progress counts them, by what the samples take: a spectrum of its own takes others.
+
+    Returns:
+        seconds: as a report's cost has them, reading left out.
+        products: of the full model, which all work is counted in.
+        seconds_per_product: of the whole shard.
+        mode, device: how and where products are made.
+        memory_bytes: parameters; graphs, that are kept or of one batch; basis, the eigensolver's vectors.
+
+    Raises:
+        CurvError: the checkpoint cannot be read or measured.
+    """
+    say = progress or (lambda stage, done: None)
+    say("reading", 0.0)
+    opened = open_for_analysis(path, options)
+    options = opened.options
+    with memory_named(f"while {opened.checkpoint.path} is looked at"):
+        ready = opened.ready()
+        solver = Lanczos(options.tolerance, max_products=options.max_hvps, seed=options.seed or 0)
+        found = prepared(
+            ready.model, opened.loss, ready.batches, ready.optimizer, lambda work, notes: forecast(work),
+            weights=ready.weights, mode=options.mode, solver=solver,
+            progress=lambda stage, done: say(stage, 0.0), depths=options.depths, truncated=options.truncated,
+        )  # fmt: skip
+    return {"checkpoint": str(opened.checkpoint.path), **found}
+
+
+def estimate_run(
+    path: Path, options: Options, cache: Cache, *, last: int | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """What `track` will take: the newest checkpoint's cost for each that is not in the cache.
+
+    Returns:
+        As `estimate_checkpoint`, `seconds` and `products` being those of the run; and the numbers of its checkpoints and of
+        those that are kept.
+
+    Raises:
+        CurvError: there is no checkpoint, or the newest one cannot be read or measured.
+    """
+    options = replace(options, depths=False)
+    found = the_last(find_checkpoints(path), last, options)
+    kept = 0
+    for checkpoint in found:
+        with suppress(CurvError):  # that cannot be read is a point that says so, and takes no time
+            kept += cache.get(key_of(open_for_analysis(fetched(checkpoint), options))) is not None
+    one = estimate_checkpoint(found[-1], options, progress)
+    more = len(found) - kept
+    run = {"checkpoints": len(found), "kept": kept}
+    return {**one, **run, "seconds": more * one["seconds"], "products": more * one["products"]}
+
+
+def forecast(work: Measurement) -> dict[str, Any]:
+    """Of a measurement that is set up: one product is made, and the others are counted."""
+    work.stages.enter("one product")
+    problem, mode = work.problem, work.choice.mode
+    engine = build(problem, mode)
+    names = list(problem.parameters)
+    ready = time.perf_counter() - work.started
+    _, product = timed(engine, names, random_direction(problem))
+    count = work.stages.total
+    parameters = list(problem.parameters.values())
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    moving = sum(problem.parameters[n].numel() * problem.parameters[n].element_size() for n in work.names)
+    del engine
+    return {
+        "seconds": ready + (count - 1) * product,  # choosing how to multiply is done
+        "products": count,
+        "seconds_per_product": product,
+        "mode": mode,
+        "device": str(work.device),
+        "memory_bytes": {
+            "parameters": size,
+            "graphs": graph_bytes(problem) * (len(problem.batches) if mode == "kept" else 1),
+            "basis": HELD * moving,
+        },
+    }

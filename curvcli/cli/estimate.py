@@ -1,0 +1,43 @@
+"""What `--estimate` prints, of a checkpoint or a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from curvcli.errors import UsageError
+
+
+def check(format: str, beside: dict[str, object]) -> None:  # noqa: A002
+    """Raises UsageError where a format is none of an estimate's, or an option asks for what it does not make.
+
+    Args:
+        beside: options by their flags; None is not given.
+    """
+    if given := [flag for flag, value in beside.items() if value is not None]:
+        raise UsageError(f"--estimate measures nothing and takes no {given[0]}", hint=f"drop {given[0]}, or --estimate")
+    if format not in ("table", "json"):
+        raise UsageError(f"--estimate has no --format {format}", hint="table or json")
+
+
+def show(found: dict[str, Any], format: str) -> None:  # noqa: A002
+    """As a small table, or JSON at full precision."""
+    if format == "json":
+        from curvcli.documents import dumps
+
+        typer.echo(dumps(found), nl=False)
+        return
+    from curvcli.render.facts import show_facts
+    from curvcli.render.frame import number
+
+    memory = {key: _size(size) for key, size in found["memory_bytes"].items()}
+    rounded = {key: number(value, 2) if isinstance(value, float) else value for key, value in found.items()}
+    show_facts(
+        {**{key.replace("_", " "): value for key, value in rounded.items() if key != "memory_bytes"}, "memory": memory}
+    )
+
+
+def _size(count: int) -> str:
+    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
+    return f"{count / unit:.3g} {name}"

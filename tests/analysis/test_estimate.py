@@ -1,0 +1,68 @@
+"""What a measurement is said to cost, held against what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import build, run_of
+
+from curvcli.analysis import solve
+from curvcli.analysis.cache import FileCache
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+from curvcli.analysis.estimate import HELD, estimate_checkpoint, estimate_run
+from curvcli.analysis.stages import products
+from curvcli.analysis.track import track_run
+
+OPTIONS = Options(tokens=256, mode="kept", depths=False, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_of(tmp_path_factory.mktemp("run"), 1, 2, 3)
+
+
+def test_the_prediction_is_within_a_factor_of_two(run: Path) -> None:
+    for _ in range(3):  # both are times on a clock, which other work on the machine moves
+        found = estimate_checkpoint(run / "checkpoint-3", OPTIONS)
+        report = analyze_checkpoint(run / "checkpoint-3", OPTIONS)
+        if 0.5 < found["seconds"] / report.cost.seconds < 2:
+            break
+    assert 0.5 < found["seconds"] / report.cost.seconds < 2
+    assert (found["mode"], found["device"]) == (report.cost.mode, report.cost.device)
+    assert found["checkpoint"] == report.checkpoint.path
+    assert found["products"] == products(2, depths=False)
+
+
+def test_memory_is_that_of_the_parameters_the_graphs_and_the_vectors(run: Path) -> None:
+    size = 4 * sum(p.numel() for p in build().parameters())
+    kept = estimate_checkpoint(run / "checkpoint-3", OPTIONS)["memory_bytes"]
+    fresh = estimate_checkpoint(run / "checkpoint-3", replace(OPTIONS, mode="fresh", batch_size=4))["memory_bytes"]
+    assert (kept["parameters"], fresh["parameters"]) == (size, size)
+    assert 0 < kept["basis"] <= HELD * size  # weights that never had a gradient are left out
+    assert kept["graphs"] == 4 * fresh["graphs"], "16 windows in batches of 4: all graphs are kept, or one"
+
+
+def test_nothing_is_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve.Measurement, "run", lambda *_: pytest.fail("it was measured"))
+    assert estimate_checkpoint(run / "checkpoint-3", OPTIONS)["seconds"] > 0
+
+
+def test_more_is_said_to_cost_more() -> None:
+    counts = [products(8, depths=False), products(8), products(8, truncated=True), products(16, truncated=True)]
+    assert counts == sorted(set(counts))
+    assert products(0) < counts[0]
+
+
+def test_of_a_run_what_is_kept_costs_nothing(run: Path, tmp_path: Path) -> None:
+    cache: Any = FileCache(tmp_path)
+    told: list[str] = []
+    before = estimate_run(run, OPTIONS, cache, progress=lambda stage, done: told.append(stage))
+    assert (before["checkpoints"], before["kept"], before["products"]) == (3, 0, 3 * products(2, depths=False))
+    assert "one product" in told
+    track_run(run, OPTIONS, cache, last=2)
+    after = estimate_run(run, OPTIONS, cache)
+    assert (after["checkpoints"], after["kept"], after["products"]) == (3, 2, products(2, depths=False))
+    assert estimate_run(run, OPTIONS, cache, last=1)["seconds"] == 0
