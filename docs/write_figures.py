@@ -4,7 +4,7 @@
 
 - edge: full-batch training of a small network, where rho rises and stays at 1 whatever the learning rate.
 - filter: what the momentum of an optimizer makes of one direction of a quadratic, 3 % under and over its threshold.
-- tokens: rho of a late checkpoint on growing parts of a shard, and on tokens that its eigenvector was not fitted to.
+- tokens: rho of a late checkpoint on growing parts of a shard, and the bracket that the whole of it gives for the data's.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def filtered(steps: int = 60) -> dict[str, list[float]]:
 
 
 def tokens() -> dict[str, Any]:
-    """rho on parts of the shard, and the held-out value, of both samples at step 600."""
+    """rho on parts of the shard, and the bracket of the whole, of both samples at step 600."""
     found = {}
     for run in ("calm", "hot"):
         with tempfile.TemporaryDirectory() as folder:
@@ -96,11 +96,10 @@ def tokens() -> dict[str, Any]:
             command = [sys.executable, "-m", "curvcli", "analyze", str(SAMPLES / run / "checkpoint-600")]
             subprocess.run([*command, "--no-depths", "-q", "-o", str(report)], check=True, stdout=subprocess.DEVNULL)  # noqa: S603
             read = json.loads(report.read_text(encoding="utf-8"))
-        threshold, held_out = read["optimizer"]["threshold"], read["generalisation"]["held_out"]
         found[run] = {
             "tokens": [point["tokens"] for point in read["tokens"]],
             "rho": [point["rho"] for point in read["tokens"]],
-            "held_out": held_out / threshold,
+            "bracket": [read["generalisation"][end] for end in ("rho_low", "rho_high")],
         }
     return found
 
@@ -124,9 +123,11 @@ def draw(numbers: dict[str, Any]) -> None:
     _save(figure, "filter")
 
     figure, axes = _axes("tokens", "rho")
-    for (run, part), colour in zip(numbers["tokens"].items(), _colours(), strict=False):
+    for index, ((run, part), colour) in enumerate(zip(numbers["tokens"].items(), _colours(), strict=False)):
         axes.plot(part["tokens"], part["rho"], marker="o", color=colour, label=f"{run}, step 600: on the tokens themselves")
-        axes.axhline(part["held_out"], color=colour, linestyle=":", label=f"{run}, step 600: held out")
+        (low, high), rho, place = part["bracket"], part["rho"][-1], part["tokens"][-1] * 1.06 * 1.04**index
+        reach = [[rho - low], [high - rho]]
+        axes.errorbar(place, rho, reach, capsize=4, color=colour, label=f"{run}, step 600: bracket of the data, 90 %")
     axes.axhline(1, color="black", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(numbers["tokens"]["hot"]["tokens"], [f"{n:,}" for n in numbers["tokens"]["hot"]["tokens"]])
