@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from curvcli.documents.report import (
         ENDS,
         Attribution,
+        BodyEstimate,
         Checkpoint,
         Cost,
         Cumulative,
@@ -45,6 +46,7 @@ __all__ = [
     "LOG_NAME",
     "SCHEMAS",
     "Attribution",
+    "BodyEstimate",
     "Change",
     "Checkpoint",
     "Comparison",
@@ -113,6 +115,7 @@ _MODULES = {
     "report": (
         "ENDS",
         "Attribution",
+        "BodyEstimate",
         "Checkpoint",
         "Cost",
         "Cumulative",
