@@ -59,7 +59,9 @@ def lookups(problem: Problem) -> tuple[float, Lookups]:
     counts: dict[int, Tensor] = {}
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        ids = arguments[0] if isinstance(module, nn.Embedding) and arguments else None
+        if not isinstance(module, nn.Embedding) or not arguments:
+            return
+        ids = arguments[0]
         if isinstance(ids, Tensor) and not _consecutive(ids):
             found = torch.bincount(ids.reshape(-1).to(torch.int64), minlength=module.num_embeddings).cpu()
             counts[id(module.weight)] = counts.get(id(module.weight), 0) + found

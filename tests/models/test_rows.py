@@ -155,14 +155,15 @@ def test_the_report_says_which_rows_they_are() -> None:
 def test_lookups_are_of_tokens(build: Callable[[], nn.Module], tokens: str, places: str) -> None:
     """A position is looked up once a batch at least, and is in every row of it: no rare row, few as its lookups are."""
     model, used = build(), IDS[:, :-1]  # the last token of a window is predicted only
-    _, found = lookups(Problem.create(model, causal_loss, [IDS[:2], IDS[2:]]))
+    problem = Problem.create(model, causal_loss, [IDS[:2], IDS[2:]])
+    _, found = lookups(problem)
     rows = Counter(used.flatten().tolist())
-    rare = found.rare(model.get_submodule(tokens).weight, 4)
+    rare = found.rare(problem.parameters[f"{tokens}.weight"], 4)
     assert rare is not None
     assert rare.tolist() == [rows[row] < 4 for row in range(SIZE)]
     assert rare.any()
     assert not rare.all()
-    assert found.rare(model.get_submodule(places).weight, 4) is None
+    assert found.rare(problem.parameters[f"{places}.weight"], 4) is None
 
 
 def test_a_position_is_no_rare_token() -> None:
