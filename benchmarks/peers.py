@@ -2,10 +2,11 @@
 
     pip install -e '.[bench]' && python benchmarks/peers.py
 
-All see the same model, the same batch and the bare Hessian (none of them knows a preconditioner). The
-truth is curv's own eigensolver run to a residual of 1e-5. Each library climbs its own iteration count until
-its answer is within 1 % of the truth; what it needs there is reported, or what it said at its limit. The
-cold start is random, the warm one the top eigenvector at the run's previous checkpoint.
+All see the same model, the same batch and the bare Hessian (none of them knows a preconditioner). The truth is curv's own
+eigensolver run to a residual of 1e-5. Each library climbs its own effort until its answer is within 1 % of the truth; the
+products and seconds of that call are reported, or what it said at its limit: the accuracy is the same for all, and no
+nominal tolerance is. curvlinops hands ARPACK its operator, whose products are counted, and climbs ARPACK's tolerance. Nobody
+is told the truth in use: "curv certified" is what `curv analyze` does, which goes on until a bound from above is within 3 %.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import nn
 
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import build
+from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import causal_loss
@@ -44,10 +47,30 @@ class Logits(nn.Module):
         return self.model(input_ids=windows[:, :-1], use_cache=False).logits.flatten(0, 1)
 
 
-def curv(task: Problem, count: int, start: list[torch.Tensor], seed: int = 0) -> tuple[float, int]:
-    found = Davidson(tolerance=1e-12, max_products=count, seed=seed).extremes(operator(task), start)
+def curv(task: Problem, count: int) -> tuple[float, int]:
+    found = Lanczos(tolerance=1e-12, max_products=count).extremes(operator(task))
     assert found.top is not None
     return found.top.value, found.products
+
+
+def curv_warm(task: Problem, count: int, start: torch.Tensor) -> tuple[float, int]:
+    found = Davidson(tolerance=1e-12, bottom_tolerance=float("inf"), max_products=count).extremes(operator(task), [start])
+    assert found.top is not None
+    return found.top.value, found.products
+
+
+def certified(task: Problem) -> dict[str, Any]:
+    start = perf_counter()
+    found = Lanczos().extremes(operator(task))
+    took = perf_counter() - start
+    assert found.top is not None
+    return {
+        "value": found.top.value,
+        "ceiling": found.ceiling,
+        "status": found.status,
+        "hvps": found.products,
+        "seconds": round(took, 3),
+    }
 
 
 def pyhessian(task: Problem, count: int) -> tuple[float, int]:
@@ -78,7 +101,7 @@ def eigenthings(task: Problem, count: int) -> tuple[float, int]:
 
 def curvlinops(task: Problem, count: int) -> tuple[float, int]:
     from curvlinops import HessianLinearOperator
-    from scipy.sparse.linalg import eigsh
+    from scipy.sparse.linalg import LinearOperator, eigsh
 
     windows = torch.cat(list(task.batches))
     made = HessianLinearOperator(
@@ -87,13 +110,20 @@ def curvlinops(task: Problem, count: int) -> tuple[float, int]:
         list(task.model.parameters()),
         [(windows, windows[:, 1:].flatten())],
     )
-    values = eigsh(made.to_scipy(), k=1, which="LA", ncv=max(count, 3), maxiter=1, tol=0.0, return_eigenvectors=False)
-    return float(values[0]), count
+    inner, products = made.to_scipy(), 0
+
+    def counted(vector: Any) -> Any:
+        nonlocal products
+        products += 1
+        return inner.matvec(vector)
+
+    # ARPACK's own restarts and stop; `count` climbs from a loose tolerance to a tight one.
+    outer = LinearOperator(inner.shape, matvec=counted, dtype=inner.dtype)
+    values = eigsh(outer, k=1, which="LA", tol=10.0 ** (-count / 4), return_eigenvectors=False)
+    return float(values[0]), products
 
 
 def climb(tool: Callable[[int], tuple[float, int]], truth: float, counts: tuple[int, ...]) -> dict[str, Any]:
-    from time import perf_counter
-
     last: dict[str, Any] = {}
     for count in counts:
         try:
@@ -112,21 +142,20 @@ def climb(tool: Callable[[int], tuple[float, int]], truth: float, counts: tuple[
 def main() -> None:
     options = arguments(__doc__ or "")
     rows = {}
-    for name in ("calm/checkpoint-10", "calm/checkpoint-60", "hot/checkpoint-600"):
+    for name in ("calm/checkpoint-10", "calm/checkpoint-60", "hot/checkpoint-600", "nanogpt"):
         options.checkpoint = SAMPLES / name
         task = problem(options)
-        truth = Davidson(tolerance=1e-5, bottom_tolerance=1e-3, max_products=300).extremes(operator(task))
+        truth = Lanczos(tolerance=1e-5, margin=1e-4, bottom_tolerance=1e-3, max_products=300).extremes(operator(task))
         assert truth.top is not None
         assert truth.bottom is not None
         value = truth.top.value
-        row: dict[str, Any] = {"truth": value, "most_negative": truth.bottom.value}
-        row["curv cold"] = climb(lambda n, t=task: curv(t, n, []), value, COUNTS)
-        earlier = {"60": "10", "600": "60"}.get(name.rsplit("-", 1)[1])
+        row: dict[str, Any] = {"truth": value, "most_negative": truth.bottom.value, "curv certified": certified(task)}
+        row["curv cold"] = climb(lambda n, t=task: curv(t, n), value, COUNTS)
+        earlier = {"60": "10", "600": "60"}.get(name.rsplit("-", 1)[-1])
         if earlier:
             options.checkpoint = SAMPLES / name.replace(name.rsplit("-", 1)[1], earlier)
-            before = Davidson(tolerance=1e-3).extremes(operator(problem(options)))
-            assert before.top is not None
-            row["curv warm"] = climb(lambda n, t=task, s=before.top.vector: curv(t, n, [s]), value, COUNTS)
+            before = Lanczos(tolerance=1e-3).extremes(operator(problem(options)))
+            row["curv warm"] = climb(lambda n, t=task, s=before.vector: curv_warm(t, n, s), value, COUNTS)
         for label, tool in (("hessian-eigenthings", eigenthings), ("PyHessian", pyhessian), ("curvlinops", curvlinops)):
             row[label] = climb(lambda n, t=task, f=tool: f(t, n), value, COUNTS)
         rows[name] = row

@@ -67,7 +67,7 @@ def analyze(
         layers: the model's list of blocks; found by itself where there is one.
         lr: learning rate to use instead of the optimizer's: that of the largest parameter group that moves; the others
             keep their ratio to it.
-        mode: how Hessian-vector products are made; "auto" times the exact ones and takes the fastest.
+        mode: how Hessian-vector products are made; "auto" keeps graphs where they fit, and is exact in any case.
         tolerance: residual over lambda at which the full model and the restricted depths count as converged, if no
             eigenvalue lies more than three times that above (depths: ten times); layers and truncated networks take three
             times it, and twenty-five times it above.

@@ -22,6 +22,7 @@ from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
 from curvcli.checkpoints.state.soundness import state_findings, weight_findings
+from curvcli.curvature import resources
 from curvcli.curvature.problem import Loss
 from curvcli.data.examples import Examples
 from curvcli.data.shards import Shard, find_sources
@@ -35,6 +36,7 @@ from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.given import at_logged, check_known, override, scaled
 
 DEFAULT_TOKENS = 8192
+LARGE = 2**28  # bytes of weights from which on memory is worth more than a sixth of the time
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Opened:
         checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
         model = checkpoint.model()
+        if device.type == "cpu" and sum(p.nbytes for p in model.parameters()) >= LARGE:
+            resources.return_blocks()
         found = [*checkpoint.findings, *weight_findings(model)]
         shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
         model.to(device)

@@ -17,9 +17,9 @@ from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.folds import Folds
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
 from curvcli.curvature.lanczos import Lanczos
-from curvcli.curvature.operator import Folded, Masked, Operator, PreconditionedHessian
+from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
-from curvcli.curvature.ritz import Extremes
+from curvcli.curvature.ritz import Extremes, Ritz
 from curvcli.documents import Update
 from curvcli.errors import OutOfTime
 from curvcli.models.rows import Lookups, lookups
@@ -57,6 +57,18 @@ class Solved:
     def ceiling(self) -> float:
         """What no eigenvalue lies above; infinite where that is not known."""
         return self.extremes.ceiling if self.extremes else inf
+
+    def over(self, parts: Sequence[Solved]) -> Solved:
+        """Not below its parts: what is within the certificate is taken over, what is beyond makes it inconsistent."""
+        known = [part for part in parts if part.extremes is not None and not part.inconsistent]
+        top = self.extremes.top if self.extremes else None
+        if self.extremes is None or top is None or self.inconsistent or not known:
+            return self
+        if any(violates(part, self) for part in known):
+            return replace(self, inconsistent=True)
+        value = max(self.value, *(part.value for part in known))
+        raised = Ritz(value, top.residual + value - top.value)
+        return replace(self, extremes=replace(self.extremes, top=raised, ceiling=max(self.ceiling, value)))
 
     def bare(self) -> Solved:
         """Without the vector."""
@@ -190,9 +202,23 @@ class Measurement:
         except OutOfTime:  # what was finished has been added one by one
             pass
         self.stages.enter("report")
-        everything = [*_some(found.ends), *found.layers, *found.restricted.values()]
-        found.full.inconsistent = found.full.inconsistent or any(violates(part, found.full) for part in everything)
+        self.settle(found)
         return self.completed(found)
+
+    def settle(self, found: Measured) -> None:
+        """What lies below one of its own parts is brought up to it where its certificate allows that, else marked.
+
+        A part's Ritz vector is one of the whole, so its value bounds the whole's from below, too (Cauchy interlacing).
+        """
+        parts = _some(found.ends)
+        for depth, solved in sorted(found.restricted.items()):
+            parts += found.layers[depth - 1 : depth] if depth else []
+            if parts and depth < len(self.layer_names):
+                found.restricted[depth] = solved.over(parts)
+            parts.append(found.restricted[depth])
+        found.full = found.full.over([*_some(found.ends), *found.layers, *found.restricted.values()])
+        if found.restricted:
+            found.restricted[len(self.layer_names)] = found.full.bare()
 
     def full(self, hvp: HVP, loss: float, looked_up: Lookups) -> Measured:
         """The full model; without the rows that the shard hardly looks up too, where the top direction lies on them."""
@@ -210,13 +236,13 @@ class Measurement:
         if vector is None or not rows:
             return found
         mask = torch.cat([_entries(self.problem.parameters[n], rows.get(n)) for n in self.names])
-        if float(vector[~mask].double().square().sum()) < RARE_MASS:
+        if float(vector[~mask].cpu().double().square().sum()) < RARE_MASS:
             return found
         self.stages.enter("full model without rare rows")
         if self.solver.expired:
             return found
         operator = self.folded(hvp)
-        found.body = Solved(self.names, self.solver.extremes(Masked(operator, mask))).bare()
+        found.body = Solved(self.names, self.solver.extremes(operator, support=mask)).bare()
         found.rare = {n: int(m.sum()) for n, m in rows.items()}
         found.folds = _folds(operator)
         return found
@@ -245,17 +271,14 @@ class Measurement:
         """
         last = len(self.layer_names)
         above = found.full
-        found.restricted[last] = found.full.bare()
+        found.restricted.update({0: found.ends or Solved(self.outer, None), last: above.bare()})
         for depth in range(last - 1, 0, -1):
             self.stages.enter(f"restricted to depth {depth}")
             solved = self.lowered(hvp, self.upto(depth), above)
             if solved is None:
                 solved = self.solve(hvp, self.upto(depth), self.sharp)
-            solved.inconsistent = any(violates(part, solved) for part in (*found.layers[:depth], *_some(found.ends)))
-            above.inconsistent = above.inconsistent or violates(solved, above)
             found.restricted[depth] = solved.bare()
             above = solved if solved.extremes and solved.extremes.vector is not None else above
-        found.restricted[0] = found.ends or Solved(self.outer, None)
 
     def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved | None:
         """A depth from the one above it; None where that says too little of it."""
@@ -292,7 +315,6 @@ class Measurement:
             self.in_time()
             hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
             found.truncated.append(self.solve(hvp, self.upto(depth), self.coarse).bare())
-        found.truncated.append(found.full)
 
     def completed(self, found: Measured) -> Measured:
         """With entries for what was not reached."""
@@ -305,8 +327,11 @@ class Measurement:
         for depth in range(last + 1 if self.depths else 0):
             restricted.setdefault(depth, Solved(self.upto(depth), None, skipped=True))
         truncated = list(found.truncated)
-        if self.depths and truncated and len(truncated) <= last:
-            truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), last)] + [found.full]
+        asked = self.truncation and self.blocks is not None and self.blocks.truncation is not None
+        if self.depths and (truncated or asked) and len(truncated) <= last:
+            truncated += [Solved(self.upto(k), None, skipped=True) for k in range(len(truncated), last)]
+        if truncated:
+            truncated[last:] = [found.full]
         return replace(found, ends=ends, layers=layers, restricted=dict(sorted(restricted.items())), truncated=truncated)
 
     def upto(self, depth: int) -> list[str]:

@@ -7,13 +7,15 @@ silently wrong on common models (pytorch#196700) and are not among them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -44,6 +46,66 @@ def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None], weight: flo
             accumulated.add_(part, alpha=weight)
 
 
+@contextmanager
+def _taken(inputs: Sequence[Tensor], take: Callable[[int, Tensor], object]) -> Iterator[None]:
+    """Within it, a gradient of an input is handed over once it is complete, and what autograd.grad returns is 0.
+
+    So there is no moment at which the gradients of all of them are in memory.
+    """
+
+    def hook(index: int) -> Callable[[Tensor], Tensor]:
+        def once(gradient: Tensor) -> Tensor:
+            take(index, gradient)
+            return gradient.detach().new_zeros(()).expand(gradient.shape)
+
+        return once
+
+    handles = [tensor.register_hook(hook(index)) for index, tensor in enumerate(inputs)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gradient_edges(problem: Problem, index: int, names: Sequence[str]) -> dict[str, GradientEdge]:
+    """Where the graph of one batch's gradient ends, by parameter, of those whose gradient can be differentiated.
+
+    An edge holds the graph, and not the gradient itself, whose numbers nobody needs.
+    """
+    found: dict[str, GradientEdge] = {}
+
+    def take(place: int, gradient: Tensor) -> None:
+        if gradient.requires_grad:
+            found[names[place]] = get_gradient_edge(gradient)
+
+    inputs = [problem.parameters[n] for n in names]
+    loss = problem.batch_loss(index)
+    with _taken(inputs, take):
+        torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+    return found
+
+
+def _add_derivative(
+    total: dict[str, Tensor],
+    weight: float,
+    parameters: dict[str, Tensor],
+    edges: dict[str, GradientEdge],
+    tangents: Mapping[str, Tensor],
+    *,
+    keep: bool,
+) -> None:
+    """Backward from the gradient of one batch along tangents, times a weight, added up."""
+    names = [n for n in total if n in edges]
+    if not names:
+        return
+    inputs = [parameters[n] for n in total]
+    sums = list(total.values())
+    with _taken(inputs, lambda place, part: sums[place].add_(part, alpha=weight)):
+        outputs, vectors = [edges[n] for n in names], [tangents[n] for n in names]
+        torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep, allow_unused=True)
+
+
 class KeptGraph:
     """Double backward through a gradient graph that is built once per batch and kept.
 
@@ -55,11 +117,8 @@ class KeptGraph:
     def __init__(self, problem: Problem) -> None:
         self.weights = problem.weights
         self.parameters = problem.parameters
-        inputs = list(self.parameters.values())
-        self.gradients: list[dict[str, Tensor]] = []
-        for i in range(len(problem.batches)):
-            parts = torch.autograd.grad(problem.batch_loss(i), inputs, create_graph=True, allow_unused=True)
-            self.gradients.append({n: g for n, g in zip(self.parameters, parts, strict=True) if g is not None})
+        names = list(self.parameters)
+        self.gradients = [_gradient_edges(problem, i, names) for i in range(len(problem.batches))]
 
     def subset(self, indices: Sequence[int]) -> KeptGraph:
         """Shares the graphs of the chosen batches: nothing is computed again."""
@@ -71,20 +130,11 @@ class KeptGraph:
 
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
         """Walks the kept graphs backward, one batch after the other, and leaves them for the next product."""
-        inputs = [self.parameters[n] for n in names]
-        total = [torch.zeros_like(p) for p in inputs]
-        for weight, gradients in zip(self.weights, self.gradients, strict=True):
-            pairs = [
-                (gradients[n], t)
-                for n, t in zip(names, tangents, strict=True)
-                if n in gradients and gradients[n].requires_grad
-            ]
-            if not pairs:
-                continue
-            outputs, vectors = zip(*pairs, strict=True)
-            parts = torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
-            _accumulate(total, parts, weight)
-        return total
+        total = {n: torch.zeros_like(self.parameters[n]) for n in names}
+        along = dict(zip(names, tangents, strict=True))
+        for weight, edges in zip(self.weights, self.gradients, strict=True):
+            _add_derivative(total, weight, self.parameters, edges, along, keep=True)
+        return list(total.values())
 
 
 class FreshGraph:
@@ -100,16 +150,13 @@ class FreshGraph:
 
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
         """Builds the gradient graph of one batch, walks it backward, and drops it before the next."""
-        inputs = [self.parameters[n] for n in names]
-        total = [torch.zeros_like(p) for p in inputs]
+        total = {n: torch.zeros_like(self.parameters[n]) for n in names}
+        along = dict(zip(names, tangents, strict=True))
         for i, weight in enumerate(self.problem.weights):
-            gradients = torch.autograd.grad(self.problem.batch_loss(i), inputs, create_graph=True, allow_unused=True)
-            pairs = [(g, t) for g, t in zip(gradients, tangents, strict=True) if g is not None and g.requires_grad]
-            if not pairs:
-                continue
-            outputs, vectors = zip(*pairs, strict=True)
-            _accumulate(total, torch.autograd.grad(outputs, inputs, vectors, allow_unused=True), weight)
-        return total
+            edges = _gradient_edges(self.problem, i, names)
+            _add_derivative(total, weight, self.parameters, edges, along, keep=False)
+            del edges  # before the next batch's are made
+        return list(total.values())
 
 
 class ForwardOverReverse:
@@ -152,9 +199,16 @@ class _StandIn(nn.Module):
     def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
         super().__init__()
         self.__dict__["_call"] = lambda *a, **k: functional_call(model, values, a, k, tie_weights=True)
+        self.__dict__["_model"] = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_call"](*args, **kwargs)
+
+
+def measured(model: nn.Module) -> nn.Module:
+    """The model behind a stand-in, for a loss that looks at its modules and reads parameters only while they are called."""
+    found: nn.Module = model.__dict__["_model"] if isinstance(model, _StandIn) else model
+    return found
 
 
 def _sync(device: torch.device) -> None:
@@ -164,25 +218,28 @@ def _sync(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> float:
+def _timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """A product and the seconds that it took."""
     _sync(tangents[0].device)
     start = time.perf_counter()
-    engine.product(names, tangents)
+    found = engine.product(names, tangents)
     _sync(tangents[0].device)
-    return time.perf_counter() - start
+    return found, time.perf_counter() - start
 
 
 def graph_bytes(problem: Problem, *, cut_short: bool = False) -> int:
-    """Bytes that the kept graph of the first batch holds, counted once per storage as it is saved.
+    """Bytes that the kept graph of the first batch holds beside parameters, counted once per storage as it is saved.
 
     Args:
         cut_short: where memory runs out, what was held by then, in place of the allocator's error.
     """
     seen: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in problem.model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     inputs = list(problem.parameters.values())
@@ -197,7 +254,7 @@ def graph_bytes(problem: Problem, *, cut_short: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """The mode taken and why: seconds per product on the first batch by mode, or why a mode fell out."""
+    """The mode taken: seconds of a product on the first batch by it, and why modes before it fell out."""
 
     mode: Mode
     seconds: dict[Mode, float]
@@ -205,7 +262,10 @@ class Choice:
 
 
 def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: float = float("inf")) -> Choice:
-    """Time the exact modes on the first batch and take a fast one that agrees with fresh double backward.
+    """The first of the exact modes that has room, works on the first batch, and agrees with fresh double backward.
+
+    A rule and no race: kept graphs were never slower than fresh ones (benchmarks/hvp_cost.py), timings are noisy, modes
+    round differently, and the same analysis is to give the same digits twice.
 
     Args:
         problem: what will be measured.
@@ -244,8 +304,7 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
                 )
                 continue
             engine = build(first, candidate)
-            answer = engine.product(names, tangents)
-            seconds[candidate] = min(_timed(engine, names, tangents) for _ in range(3))
+            answer, seconds[candidate] = _timed(engine, names, tangents)
         except Exception as error:  # whatever a model's own code raises under this mode rules the mode out
             said = str(error).splitlines()[0][:120] if str(error) else ""
             refused[candidate] = (
@@ -256,19 +315,15 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
         if not difference <= 1e-3 * max(scale, 1e-30):
             refused[candidate] = f"differs from double backward by {difference / max(scale, 1e-30):.1e}"
             del seconds[candidate]
-    if not seconds and all(why.startswith("out of memory") for why in refused.values()):
+            continue
+        return Choice(candidate, seconds, refused)
+    if all(why.startswith("out of memory") for why in refused.values()):
         raise OutOfMemoryError("; ".join(f"mode {m} is {why}" for m, why in refused.items()), hint="try --mode fresh")
-    if not seconds:
-        raise UnsupportedError(
-            "no exact mode of Hessian-vector products works on this model: "
-            + ", ".join(f"{m}: {why}" for m, why in refused.items()),
-            hint="try --mode fresh with smaller --batch-size",
-        )
-    fastest = min(seconds, key=seconds.__getitem__)
-    # Timings are noisy and modes round differently: the usual winner stays unless it is clearly beaten, so that
-    # the same analysis gives the same digits twice.
-    usual = next(m for m in MODES if m in seconds)
-    return Choice(usual if seconds[usual] <= 1.5 * seconds[fastest] else fastest, seconds, refused)
+    raise UnsupportedError(
+        "no exact mode of Hessian-vector products works on this model: "
+        + ", ".join(f"{m}: {why}" for m, why in refused.items()),
+        hint="try --mode fresh with smaller --batch-size",
+    )
 
 
 def random_direction(problem: Problem) -> list[Tensor]:

@@ -53,18 +53,22 @@ class Lanczos:
         """Whether the deadline has passed."""
         return time.monotonic() >= self.deadline
 
-    def extremes(self, operator: Operator, warm: Tensor | None = None, share: float = 0.1) -> Extremes:
+    def extremes(
+        self, operator: Operator, warm: Tensor | None = None, share: float = 0.1, support: Tensor | None = None
+    ) -> Extremes:
         """Largest and smallest algebraic eigenvalue of `operator`.
 
         Args:
+            support: boolean vector of the operator's space, of shape (n,): restrict it to the coordinates where it is true.
             warm: a vector of the operator's space, of shape (n,), thought to be near the top eigenvector.
             share: norm of the random part of a start beside a warm one of norm sqrt(1 - share^2). The ceiling holds as it
                 does for a random start, with e times `share`: adding a fixed vector to a random one makes none of its
                 components less likely to be away from 0.
         """
-        start, random_part = self._start(operator, warm, share)
-        walk = _Walk(operator, start)
-        evidence = self.doubt * sqrt(pi / (2 * operator.space.size)) * random_part
+        size = operator.space.size if support is None else operator.space.count(support)
+        start, random_part = self._start(operator, warm, share, support)
+        walk = _Walk(operator, start, support, size)
+        evidence = self.doubt * sqrt(pi / (2 * size)) * random_part
         most = min(self.basis, self.max_products)
         while walk.step():
             top, bottom = walk.pair(-1), walk.pair(0)
@@ -78,10 +82,11 @@ class Lanczos:
                 return Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling)
         return Extremes(None, None, None, "non-finite", walk.products)
 
-    def _start(self, operator: Operator, warm: Tensor | None, share: float) -> tuple[Tensor, float]:
+    def _start(self, operator: Operator, warm: Tensor | None, share: float, support: Tensor | None) -> tuple[Tensor, float]:
         """The first vector, of norm 1, and the norm of its random part."""
         space = operator.space
         start = space.random(torch.Generator().manual_seed(self.seed))
+        start = start if support is None else start * support
         start = start / space.norm(start)
         if warm is None or not 0 < (norm := space.norm(warm)) < inf:
             return start, 1.0
@@ -94,8 +99,9 @@ class _Walk:
 
     rows = 8  # of memory taken at once
 
-    def __init__(self, operator: Operator, start: Tensor) -> None:
+    def __init__(self, operator: Operator, start: Tensor, support: Tensor | None, size: int) -> None:
         self.operator, self.space = operator, operator.space
+        self.support, self.size = support, size  # (n,), and its true entries
         self.blocks: list[Tensor] = []  # each (rows, n); the vectors, filled in order
         self.diagonal: list[float] = []
         self.beside: list[float] = []  # one entry more than the matrix has beside its diagonal: the norm of what is left
@@ -113,6 +119,7 @@ class _Walk:
         """One product. False where it is not finite."""
         k = self.products
         left = self.operator.matvec(self._row(k))
+        left = left if self.support is None else left * self.support
         if not self.space.finite(left):
             return False
         first = self._inner(left, k + 1)
@@ -134,7 +141,7 @@ class _Walk:
         self.values, self.vectors = torch.linalg.eigh(matrix)
         self.norm = float(self.values.abs().max())
         # No start but one without a part in some eigenvector ends before the space does: all eigenvalues are found.
-        self.complete = k + 1 >= self.space.size or rest <= self.rounding * self.norm
+        self.complete = k + 1 >= self.size or rest <= self.rounding * self.norm
         if not self.complete:
             self._add(left / rest)
         return True

@@ -8,9 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from curvcli.curvature import resources
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import ModelRoot
 from curvcli.curvature.space import OneDevice, Space
+
+LARGE = 2**26  # bytes of a vector from which on free memory is worth the few percent that it costs to ask for it again
 
 
 class Operator(Protocol):
@@ -57,24 +60,17 @@ class PreconditionedHessian:
     def matvec(self, vector: Tensor) -> Tensor:
         """G v for a flat v of shape (n,): one Hessian-vector product between two applications of P^(-1/2)."""
         tangents = self.root.apply(self.root.split(vector))
-        images = self.hvp.product(self.root.names, tangents)
-        curved = [
-            image.detach() + weight * t if weight else image.detach()
-            for image, t, weight in zip(images, tangents, self.decay, strict=True)
-        ]
-        return self.root.flatten(self.root.apply(curved))
-
-
-class Masked:
-    """An operator on some coordinates alone: the others of every vector, and of its image, are taken for 0."""
-
-    def __init__(self, operator: Operator, mask: Tensor) -> None:
-        self.operator, self.space = operator, operator.space
-        self.mask = mask  # (n,), true where there is something
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """The image of what lies within the mask, cut to it; of shape (n,)."""
-        return self.mask * self.operator.matvec(self.mask * vector)
+        images = list(self.hvp.product(self.root.names, tangents))
+        if vector.nbytes >= LARGE:
+            resources.give_back(vector.device)
+        flat = self.space.empty(1)[0]
+        pieces = zip(self.root.split(flat), self.root.values(), self.decay, strict=True)
+        tangents.reverse()
+        images.reverse()
+        for piece, root, weight in pieces:  # each image goes as it is written down: three vectors at a time, not five
+            image, tangent = images.pop().detach(), tangents.pop()
+            piece.copy_(root.apply(image + weight * tangent if weight else image))
+        return flat
 
 
 class Folded:

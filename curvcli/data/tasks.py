@@ -6,7 +6,7 @@ loss: some divide by another count of tokens, some add terms, and batches are av
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import Parameter, signature
@@ -23,9 +23,11 @@ from curvcli.data.shards import Sample, Shard, find_paths, read_shard
 from curvcli.data.texts import encoded
 from curvcli.errors import InputError, UsageError
 from curvcli.models.base import Task
+from curvcli.models.head import plain_head, widest, withheld
 from curvcli.models.user_code import blamed, imported
 
 MASKED_SHARE = 0.15  # of positions, as BERT was trained
+LOGITS = 2**22  # values from which on the loss goes over chunks; below, models keep every bit of the plain loss
 
 
 def causal_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -36,13 +38,13 @@ def causal_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tenso
         batch: windows of shape (batch, sequence + 1), or columns with input_ids and labels at the same positions.
     """
     if isinstance(batch, Tensor):
-        return _cross_entropy(_logits(model, {"input_ids": batch[:, :-1]}), batch[:, 1:])
-    return _cross_entropy(_logits(model, batch)[:, :-1], _labels(batch)[:, 1:])
+        return _mean_loss(model, {"input_ids": batch[:, :-1]}, batch[:, 1:])
+    return _mean_loss(model, batch, _labels(batch)[:, 1:], lambda logits: logits[:, :-1])
 
 
 def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy over the labels of masked positions, decoder positions or whole examples, in nats."""
-    return _cross_entropy(_logits(model, batch), _labels(batch))
+    return _mean_loss(model, batch, _labels(batch))
 
 
 LOSSES: Mapping[Task, Loss] = {
@@ -246,20 +248,49 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return found
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    if logits.shape[:-1] != labels.shape:
+def _mean_loss(
+    model: nn.Module,
+    columns: Mapping[str, Tensor],
+    labels: Tensor,
+    select: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> Tensor:
+    """Mean cross-entropy of the model's logits, those that `select` takes, over the labels other than -100."""
+    vocabulary = widest(model)
+    if labels.numel() * vocabulary > LOGITS and (head := plain_head(model, lambda: _logits(model, _few(columns)))):
+        with withheld(head) as seen:
+            hidden = _logits(model, columns)
+        _check(labels, select(hidden).shape[:-1], head.out_features)
+        if (loss := seen.loss(hidden, labels, select)) is not None:
+            return loss
+    logits = select(_logits(model, columns))
+    _check(labels, logits.shape[:-1], logits.shape[-1])
+    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+def _few(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first row of a batch; where all columns are of one length, no more than 8 positions of it."""
+    shapes = {column.shape[1:] for column in columns.values()}
+    start = 0
+    if len(shapes) == 1 and len(next(iter(shapes))) == 1:
+        mask = columns.get("attention_mask")
+        start = 0 if mask is None else int(mask[0].ne(0).int().argmax())  # padding on the left is no token
+        return {name: column[:1, start : start + 8] for name, column in columns.items()}
+    return {name: column[:1] for name, column in columns.items()}
+
+
+def _check(labels: Tensor, positions: torch.Size, classes: int) -> None:
+    if positions != labels.shape:
         raise UsageError(
-            f"logits of shape {tuple(logits.shape)} do not go with labels of shape {tuple(labels.shape)}",
+            f"logits of shape {(*positions, classes)} do not go with labels of shape {tuple(labels.shape)}",
             hint="the model must give logits for every label; name the right --loss, or one of your own",
         )
     counted = labels[labels != IGNORED]
     low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
-    if low < 0 or high >= logits.shape[-1]:
+    if low < 0 or high >= classes:
         raise InputError(
-            f"label {low if low < 0 else high} is none of the model's {logits.shape[-1]} classes",
+            f"label {low if low < 0 else high} is none of the model's {classes} classes",
             hint="the data was made for another model; label with -100 what is not to be predicted",
         )
-    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
 def _in_range(data: Shard | Examples, vocabulary: int | None, context: int | None, *, labels: bool) -> None:

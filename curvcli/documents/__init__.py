@@ -124,6 +124,7 @@ _MODULES = {
         "DepthEstimate",
         "Estimate",
         "Generalisation",
+        "BodyEstimate",
         "LayerEstimate",
         "Optimizer",
         "PartEstimate",

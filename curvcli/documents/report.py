@@ -197,7 +197,9 @@ class Cost(Document):
     peak_memory_bytes: int
     device: str
     mode: str
-    mode_seconds: dict[str, float] = Field(description="seconds per product on the first batch, by exact mode")
+    mode_seconds: dict[str, float] = Field(
+        description="seconds of a product on the first batch, by the modes that were tried"
+    )
 
 
 class Report(Document):

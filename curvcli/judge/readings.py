@@ -186,14 +186,16 @@ class ReportReadings:
         pairs = []
         for name, report in (("", self.report), ("the baseline's ", self.baseline)):
             value, per = number(report), unit(report)
-            if reason := _reason(report.full) or ("" if per and per > 0 else _NO_RHO):
+            if reason := _reason(report.judged) or ("" if per and per > 0 else _NO_RHO):
                 return Reading(what, reason=f"{name}{'lambda ' if name else ''}{reason}")
             low, high = _on_shard(value, report.judged.residual, per)
             if not same:
-                held = report.generalisation.held_out
-                if held is None or low is None or not per:
+                held, threshold = report.generalisation, report.optimizer.threshold
+                if held.held_out is None or low is None or high is None or not per:
                     return Reading(what, reason=f"the shards differ, and {name or 'the '}report held nothing out")
-                low = min(held / per, low)
+                low = min(held.held_out / per, low)
+                if threshold and held.rho_low is not None and held.rho_high is not None:
+                    low, high = min(low, held.rho_low * threshold / per), max(high, held.rho_high * threshold / per)
             pairs.append((value, low, high))
         (value, low, high), (old, old_low, old_high) = pairs
         if value is None or low is None or high is None or old is None or old_low is None or old_high is None:

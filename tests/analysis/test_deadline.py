@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from curvcli import analyze
-from curvcli.curvature import davidson
+from curvcli.curvature import davidson, lanczos
 from curvcli.documents import Report
 from curvcli.errors import OutOfTime
 
@@ -30,7 +30,8 @@ def measure(deadline: float, **changes: object) -> Report:
     model = models.Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     models.train(model, optimizer, batches)
-    settings = {"weights": models.weights(batches), "mode": "fresh", "tolerance": 1e-5, "max_hvps": 400, **changes}
+    settings = {"weights": models.weights(batches), "mode": "fresh", "tolerance": 1e-5, "max_hvps": 400, "truncated": True}
+    settings.update(changes)
     return analyze(model, models.loss, batches, optimizer, deadline=deadline, **settings)  # type: ignore[arg-type]
 
 
@@ -44,6 +45,7 @@ def test_whatever_the_deadline_what_converged_is_right(whole: Report, monkeypatc
     seen = {"nothing": 0, "partly": 0, "whole": 0}
     for deadline in itertools.chain(range(1, 130, 3), range(130, 5000, 90)):
         clock = Clock()
+        monkeypatch.setattr(lanczos, "time", clock)
         monkeypatch.setattr(davidson, "time", clock)
         try:
             report = measure(deadline)
@@ -76,7 +78,9 @@ def test_whatever_the_deadline_what_converged_is_right(whole: Report, monkeypatc
 def test_the_full_model_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first deadline that gives anything, it gives the full model and no layer."""
     for deadline in range(1, 1000, 2):
-        monkeypatch.setattr(davidson, "time", Clock())
+        clock = Clock()
+        monkeypatch.setattr(lanczos, "time", clock)
+        monkeypatch.setattr(davidson, "time", clock)
         try:
             report = measure(deadline)
         except OutOfTime:

@@ -15,7 +15,7 @@ from torch.func import functional_call, hessian
 
 from curvcli import analyze
 from curvcli.analysis.solve import Solved, violates
-from curvcli.curvature.davidson import Extremes, Ritz
+from curvcli.curvature.ritz import Extremes, Ritz
 from curvcli.documents import Report
 
 TOLERANCE = 1e-4
@@ -102,7 +102,9 @@ def test_every_optimizer(name: str) -> None:
     model, batches = models.Net(blocks=2), models.data()
     optimizer = make(model.parameters())
     models.train(model, optimizer, batches)
-    report = analyze(model, models.loss, batches, optimizer, weights=models.weights(batches), tolerance=1e-4, max_hvps=400)
+    report = analyze(
+        model, models.loss, batches, optimizer, weights=models.weights(batches), tolerance=1e-4, max_hvps=400, truncated=True
+    )
     check(report, model, batches, optimizer, metric, COUPLED.get(name, 0.0))
 
 
@@ -113,9 +115,8 @@ def test_random_models(seed: int, blocks: int, width: int, steps: int) -> None:
     model, batches = models.Net(seed=seed, blocks=blocks, width=width), models.data(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     models.train(model, optimizer, batches, steps)
-    report = analyze(
-        model, models.loss, batches, optimizer, weights=models.weights(batches), tolerance=1e-4, max_hvps=600, seed=seed
-    )
+    settings = {"tolerance": 1e-4, "max_hvps": 600, "seed": seed, "truncated": True}
+    report = analyze(model, models.loss, batches, optimizer, weights=models.weights(batches), **settings)  # type: ignore[arg-type]
     check(report, model, batches, optimizer, _adam)
 
 
@@ -148,7 +149,9 @@ def test_mixed_groups_give_rho_of_the_joint_iteration() -> None:
         ]
     )
     models.train(model, optimizer, batches)
-    report = analyze(model, models.loss, batches, optimizer, weights=models.weights(batches), tolerance=1e-5, max_hvps=400)
+    report = analyze(
+        model, models.loss, batches, optimizer, weights=models.weights(batches), tolerance=1e-5, max_hvps=400, truncated=True
+    )
     names = [n for n, _ in model.named_parameters()]
     parameters = dict(model.named_parameters())
     pieces = []
@@ -166,7 +169,9 @@ def test_mixed_groups_give_rho_of_the_joint_iteration() -> None:
 
 def test_bare_hessian_and_most_negative() -> None:
     model, batches = models.Net(), models.data()
-    report = analyze(model, models.loss, batches, None, weights=models.weights(batches), tolerance=1e-5, max_hvps=400)
+    report = analyze(
+        model, models.loss, batches, None, weights=models.weights(batches), tolerance=1e-5, max_hvps=400, truncated=True
+    )
     values = torch.linalg.eigvalsh(models.dense_hessian(model, batches, [n for n, _ in model.named_parameters()]))
     assert report.full.eigenvalue == pytest.approx(float(values[-1]), rel=TOLERANCE)
     assert report.full.most_negative is not None
@@ -246,33 +251,44 @@ def test_critical_learning_rate_is_where_the_update_stops_paying() -> None:
     assert report.update.ratio == pytest.approx(1e-2 / critical, rel=1e-6)
 
 
-def test_held_out_quotient_is_of_the_other_half() -> None:
+def test_held_out_quotients_are_of_the_other_fold() -> None:
     model, batches = models.Net(), models.data()
     report = analyze(model, models.loss, batches, None, weights=models.weights(batches), tolerance=1e-8, max_hvps=400)
     names = [n for n, _ in model.named_parameters()]
-    first = models.dense_hessian(model, batches[:1], names)
-    vector = torch.linalg.eigh((first + first.T) / 2).eigenvectors[:, -1]
-    assert report.generalisation.held_out == pytest.approx(
-        float(vector @ models.dense_hessian(model, batches[1:], names) @ vector), rel=1e-4
-    )
+    folds = [models.dense_hessian(model, [batch], names) for batch in batches]
+    tops = [torch.linalg.eigh((fold + fold.T) / 2).eigenvectors[:, -1] for fold in folds]
+    crossed = [float(tops[1 - i] @ fold @ tops[1 - i]) for i, fold in enumerate(folds)]
+    shares = [w / sum(models.weights(batches)) for w in models.weights(batches)]
+    expected = sum(share * value for share, value in zip(shares, crossed, strict=True))
+    assert report.generalisation.held_out == pytest.approx(expected, rel=0.1), "between the whole's vectors"
+    assert report.generalisation.folds == 2
     assert [p.tokens for p in report.tokens] == [16, 48]
 
 
-def test_the_bracket_holds_a_held_out_value_above_the_shards() -> None:
-    """The second half is sharper than the whole along the first half's direction."""
+def test_the_bracket_is_wide_where_folds_differ() -> None:
+    """Half of the shard is nine times as sharp as the other."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1, bias=False).double()
     shared = torch.tensor([5.0, 1.0, 1.0]).double()
-    batches = [(scale * shared * torch.randn(16, 3).double(), torch.randn(16, 1).double()) for scale in (1.0, 1.0, 3.0, 3.0)]
+    scales = (1.0, 1.0, 3.0, 3.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    report = analyze(model, lambda m, pair: (m(pair[0]) - pair[1]).square().mean(), batches, optimizer)
-    held, threshold = report.generalisation.held_out, report.optimizer.threshold
-    assert held is not None
-    assert threshold is not None
-    assert report.full.rho is not None
-    assert report.generalisation.rho_high is not None
-    assert held / threshold > report.full.rho
-    assert report.generalisation.rho_high >= held / threshold
+
+    def bracket(scales: tuple[float, ...]) -> tuple[float, float]:
+        torch.manual_seed(1)
+        batches = [(scale * shared * torch.randn(64, 3).double(), torch.randn(64, 1).double()) for scale in scales]
+        report = analyze(model, lambda m, pair: (m(pair[0]) - pair[1]).square().mean(), batches, optimizer)
+        found, rho = report.generalisation, report.full.rho
+        assert found.rho_low is not None
+        assert found.rho_high is not None
+        assert rho is not None
+        assert found.rho_low <= rho <= found.rho_high
+        return found.rho_low / rho, found.rho_high / rho
+
+    even, uneven = bracket((2.0, 2.0, 2.0, 2.0)), bracket(scales)
+    assert even[0] > 0.6
+    assert even[1] < 1.4
+    assert uneven[0] < 0.2
+    assert uneven[1] > 1.8
 
 
 def test_one_batch_in_memory_is_all_of_the_data() -> None:
@@ -284,10 +300,20 @@ def test_one_batch_in_memory_is_all_of_the_data() -> None:
     assert "no-held-out" in [f.code for f in report.findings]
 
 
-def test_what_violates_interlacing_is_marked() -> None:
-    lower, upper = (Solved(["w"], Extremes(Ritz(value, 0.01, torch.ones(1)), None, "converged", 3)) for value in (2.0, 1.5))
-    assert violates(lower, upper)
-    assert not violates(upper, lower)
+def test_what_lies_below_its_parts() -> None:
+    def solved(value: float, ceiling: float) -> Solved:
+        return Solved(["w"], Extremes(Ritz(value, 0.01), None, None, "converged", 3, ceiling=ceiling))
+
+    part = solved(2.0, 2.1)
+    assert violates(part, solved(1.5, 1.6))
+    assert not violates(solved(1.5, 1.6), part)
+    assert solved(1.5, 1.6).over([part]).inconsistent, "beyond its certificate"
+    raised = solved(1.98, 2.05).over([part])
+    assert not raised.inconsistent
+    assert raised.extremes is not None
+    assert raised.extremes.top is not None
+    assert (raised.value, raised.extremes.top.residual) == (2.0, pytest.approx(0.03))
+    assert raised.ceiling == 2.05
 
 
 def test_attribution_is_the_eigenvector_squared() -> None:

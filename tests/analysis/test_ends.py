@@ -15,8 +15,6 @@ from rich.console import Console
 from tracks import asset, track
 
 from curvcli.analysis.api import analyze
-from curvcli.analysis.solve import Measurement, Solved
-from curvcli.curvature.davidson import Extremes, Ritz
 from curvcli.documents import Report, Rule, load_report
 from curvcli.judge.compare import compare
 from curvcli.judge.gate import judge
@@ -84,7 +82,9 @@ def test_every_output_has_them(report: Report) -> None:
     assert report.ends is not None
     value = report.ends.eigenvalue
     rows = list(csv.DictReader(io.StringIO(report_csv(report))))
-    assert [(row["part"], row["name"], float(row["eigenvalue"])) for row in rows][1] == ("ends", "embedding, head", value)
+    assert [(row["part"], row["name"], float(row["eigenvalue"])) for row in rows if row["part"] == "ends"] == [
+        ("ends", "embedding, head", value)
+    ]
     assert "| ends | embedding, head |" in markdown(report)
     console = Console(file=io.StringIO(), width=100)
     table.show(report, console)
@@ -140,19 +140,6 @@ def test_where_they_do_not_train_they_are_left_out() -> None:
     outcome = judge([Rule(name="max-layer-rho", limit=1e9, source="x")], ReportReadings(frozen))[0]
     assert outcome.outcome == "passed"
     assert "1 of 4 parts do not train" in outcome.message
-
-
-def test_one_that_stopped_below_the_same_solve_is_inconsistent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Depth 0 of the restricted curve is over the same parameters: what comes out lower has missed the top."""
-
-    def low(self: Measurement, hvp: object, hint: object) -> list[Solved]:
-        pair = Ritz(1e-3, 1e-6, torch.ones(7 * 5 + 6 * 7, dtype=torch.float64) / 77**0.5)
-        return [Solved(self.outer, Extremes(pair, pair, "converged", 1))]
-
-    monkeypatch.setattr(Measurement, "outside", low)
-    whole = measured(models.Net(), depths=True)
-    assert whole.ends is not None
-    assert whole.ends.status == "inconsistent"
 
 
 def test_old_documents_are_read() -> None:

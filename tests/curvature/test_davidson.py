@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,12 +130,11 @@ def test_start_vectors_that_are_zero_or_repeat_are_replaced() -> None:
 
 def test_warm_start_needs_fewer_products() -> None:
     matrix = spectrum([*torch.linspace(-3, 1, 500).tolist(), 1.3])
-    solver = Davidson(tolerance=1e-3)
+    solver = Davidson(tolerance=1e-3, bottom_tolerance=float("inf"))
     cold = solver.extremes(DenseOperator(matrix))
-    assert cold.top is not None
-    assert cold.bottom is not None
+    assert cold.vector is not None
     moved = matrix + 1e-3 * spectrum(torch.linspace(-1, 1, 501).tolist(), seed=1)
-    warm = solver.extremes(DenseOperator(moved), [cold.top.vector, cold.bottom.vector])
+    warm = solver.extremes(DenseOperator(moved), [cold.vector])
     assert warm.products < cold.products / 2
 
 
@@ -154,24 +150,7 @@ def test_any_symmetric_matrix(size: int, seed: int, negative: float) -> None:
     found = Davidson(tolerance=1e-7, max_products=400, seed=seed).extremes(DenseOperator(matrix))
     assert found.status == "converged"
     assert found.top is not None
+    assert found.vector is not None
     assert found.top.value == pytest.approx(float(values.max()), rel=1e-6, abs=1e-9)
-    image = matrix @ found.top.vector - found.top.value * found.top.vector
+    image = matrix @ found.vector - found.top.value * found.vector
     assert float(image.norm()) == pytest.approx(found.top.residual, abs=1e-6 * float(values.abs().max()))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000))
-def test_nested_supports_are_exact_and_never_fall(seed: int) -> None:
-    torch.manual_seed(seed)
-    matrix = torch.randn(30, 30, dtype=torch.float64)
-    matrix = matrix + matrix.T
-    sizes = [5, 12, 20, 30]
-    masks: list[tuple[Any, list[Any]]] = [(torch.arange(30) < size, []) for size in sizes]
-    found = list(Davidson(tolerance=1e-8, max_products=200).nested(DenseOperator(matrix), masks))
-    for size, extremes in zip(sizes, found, strict=True):
-        truth = torch.linalg.eigvalsh(matrix[:size, :size])
-        assert extremes.top is not None
-        assert extremes.top.value == pytest.approx(float(truth[-1]), rel=1e-6, abs=1e-8)
-        assert float(extremes.top.vector[size:].abs().max() if size < 30 else 0) < 1e-12
-    tops = [e.top.value for e in found if e.top]
-    assert all(b >= a - 1e-9 for a, b in itertools.pairwise(tops))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from fused import FusedCrossEntropy
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from curvcli import analyze
-from curvcli.curvature.hvp import MODES, build, choose
+from curvcli.curvature.hvp import MODES, Mode, build, choose
 from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import causal_loss
 from curvcli.errors import UnsupportedError, UsageError
@@ -106,10 +108,12 @@ def test_truncation_is_the_shallow_model_and_is_undone() -> None:
 def test_choice_takes_an_exact_mode_and_respects_memory() -> None:
     problem = _problem("gpt2")
     free = choose(problem)
-    assert set(free.seconds) == set(MODES)
+    assert (free.mode, set(free.seconds), free.refused) == ("kept", {"kept"}, {})
     tight = choose(problem, memory=1.0)
-    assert "kept" not in tight.seconds
+    assert (tight.mode, set(tight.seconds)) == ("fresh", {"fresh"})
     assert "GiB" in tight.refused["kept"]
+    for mode in MODES:
+        assert choose(problem, mode=mode).mode == mode
 
 
 def test_a_loss_that_reaches_inside_the_model_rules_forward_mode_out() -> None:
@@ -117,9 +121,9 @@ def test_a_loss_that_reaches_inside_the_model_rules_forward_mode_out() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x = torch.randn(5, 3, dtype=torch.float64)
     problem = Problem.create(model, lambda m, b: m[2](torch.tanh(m[0](b))).square().mean(), [x])
-    choice = choose(problem)
-    assert "forward" in choice.refused
-    assert choice.mode in ("kept", "fresh")
+    assert choose(problem).mode == "kept"
+    with pytest.raises(UnsupportedError, match="forward: "):
+        choose(problem, mode="forward")
 
 
 def test_no_second_derivative_is_said() -> None:
@@ -182,3 +186,25 @@ def test_kinks_are_no_missing_derivative() -> None:
 def test_unequal_batches_need_weights() -> None:
     with pytest.raises(UsageError, match="weights"):
         Problem.create(nn.Linear(3, 1), lambda m, b: m(b).mean(), [torch.ones(2, 3), torch.ones(1, 3)])
+
+
+@pytest.mark.parametrize("mode", ["kept", "fresh"])
+def test_a_product_holds_no_gradient_and_leaves_no_hook(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are as large as the parameters: of each batch only the graph is held, while the next is worked on."""
+    problem = _problem("gpt2")
+    names = list(problem.parameters)
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def spy(gradient: Tensor) -> GradientEdge:
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(gradient))
+        return get_gradient_edge(gradient)
+
+    monkeypatch.setattr("curvcli.curvature.hvp.get_gradient_edge", spy)
+    engine = build(problem, mode)
+    engine.product(names, _random(problem, names))
+    assert len(alive) == 2 * len(names)
+    assert max(alive) <= 1
+    assert not any(reference() is not None for reference in seen)
+    assert not any(parameter._backward_hooks for parameter in problem.parameters.values())

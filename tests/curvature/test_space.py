@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvcli.curvature.davidson import Davidson, Extremes
+from curvcli.curvature.davidson import Davidson
+from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.ritz import Extremes
 from curvcli.curvature.space import OneDevice
 
 
@@ -103,21 +105,20 @@ def test_both_ends_of_a_matrix_held_in_parts(matrix: Tensor, cuts: list[int]) ->
         assert extremes.top.value == pytest.approx(float(values[-1]), rel=1e-10)
         assert extremes.bottom.value == pytest.approx(float(values[0]), rel=1e-10)
         assert extremes.products == found[0].products
-    whole = torch.cat([extremes.top.vector for extremes in found if extremes.top])
+    whole = torch.cat([extremes.vector for extremes in found if extremes.vector is not None])
     assert float(whole.norm()) == pytest.approx(1, abs=1e-10)
     assert torch.allclose(matrix @ whole, values[-1] * whole, atol=1e-6)
 
 
-def test_growing_supports_of_a_matrix_held_in_parts(matrix: Tensor) -> None:
-    solver = Davidson(tolerance=1e-9)
-
-    def solve(operator: RowsOf) -> list[Extremes]:
-        place = torch.arange(operator.space.begin, operator.space.end)
-        return list(solver.nested(operator, [(place < k, []) for k in (5, 30, 60)]))
-
-    for found in held_in_parts(matrix, [0, 12, 60], solve):
-        for k, extremes in zip((5, 30, 60), found, strict=True):
-            assert extremes.top.value == pytest.approx(float(torch.linalg.eigvalsh(matrix[:k, :k])[-1]), rel=1e-9)
+@pytest.mark.parametrize("cuts", [[0, 60], [0, 12, 60], [0, 20, 21, 60]])
+def test_lanczos_on_a_matrix_held_in_parts(matrix: Tensor, cuts: list[int]) -> None:
+    found: list[Extremes] = held_in_parts(matrix, cuts, Lanczos(tolerance=1e-8).extremes)
+    for extremes in found:
+        assert extremes.status == "converged"
+        assert extremes.top == found[0].top, "one decision in all parts"
+        assert extremes.top is not None
+        assert extremes.top.value == pytest.approx(9.0, rel=1e-10)
+        assert extremes.ceiling == found[0].ceiling
 
 
 def test_a_product_that_overflows_in_one_part_is_non_finite_in_all(matrix: Tensor) -> None:

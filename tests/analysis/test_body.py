@@ -1,0 +1,98 @@
+"""The full model without the embedding rows that a shard hardly looks up, and the verdict that is on it."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from torch import Tensor
+
+from curvcli.analysis.api import analyze
+from curvcli.curvature.problem import Problem
+from curvcli.documents import Report
+from curvcli.models.rows import lookups
+
+RARE = 6  # the token
+
+
+def shard(seen: int) -> list[tuple[Tensor, Tensor]]:
+    """Four batches of 40 tokens, in which the rare one is seen so many times."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(RARE, (160,), generator=generator)
+    ids[:seen] = RARE
+    targets = (ids * 3 + torch.randint(2, (160,), generator=generator)) % 7
+    return list(zip(ids.split(40), targets.split(40), strict=True))
+
+
+def trained(seen: int) -> tuple[models.Net, torch.optim.Optimizer]:
+    """A net whose optimizer has hardly met the rare token, so that its row's second moment is tiny."""
+    model = models.Net(blocks=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.999))
+    models.train(model, optimizer, shard(0), steps=20)
+    optimizer.state[model.embed.weight]["exp_avg_sq"][RARE] = 1e-12
+    return model, optimizer
+
+
+def measured(seen: int) -> tuple[Report, models.Net, torch.optim.Optimizer]:
+    model, optimizer = trained(seen)
+    return analyze(model, models.loss, shard(seen), optimizer, tolerance=1e-6, max_hvps=300), model, optimizer
+
+
+def test_the_body_is_the_matrix_without_the_row() -> None:
+    report, model, optimizer = measured(2)
+    names = [n for n, _ in model.named_parameters()]
+    hessian = models.dense_hessian(model, shard(2), names)
+    entries, row = [], torch.zeros(len(hessian), dtype=torch.bool)
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        step = float(state["step"])
+        entries.append((1 - 0.9**step) * ((state["exp_avg_sq"] / (1 - 0.999**step)).sqrt() + 1e-8))
+        if name == "embed.weight":
+            row[RARE * 5 : (RARE + 1) * 5] = True
+    root = torch.cat([entry.reshape(-1) for entry in entries]).rsqrt()
+    matrix = root[:, None] * hessian * root
+    assert report.full.eigenvalue == pytest.approx(models.top(matrix), rel=1e-4)
+    assert report.body is not None
+    assert report.body.rows == 1
+    assert report.body.eigenvalue == pytest.approx(models.top(matrix[~row][:, ~row]), rel=1e-4)
+    assert report.full.eigenvalue > 2 * report.body.eigenvalue, "the row carries the top direction"
+
+
+def test_the_verdict_and_its_bracket_are_the_bodys() -> None:
+    report, _, _ = measured(2)
+    assert report.body is not None
+    assert report.body.rho is not None
+    assert report.generalisation.rho_low is not None
+    assert report.generalisation.rho_high is not None
+    assert report.generalisation.rho_low <= report.body.rho <= report.generalisation.rho_high
+    assert report.full.rho is not None
+    assert report.full.rho > report.generalisation.rho_high
+    assert report.judged is report.body
+    found = {finding.code: finding for finding in report.findings}
+    assert f"rho {report.full.rho:.3g}" in found["rare-rows"].message
+    assert f"{report.body.rho:.3g}" in report.findings[0].message
+
+
+def test_a_row_that_is_looked_up_often_enough_counts() -> None:
+    report, _, _ = measured(12)
+    assert report.body is None
+    assert report.judged is report.full
+
+
+def test_rare_rows_beside_the_top_direction_change_nothing() -> None:
+    model = models.Net(blocks=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = analyze(model, models.loss, shard(1), optimizer)
+    assert report.body is None
+
+
+def test_lookups_are_counted_over_all_batches() -> None:
+    model, batches = models.Net(), shard(3)
+    loss, found = lookups(Problem.create(model, models.loss, batches, [40.0] * 4))
+    ids = torch.cat([batch[0] for batch in batches])
+    assert torch.equal(found.counts[id(model.embed.weight)], torch.bincount(ids, minlength=7))
+    assert loss == pytest.approx(float(models.loss(model, (ids, torch.cat([b[1] for b in batches])))))
+    rare = found.rare(model.embed.weight, 10)
+    assert rare is not None
+    assert rare.nonzero().flatten().tolist() == [RARE]
+    assert found.rare(model.head.weight, 10) is None  # type: ignore[arg-type]

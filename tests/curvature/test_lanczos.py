@@ -1,0 +1,132 @@
+"""Lanczos from a random start: values, residuals and the bound from above, against dense eigenvalues."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.operator import DenseOperator, Folded
+
+
+def matrix_of(values: list[float] | Tensor, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    values = torch.as_tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)).Q
+    return (basis @ torch.diag(values) @ basis.T).to(dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 10_000), st.floats(0.01, 100))
+def test_any_symmetric_matrix(size: int, seed: int, negative: float) -> None:
+    torch.manual_seed(seed)
+    values = torch.randn(size, dtype=torch.float64)
+    values = torch.where(values < 0, values * negative, values)
+    matrix = matrix_of(values, seed)
+    found = Lanczos(tolerance=1e-7, margin=1e-6, max_products=400, seed=seed).extremes(DenseOperator(matrix))
+    assert found.status == "converged"
+    assert found.top is not None
+    assert found.vector is not None
+    top = float(values.max())
+    assert found.top.value == pytest.approx(top, rel=1e-6, abs=1e-9)
+    assert found.ceiling >= top - 1e-9 * float(values.abs().max())
+    image = matrix @ found.vector - found.top.value * found.vector
+    assert float(image.norm()) <= found.top.residual + 1e-6 * float(values.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("values", "most"),
+    [
+        ([*torch.linspace(0, 1, 499).tolist(), 1.2], 25),  # one outlier
+        ([*torch.linspace(0, 1, 495).tolist(), 1.5, 1.501, 1.502, 1.49, 1.48], 25),  # a cluster
+        ([-1000.0, *torch.linspace(-5, 5, 499).tolist()], 60),  # the negative end dominates
+        ([0.0] * 497 + [1.0, 2.0, 3.0], 6),  # low rank: it ends before the space does
+        ([0.0] * 50, 1),
+        ([1.0] * 50, 1),
+        (torch.linspace(-5, -3, 60).tolist(), 60),
+    ],
+)
+def test_spectra(values: list[float], most: int, dtype: torch.dtype) -> None:
+    found = Lanczos().extremes(DenseOperator(matrix_of(values, dtype=dtype)))
+    assert found.status == "converged"
+    assert found.top is not None
+    assert found.products <= most
+    assert found.top.value == pytest.approx(max(values), rel=5e-3, abs=1e-6)
+    assert found.ceiling >= max(values) * (1 - 1e-5 * (1 if max(values) > 0 else -1)) - 1e-6
+    assert found.ceiling - found.top.value <= 0.031 * abs(max(values)) + 1e-6
+
+
+def test_a_small_residual_is_not_enough() -> None:
+    """A start that holds next to nothing of the top meets the tolerance at the second eigenvalue; the ceiling does not."""
+    values = torch.tensor([2.0, 1.0, *torch.linspace(-0.5, 0.5, 300).tolist()], dtype=torch.float64)
+    second = torch.zeros(302, dtype=torch.float64)
+    second[1] = 1
+    operator = DenseOperator(torch.diag(values))
+    believed = Lanczos(margin=inf).extremes(operator, warm=second, share=1e-5)
+    assert believed.top is not None
+    assert believed.top.value == pytest.approx(1.0, rel=1e-2)
+    assert believed.status == "converged"
+    assert believed.ceiling > 2.0, "it says what may lie above"
+    found = Lanczos().extremes(operator, warm=second, share=1e-5)
+    assert found.top is not None
+    assert found.top.value == pytest.approx(2.0, rel=1e-3)
+
+
+def test_the_ceiling_is_exceeded_as_rarely_as_it_says() -> None:
+    """One eigenvalue and nothing else: after one product the ceiling is too low just where the start hardly has it."""
+    operator, tries = DenseOperator(torch.diag(torch.tensor([5.0, *[0.0] * 199], dtype=torch.float64))), 600
+    found = [Lanczos(doubt=0.3, max_products=1, seed=seed).extremes(operator) for seed in range(tries)]
+    assert 0.24 <= sum(extremes.ceiling < 5.0 for extremes in found) / tries <= 0.34
+
+
+def test_limits() -> None:
+    matrix = matrix_of(torch.linspace(-50, 1, 400))
+    found = Lanczos(max_products=5).extremes(DenseOperator(matrix))
+    assert (found.status, found.products) == ("max-hvps", 5)
+    assert found.ceiling >= 1.0
+    assert Lanczos(deadline=0.0).extremes(DenseOperator(matrix)).products == 1
+    matrix[3, 7] += 20
+    assert Lanczos().extremes(DenseOperator(matrix)).status == "asymmetric"
+    matrix[5, 5] = inf
+    broken = Lanczos().extremes(DenseOperator(matrix))
+    assert (broken.status, broken.top, broken.ceiling) == ("non-finite", None, inf)
+
+
+def test_both_ends_where_the_lower_is_waited_for() -> None:
+    values = [-3.0, *torch.linspace(0, 2, 300).tolist(), 40.0]
+    found = Lanczos(bottom_tolerance=0.01).extremes(DenseOperator(matrix_of(values)))
+    assert found.bottom is not None
+    assert found.bottom.value == pytest.approx(-3.0, abs=0.2)
+    quick = Lanczos().extremes(DenseOperator(matrix_of(values)))
+    assert quick.products < found.products
+
+
+def test_folds_are_the_parts_between_the_vectors() -> None:
+    parts = [matrix_of(torch.linspace(0, scale, 40), seed) for seed, scale in enumerate((1.0, 2.0, 3.0))]
+    weights = [0.5, 0.3, 0.2]
+    operator = Folded([(w, DenseOperator(part)) for w, part in zip(weights, parts, strict=True)])
+    found = Lanczos(tolerance=1e-6).extremes(operator)
+    whole = sum(w * part for w, part in zip(weights, parts, strict=True))
+    assert found.top is not None
+    assert found.top.value == pytest.approx(float(torch.linalg.eigvalsh(whole)[-1]), rel=1e-6)
+    basis = torch.stack(operator.vectors)
+    for part, projected in zip(parts, operator.projected(), strict=True):
+        assert torch.allclose(basis @ part @ basis.T, projected, atol=1e-9)
+
+
+def test_a_support_leaves_a_submatrix() -> None:
+    matrix, support = matrix_of(torch.linspace(-3, 4, 60)), torch.arange(60) % 3 > 0
+    operator = Folded([(0.5, DenseOperator(matrix)), (0.5, DenseOperator(matrix))])
+    found = Lanczos(tolerance=1e-8, max_products=60).extremes(operator, support=support)
+    within = torch.linalg.eigvalsh(matrix[support][:, support])
+    assert found.top is not None
+    assert found.vector is not None
+    assert found.top.value == pytest.approx(float(within[-1]), rel=1e-7)
+    assert not found.vector[~support].any()
+    assert float(torch.linalg.eigvalsh(operator.projected()[0])[-1]) == pytest.approx(found.top.value, rel=1e-9)
