@@ -25,57 +25,79 @@ from common import HERE
 from oracle import Oracle, Truth
 
 import curvcli
-from curvcli.curvature.davidson import Davidson
+from curvcli.curvature.lanczos import Lanczos
 from curvcli.errors import CurvError
 
 LIMIT = 0.03
 CERTAIN = 1e-3  # relative residual of the oracle above which a comparison is not counted
 
-# Full model and restricted depths; layers, truncated networks and parts of the shard.
-SOLVERS = (Davidson(tolerance=1e-2, max_products=100), Davidson(tolerance=3e-2, bottom_tolerance=2e-1, max_products=100))
+# As an analysis has them: the full model, for which the other end is waited for too; layers and truncated networks.
+SOLVERS = (
+    Lanczos(tolerance=1e-2, margin=3e-2, bottom_tolerance=1e-1, max_products=100),
+    Lanczos(tolerance=3e-2, margin=25e-2, max_products=100),
+)
 
 
 def digits(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.7g}")
 
 
-def truths(oracle: Oracle, seed: int) -> Iterator[tuple[str, Truth]]:
-    """Everything that a report holds, by the name that `entries` gives it."""
+def truths(oracle: Oracle, rare: dict[str, torch.Tensor], known: dict[str, Truth], seed: int) -> Iterator[tuple[str, Truth]]:
+    """Everything that a report holds, by the name that `entries` gives it; the body where there are rare rows.
+
+    What is `known` by that name is not computed again.
+    """
+
+    def top(name: str, names: list[str], **how: Any) -> Truth:
+        return known.get(name) or oracle.top(names, seed=seed, **how)
+
     layers = len(oracle.blocks)
-    yield "full", (full := oracle.top(oracle.names(), seed=seed))
-    yield "ends", (ends := oracle.top(oracle.names(depth=0), seed=seed))
+    yield "full", (full := top("full", oracle.names()))
+    if rare:
+        yield "body", top("body", oracle.names(), still=rare)
+    yield "ends", (ends := top("ends", oracle.names(depth=0)))
     for layer in range(layers):
-        yield f"layer {layer}", oracle.top(oracle.names(layer=layer), seed=seed)
+        yield (name := f"layer {layer}"), top(name, oracle.names(layer=layer))
     for depth in range(layers + 1):
-        known = {0: ends, layers: full}
-        yield f"restricted {depth}", known.get(depth) or oracle.top(oracle.names(depth=depth), seed=seed)
+        same = {0: ends, layers: full}
+        yield (name := f"restricted {depth}"), same.get(depth) or top(name, oracle.names(depth=depth))
     for depth in range(layers):
-        yield f"truncated {depth}", oracle.top(oracle.names(depth=depth), truncated=depth, seed=seed)
+        yield (name := f"truncated {depth}"), top(name, oracle.names(depth=depth), truncated=depth)
 
 
 def entries(report: Any) -> dict[str, Any]:
     """A report's estimates by name; the last truncated network is the full model and not named again."""
     found = {"full": report.full, "ends": report.ends, **{f"layer {e.index}": e for e in report.layers}}
+    found |= {"body": report.body} if report.body else {}
     found |= {f"restricted {e.depth}": e for e in report.cumulative.restricted}
     return found | {f"truncated {e.depth}": e for e in report.cumulative.truncated[:-1]}
 
 
-def checkpoint(case: networks.Case, step: int, task: networks.Task, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """One checkpoint, measured and compared."""
+def checkpoint(
+    case: networks.Case,
+    step: int,
+    task: networks.Task,
+    optimizer: torch.optim.Optimizer,
+    known: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One checkpoint, measured and compared; with the truths of `known`, a row of before, where the loss is the same."""
     row: dict[str, Any] = {**asdict(case), "step": step}
     draw = torch.Generator().manual_seed(7)
     batches = [task.draw(task.rows // 2, draw) for _ in range(2)]
-    whole = torch.cat(batches) if isinstance(batches[0], torch.Tensor) else tuple(map(torch.cat, zip(*batches, strict=True)))
+    whole = networks.joined(batches)
     start = process_time()
     try:
-        report = curvcli.analyze(task.model, task.loss, batches, optimizer)
+        report = curvcli.analyze(task.model, task.loss, batches, optimizer, truncated=True)
     except CurvError as error:  # a run that has diverged
         return {**row, "refused": str(error)[:200], "readings": []}
     row |= {"parameters": report.checkpoint.parameters, "loss": digits(report.data.loss), "products": report.cost.hvps}
     row["seconds"] = [round(process_time() - start, 2)]
     start = process_time()
     oracle, found = Oracle(task.model, task.loss, whole, optimizer, task.stack), entries(report)
-    row["readings"] = [reading(name, found[name], truth) for name, truth in truths(oracle, seed=100 + step)]
+    rare = task.rare(whole) if report.body else {}
+    same = known["readings"] if known and known.get("loss") == row["loss"] else []
+    old = {r["name"]: Truth(r["truth"], r["truth_residual"], 0) for r in same}
+    row["readings"] = [reading(name, found[name], truth) for name, truth in truths(oracle, rare, old, 100 + step)]
     row["seconds"].append(round(process_time() - start, 2))
     return row
 
@@ -86,32 +108,32 @@ def reading(name: str, entry: Any, truth: Truth) -> dict[str, Any]:
         "status": entry.status,
         "value": digits(entry.eigenvalue),
         "residual": digits(entry.residual),
-        "ceiling": digits(getattr(entry, "ceiling", None)),
+        "ceiling": digits(entry.ceiling),
         "products": entry.hvps,
         "truth": digits(truth.value),
         "truth_residual": digits(truth.residual),
     }
 
 
-def solved(family: str, index: int) -> Iterator[dict[str, Any]]:
-    """Synthetic operator by synthetic operator, at the two tolerances of an analysis in turn."""
+def solved(family: str, index: int) -> dict[str, Any]:
+    """A synthetic operator, at one of the two settings of an analysis in turn."""
     task = spectra.sample(family, index)
-    for found, truth in spectra.solve(task, SOLVERS[index % 2], index):
-        top = found.top
-        ceiling = getattr(found, "ceiling", getattr(top, "ceiling", None))
-        yield {
-            "name": family,
-            "index": index,
-            "size": task.operator.space.size,
-            "status": found.status,
-            "value": top.value if top else None,
-            "residual": top.residual if top else None,
-            "ceiling": ceiling,
-            "products": found.products,
-            "truth": truth,
-            "truth_residual": 0.0,
-            "norm": task.norm,
-        }
+    found = spectra.solve(task, SOLVERS[index % 2], index)
+    top = found.top
+    return {
+        "name": family,
+        "setting": ("full", "coarse")[index % 2],
+        "index": index,
+        "size": task.operator.space.size,
+        "status": found.status,
+        "value": top.value if top else None,
+        "residual": top.residual if top else None,
+        "ceiling": found.ceiling if top else None,
+        "products": found.products,
+        "truth": task.top,
+        "truth_residual": 0.0,
+        "norm": task.norm,
+    }
 
 
 def error(row: dict[str, Any]) -> float:
@@ -167,15 +189,20 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: count(readings) for name, readings in groups.items()}
 
 
-def checkpoints(name: str, most: int) -> None:
-    """Measure what the store does not hold yet, then count."""
+def stored(name: str) -> list[dict[str, Any]]:
     store = HERE / "results" / f"{name}_checkpoints.jsonl"
-    rows = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+    return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+
+
+def checkpoints(name: str, most: int, truths_of: str | None) -> None:
+    """Measure what the store does not hold yet, then count."""
+    store, rows = HERE / "results" / f"{name}_checkpoints.jsonl", stored(name)
+    before = {(row["seed"], row["step"]): row for row in (stored(truths_of) if truths_of else [])}
     done = {(row["seed"], row["step"]) for row in rows}
     for case in networks.cases():
         wanted = [step for step in networks.POINTS if (case.seed, step) not in done][: max(most - len(rows), 0)]
         for step, task, optimizer in networks.train(case, tuple(wanted)) if wanted else ():
-            rows.append(checkpoint(case, step, task, optimizer))
+            rows.append(checkpoint(case, step, task, optimizer, before.get((case.seed, step))))
             with store.open("a") as stream:
                 stream.write(json.dumps(rows[-1]) + "\n")
     refused = sum("refused" in row for row in rows)
@@ -198,10 +225,11 @@ def synthetic(name: str) -> None:
     seconds: dict[str, float] = {}
     for family, (_, number) in spectra.FAMILIES.items():
         start = process_time()
-        rows[family] = [row for index in range(number) for row in solved(family, index)]
+        rows[family] = [solved(family, index) for index in range(number)]
         seconds[family] = round(process_time() - start, 1)
     every = [row for found in rows.values() for row in found]
     table = {"all": count(every), **{family: count(found) for family, found in rows.items()}}
+    table |= {setting: count([row for row in every if row["setting"] == setting]) for setting in ("full", "coarse")}
     false = [{k: digits(v) if isinstance(v, float) else v for k, v in row.items()} for row in every if is_false(row)]
     samples = {family: number for family, (_, number) in spectra.FAMILIES.items()}
     document = {"torch": torch.__version__, "operators": samples, "seconds": seconds, "counts": table, "false": false}
@@ -215,10 +243,11 @@ def main() -> None:
     parser.add_argument("--checkpoints", action="store_true", help="networks in training instead of synthetic operators")
     parser.add_argument("--name", default="certificate", help="of the result files")
     parser.add_argument("--most", type=int, default=10**9, help="stop after so many checkpoints")
+    parser.add_argument("--truths", help="earlier result whose truths are taken where the loss is the same to 7 digits")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.checkpoints:
-        checkpoints(options.name, options.most)
+        checkpoints(options.name, options.most, options.truths)
     else:
         synthetic(options.name)
 

@@ -35,13 +35,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Task:
-    """A network, its loss, where its stack of blocks is, and what draws batches: (rows, generator) -> batch."""
+    """A network, its loss, where its stack of blocks is, and what draws batches: (rows, generator) -> batch.
+
+    `table` is the weight whose rows a batch's bytes but the last look up; empty where there is none.
+    """
 
     model: nn.Module
     loss: Callable[[nn.Module, Any], Tensor]
     stack: str
     draw: Callable[[int, torch.Generator], Any]
     rows: int  # of the shard that is measured: 256 predictions, of images 32
+    table: str = "embed.weight"
+
+    def rare(self, batch: Any) -> dict[str, Tensor]:
+        """True on the table's rows, of shape (256,), that a batch looks up fewer than ten times, if at all."""
+        return {self.table: torch.bincount(batch[:, :-1].flatten(), minlength=256) < 10} if self.table else {}
+
+
+def joined(batches: list[Any]) -> Any:
+    """Batches as one."""
+    return torch.cat(batches) if isinstance(batches[0], Tensor) else tuple(map(torch.cat, zip(*batches, strict=True)))
 
 
 def cases() -> list[Case]:
@@ -166,17 +179,17 @@ def build(case: Case) -> Task:
     torch.manual_seed(case.seed)
     if case.family == "llama":
         run = runs.Run(seed=case.seed, layers=LAYERS, width=WIDTH)
-        return Task(runs.build(run), runs.loss, "model.layers", text_windows(32), 8)
+        return Task(runs.build(run), runs.loss, "model.layers", text_windows(32), 8, "model.embed_tokens.weight")
     if case.family == "gpt2":
         sizes = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_positions": 64, "vocab_size": 256}
         still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
         model = GPT2LMHeadModel(GPT2Config(**sizes, **still, bos_token_id=None, eos_token_id=None))
-        return Task(model, runs.loss, "transformer.h", text_windows(32), 8)
+        return Task(model, runs.loss, "transformer.h", text_windows(32), 8, "transformer.wte.weight")
     if case.family == "post-norm":
         blocks = [attention_block(first=False) for _ in range(LAYERS)]
         return Task(Text(blocks, positions=True), next_byte, "layers", text_windows(32), 8)
     if case.family == "vit":
-        return Task(Images(), label, "layers", image_rows(case.seed), 32)
+        return Task(Images(), label, "layers", image_rows(case.seed), 32, "")
     if case.family == "gru":
         return Task(Text([GRUBlock() for _ in range(2)]), next_byte, "layers", text_windows(16), 16)
     return Task(Context(), last_byte, "layers", text_windows(8), 256)

@@ -7,7 +7,7 @@ optimizers, and a block Lanczos iteration from several random starts that keeps 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,20 +87,25 @@ class Oracle:
     def _within(self, name: str) -> bool:
         return name.startswith(self.stack + ".")
 
-    def top(self, names: Sequence[str], *, truncated: int | None = None, seed: int = 0) -> Truth:
-        """Largest eigenvalue restricted to `names`, of the network of the first `truncated` blocks where that is given."""
+    def top(
+        self, names: Sequence[str], *, truncated: int | None = None, still: Mapping[str, Tensor] = {}, seed: int = 0
+    ) -> Truth:
+        """Largest eigenvalue restricted to `names`, of the network of the first `truncated` blocks where that is given.
+
+        Rows that `still` marks, by name, are held still.
+        """
         blocks, (path, _, attribute) = self.blocks, self.stack.rpartition(".")
         parent = self.model.get_submodule(path)
         if truncated is not None:
             setattr(parent, attribute, nn.ModuleList(list(blocks)[:truncated]))
         try:
-            return self._top(names, seed)
+            return self._top(names, still, seed)
         finally:
             setattr(parent, attribute, blocks)
 
-    def _top(self, names: Sequence[str], seed: int) -> Truth:
+    def _top(self, names: Sequence[str], still: Mapping[str, Tensor], seed: int) -> Truth:
         chosen = [self.parameters[n] for n in names]
-        root = torch.cat([self.roots[n].flatten() for n in names])
+        root = torch.cat([(self.roots[n] * ~still[n][:, None] if n in still else self.roots[n]).flatten() for n in names])
         moves = root > 0  # what never had a gradient is held still
         with sdpa_kernel(SDPBackend.MATH):
             value = self.loss(self.model, self.batch)

@@ -27,7 +27,7 @@ from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update
 
 FOLDS = 8  # parts of the shard that the full model is seen on, at most
-RARE = 10  # a row that the shard looks up fewer times than this is measured by its luck
+RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
 WARM = 4  # products that a depth may take from the vector of the depth above it
 NEAR_START = 1.1  # loss of the network cut to half its depth over the whole's, up to which the cut one means something

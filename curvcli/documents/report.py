@@ -59,10 +59,11 @@ class PartEstimate(Estimate):
 class BodyEstimate(Estimate):
     """Of the full model without the rows of embeddings that the shard hardly looks up, on which its top direction lies.
 
-    Such a row's curvature is that of a few tokens, and no number of the data behind the shard: the verdict is on the rest.
+    Such a row's curvature is that of a few tokens, or with a coupled weight decay of none: no number of the data behind the
+    shard, in which other rows are rare. The verdict is on the rest.
     """
 
-    rows: int = Field(description="left out: looked up at least once, and fewer than ten times")
+    rows: int = Field(description="left out: looked up fewer than ten times, if at all")
 
 
 class LayerEstimate(PartEstimate):

@@ -29,7 +29,7 @@ def row_kinds(problem: Problem) -> dict[int, RowKind]:
     for module, ids in used.lookups:
         if any(_begins(batch, ids) for batch in given):
             found[id(module.weight)] = "tokens"
-        elif ids.shape[-1:] > (1,) and bool((ids.diff(dim=-1) == 1).all()):
+        elif _consecutive(ids):
             found.setdefault(id(module.weight), "positions")
     for name in ("get_input_embeddings", "get_output_embeddings"):
         own = getattr(problem.model, name, lambda: None)()
@@ -44,14 +44,14 @@ def row_kinds(problem: Problem) -> dict[int, RowKind]:
 
 @dataclass(frozen=True)
 class Lookups:
-    """How often each row of an embedding was looked up."""
+    """How often each row of an embedding was looked up; not of positions, which are in every window."""
 
     counts: dict[int, Tensor]  # by `id` of the weight: (rows,)
 
     def rare(self, weight: Tensor, most: int) -> Tensor | None:
-        """True on rows, of shape (rows,), looked up at least once and fewer than `most` times; None for other weights."""
+        """True on rows, of shape (rows,), looked up fewer than `most` times, if at all; None for other weights."""
         counts = self.counts.get(id(weight))
-        return None if counts is None else (counts > 0) & (counts < most)
+        return None if counts is None else counts < most
 
 
 def lookups(problem: Problem) -> tuple[float, Lookups]:
@@ -59,8 +59,11 @@ def lookups(problem: Problem) -> tuple[float, Lookups]:
     counts: dict[int, Tensor] = {}
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, nn.Embedding) and arguments and isinstance(arguments[0], Tensor):
-            found = torch.bincount(arguments[0].reshape(-1).to(torch.int64), minlength=module.num_embeddings).cpu()
+        if not isinstance(module, nn.Embedding) or not arguments:
+            return
+        ids = arguments[0]
+        if isinstance(ids, Tensor) and not _consecutive(ids):
+            found = torch.bincount(ids.reshape(-1).to(torch.int64), minlength=module.num_embeddings).cpu()
             counts[id(module.weight)] = counts.get(id(module.weight), 0) + found
 
     handles = [m.register_forward_hook(hook) for m in problem.model.modules() if isinstance(m, nn.Embedding)]
@@ -108,6 +111,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from (x for name, part in value.items() if name not in _NO_TOKENS for x in _tensors(part))
     elif isinstance(value, (list, tuple)):
         yield from (x for part in value for x in _tensors(part))
+
+
+def _consecutive(ids: Tensor) -> bool:
+    return ids.shape[-1:] > (1,) and bool((ids.diff(dim=-1) == 1).all())
 
 
 def _begins(batch: Tensor, ids: Tensor) -> bool:

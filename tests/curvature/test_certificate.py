@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from curvcli.curvature.lanczos import Lanczos
 from curvcli.models.blocks import find_blocks
 
 # No package, and not typed as strictly.
@@ -28,7 +29,7 @@ def small(family: str, number: int = 3) -> Iterator[Any]:
     return islice((s for s in samples if s.operator.space.size <= 200), number)
 
 
-@pytest.mark.parametrize("family", [name for name in spectra.FAMILIES if name not in ("outlier", "nested")])
+@pytest.mark.parametrize("family", [name for name in spectra.FAMILIES if name != "outlier"])
 def test_eigenvalues_are_as_claimed(family: str) -> None:
     for task in small(family):
         matrix = dense(task.operator)
@@ -36,7 +37,7 @@ def test_eigenvalues_are_as_claimed(family: str) -> None:
         torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=rounding)
         values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
         torch.testing.assert_close(values, task.operator.values.sort().values, rtol=0, atol=10 * rounding)
-        assert task.tops == (pytest.approx(float(values[-1]), abs=10 * rounding),)
+        assert task.top == pytest.approx(float(values[-1]), abs=10 * rounding)
         assert task.norm == pytest.approx(float(values.abs().max()), abs=10 * rounding)
 
 
@@ -44,9 +45,9 @@ def test_one_in_a_million_is_an_eigenvalue_and_no_other_is_as_large() -> None:
     task = spectra.sample("outlier", 0)
     operator = task.operator
     vector = operator.eigenvector(0)
-    assert float((operator.matvec(vector) - task.tops[0] * vector).norm()) < 1e-5 * task.norm
+    assert float((operator.matvec(vector) - task.top * vector).norm()) < 1e-5 * task.norm
     assert operator.space.size == 1_000_000
-    assert float(operator.values[1:].max()) < task.tops[0] / 1.19
+    assert float(operator.values[1:].max()) < task.top / 1.19
 
 
 def test_blocks_do_not_speak_with_each_other() -> None:
@@ -59,40 +60,38 @@ def test_blocks_do_not_speak_with_each_other() -> None:
 
 def test_the_top_lies_in_a_small_block_and_a_start_in_another() -> None:
     tasks = list(small("decoupled", 8))
-    assert {len(task.start) for task in tasks} == {0, 1}
+    assert {task.start is None for task in tasks} == {False, True}
     for task in tasks:
         operator = task.operator
         top = operator.block == operator.block[int(operator.values.argmax())]
         assert int(top.sum()) <= max(1, operator.space.size // 50)
-        assert not any(start[top].any() for start in task.start)
+        assert task.start is None or not task.start[top].any()
 
 
 def test_a_warm_start_is_nearly_the_second_eigenvector() -> None:
     for task in small("warm"):
-        (start,) = task.start
-        matrix, unit = dense(task.operator), (start / start.norm()).double()
+        matrix, unit = dense(task.operator), (task.start / task.start.norm()).double()
         values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
         assert float(unit @ matrix @ unit) == pytest.approx(float(values[-2]), rel=1e-4)
         assert 0.2 <= float(values[-2] / values[-1]) <= 0.951
 
 
-def test_nested_tops_are_those_of_the_submatrices() -> None:
-    for task in islice((spectra.sample("nested", index) for index in count()), 4):
-        matrix, below = task.operator.matrix, 0
-        for top, (mask, (start,)) in zip(task.tops, task.supports, strict=True):
-            size = int(mask.sum())
-            assert size > below
-            assert not start[~mask].any()
-            held = matrix * mask * mask[:, None] - 2 * task.norm * torch.diag((~mask).double())
-            assert float(torch.linalg.eigvalsh(held)[-1]) == pytest.approx(top, abs=1e-12)
-            below = size
-        assert below == task.operator.space.size
+@pytest.mark.parametrize("warm", [False, True])
+def test_ceilings_fail_as_often_as_they_may(warm: bool) -> None:
+    """At a doubt of 1 in 4 and 200 starts that nobody chose; the warm part of one is the second eigenvector."""
+    *_, task = small("power", 2)
+    second = task.operator.eigenvector(int(task.operator.values.argsort()[-2]))
+    below = 0
+    for seed in range(200):
+        solver = Lanczos(tolerance=0.0, doubt=0.25, max_products=2, seed=seed)
+        below += solver.extremes(task.operator, second if warm else None).ceiling < task.top - 1e-6 * task.norm
+    assert 25 <= below <= 68  # at most 50 are expected, with a standard deviation of 6; of a bound that is loose, none
 
 
 def test_a_sample_is_the_same_whenever_it_is_drawn_and_1_000_are_drawn() -> None:
     first, again, other = (spectra.sample("power", index) for index in (5, 5, 6))
     assert torch.equal(first.operator.values, again.operator.values)
-    assert first.tops != other.tops
+    assert first.top != other.top
     assert sum(number for _, number in spectra.FAMILIES.values()) == 1000
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import causal_loss, labelled_loss
 from curvcli.documents import Attribution
 from curvcli.judge.verdict import _shape
-from curvcli.models.rows import row_kinds
+from curvcli.models.rows import lookups, row_kinds
 from curvcli.render.html import report_page
 
 SIZE = 16
@@ -146,6 +147,23 @@ def test_the_report_says_which_rows_they_are() -> None:
     page = report_page(report)
     assert ">token " in page
     assert ">position " in page
+
+
+@pytest.mark.parametrize(
+    ("build", "tokens", "places"), [(gpt2, "transformer.wte", "transformer.wpe"), (Windows, "tokens", "places")]
+)
+def test_lookups_are_of_tokens(build: Callable[[], nn.Module], tokens: str, places: str) -> None:
+    """A position is looked up once a batch at least, and is in every row of it: no rare row, few as its lookups are."""
+    model, used = build(), IDS[:, :-1]  # the last token of a window is predicted only
+    problem = Problem.create(model, causal_loss, [IDS[:2], IDS[2:]])
+    _, found = lookups(problem)
+    rows = Counter(used.flatten().tolist())
+    rare = found.rare(problem.parameters[f"{tokens}.weight"], 4)
+    assert rare is not None
+    assert rare.tolist() == [rows[row] < 4 for row in range(SIZE)]
+    assert rare.any()
+    assert not rare.all()
+    assert found.rare(problem.parameters[f"{places}.weight"], 4) is None
 
 
 def test_a_position_is_no_rare_token() -> None:
