@@ -119,7 +119,8 @@ def count(readings: list[dict[str, Any]]) -> dict[str, Any]:
         ("before common ", "before_low", "before_high", "common"),
     ):
         below, above = sum(r[truth] < r[low] for r in sure), sum(r[truth] > r[high] for r in sure)
-        counts |= {f"{name}held": len(sure) - below - above, f"{name}below": below, f"{name}above": above}
+        held = sum(r[low] <= r[truth] <= r[high] for r in sure)  # an end of before may lie beyond the other
+        counts |= {f"{name}held": held, f"{name}below": below, f"{name}above": above}
     for name in ("", "before "):
         ends = ("before_low", "before_high") if name else ("low", "high")
         counts[f"{name}width"] = round(median((r[ends[1]] - r[ends[0]]) / r["rho"] for r in sure), 3) if sure else None
