@@ -115,7 +115,6 @@ _MODULES = {
     "report": (
         "ENDS",
         "Attribution",
-        "BodyEstimate",
         "Checkpoint",
         "Cost",
         "Cumulative",

@@ -1,4 +1,4 @@
-"""Where rows of the embedding that the shard hardly looks up are sharpest, what is judged is the rest."""
+"""Rows that the shard never looks up are left out with those that it hardly does."""
 
 from __future__ import annotations
 

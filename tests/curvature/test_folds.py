@@ -36,6 +36,11 @@ def test_a_direction_of_one_fold_alone_is_held_out_to_nothing() -> None:
     assert high > 20
 
 
+def test_what_no_fold_moves_is_known_as_well_as_the_solve() -> None:
+    found = Folds([0.25] * 4, torch.full((4, 1, 1), 10.0, dtype=torch.float64)).spread()
+    assert found.bracket(10.0, 0.05) == (pytest.approx(9.9), pytest.approx(10.15))
+
+
 def test_it_covers_the_truth_as_often_as_it_claims() -> None:
     """The top eigenvalue of a covariance, of 8 folds of 64 draws each: the bracket holds the true one nine times in ten."""
     generator, hits, tries = torch.Generator().manual_seed(0), 0, 400
