@@ -137,3 +137,20 @@ def test_what_is_cut_short_by_the_deadline_is_not_kept(run: Path, tmp_path: Path
 def test_a_run_of_which_nothing_was_measured_in_time(run: Path) -> None:
     with pytest.raises(OutOfTime):
         track(run, cache=False, budget=10, started=time.monotonic() - 11, **PLAIN)
+
+
+def test_the_early_report_has_the_verdict_and_says_nothing_of_time() -> None:
+    batches = models.data()
+    model = models.Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    models.train(model, optimizer, batches)
+    early: list[Report] = []
+    report = analyze(
+        model, models.loss, batches, optimizer, weights=models.weights(batches), mode="fresh", on_verdict=early.append
+    )
+    (first,) = early
+    same = ("full", "body", "generalisation", "update", "verdict", "tokens", "attribution")
+    assert [getattr(first, name) for name in same] == [getattr(report, name) for name in same]
+    assert {part.status for part in first.parts} == {"skipped"}
+    assert {part.status for part in report.parts} == {"converged"}
+    assert "out-of-time" not in {finding.code for finding in first.findings}
