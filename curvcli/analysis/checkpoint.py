@@ -16,6 +16,7 @@ from curvcli.analysis.api import Estimated, analyze, check_effort
 from curvcli.analysis.config import find_config
 from curvcli.analysis.document import Provenance
 from curvcli.analysis.options import Options as Options  # whoever opens a checkpoint needs them
+from curvcli.analysis.plan import limit_of
 from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
@@ -36,7 +37,6 @@ from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.given import at_logged, check_known, override, scaled
 
 DEFAULT_TOKENS = 8192
-LARGE = 2**28  # bytes of weights from which on memory is worth more than a sixth of the time
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Opened:
     def _measured(self, progress: Progress | None) -> documents.Report:
         checkpoint, options = self.checkpoint, self.options
         device = _device(options.device)
+        if device.type == "cpu" and options.memory is not None:
+            resources.return_blocks()  # what reading takes counts, too
         model = checkpoint.model()
-        if device.type == "cpu" and sum(p.nbytes for p in model.parameters()) >= LARGE:
-            resources.return_blocks()
         found = [*checkpoint.findings, *weight_findings(model)]
         shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
         model.to(device)
@@ -107,6 +107,7 @@ class Opened:
             progress=progress,
             deadline=options.deadline,
             depths=options.depths,
+            memory=options.memory,
             provenance=Provenance(
                 checkpoint=lambda parameters, layers: documents.Checkpoint(
                     path=str(checkpoint.path),
@@ -152,7 +153,7 @@ def open_for_analysis(path: Path, options: Options) -> Opened:
     check_effort(options.tolerance, options.max_hvps)
     device = str(_device(options.device))
     checkpoint = open_checkpoint(path, architecture_of(options.model))
-    options, data = _configured(replace(options, device=device), checkpoint)
+    options, data = _configured(replace(options, device=device, memory=limit_of(options.memory)), checkpoint)
     task, loss = loss_for(options.loss, checkpoint.task)
     read = read_data(
         data,

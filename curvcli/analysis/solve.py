@@ -111,6 +111,7 @@ class Measurement:
         *,
         depths: bool = True,
         truncated: bool | None = None,
+        basis: int | None = None,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
         self.depths, self.truncation = depths, truncated
@@ -125,11 +126,11 @@ class Measurement:
         device = next(iter(problem.parameters.values())).device
         resources.reset_peak(device)
         self.stages.enter("choosing how to multiply")
-        self.choice: Choice = choose(problem, mode=mode, memory=resources.free_bytes(device))
+        self.choice: Choice = choose(problem, mode=mode, memory=resources.free_bytes(device) if basis is None else inf)
         size = sum(problem.parameters[n].numel() for n in self.names)
         itemsize = next(iter(problem.parameters.values())).element_size()
         room = int(resources.free_bytes(device) / 4 / (size * itemsize)) if size else 0
-        self.solver = replace(solver, basis=max(room, 8))
+        self.solver = replace(solver, basis=basis or max(room, 8))
         self.device = device
 
     # --- solving -----------------------------------------------------------------------------
@@ -146,14 +147,15 @@ class Measurement:
         root = self.preconditioner.root.restrict(names)
         return PreconditionedHessian(_Counting(hvp, self, share), root, self.preconditioner.decay)
 
-    def folded(self, hvp: HVP) -> Folded:
-        """G of the full model, as the mean of those of the shard's folds."""
+    def folded(self, hvp: HVP, mask: Tensor | None = None) -> Folded:
+        """G of the full model, or of some of its entries, as the mean of those of the shard's folds."""
         weights = self.problem.weights
         parts = torch.arange(len(weights)).tensor_split(min(FOLDS, len(weights)))
         folds: list[tuple[float, Operator]] = []
         for part in parts:
             share = sum(weights[i] for i in part)
-            folds.append((share, self.operator(hvp.subset(part.tolist()), self.names, share)))
+            operator = self.operator(hvp.subset(part.tolist()), self.names, share)
+            folds.append((share, operator if mask is None else Masked(operator, mask)))
         return Folded(folds)
 
     @property
@@ -241,8 +243,8 @@ class Measurement:
         self.stages.enter("full model without rare rows")
         if self.solver.expired:
             return found
-        operator = self.folded(hvp)
-        found.body = Solved(self.names, self.solver.extremes(Masked(operator, mask))).bare()
+        operator = self.folded(hvp, mask)  # it keeps the vectors it is given: the basis' own, not masked copies of them
+        found.body = Solved(self.names, self.solver.extremes(operator)).bare()
         found.rare = {n: int(m.sum()) for n, m in rows.items()}
         found.folds = _folds(operator)
         return found
@@ -289,7 +291,7 @@ class Measurement:
         self.in_time()
         operator = self.operator(hvp, names)
         start = operator.root.carry(wide.vector, self.preconditioner.root.restrict(above.names))
-        warm = Davidson(self.coarse.tolerance, inf, max_products=WARM, seed=self.solver.seed, deadline=self.solver.deadline)
+        warm = Davidson(self.coarse.tolerance, inf, WARM, basis=6, seed=self.solver.seed, deadline=self.solver.deadline)
         extremes = warm.extremes(operator, [start])
         top, ceiling = extremes.top, wide.ceiling
         if (

@@ -147,12 +147,12 @@ class _Walk:
 
     def vector(self, index: int) -> Tensor:
         """The vector of a Ritz value, of norm 1."""
-        pieces, done = [], 0
-        for block in self.blocks:
+        found, done = torch.zeros_like(self.blocks[0][0]), 0
+        for block in self.blocks:  # added up as they come: all of them would be as many vectors more as there are blocks
             used = min(len(block), self.products - done)
-            pieces.append(self.space.combine(self.vectors[done : done + used, index], block[:used]))
+            found += self.space.combine(self.vectors[done : done + used, index], block[:used])
             done += used
-        return torch.stack(pieces).sum(dim=0)
+        return found
 
     def ceiling(self, evidence: float) -> float:
         """The t above the top at which log p_k(t) is `evidence`."""
