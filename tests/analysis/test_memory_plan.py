@@ -19,7 +19,7 @@ from curvcli.analysis.track import key_of
 from curvcli.curvature import resources
 from curvcli.curvature.problem import Problem
 from curvcli.documents import Report
-from curvcli.errors import UsageError
+from curvcli.errors import InputError, UsageError
 
 GIB = 2**30
 SIZES = Sizes(held=2 * GIB, vector=GIB // 2, largest=GIB // 8, graph=GIB // 4, logits=GIB // 16, rows=16)
@@ -135,6 +135,22 @@ def test_solves_end_where_the_basis_does(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found.full.hvps, found.full.status) == (9, "unconverged")
 
 
+@pytest.mark.parametrize("memory", ["1T", None])
+def test_free_blocks_go_back_from_before_the_model_is_read(
+    run: Path, memory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def model() -> nn.Module:
+        raise InputError("read")
+
+    monkeypatch.setattr(resources, "return_blocks", lambda: told.append("told"))
+    opened = open_for_analysis(run, Options(tokens=64, sequence_length=16, memory=memory, device="cpu"))
+    with pytest.raises(InputError, match="read"):
+        replace(opened, checkpoint=replace(opened.checkpoint, model=model)).measure()
+    assert bool(told) == (memory is not None)
+
+
 def test_limits_are_a_part_of_what_reports_are_kept_under(run: Path) -> None:
     def key(memory: int | str | None) -> str:
         return key_of(open_for_analysis(run, Options(tokens=64, sequence_length=16, memory=memory)))
@@ -160,7 +176,7 @@ kind, mode, rows, length = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 torch.set_num_threads(1)
 torch.manual_seed(0)
 if kind == "gpt2":
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=32768, n_positions=256, n_embd=384, n_layer=2, n_head=6))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=16384, n_positions=256, n_embd=256, n_layer=2, n_head=4))
 else:
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=16384, hidden_size=448, intermediate_size=1344, num_hidden_layers=8, num_attention_heads=7))
@@ -168,15 +184,17 @@ batches = torch.randint(model.config.vocab_size, (rows, length + 1)).split(1)
 plans, fitted = [], api.fitted
 
 def kept(*arguments):
+    global before
     plans.append(fitted(*arguments))
+    before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # what planning took does not count
     return plans[0]
 
 api.fitted = kept
 report = analyze(
-    model, causal_loss, batches, tolerance=1e-9, mode=mode, max_hvps=10, depths=False, memory="64GiB",
+    model, causal_loss, batches, tolerance=1e-9, mode=mode, max_hvps=8, depths=False, memory="64GiB",
     on_verdict=lambda report: print(json.dumps({
-        "told": plans[0][1].total, "peak": memory("VmHWM"), "parts": vars(plans[0][1]), "body": report.body is not None,
+        "told": plans[0][1].total, "peak": memory("VmHWM"), "before": before, "parts": vars(plans[0][1]),
         "hvps": report.full.hvps})) or sys.stdout.flush() or __import__("os")._exit(0))
 """
 
@@ -190,5 +208,7 @@ def test_the_peak_is_within_a_fifth_of_the_prediction(kind: str, mode: str, rows
     command = [sys.executable, "-c", MEASURE, kind, mode, str(rows), str(length)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["hvps"] == 10
+    assert found["hvps"] == 8
     assert found["told"] == pytest.approx(found["peak"], rel=0.2), found
+    # What the process holds before is no prediction, and hides much of what is.
+    assert found["told"] - found["before"] == pytest.approx(found["peak"] - found["before"], rel=0.35), found

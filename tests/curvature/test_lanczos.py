@@ -125,3 +125,16 @@ def test_a_mask_leaves_a_submatrix() -> None:
     found = Lanczos(tolerance=1e-8).extremes(Masked(DenseOperator(matrix), mask))
     assert found.top is not None
     assert found.top.value == pytest.approx(float(torch.linalg.eigvalsh(matrix[mask][:, mask])[-1]), rel=1e-7)
+
+
+def test_folds_without_some_entries_keep_the_basis_and_no_copy_of_it() -> None:
+    mask = torch.tensor([True, False, True, True])
+    parts = [matrix_of([4.0, 1.0, -2.0, 0.5], seed) for seed in (1, 2)]
+    inside = Folded([(0.5, Masked(DenseOperator(part), mask)) for part in parts])
+    outside = Masked(Folded([(0.5, DenseOperator(part)) for part in parts]), mask)
+    basis = torch.linalg.qr(torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q.T
+    for row in basis:
+        assert torch.equal(inside.matvec(row), outside.matvec(row))
+    assert [v.data_ptr() for v in inside.vectors] == [row.data_ptr() for row in basis]
+    dense = torch.stack([basis @ (part * mask[:, None] * mask) @ basis.T for part in parts])
+    torch.testing.assert_close(inside.projected(), dense)
