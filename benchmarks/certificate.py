@@ -34,7 +34,7 @@ CERTAIN = 1e-3  # relative residual of the oracle above which a comparison is no
 # As an analysis has them: the full model, for which the other end is waited for too; layers and truncated networks.
 SOLVERS = (
     Lanczos(tolerance=1e-2, margin=3e-2, bottom_tolerance=1e-1, max_products=100),
-    Lanczos(tolerance=3e-2, margin=25e-2, max_products=100),
+    Lanczos(tolerance=3e-2, margin=10e-2, max_products=100),
 )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from curvcli import documents
 from curvcli.analysis.document import Provenance, write
+from curvcli.analysis.plan import GIB, fitted, limit_of
 from curvcli.analysis.solve import Measured, Measurement
 from curvcli.analysis.stages import Progress
 from curvcli.curvature.hvp import Mode
@@ -53,6 +54,7 @@ def analyze(
     depths: bool = True,
     truncated: bool | None = None,
     on_verdict: Callable[[documents.Report], None] | None = None,
+    memory: int | str | None = None,
     provenance: Provenance | None = None,
 ) -> documents.Report:
     """Curvature of a model as its optimizer sees it, in full, per layer and cumulative over depth.
@@ -71,8 +73,8 @@ def analyze(
             keep their ratio to it.
         mode: how Hessian-vector products are made; "auto" keeps graphs where they fit, and is exact in any case.
         tolerance: residual over lambda at which the full model and the restricted depths count as converged, if no
-            eigenvalue lies more than three times that above (depths: ten times); layers and truncated networks take three
-            times it, and twenty-five times it above.
+            eigenvalue lies more than three times that above (depths: up to ten times); layers and truncated networks take
+            three times it, and ten times it above.
         max_hvps: products that one estimate may take.
         progress: called with what is being done and the fraction done.
         deadline: instant of `time.monotonic()` from which nothing more is started. What was not reached has the status
@@ -82,13 +84,16 @@ def analyze(
             where the loss of the network cut to half its depth is near the whole's.
         on_verdict: called with a report of the full model as soon as that is known; layers and depths are "skipped" in it,
             and no finding says so. Later parts can still show that the full model's estimate is none to rely on.
+        memory: most that the process may take at its peak (on a GPU, the tensors there), in bytes or as "8GiB": how products
+            are made, in how large batches, and how many vectors there are follow from it, and freed memory goes back to
+            the system at once, which costs 16 to 36 % of the time. None plans with what is free.
         provenance: what the report says of its inputs; needed only where they are files.
 
     Returns:
         The report, whose statuses say what could be estimated.
 
     Raises:
-        UsageError: arguments that contradict each other.
+        UsageError: arguments that contradict each other, or `memory` does not do for any way to measure.
         UnsupportedError: an optimizer without a threshold, or a model without second derivatives.
         OutOfMemoryError: not even a product on one row fits; batches whose rows are independent are cut where that helps.
         OutOfTime: not even the full model was reached before the deadline.
@@ -109,7 +114,7 @@ def analyze(
     solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
     return prepared(
         model, loss, batches, optimizer, finish, weights=weights, layers=layers, lr=lr, mode=mode, solver=solver,
-        progress=progress, depths=depths, truncated=truncated,
+        progress=progress, depths=depths, truncated=truncated, memory=memory,
     )  # fmt: skip
 
 
@@ -128,6 +133,7 @@ def prepared(
     progress: Progress | None = None,
     depths: bool = True,
     truncated: bool | None = None,
+    memory: int | str | None = None,
 ) -> T:
     """What is made of a measurement that is set up and has not begun, by the leanest plan that memory does for.
 
@@ -139,6 +145,7 @@ def prepared(
     Raises:
         CurvError: as `analyze` does.
     """
+    limit = limit_of(memory)
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
     if isinstance(optimizer, torch.optim.Optimizer):  # it knows the parameters by identity: before copies take their place
         optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
@@ -150,10 +157,17 @@ def prepared(
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
             notes = {**_lifted(lifted, problem), **_cut(problem, len(batches))}
+            basis = None
+            if limit is not None:
+                part, chosen = fitted(part, limit, mode, solver.max_products)
+                mode, basis = mode if mode == "forward" else chosen.mode, chosen.basis
+                notes["memory-plan"] = f"of {limit / GIB:.2f} GiB: {chosen}"
             if blocks is not None:
                 blocks, found = survey(part, blocks)
                 notes |= found
-            work = Measurement(part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated)
+            work = Measurement(
+                part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated, basis=basis
+            )
             return finish(work, notes)
 
         whole = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)

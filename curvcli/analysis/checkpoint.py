@@ -17,6 +17,7 @@ from curvcli.analysis.api import Estimated, analyze, check_effort
 from curvcli.analysis.config import find_config
 from curvcli.analysis.document import Provenance
 from curvcli.analysis.options import Options as Options  # whoever opens a checkpoint needs them
+from curvcli.analysis.plan import limit_of
 from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
@@ -37,7 +38,6 @@ from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.given import at_logged, check_known, override, scaled
 
 DEFAULT_TOKENS = 8192
-LARGE = 2**28  # bytes of weights from which on memory is worth more than a sixth of the time
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Opened:
                 deadline=options.deadline,
                 depths=options.depths,
                 truncated=options.truncated,
+                memory=options.memory,
                 on_verdict=on_verdict,
                 provenance=ready.provenance,
             )
@@ -95,9 +96,9 @@ class Opened:
         checkpoint, options = self.checkpoint, self.options
         _in_time(options)
         device = _device(options.device)
+        if device.type == "cpu" and options.memory is not None:
+            resources.return_blocks()  # what reading takes counts, too
         model = checkpoint.model()
-        if device.type == "cpu" and sum(p.nbytes for p in model.parameters()) >= LARGE:
-            resources.return_blocks()
         found = [*checkpoint.findings, *weight_findings(model)]
         shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
         model.to(device)
@@ -183,7 +184,7 @@ def open_for_analysis(path: Path, options: Options) -> Opened:
     check_effort(options.tolerance, options.max_hvps, depths=options.depths, truncated=options.truncated)
     device = str(_device(options.device))
     checkpoint = open_checkpoint(path, architecture_of(options.model))
-    options, data = _configured(replace(options, device=device), checkpoint)
+    options, data = _configured(replace(options, device=device, memory=limit_of(options.memory)), checkpoint)
     task, loss = loss_for(options.loss, checkpoint.task)
     read = read_data(
         data,

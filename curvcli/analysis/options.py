@@ -40,6 +40,7 @@ class Options:
         tolerance: residual over the eigenvalue at which an estimate counts as converged.
         max_hvps: Hessian-vector products that one estimate may take, at least 3.
         deadline: instant of `time.monotonic()` from which nothing more is started.
+        memory: most that the process may take at its peak, in bytes or as "8GiB"; by what is free by default.
         depths: measure the curves over depth too, up to half of the work.
         truncated: measure the networks cut short too, one of these curves; None where their loss says that they are near
             initialisation, where alone they mean something.
@@ -63,6 +64,7 @@ class Options:
     mode: Mode | Literal["auto"] = "auto"
     tolerance: float = 1e-2
     max_hvps: int = 100
+    memory: int | str | None = None
     deadline: float = float("inf")
     depths: bool = True
     truncated: bool | None = None

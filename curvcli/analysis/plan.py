@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from torch import Tensor
+
+from curvcli.curvature import resources
 from curvcli.curvature.cross_entropy import CHUNK
-from curvcli.curvature.hvp import Mode
+from curvcli.curvature.hvp import Mode, graph_bytes
+from curvcli.curvature.memory import cut, largest_batch
+from curvcli.curvature.problem import Problem
 from curvcli.errors import UsageError
+from curvcli.files.parse import byte_size
+from curvcli.models.head import widest
 
-BASIS, SMALL, LEAST = 24, 12, 6  # vectors: what is wanted, what restarts often, and the fewest that the eigensolver takes
+WANTED, LEAST = 16, 8  # vectors of a basis: what most solves end within, and the fewest that are worth a solve
+BESIDE = 2.25  # vectors held beside the basis, at most: gradients until the update is done, the full model's, and a mask
+WORKING = 4  # vectors of a product: what it is applied to without rare rows, that times a root, its image, the folds' sum
 KEPT_BACK = 0.08  # of the peak: what the C allocator does not give back; 5 and 10 % were measured on two models
 GIB = 2**30
 
@@ -20,36 +29,29 @@ class Sizes:
     """What there is, in bytes unless it says otherwise.
 
     Args:
-        process: what the process holds without a model: the interpreter and its libraries.
-        model: all weights and buffers.
+        held: what the process holds before anything is solved: libraries, model, optimizer state, preconditioner.
         vector: the parameters that are measured: one vector of the eigensolver.
         largest: the largest of these parameters.
-        state: optimizer state and preconditioner.
-        graph: the kept graph of one row of a batch, as `hvp.graph_bytes` measures it, over the rows of that batch.
-        logits: of one row, where the loss goes over them in chunks; 0 where they are a part of the graph.
+        graph: the kept graph of one row of a batch, as `hvp.graph_bytes` measures it.
+        logits: of one row, where the loss may go over them in chunks; 0 where they are a part of the graph.
         rows: of the shard, a number.
         itemsize: of an entry.
-        vectors: that are held beside the basis, a number: both Ritz vectors, and the wanted one once more with its residual,
-            that normalised, and a start vector.
     """
 
-    process: int
-    model: int
+    held: int
     vector: int
     largest: int
-    state: int
     graph: int
     logits: int
     rows: int
     itemsize: int = 4
-    vectors: int = 6
 
 
 @dataclass(frozen=True)
 class Plan:
     """How to measure, and the bytes that its parts take at the peak."""
 
-    mode: Mode
+    mode: Literal["kept", "fresh"]
     batch_rows: int
     basis: int
     held: int
@@ -62,45 +64,92 @@ class Plan:
         """Peak of the process, in bytes: the sum of the parts, and what the allocator keeps."""
         return int((self.held + self.graphs + self.product + self.basis_bytes) * (1 + KEPT_BACK))
 
+    def __str__(self) -> str:
+        rows = f"{self.batch_rows} row{'s' if self.batch_rows > 1 else ''}"
+        return f"{self.mode} graphs, batches of {rows}, at most {self.basis} vectors; {self.total / GIB:.2f} GiB expected"
+
+
+def limit_of(memory: int | str | None) -> int | None:
+    """A limit in bytes, of a number or of text such as 8GiB. Raises UsageError."""
+    found = byte_size(memory, "--memory") if isinstance(memory, str) else memory
+    if found is not None and found <= 0:
+        raise UsageError(f"--memory {memory} is no size", hint="as in 500M or 8GiB")
+    return found
+
+
+def fitted(problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int) -> tuple[Problem, Plan]:
+    """The same mean loss in batches that fit a limit, and the plan for them.
+
+    To be called when everything is held but what solving takes: a row's graph is measured here, and free blocks go back
+    to the system from now on, in the whole process.
+
+    Args:
+        limit: bytes that the process may take at its peak; on a GPU, the tensors there.
+        mode: one to insist on, or "auto".
+        most: products that a solve may take, and so vectors that it can use.
+
+    Raises:
+        UsageError: nothing fits; it says what the leanest way would need.
+    """
+    parameters = list(problem.parameters.values())
+    device, itemsize = parameters[0].device, parameters[0].element_size()
+    if device.type == "cpu":
+        resources.return_blocks()
+    single = cut(problem, 1)
+    alone = largest_batch(single) == 1  # where rows depend on each other, a whole batch counts as one
+    graph = graph_bytes(single.subset([0]))
+    resources.release(device)
+    resources.give_back(device)
+    nbytes = [p.nbytes for p in parameters]
+    sizes = Sizes(
+        held=resources.held_bytes(device),
+        vector=sum(nbytes),
+        largest=max(nbytes),
+        graph=graph,
+        logits=_ids(single.batches[0]) * widest(problem.model) * itemsize,
+        rows=len(single.batches),
+        itemsize=itemsize,
+    )
+    found = plan(sizes, limit, largest_batch(problem) if alone else 1, mode, most)
+    return cut(problem, found.batch_rows) if alone else problem, found
+
 
 def predicted(sizes: Sizes, mode: Literal["kept", "fresh"], batch_rows: int, basis: int) -> Plan:
     """The peak of an analysis by one mode.
 
     The double backward of a batch takes, beside its graph, half of it for what it computes on the way, two of the largest
-    parameter (gradients of a tied embedding that are added up), and three chunks of logits. A product has its tangents,
-    its image and the image as a flat vector; a restart of the eigensolver copies half of a basis. The two do not meet.
+    parameter (gradients of a tied embedding that are added up), and three chunks of logits.
 
     Args:
         batch_rows: rows of one batch.
-        basis: vectors of the eigensolver's basis, of which each has an image.
+        basis: vectors of the eigensolver's basis.
     """
     batch_rows = min(batch_rows, sizes.rows)
     graph = sizes.graph * batch_rows
     working = graph // 2 + 2 * sizes.largest + 3 * min(sizes.logits * batch_rows, CHUNK * sizes.itemsize)
-    product = 3 * sizes.vector + working + (graph if mode == "fresh" else 0)
-    restart = (basis // 2 + 1) * sizes.vector
     return Plan(
         mode=mode,
         batch_rows=batch_rows,
         basis=basis,
-        held=sizes.process + sizes.model + sizes.state + sizes.vectors * sizes.vector,
+        held=sizes.held + int(BESIDE * sizes.vector),
         graphs=sizes.graph * sizes.rows if mode == "kept" else 0,
-        product=max(product, restart),
-        basis_bytes=2 * basis * sizes.vector,
+        product=WORKING * sizes.vector + working + (graph if mode == "fresh" else 0),
+        basis_bytes=basis * sizes.vector,
     )
 
 
-def plan(sizes: Sizes, limit: float, batch_rows: int, mode: Mode | Literal["auto"] = "auto") -> Plan:
+def plan(sizes: Sizes, limit: float, batch_rows: int, mode: Mode | Literal["auto"] = "auto", most: int = 32) -> Plan:
     """The way to measure that is expected to be the fastest of those that fit.
 
-    A basis of 12 vectors at least comes before all, since a smaller one costs products of any kind. Then kept graphs
-    come before fresh ones, which cost up to half as much again (benchmarks/hvp_cost.py), large batches before small ones,
-    and a large basis before a small one.
+    A basis of 16 vectors at least comes before all, since a solve that runs out of vectors ends without a number. Then
+    kept graphs come before fresh ones, which cost up to half as much again (benchmarks/hvp_cost.py), large batches before
+    small ones, and a large basis before a small one.
 
     Args:
         limit: bytes that the process may take at its peak.
         batch_rows: rows of a batch that are wanted; halved where they do not fit.
         mode: one to insist on. Of "forward", which keeps no graph either, fresh's memory is taken.
+        most: vectors of a basis that are of any use.
 
     Raises:
         UsageError: nothing fits; it says what the leanest way would need.
@@ -108,19 +157,26 @@ def plan(sizes: Sizes, limit: float, batch_rows: int, mode: Mode | Literal["auto
     modes: tuple[Literal["kept", "fresh"], ...] = (
         ("kept", "fresh") if mode == "auto" else ("kept",) if mode == "kept" else ("fresh",)
     )
-    for least, most in ((SMALL, BASIS), (LEAST, SMALL - 1)):
+    least = min(LEAST, most)
+    for least_here in sorted({min(WANTED, most), least}, reverse=True):
         for candidate in modes:
             for rows in _halved(batch_rows):
-                for basis in range(most, least - 1, -1):
-                    if (found := predicted(sizes, candidate, rows, basis)).total <= limit:
-                        return found
-    lean = min((predicted(sizes, candidate, 1, LEAST) for candidate in modes), key=lambda p: p.total)
+                lean = predicted(sizes, candidate, rows, least_here)
+                if lean.total <= limit:
+                    return _widened(sizes, lean, limit, most)
+    lean = min((predicted(sizes, candidate, 1, least) for candidate in modes), key=lambda p: p.total)
     raise UsageError(
-        f"this analysis needs {lean.total / GIB:.1f} GiB of memory at least, the limit is {limit / GIB:.1f} GiB: "
-        f"weights and state {lean.held / GIB:.1f}, {LEAST} vectors and their images {lean.basis_bytes / GIB:.1f}, "
-        f"a product {(lean.product + lean.graphs) / GIB:.1f}",
+        f"this analysis needs {lean.total / GIB:.2f} GiB of memory at least, the limit is {limit / GIB:.2f} GiB: "
+        f"weights, state and vectors beside {lean.held / GIB:.2f}, a basis of {least} vectors {lean.basis_bytes / GIB:.2f}, "
+        f"a product {(lean.product + lean.graphs) / GIB:.2f}",
         hint="give it more memory, shorter sequences (--sequence-length), or fewer tokens (--tokens)",
     )
+
+
+def _widened(sizes: Sizes, lean: Plan, limit: float, most: int) -> Plan:
+    """With the largest basis that fits."""
+    room = int((limit - lean.total) / (sizes.vector * (1 + KEPT_BACK))) if sizes.vector else most
+    return predicted(sizes, lean.mode, lean.batch_rows, min(most, lean.basis + room))
 
 
 def _halved(rows: int) -> Iterator[int]:
@@ -128,3 +184,9 @@ def _halved(rows: int) -> Iterator[int]:
         yield rows
         rows = (rows + 1) // 2
     yield 1
+
+
+def _ids(batch: Any) -> int:
+    """Entries of the first tensor of whole numbers in a batch: token ids, of which each may have logits; else 0."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
+    return next((v.numel() for v in values if isinstance(v, Tensor) and not v.is_floating_point() and v.dim() > 1), 0)

@@ -110,6 +110,7 @@ class Measurement:
         *,
         depths: bool = True,
         truncated: bool | None = None,
+        basis: int | None = None,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
         self.depths = depths
@@ -127,11 +128,11 @@ class Measurement:
         self.stages.enter("choosing how to multiply")
         if solver.expired:
             raise OutOfTime
-        self.choice: Choice = choose(problem, mode=mode, memory=resources.free_bytes(device))
+        self.choice: Choice = choose(problem, mode=mode, memory=resources.free_bytes(device) if basis is None else inf)
         size = sum(problem.parameters[n].numel() for n in self.names)
         itemsize = next(iter(problem.parameters.values())).element_size()
         room = int(resources.free_bytes(device) / 4 / (size * itemsize)) if size else 0
-        self.solver = replace(solver, basis=max(room, 8))
+        self.solver = replace(solver, basis=basis or max(room, 8))
         self.device = device
         # Mean losses of the first batch, of the network cut to half its depth and of the whole; None where neither is asked.
         self.losses: tuple[float, float] | None = None
@@ -164,7 +165,7 @@ class Measurement:
         return PreconditionedHessian(_Counting(hvp, self, share), root, self.preconditioner.decay)
 
     def folded(self, hvp: HVP) -> Folded:
-        """G of the full model, as the mean of those of the shard's folds."""
+        """G of the full model, or of some of its entries, as the mean of those of the shard's folds."""
         weights = self.problem.weights
         parts = torch.arange(len(weights)).tensor_split(min(FOLDS, len(weights)))
         folds: list[tuple[float, Operator]] = []
@@ -176,7 +177,7 @@ class Measurement:
     @property
     def coarse(self) -> Lanczos:
         """The solver of layers and truncated networks, on which no verdict hangs: errors go with the residual's square."""
-        return replace(self.solver, tolerance=3 * self.solver.tolerance, margin=25 * self.solver.tolerance)
+        return replace(self.solver, tolerance=3 * self.solver.tolerance, margin=10 * self.solver.tolerance)
 
     def solve(self, hvp: HVP, names: list[str], solver: Lanczos) -> Solved:
         """Both ends of the spectrum over `names`, from a random start."""
@@ -308,7 +309,7 @@ class Measurement:
         self.in_time()
         operator = self.operator(hvp, names)
         start = operator.root.carry(wide.vector, self.preconditioner.root.restrict(above.names))
-        warm = Davidson(self.coarse.tolerance, inf, max_products=WARM, seed=self.solver.seed, deadline=self.solver.deadline)
+        warm = Davidson(self.coarse.tolerance, inf, WARM, basis=6, seed=self.solver.seed, deadline=self.solver.deadline)
         extremes = warm.extremes(operator, [start])
         top, ceiling = extremes.top, wide.ceiling
         if (

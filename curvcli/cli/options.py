@@ -114,6 +114,13 @@ Tolerance = Annotated[
     float, typer.Option(metavar="X", help="Residual over the eigenvalue at which an estimate counts as converged.")
 ]
 MaxHvps = Annotated[int, typer.Option(metavar="N", min=3, help="Most Hessian-vector products that one estimate may take.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory that the process may take, as 8GiB; on a GPU, its tensors there.  [default: by what is free]",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Seed of the eigensolver's random start.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the document (JSON) here.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (.png, .svg, .pdf).")]
@@ -153,6 +160,7 @@ def _measuring(
     mode: ModeOption = HvpMode.auto,
     tolerance: Tolerance = 0.01,
     max_hvps: MaxHvps = 100,
+    memory: Memory = None,
     seed: Seed = None,
 ) -> None:
     """The options of every verb that measures in full, in the order of its help."""

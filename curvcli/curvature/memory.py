@@ -44,18 +44,37 @@ def leanest(problem: Problem, mode: str, measure: Callable[[Problem, Any], T]) -
     raise OutOfMemoryError(f"{said}; {_needs(part)}", hint=LEANER)
 
 
+def cut(problem: Problem, rows: int) -> Problem:
+    """The same mean loss in batches of at most so many rows; as it is where rows depend on each other."""
+    smaller = _smaller(problem)
+    while largest_batch(problem) > rows and (part := next(smaller, None)) is not None:
+        problem = part
+    return problem
+
+
+def largest_batch(problem: Problem) -> int:
+    """Rows of the largest batch; 1 where they cannot be told."""
+    return max(_rows(batch) or 1 for batch in problem.batches)
+
+
 def _plans(problem: Problem, mode: str) -> Iterator[tuple[Problem, str]]:
     yield problem, mode
     how = "fresh" if mode == "auto" else mode
     if how != mode:
         yield problem, how
+    for smaller in _smaller(problem):
+        yield smaller, how
+
+
+def _smaller(problem: Problem) -> Iterator[Problem]:
+    """The same mean loss over batches halved once, twice, ... down to one row."""
     try:
         count = _counting(problem)
     except Exception:  # whatever a loss raises on a part of a batch: it cannot be cut
         return
     while count and (smaller := _halved(problem, count)) is not None:
         problem = smaller
-        yield problem, how
+        yield problem
 
 
 def _needs(problem: Problem) -> str:

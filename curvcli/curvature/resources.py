@@ -22,6 +22,13 @@ def free_bytes(device: torch.device) -> float:
     return 0.7 * float(psutil.virtual_memory().available)
 
 
+def held_bytes(device: torch.device) -> int:
+    """Memory that is held now: by tensors on a GPU, by the process on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
 def release(device: torch.device) -> None:
     """Give back what nothing holds any more, after memory ran out."""
     gc.collect()

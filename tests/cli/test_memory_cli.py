@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from real import curv
 from torch import Tensor, nn
 
 from curvcli.analysis.checkpoint import open_for_analysis
@@ -40,6 +41,14 @@ def test_an_allocators_error_is_no_internal_one(error: Exception, capsys: pytest
     assert said.startswith("curv: error: out of memory: ")
     assert "--batch-size" in said
     assert said.count("\n") == 1
+
+
+def test_a_limit_that_does_not_do_is_said_before_anything_is_solved(run: Path) -> None:
+    done = curv("analyze", run, "--tokens", "64", "--sequence-length", "16", "--memory", "64MiB", "--quiet")
+    assert done.returncode == 2
+    assert "GiB of memory at least, the limit is 0.06 GiB" in done.stderr
+    assert "--sequence-length" in done.stderr
+    assert curv("gate", run, "--memory", "much", "--max-rho", "1").returncode == 2
 
 
 @pytest.fixture
