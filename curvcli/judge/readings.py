@@ -99,7 +99,10 @@ class ReportReadings:
         what = f"rho of {name}"
         if reason := _reason(estimate) or self._no_rho(self.report):
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
-        low, high = _on_shard(estimate.rho, estimate.residual, self.report.optimizer.threshold)
+        threshold = self.report.optimizer.threshold
+        low, high = _on_shard(estimate.rho, estimate.residual, threshold)
+        if estimate.ceiling is not None and threshold and high is not None:
+            high = max(high, estimate.ceiling / threshold)
         return Reading(what, estimate.rho, low, high, narrow="lower --tolerance of curv analyze", part=name, note=note)
 
     def _plain(self, column: Column[Any]) -> list[Reading]:

@@ -35,8 +35,8 @@ def head(report: Report) -> Text:
         text.append(f"  no estimate: {report.judged.status}")
     low, high = report.generalisation.rho_low, report.generalisation.rho_high
     if report.generalisation.held_out is not None and low is not None and high is not None:
-        odds = f"{report.generalisation.confidence:.0%} " if report.generalisation.confidence else ""
-        text.append(f"\n on the data behind the shard {odds}expect rho between {number(low, 3)} and {number(high, 3)}")
+        odds = f" ({report.generalisation.confidence:.0%})".replace("%", " %") if report.generalisation.confidence else ""
+        text.append(f"\n of the data behind the shard rho is between {number(low, 3)} and {number(high, 3)}{odds}")
     if report.update.ratio is not None:
         text.append(
             f"\n next update: lr is {number(report.update.ratio, 3)} of its critical {number(report.update.critical_lr, 3)}"

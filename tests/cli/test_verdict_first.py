@@ -112,7 +112,7 @@ def test_at_a_terminal_the_bar_goes_on_below_the_head(run: Path) -> None:
     assert sum(line.endswith("checkpoint-3") for line in screen) == 1
     assert screen[0].endswith("checkpoint-3"), "nothing is left above it"
     assert not any("━" in line for line in screen), "the bar is gone"
-    head, rest = terminal.raw.find(b"expect rho between"), terminal.raw.find(b"layer  ")
+    head, rest = terminal.raw.find(b"of the data behind the shard rho is"), terminal.raw.find(b"layer  ")
     assert 0 < head < rest
     assert "━".encode() in terminal.raw[head:rest]
     assert "full model " in "\n".join(screen)
