@@ -34,7 +34,9 @@ def test_newest_checkpoint_of_the_run(hot: tuple[dict, str, Path]) -> None:
     report, table, folder = hot
     assert report["checkpoint"]["path"].endswith("hot/checkpoint-600")
     assert report["checkpoint"]["step"] == report["optimizer"]["step"] == 600
-    assert (report["checkpoint"]["layers"], len(report["layers"]), len(report["cumulative"]["truncated"])) == (8, 8, 9)
+    curves = report["cumulative"]
+    assert (report["checkpoint"]["layers"], len(report["layers"]), len(curves["restricted"])) == (8, 8, 9)
+    assert curves["truncated"] == [], "a trained network cut short says nothing"
     optimizer = report["optimizer"]
     assert (optimizer["name"], optimizer["preconditioner"], optimizer["lr_source"]) == ("AdamW", "checkpoint", "checkpoint")
     assert optimizer["threshold"] == pytest.approx((2 / optimizer["lr"] - 0.1) * 19)
