@@ -254,7 +254,8 @@ class Measurement:
         rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
         rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
         vector = full.extremes.vector if full.extremes else None
-        if vector is None or not rows:
+        # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
+        if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
             return found
         mask = torch.cat([_entries(self.problem.parameters[n], rows.get(n)) for n in self.names])
         if float(vector[~mask].cpu().double().square().sum()) < RARE_MASS:

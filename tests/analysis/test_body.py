@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import models
 import pytest
 import torch
 from torch import Tensor
 
+from curvcli.analysis import api
 from curvcli.analysis.api import analyze
+from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.problem import Problem
 from curvcli.documents import Report
 from curvcli.models.rows import lookups
@@ -71,6 +75,14 @@ def test_the_verdict_and_its_bracket_are_the_bodys() -> None:
     found = {finding.code: finding for finding in report.findings}
     assert f"rho {report.full.rho:.3g}" in found["rare-rows"].message
     assert f"{report.body.rho:.3g}" in report.findings[0].message
+
+
+def test_no_verdict_rests_on_rows_whose_products_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "Lanczos", partial(Lanczos, asymmetry=-1.0))
+    report, _, _ = measured(2)
+    assert (report.full.status, report.full.eigenvalue, report.body) == ("asymmetric", None, None)
+    assert report.verdict == "unresolved"
+    assert report.findings[0].code in ("full-asymmetric", "no-threshold")
 
 
 def test_a_row_that_is_looked_up_often_enough_counts() -> None:
