@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from tiny import run_of
+from torch import Tensor
 
 from curvcli import analyze
 from curvcli.analysis import checkpoint as opened
@@ -19,7 +20,6 @@ from curvcli.analysis.budget import Budget, measure
 from curvcli.analysis.cache import FileCache
 from curvcli.analysis.checkpoint import Options, open_for_analysis
 from curvcli.analysis.track import track, track_run
-from curvcli.curvature.problem import Problem
 from curvcli.documents import Report, TrackPoint
 from curvcli.errors import OutOfTime
 
@@ -48,9 +48,11 @@ def late_after(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[f
     return deadline
 
 
-def problem() -> Problem:
-    batches = models.data()
-    return Problem.create(models.Net(), models.loss, batches, models.weights(batches))
+def trained() -> tuple[models.Net, list[tuple[Tensor, Tensor]], torch.optim.Optimizer]:
+    model, batches = models.Net(), models.data()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    models.train(model, optimizer, batches)
+    return model, batches, optimizer
 
 
 @pytest.mark.parametrize(
@@ -75,10 +77,7 @@ def test_nothing_more_is_begun_before_the_full_model(
 def test_past_the_full_model_no_product_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     (deadline,) = late_after(monkeypatch, solve, "_folds")
     monkeypatch.setattr(solve, "next_update", lambda *_: pytest.fail("the next update was measured"))
-    batches = models.data()
-    model = models.Net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    models.train(model, optimizer, batches)
+    model, batches, optimizer = trained()
     early: list[Report] = []
     report = analyze(
         model, models.loss, batches, optimizer, weights=models.weights(batches), mode="fresh", deadline=deadline,
@@ -140,10 +139,7 @@ def test_a_run_of_which_nothing_was_measured_in_time(run: Path) -> None:
 
 
 def test_the_early_report_has_the_verdict_and_says_nothing_of_time() -> None:
-    batches = models.data()
-    model = models.Net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    models.train(model, optimizer, batches)
+    model, batches, optimizer = trained()
     early: list[Report] = []
     report = analyze(
         model, models.loss, batches, optimizer, weights=models.weights(batches), mode="fresh", on_verdict=early.append
