@@ -58,11 +58,12 @@ def test_more_is_said_to_cost_more() -> None:
 
 def test_of_a_run_what_is_kept_costs_nothing(run: Path, tmp_path: Path) -> None:
     cache: Any = FileCache(tmp_path)
+    options = replace(OPTIONS, tokens=64, max_hvps=3)
     told: list[str] = []
-    before = estimate_run(run, OPTIONS, cache, progress=lambda stage, done: told.append(stage))
+    before = estimate_run(run, options, cache, progress=lambda stage, done: told.append(stage))
     assert (before["checkpoints"], before["kept"], before["products"]) == (3, 0, 3 * products(2, depths=False))
     assert "one product" in told
-    track_run(run, OPTIONS, cache, last=2)
-    after = estimate_run(run, OPTIONS, cache)
+    track_run(run, options, cache, last=2)
+    after = estimate_run(run, options, cache)
     assert (after["checkpoints"], after["kept"], after["products"]) == (3, 2, products(2, depths=False))
-    assert estimate_run(run, OPTIONS, cache, last=1)["seconds"] == 0
+    assert estimate_run(run, options, cache, last=1)["seconds"] == 0
