@@ -124,6 +124,7 @@ def test_schedule_takes_reports_in_hand() -> None:
         assert (by_path.provenance.report, in_hand.provenance.report) == (str(path), None)
 
 
+@pytest.mark.slow
 def test_schedule_measures_a_checkpoint_to_resume(run: Path) -> None:
     options: dict[str, Any] = {"resume": str(run / "checkpoint-9"), "tokens": 64, "lr": 0.003}
     stages: list[str] = []

@@ -36,7 +36,13 @@ def rows(*, padded: bool) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "written"), [("llama", True), ("llama", False), ("gpt2", True), ("bloom", False)], ids=lambda value: str(value)
+    ("name", "written"),
+    [
+        ("llama", True),
+        ("bloom", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", False), ("gpt2", True))),
+    ],
+    ids=lambda value: str(value),
 )
 def test_padding_has_no_curvature(tmp_path: Path, name: str, written: bool) -> None:
     model = CASES[name]().build()
