@@ -88,7 +88,7 @@ def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> Non
     assert (llama / "model.safetensors.index.json").exists()
     np.save(llama / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
     options = Options(data=llama / "ids.npy", tokens=64, sequence_length=16, depths=False, mode="kept")
-    report = analyze_checkpoint(llama, options)
+    report = analyze_checkpoint(llama, replace(options, max_hvps=3))
     assert report.checkpoint.format == "pretrained"
     assert report.optimizer.preconditioner == "estimated"
     assert (report.full.rho, report.verdict) == (None, "unresolved")
@@ -96,7 +96,7 @@ def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> Non
     assert "no-threshold" in codes
     assert "estimated-preconditioner" in codes
     with_lr = analyze_checkpoint(llama, replace(options, lr=1e-3))
-    assert with_lr.full.eigenvalue == pytest.approx(report.full.eigenvalue, rel=1e-2)
+    assert with_lr.full.eigenvalue >= report.full.eigenvalue > 0  # of which three products are a lower bound
     assert with_lr.full.rho == pytest.approx(with_lr.full.eigenvalue / 38e3)
     # That rho's scale is the batch size's: it decides nothing.
     assert (with_lr.verdict, with_lr.findings[0].code) == ("unresolved", "unresolved-estimate")
