@@ -21,7 +21,7 @@ from curvcli.documents import load_report, load_track
 from curvcli.errors import InputError
 from curvcli.render import headline, table
 
-QUICK = ("--tokens", "64", "--mode", "kept", "--max-hvps", "10", "--device", "cpu")
+QUICK = ("--tokens", "128", "--mode", "kept", "--max-hvps", "30", "--device", "cpu")
 EARLY = re.compile(r"curv: verdict (stable|edge|unstable|unresolved), rho \S+.*; layers and depths follow")
 
 
