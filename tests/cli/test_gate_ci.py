@@ -78,8 +78,8 @@ def perform(runner: Path, step: str, **given: str) -> tuple[subprocess.Completed
         ({"max_rho": "1.6"}, 0, "passed"),
         ({"max_rho": "1.0"}, 1, "broken"),
         ({"max_rho": "1.46"}, 3, "unresolved"),
-        ({"max_rho": "1.46", "unresolved": "pass"}, 0, "unresolved"),
-        ({"require_resolved": "true"}, 0, "passed"),
+        pytest.param({"max_rho": "1.46", "unresolved": "pass"}, 0, "unresolved", marks=pytest.mark.slow),
+        pytest.param({"require_resolved": "true"}, 0, "passed", marks=pytest.mark.slow),
     ],
 )
 def test_the_action_judges_a_report(runner: Path, given: dict[str, str], code: int, outcome: str) -> None:

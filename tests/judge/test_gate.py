@@ -267,7 +267,7 @@ def reports(draw: st.DrawFn) -> Report:
 
 
 @given(reports(), reports(), limits, limits)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_tightening_a_limit_never_helps(report: Report, baseline: Report, one_limit: float, other: float) -> None:
     tight, loose = sorted((one_limit, other))
     for name in LIMITED:
@@ -278,7 +278,7 @@ def test_tightening_a_limit_never_helps(report: Report, baseline: Report, one_li
 
 
 @given(reports(), reports(), limits)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_what_is_not_certified_never_passes_and_never_breaks(report: Report, baseline: Report, limit: float) -> None:
     for name in LIMITED:
         outcome = one(report, name, limit, baseline)

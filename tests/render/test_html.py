@@ -180,8 +180,7 @@ def shown(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1280, "light")])
 def test_the_page_fits_and_adapts(browser: Browser, shown: Path, width: int, scheme: str) -> None:
     browser.open(shown, width=width, scheme=scheme)
     assert troubles(browser) == []
