@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from curvcli.documents.base import Document, Finding, Versions, read_document
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
-VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
+VerdictName = Literal["stable", "edge", "hot", "unstable", "early", "unresolved"]
 MOST_LAYERS = 100_000
 ENDS = "embedding, head"  # what the part outside the layers is called
 

@@ -7,6 +7,8 @@ from typing import Protocol
 from curvcli.documents import VerdictName
 
 STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
+# Verdicts that leave open whether the run is stable: more data, more products or more steps could say.
+UNKNOWN: tuple[VerdictName, ...] = ("early", "unresolved")
 
 
 class Solved(Protocol):
