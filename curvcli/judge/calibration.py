@@ -182,7 +182,7 @@ def uncovered(optimizer: str, parameters: int) -> list[str]:
 
 
 def settled_after(betas: tuple[float, float] | None, momentum: float | None) -> int:
-    """Steps after which moments are more than those of a few gradients: as many as the first averages, and a dozen at least."""
+    """Steps after which moments are more than those of a few gradients: as many as the first averages, or a dozen."""
     memory = [1 / (1 - b) for b in ((betas or (0.0,))[0], momentum or 0.0) if 0 <= b < 1]
     return max([calibration().early_steps, *(round(steps) for steps in memory)])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from curvcli.documents import Change, Comparison, Estimate, Finding, Report, Side, Versions
-from curvcli.judge.limits import certified
+from curvcli.judge.limits import certified, changed
 
 LARGE = 2.0  # a change that is worth a finding
 
@@ -111,6 +111,5 @@ def _large(changes: list[Change]) -> list[Finding]:
 def _verdict(first: Report, second: Report) -> list[Finding]:
     if first.verdict == second.verdict:
         return []
-    severity = "error" if second.verdict == "unstable" else "info"
     message = f"{first.verdict} before, {second.verdict} now"
-    return [Finding.model_validate({"code": "verdict-changed", "severity": severity, "message": message})]
+    return [Finding(code="verdict-changed", severity=changed(second.verdict), message=message)]

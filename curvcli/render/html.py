@@ -18,9 +18,10 @@ from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
 from curvcli.render.cells import Cell, part_cells, point_cells, summary
 from curvcli.render.frame import number
+from curvcli.render.largest_lr import told
 from curvcli.render.plot import picture
 from curvcli.render.series import heat, report_series
-from curvcli.render.style import variables
+from curvcli.render.style import said, variables
 from curvcli.render.track_plot import heat_map, steps
 from curvcli.render.track_points import axis, newest, rows
 
@@ -106,7 +107,7 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters.update(number=number, said=said, told=told)
     environment.globals["part_columns"], environment.globals["point_columns"] = shown(PARTS, "page"), shown(POINTS, "page")
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")

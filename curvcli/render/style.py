@@ -44,6 +44,15 @@ COLOURS = {
 }  # fmt: skip
 
 
+# A verdict's name where people read it.
+SAID = {"hot": "probably too hot", "early": "too early"}
+
+
+def said(verdict: str) -> str:
+    """The verdict as it is shown."""
+    return SAID.get(verdict, verdict)
+
+
 def light(name: str) -> str:
     """The colour of that meaning as #rrggbb, for paper."""
     return PALETTE[name][0]
