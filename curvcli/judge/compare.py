@@ -42,6 +42,7 @@ def _side(report: Report, name: str) -> Side:
         update_ratio=report.update.ratio,
         verdict=report.verdict,
         tokens=report.data.tokens,
+        stable_lr=report.stable_lr.value if report.stable_lr else None,
     )
 
 

@@ -87,6 +87,7 @@ def decide(
             tokens=report.data.tokens if report else None,
             rho=report.judged.rho if report else None,
             verdict=readings.verdict(),
+            stable_lr=report.stable_lr.value if report and report.stable_lr else None,
         ),
         baseline=baseline,
         outcome=outcome,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from curvcli.documents import Report, StableLr
 from curvcli.judge.calibration import settled_after
 from curvcli.judge.limits import STABLE_BELOW, certified
-from curvcli.render.frame import number
 
 
 def lr_line(found: StableLr, lr: float | None) -> str:
-    """As "largest stable lr 0.021 (0.008 to 0.09 in 90 % of the zoo's ramps); you are at 0.03"."""
-    ends = f"over {number(found.low, 2)}" if found.high is None else f"{number(found.low, 2)} to {number(found.high, 2)}"
-    here = "" if lr is None else f"; you are at {number(lr, 2)}"
-    return f"largest stable lr {number(found.value, 2)} ({ends} in {_percent(found.confidence)} of the zoo's ramps){here}"
+    """As "largest stable lr 0.021 (0.008 to 0.09 in 90 % of ramps); you are at 0.03"."""
+    ends = f"over {found.low:.2g}" if found.high is None else f"{found.low:.2g} to {found.high:.2g}"
+    here = "" if lr is None else f"; you are at {lr:.2g}"
+    return f"largest stable lr {found.value:.2g} ({ends} in {_percent(found.confidence)} of ramps){here}"
 
 
 def told(report: Report) -> list[str]:
@@ -21,7 +20,7 @@ def told(report: Report) -> list[str]:
     if report.stable_lr is not None:
         lines.append(lr_line(report.stable_lr, report.optimizer.lr))
         if report.stable_lr.uncovered:
-            lines.append(f"not covered by the zoo: {'; '.join(report.stable_lr.uncovered)}")
+            lines.append(f"not covered by the ramps: {'; '.join(report.stable_lr.uncovered)}")
     elif report.judged.rho is not None and report.judged.rho <= 0 and certified(report.judged):
         lines.append("no curvature is positive, so none sets a largest learning rate")
     if report.odds is not None:
@@ -35,7 +34,7 @@ def action(report: Report) -> str:
         return f"wait until {_settled(report)}, then measure again"
     if report.verdict in ("unstable", "hot"):
         rate = lower_to(report)
-        return "lower the learning rate" + (f" to about {number(rate, 2)}" if rate is not None else "")
+        return "lower the learning rate" + (f" to about {rate:.2g}" if rate is not None else "")
     if report.verdict == "edge":
         return "go on, and do not raise the learning rate"
     return "go on" if report.verdict == "stable" else "no verdict: see the first finding"
