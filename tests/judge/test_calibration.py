@@ -60,7 +60,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> Calibration:
 
 
 def estimate(
-    rho: float | None, *, residual: float = 0.0, status: str = "converged", ceiling: float | None = None
+    rho: float | None, *, residual: float = 0.0, status: Any = "converged", ceiling: float | None = None
 ) -> Estimate:
     return Estimate(
         eigenvalue=None if rho is None else 100 * rho, rho=rho, residual=None if rho is None else residual,
