@@ -252,13 +252,13 @@ POINTS: tuple[Column[Measurement], ...] = (
     Column("stable_lr_low", "from", _stable("low"), digits=2, rank=77, optional=True, absent=_ELSEWHERE, solved=True),
     Column("stable_lr_high", "to", _stable("high"), digits=2, rank=78, optional=True, absent=_ELSEWHERE, solved=True),
     Column(
-        "lr_ratio", "lr/max lr", _stable("ratio"), digits=2, rank=79, optional=True, absent=_ELSEWHERE, solved=True,
+        "lr_ratio", "lr/max lr", _stable("ratio"), digits=2, rank=79, optional=True, absent=_PEOPLE, solved=True,
         rule=GateRule(
             "max-lr-ratio", "full model", "Largest learning rate over the largest stable one.",
             what="lr over the largest stable one",
         ),
     ),
-    Column("odds", "odds", _of(lambda r: r.odds), digits=2, rank=45, optional=True, absent=_ELSEWHERE, solved=True),
+    Column("odds", "odds", _of(lambda r: r.odds), digits=2, rank=45, optional=True, absent=_PEOPLE, solved=True),
     Column(
         "training_loss", "loss", _at(lambda p: p.training_loss), unit="nats per token", rank=80, leaves=None,
         absent=_TOLD,

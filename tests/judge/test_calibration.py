@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from importlib.resources import files
+from itertools import product
 from math import exp, inf, log, sqrt
 from typing import Any
 
@@ -176,10 +177,10 @@ def test_the_rate_does_not_depend_on_where_on_the_ramp_it_was_measured(
     assert there.value == pytest.approx(here.value)
 
 
-@pytest.mark.parametrize("rho", [1e-320, 1e-300, 1e300])
+@pytest.mark.parametrize("rho", [1e-320, 1e-303, 1e-300, 1e300])
 def test_numbers_past_any_range_give_no_learning_rate_or_one_that_can_be_written(rho: float) -> None:
-    for lr in (1e-300, 1e-3, 1e300):
-        found = stable_lr(lr, Bracket(rho, rho, rho), "AdamW")
+    for lr, name in product((1e-300, 1e-3, 1.0, 1e300), OPTIMIZERS):
+        found = stable_lr(lr, Bracket(rho, rho, rho), name)
         assert found is None or 0 < found.low <= found.value < inf
 
 
