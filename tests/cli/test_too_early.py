@@ -13,6 +13,7 @@ from real import curv
 
 from curvcli.documents import load_gate, load_report, load_track
 from curvcli.training import CurvatureTracker
+from curvcli.training.log import scalars
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,8 @@ def test_a_tracker_says_so_of_its_own_first_steps() -> None:
     assert all(record.stable_lr is None for record in records[:11])
     last = records[-1]
     assert last.stable_lr.low <= last.stable_lr.value <= last.stable_lr.high
+    assert scalars(last)["curvature/stable_lr"] == last.stable_lr.value
+    assert "curvature/stable_lr" not in scalars(records[0])
     # rho * lr_max / lr is the edge, whatever rho is: that of the coefficients for AdamW.
     again = last.rho * last.stable_lr.value / last.lr
     assert again == pytest.approx(records[-2].rho * records[-2].stable_lr.value / records[-2].lr)
