@@ -222,12 +222,12 @@ def calibrated(
         step: of the checkpoint.
         doubts: the optimizer's update is not known in full, so its rho is not either.
     """
-    if judged.rho is None or optimizer.threshold is None:
+    if judged.rho is None or optimizer.threshold is None or doubts:
         return Calibrated()
     if too_early(step, optimizer.step, optimizer.betas, optimizer.momentum):
         return Calibrated(early=True)
     rho = bracket_of(judged, generalisation, optimizer.threshold)
-    if rho is None or doubts or optimizer.preconditioner == "estimated" or not optimizer.lr:
+    if rho is None or optimizer.preconditioner == "estimated" or not optimizer.lr:
         return Calibrated()
     found = stable_lr(optimizer.lr, rho, optimizer.name)
     if found is not None:

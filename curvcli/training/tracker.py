@@ -228,11 +228,13 @@ class CurvatureTracker:
 
     def _calibrated(self, found: _Found, preconditioner: Preconditioner, step: int) -> _Found:
         """Whether it is too early to tell, and else the largest stable learning rate."""
+        rho, residual, lr = found.rho, found.residual, preconditioner.lr
         threshold, options = preconditioner.threshold, preconditioner.options
+        if rho is None:
+            return found
         if too_early(step, preconditioner.step, options.get("betas"), options.get("momentum")):
             return replace(found, early=True)
-        rho, residual, lr = found.rho, found.residual, preconditioner.lr
-        if not certified(found) or rho is None or residual is None or not threshold or not lr or rho <= 0:
+        if not certified(found) or residual is None or not threshold or not lr or rho <= 0:
             return found
         return replace(found, stable_lr=stable_lr(lr, Bracket(rho, rho, rho + residual / threshold), preconditioner.name))
 

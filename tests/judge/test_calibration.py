@@ -211,7 +211,7 @@ def test_what_has_no_learning_rate_says_none(fixed: Calibration) -> None:
     assert of(estimate(2.0)) == (False, True, True)
     assert calibrated(estimate(2.0), held(1.0, 3.0), optimizer(), step=1, parameters=5).stable_lr.uncovered
     assert of(estimate(2.0), preconditioner="estimated", step=None) == (False, False, False)
-    assert of(estimate(2.0), doubts=True) == (False, False, False)
+    assert of(estimate(2.0), doubts=True) == of(estimate(2.0), doubts=True, step=3) == (False, False, False)
     assert of(estimate(-2.0)) == of(estimate(2.0, status="unconverged")) == (False, False, False)
     assert of(estimate(2.0), step=3) == (True, False, False)
     assert of(estimate(None, status="non-finite"), step=3) == of(estimate(2.0), threshold=None, step=3) == (False,) * 3
