@@ -17,6 +17,7 @@ from curvcli.analysis.solve import Measured, Measurement, Solved
 from curvcli.curvature import resources
 from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
+from curvcli.judge.calibration import calibrated
 from curvcli.judge.verdict import explain, judge
 from curvcli.models.blocks import display
 from curvcli.models.rows import row_kinds
@@ -105,6 +106,14 @@ class _Writer:
         if found.body is not None:
             body = documents.BodyEstimate(**self.entry(found.body), rows=sum(found.rare.values()))
         generalisation = self.generalisation(body or estimate)
+        told = calibrated(
+            body or estimate,
+            generalisation,
+            optimizer,
+            step=checkpoint.step,
+            parameters=checkpoint.parameters,
+            doubts=bool(self.preconditioner.doubts),
+        )
         attribution, participation = self.attribution(found.full)
         report = documents.Report(
             checkpoint=checkpoint,
@@ -120,7 +129,9 @@ class _Writer:
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=judge(body or estimate, generalisation),
+            verdict=judge(body or estimate, generalisation, early=told.early, odds=told.odds),
+            stable_lr=told.stable_lr,
+            odds=told.odds,
             findings=[],
             cost=documents.Cost(
                 hvps=round(work.hvps),

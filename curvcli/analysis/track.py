@@ -21,6 +21,7 @@ from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
 from curvcli.errors import CurvError, InputError, OutOfTime, UsageError
+from curvcli.judge.limits import changed
 from curvcli.judge.readings import ReportReadings, incomparable, past
 from curvcli.models.architecture import config_beside
 from curvcli.models.user_code import source_digest
@@ -311,8 +312,7 @@ def _findings(points: Sequence[TrackPoint], limit: float) -> list[Finding]:
         steps = f"step {earlier.checkpoint.step} to {later.checkpoint.step}"
         if earlier.verdict != later.verdict:
             message = f"{steps}: {earlier.verdict} before, {later.verdict} then"
-            severity: Literal["error", "info"] = "error" if later.verdict == "unstable" else "info"
-            found.append(Finding(code="verdict-changed", severity=severity, message=message))
+            found.append(Finding(code="verdict-changed", severity=changed(later.verdict), message=message))
         if reason := incomparable(later, earlier):
             message = f"{steps}: the two do not compare ({reason}), and no surge is over both"
             found.append(Finding(code="not-comparable", severity="warning", message=message))

@@ -173,6 +173,11 @@ def _of(get: Callable[[Report], Value]) -> Callable[[Measurement], Value]:
     return lambda m: None if m.report is None else get(m.report)
 
 
+def _stable(field: str) -> Callable[[Measurement], Value]:
+    """Of the largest stable learning rate, where the report has one."""
+    return _of(lambda r: None if r.stable_lr is None else getattr(r.stable_lr, field))
+
+
 def _at(get: Callable[[TrackPoint], Value]) -> Callable[[Measurement], Value]:
     """Of the point of a track, where it is one."""
     return lambda m: None if m.point is None else get(m.point)
@@ -243,6 +248,17 @@ POINTS: tuple[Column[Measurement], ...] = (
     ),
     Column("critical_lr", "critical lr", _of(lambda r: r.update.critical_lr), digits=3, absent=_PEOPLE),
     Column("lr", "lr", _of(lambda r: r.optimizer.lr), digits=3, rank=75, leaves=2, absent=_TOLD),
+    Column("stable_lr", "max lr", _stable("value"), digits=2, rank=76, leaves=5, optional=True, absent=_TOLD, solved=True),
+    Column("stable_lr_low", "from", _stable("low"), digits=2, rank=77, optional=True, absent=_ELSEWHERE, solved=True),
+    Column("stable_lr_high", "to", _stable("high"), digits=2, rank=78, optional=True, absent=_ELSEWHERE, solved=True),
+    Column(
+        "lr_ratio", "lr/max lr", _stable("ratio"), digits=2, rank=79, optional=True, absent=_PEOPLE, solved=True,
+        rule=GateRule(
+            "max-lr-ratio", "full model", "Largest learning rate over the largest stable one.",
+            what="lr over the largest stable one",
+        ),
+    ),
+    Column("odds", "odds", _of(lambda r: r.odds), digits=2, rank=45, optional=True, absent=_PEOPLE, solved=True),
     Column(
         "training_loss", "loss", _at(lambda p: p.training_loss), unit="nats per token", rank=80, leaves=None,
         absent=_TOLD,

@@ -60,6 +60,7 @@ class Subject(Document):
     tokens: int | None
     rho: float | None
     verdict: VerdictName
+    stable_lr: float | None = Field(default=None, description="the largest stable learning rate; null where none is known")
 
 
 class Gate(Document):

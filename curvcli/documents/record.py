@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from curvcli.documents.base import Document
+from curvcli.documents.report import StableLr
 
 RecordStatus = Literal["converged", "unconverged", "non-finite", "asymmetric", "failed"]
 
@@ -30,6 +31,11 @@ class Record(Document):
     seconds: float = Field(description="that the measurement took")
     status: RecordStatus
     message: str | None = None
+    early: bool = Field(default=False, description="the optimizer is young: rho means nothing yet, whatever it is")
+    stable_lr: StableLr | None = Field(
+        default=None,
+        description="null where rho is not certified or not above 0, it is too early, or an older version wrote",
+    )
 
     def to_line(self) -> str:
         """The record as one line of JSONL."""

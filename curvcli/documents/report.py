@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from curvcli.documents.base import Document, Finding, Versions, read_document
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
-VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
+VerdictName = Literal["stable", "edge", "hot", "unstable", "early", "unresolved"]
 MOST_LAYERS = 100_000
 ENDS = "embedding, head"  # what the part outside the layers is called
 
@@ -147,6 +147,20 @@ class Update(Document):
     )
 
 
+class StableLr(Document):
+    """The learning rate at which rho, lambda as it is, would come to where training broke in runs whose end is known."""
+
+    value: float = Field(description="at which half of the calibration's ramps had broken")
+    low: float
+    high: float | None = Field(description="null where rho of the data may be 0 or below, and nothing bounds it")
+    confidence: float = Field(description="share of the ramps that broke within these ends, rho's own bracket counted in")
+    group: Literal["adaptive", "sgd", "all"] = Field(
+        description="the optimizers whose ramps these are; all: no ramp had this one, and the ends are the widest"
+    )
+    uncovered: list[str] = Field(description="what of this run lies outside the calibration's, in words")
+    ratio: float = Field(description="the learning rate in force over `value`")
+
+
 class TokensPoint(Document):
     """Top eigenvalue on a prefix of the shard, a lower bound: between the vectors that the whole shard was solved with."""
 
@@ -226,6 +240,14 @@ class Report(Document):
     attribution: list[Attribution]
     participation: float | None = Field(description="entries that the top eigenvector is spread over: 1 / sum of v^4")
     verdict: VerdictName
+    stable_lr: StableLr | None = Field(
+        default=None,
+        description="null where lambda is not certified or not above 0, the preconditioner is estimated, or it is too "
+        "early; and in documents of older versions",
+    )
+    odds: float | None = Field(
+        default=None, description="chance that a run at this rho ends badly, by the calibration's runs; null as stable_lr"
+    )
     findings: list[Finding]
     cost: Cost
     versions: Versions

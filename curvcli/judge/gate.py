@@ -9,6 +9,7 @@ from curvcli.documents import Gate, Outcome, OutcomeName, Report, Rule, Subject,
 from curvcli.documents.base import LARGEST
 from curvcli.documents.columns import ruled
 from curvcli.documents.version import package_version
+from curvcli.judge.limits import UNKNOWN
 from curvcli.judge.readings import Reading, Readings
 
 Unresolved = Literal["report", "pass", "fail"]
@@ -86,6 +87,7 @@ def decide(
             tokens=report.data.tokens if report else None,
             rho=report.judged.rho if report else None,
             verdict=readings.verdict(),
+            stable_lr=report.stable_lr.value if report and report.stable_lr else None,
         ),
         baseline=baseline,
         outcome=outcome,
@@ -168,7 +170,7 @@ def _resolved(rule: Rule, verdict: VerdictName) -> Outcome:
         rule=rule.name,
         limit=None,
         source=rule.source,
-        outcome="broken" if verdict == "unresolved" else "passed",
+        outcome="broken" if verdict in UNKNOWN else "passed",
         part=None,
         value=None,
         low=None,

@@ -73,7 +73,7 @@ class ReportReadings:
     def rho(self) -> Reading:
         """rho of the full model on the data."""
         full, held = self.report.judged, self.report.generalisation
-        if reason := _reason(full) or self._no_rho(self.report):
+        if reason := _reason(full) or self._no_rho(self.report) or _early(self.report):
             return Reading("rho", full.rho, reason=reason)
         if self.report.optimizer.preconditioner == "estimated":
             return Reading("rho", full.rho, reason="the second moment is estimated, and rho's scale with it")
@@ -97,7 +97,7 @@ class ReportReadings:
     def _part(self, part: Part, note: str) -> Reading:
         estimate, name = part.estimate, part.name
         what = f"rho of {name}"
-        if reason := _reason(estimate) or self._no_rho(self.report):
+        if reason := _reason(estimate) or self._no_rho(self.report) or _early(self.report):
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         threshold = self.report.optimizer.threshold
         low, high = _on_shard(estimate.rho, estimate.residual, threshold)
@@ -137,8 +137,27 @@ class ReportReadings:
         }
         return Reading("update ratio", reason=reasons.get(update.status, "the report has none"))
 
+    def lr_ratio(self) -> Reading:
+        """The learning rate over the largest stable one, within the ends that this has."""
+        report, what = self.report, "lr over the largest stable one"
+        found = report.stable_lr
+        if found is not None:
+            lr = found.ratio * found.value
+            return Reading(what, found.ratio, 0.0 if found.high is None else lr / found.high, lr / found.low)
+        if reason := _reason(report.judged) or self._no_rho(report) or _early(report):
+            return Reading(what, reason=reason)
+        flat = report.judged.rho is not None and report.judged.rho <= 0
+        return Reading(
+            what,
+            reason="no curvature is positive, so none sets a learning rate"
+            if flat
+            else "the report has none: either its preconditioner is not known in full, or an older version wrote it",
+        )
+
     def surge(self) -> Reading:
         """rho over what it was before."""
+        if reason := _early(self.report):
+            return Reading("surge of rho", reason=reason)
         if self.history:
             return self._over_history("surge of rho")
         return self._ratio("surge of rho", lambda r: r.judged.rho, lambda r: r.optimizer.threshold, lambda x: x)
@@ -225,6 +244,7 @@ class ReportReadings:
 _OWN: dict[str, Callable[[ReportReadings], Sequence[Reading]]] = {
     "max-rho": lambda readings: [readings.rho()],
     "max-layer-rho": ReportReadings.layers,
+    "max-lr-ratio": lambda readings: [readings.lr_ratio()],
     "max-update-ratio": lambda readings: [readings.update_ratio()],
     "max-surge": lambda readings: [readings.surge()],
     "max-regression": lambda readings: [readings.regression()],
@@ -240,9 +260,9 @@ def track_readings(track: Track, baseline: Report | None = None) -> ReportReadin
 
 
 def past(points: Sequence[TrackPoint], window: int) -> list[Report]:
-    """Reports of the last `window` points whose rho is known and certified: what a surge is over."""
-    known = [p.report for p in points if p.report and p.report.judged.rho is not None and certified(p.report.judged)]
-    return known[-window:]
+    """Reports of the last `window` points whose rho is certified and means something: what a surge is over."""
+    reports = [p.report for p in points if p.report and p.report.verdict != "early"]
+    return [r for r in reports if r.judged.rho is not None and certified(r.judged)][-window:]
 
 
 def compared(baseline: Report | Sequence[Report] | None, report: Report | None) -> tuple[Report | None, list[Report]]:
@@ -309,6 +329,14 @@ def _reason(estimate: Estimate) -> str:
     if not certified(estimate):
         return "is missing from the report"
     return ""
+
+
+def _early(report: Report) -> str:
+    """Why a young run's rho must not be relied on; empty where it is old enough."""
+    if report.verdict != "early":
+        return ""
+    said = next((finding.message for finding in report.findings if finding.code == "early"), "rho says nothing yet")
+    return f"too early: {said}"
 
 
 def _on_shard(value: float | None, residual: float | None, unit: float | None) -> tuple[float | None, float | None]:

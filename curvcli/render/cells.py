@@ -47,10 +47,10 @@ def part_cells(part: Part) -> list[Cell]:
     ]
 
 
-def point_cells(row: Row) -> list[Cell]:
+def point_cells(row: Row, columns: Sequence[Column[Measurement]]) -> list[Cell]:
     """A checkpoint's line in a page: what has not converged has a question mark."""
     cells = []
-    for column in shown(POINTS, "page"):
+    for column in columns:
         doubt = column.solved and row.report is not None and not row.certified
         if column.key == "verdict":
             cells.append(Cell(row.verdict, row.verdict, "" if row.certified else "weak", word=True))

@@ -13,7 +13,7 @@ from curvcli.documents import Gate, Outcome, Rule
 from curvcli.documents.columns import ruled
 from curvcli.errors import plain
 from curvcli.render.frame import number
-from curvcli.render.style import COLOURS
+from curvcli.render.style import COLOURS, said
 
 
 def show(gate: Gate, console: Console) -> None:
@@ -24,7 +24,8 @@ def show(gate: Gate, console: Console) -> None:
         head.append(f"\nof {plain(subject.checkpoint or '')}", style="")
     facts = [f"step {subject.step:,}"] if subject.step is not None else []
     facts += [f"{subject.tokens:,} tokens"] if subject.tokens is not None else []
-    facts += [f"verdict {subject.verdict}"]
+    facts += [f"verdict {said(subject.verdict)}"]
+    facts += [f"largest stable lr {subject.stable_lr:.2g}"] if subject.stable_lr is not None else []
     head.append(f"\n{', '.join(facts)}\n", style="")
     if gate.baseline is not None:
         head.append(f"baseline {plain(gate.baseline)}\n", style="")

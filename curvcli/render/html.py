@@ -16,11 +16,12 @@ from curvcli.documents import Document, Report, Schedule, Track, load_report, lo
 from curvcli.documents.columns import PARTS, POINTS, parts, shown
 from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
-from curvcli.render.cells import Cell, part_cells, point_cells, summary
+from curvcli.render.cells import Cell, part_cells, point_cells, present, summary
 from curvcli.render.frame import number
+from curvcli.render.largest_lr import told
 from curvcli.render.plot import picture
 from curvcli.render.series import heat, report_series
-from curvcli.render.style import variables
+from curvcli.render.style import said, variables
 from curvcli.render.track_plot import heat_map, steps
 from curvcli.render.track_points import axis, newest, rows
 
@@ -71,6 +72,7 @@ def schedule_page(schedule: Schedule) -> str:
 def track_page(track: Track) -> str:
     """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
     last, found, cells = newest(track), rows(track), heat(track)
+    columns = present(shown(POINTS, "page"), [row.measured for row in found])
     says = f"rho, lambda, learning rate and loss over {axis(track)}s; the numbers are in the table of checkpoints"
     rho_says = "rho of embedding and head, and of each layer alone, a column per checkpoint"
     return _render(
@@ -84,7 +86,8 @@ def track_page(track: Track) -> str:
         curves=steps(track).embed("steps", says) if last else None,
         heat=heat_map(cells).embed("heat", rho_says) if cells else None,
         rows=found,
-        cells=[point_cells(row) for row in found],
+        point_columns=columns,
+        cells=[point_cells(row, columns) for row in found],
         estimates=estimates(last.report, curves=False) if last and last.report else [],
     )
 
@@ -106,8 +109,8 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
-    environment.globals["part_columns"], environment.globals["point_columns"] = shown(PARTS, "page"), shown(POINTS, "page")
+    environment.filters.update(number=number, said=said, told=told)
+    environment.globals["part_columns"] = shown(PARTS, "page")
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")
     # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.

@@ -14,7 +14,8 @@ from curvcli.render.cells import present, written
 from curvcli.render.csv import write
 from curvcli.render.fit import fitting
 from curvcli.render.frame import number
-from curvcli.render.style import COLOURS
+from curvcli.render.largest_lr import told
+from curvcli.render.style import COLOURS, said
 from curvcli.render.table import bar, finding_line
 from curvcli.render.track_points import Row, newest, part_names, rows
 
@@ -57,7 +58,7 @@ def _head(track: Track) -> Text:
     if last is None or last.report is None:
         return text.append(" nothing could be measured\n", style="not bold red")
     report = last.report
-    text.append(f" {report.verdict.upper()} ", style=f"bold reverse {COLOURS[report.verdict]}")
+    text.append(f" {said(report.verdict).upper()} ", style=f"bold reverse {COLOURS[report.verdict]}")
     value = f"rho {number(report.judged.rho, 3)}" if report.judged.rho is not None else "no rho"
     text.append(f"  {value}", style="bold")
     text.append(f"  at {plain(last.checkpoint) if last.step is None else f'step {last.step:,}'}", style="not bold")
@@ -65,6 +66,8 @@ def _head(track: Track) -> Text:
         text.append(f"  {report.judged.status}: not to be relied on", style="not bold yellow")
     if last is not track.points[-1]:
         text.append("\n the newest checkpoint could not be measured: see below", style="not bold yellow")
+    for line in told(report):
+        text.append(f"\n {plain(line)}", style="not bold")
     return text.append("\n")
 
 

@@ -66,4 +66,5 @@ def wandb(record: Record) -> None:
 
 def scalars(record: Record) -> dict[str, float]:
     """The numbers of a record by the name under which they are drawn; absent where there are none."""
-    return {f"curvature/{name}": value for name in SCALARS if (value := getattr(record, name)) is not None}
+    found = {f"curvature/{name}": value for name in SCALARS if (value := getattr(record, name)) is not None}
+    return found if record.stable_lr is None else {**found, "curvature/stable_lr": record.stable_lr.value}

@@ -20,8 +20,9 @@ from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Loss, Problem, check_lifted, gradient, measurable
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.untouched import hushed, undrawn
-from curvcli.documents import Record
+from curvcli.documents import Record, StableLr
 from curvcli.errors import CurvError, exhausted
+from curvcli.judge.calibration import Bracket, stable_lr, too_early
 from curvcli.judge.limits import certified
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
@@ -158,14 +159,14 @@ class CurvatureTracker:
         known = self._known(step)
         try:
             with self._untouched(batch) as problem:
-                return self._measure(problem, known)
+                return self._measure(problem, known, step)
         except Exception as error:
             if self._mode != "kept" or not exhausted(error):
                 raise
         self._mode = "fresh"
         resources.release(next(self.model.parameters()).device)
         with self._untouched(batch) as problem:
-            return self._measure(problem, known)
+            return self._measure(problem, known, step)
 
     def _known(self, step: int) -> _Known:
         """What optimizer and warm-up know of the parameters by identity: asked before copies may take their place."""
@@ -196,7 +197,7 @@ class CurvatureTracker:
                     logger.info("%d weights in %s are measured in float32", len(lifted.names), " and ".join(lifted.dtypes))
             yield problem
 
-    def _measure(self, problem: Problem, known: _Known) -> _Found:
+    def _measure(self, problem: Problem, known: _Known, step: int) -> _Found:
         parameters = problem.parameters
         if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
             return _Found(status="non-finite", message="a weight of the model is NaN or inf")
@@ -215,6 +216,7 @@ class CurvatureTracker:
         engine = _Counting(build(problem, self._mode))
         names = [n for n in parameters if n in preconditioner.root]
         found, direction = self._top(engine, preconditioner, names, self._direction)
+        found = self._calibrated(found, preconditioner, step)
         if direction is not None:
             self._direction = direction
         if self.update_ratio and found.eigenvalue is not None:
@@ -223,6 +225,18 @@ class CurvatureTracker:
         if known.coming:
             self._look_ahead(problem, engine, preconditioner, known)
         return replace(found, hvps=engine.products)
+
+    def _calibrated(self, found: _Found, preconditioner: Preconditioner, step: int) -> _Found:
+        """Whether it is too early to tell, and else the largest stable learning rate."""
+        rho, residual, lr = found.rho, found.residual, preconditioner.lr
+        threshold, options = preconditioner.threshold, preconditioner.options
+        if rho is None:
+            return found
+        if too_early(step, preconditioner.step, options.get("betas"), options.get("momentum")):
+            return replace(found, early=True)
+        if not certified(found) or residual is None or not threshold or not lr or rho <= 0:
+            return found
+        return replace(found, stable_lr=stable_lr(lr, Bracket(rho, rho, rho + residual / threshold), preconditioner.name))
 
     def _look_ahead(self, problem: Problem, engine: HVP, preconditioner: Preconditioner, known: _Known) -> None:
         """rho with the next group's blocks: their second moments, which no optimizer has yet, are shadowed."""
@@ -287,6 +301,8 @@ class _Found:
     hvps: int = 0
     status: Any = "failed"
     message: str | None = None
+    early: bool = False
+    stable_lr: StableLr | None = None
 
 
 class _Counting:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import combinations, pairwise
 from math import log
 from pathlib import Path
+from typing import get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,7 +17,7 @@ from pages import HOSTILE, SCHEDULE
 from places import ASSETS, ROOT
 from tracks import asset, at, course, failed, long, track
 
-from curvcli.documents import Report, Schedule, TrainingStep, load_report
+from curvcli.documents import Report, Schedule, Track, TrainingStep, VerdictName, load_report
 from curvcli.render.html import report_page, track_page
 from curvcli.render.picture import FORMATS, Picture
 from curvcli.render.plot import picture
@@ -316,7 +317,7 @@ def lab(colour: str, seen: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("scheme", [0, 1])
 def test_what_shares_a_picture_is_told_apart_by_everybody(seen: str, scheme: int) -> None:
-    for names in (*TOGETHER, ("stable", "edge", "unstable", "unresolved")):
+    for names in (*TOGETHER, get_args(VerdictName)):
         for one, other in combinations(names, 2):
             apart = lab(PALETTE[one][scheme], SEEN[seen]) - lab(PALETTE[other][scheme], SEEN[seen])
             assert np.linalg.norm(apart) > 12, (one, other)
@@ -334,4 +335,4 @@ def test_colours_have_one_home() -> None:
             assert not re.search(r"#[0-9a-fA-F]{6}\b", path.read_text()), path
     css = variables() + (package / "templates/style.css").read_text()
     assert set(re.findall(r"var\(--(\w+)\)", css)) <= set(PALETTE)
-    assert {"stable", "edge", "unstable", "unresolved"} <= set(COLOURS)
+    assert set(get_args(VerdictName)) <= set(COLOURS)
