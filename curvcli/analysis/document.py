@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from curvcli.analysis.solve import Measured, Measurement, Solved
 from curvcli.curvature import resources
 from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
+from curvcli.judge.course import Logged, doubted, loss_course
 from curvcli.judge.verdict import explain, judge
 from curvcli.models.blocks import display
 from curvcli.models.rows import row_kinds
@@ -33,6 +34,7 @@ class Provenance:
     notes: dict[str, str] = field(default_factory=dict)
     findings: tuple[documents.Finding, ...] = ()
     logged_loss: float | None = None
+    log: Sequence[Logged] = ()
 
 
 def write(work: Measurement, found: Measured, provenance: Provenance, tokens: float | None) -> documents.Report:
@@ -106,6 +108,7 @@ class _Writer:
             body = documents.BodyEstimate(**self.entry(found.body), rows=sum(found.rare.values()))
         generalisation = self.generalisation(body or estimate)
         attribution, participation = self.attribution(found.full)
+        course = loss_course(provenance.log, shard_loss=loss, unigram=data.unigram_loss, step=checkpoint.step)
         report = documents.Report(
             checkpoint=checkpoint,
             data=data,
@@ -120,8 +123,9 @@ class _Writer:
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=judge(body or estimate, generalisation),
+            verdict=doubted(judge(body or estimate, generalisation), course),
             findings=[],
+            course=course,
             cost=documents.Cost(
                 hvps=round(work.hvps),
                 seconds=time.perf_counter() - work.started,

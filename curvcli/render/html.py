@@ -20,9 +20,9 @@ from curvcli.render.cells import Cell, part_cells, point_cells, summary
 from curvcli.render.frame import number
 from curvcli.render.plot import picture
 from curvcli.render.series import heat, report_series
-from curvcli.render.style import variables
+from curvcli.render.style import RUN_LIKE, variables
 from curvcli.render.track_plot import heat_map, steps
-from curvcli.render.track_points import axis, newest, rows
+from curvcli.render.track_points import axis, newest, rows, run_verdict
 
 
 def page(path: Path) -> str:
@@ -78,6 +78,8 @@ def track_page(track: Track) -> str:
         document=track,
         track=track,
         newest=last,
+        run=run_verdict(track),
+        run_like=RUN_LIKE,
         newest_label=next((row.label for row in found if row.point is last), ""),
         steps=track_advice(track),
         axis=axis(track),

@@ -41,6 +41,12 @@ COLOURS = {
     "measured": "cyan", "doubtful": "yellow", "limit": "red", "unlock": "yellow",
 }  # fmt: skip
 
+# The verdict on a run, by the verdict on a checkpoint whose colour it has.
+RUN_LIKE = {
+    "healthy": "stable", "hot": "unstable", "wrecked": "unstable", "collapsed": "unstable", "unresolved": "unresolved",
+    "early": "unresolved",
+}  # fmt: skip
+
 
 def light(name: str) -> str:
     """The colour of that meaning as #rrggbb, for paper."""
