@@ -60,7 +60,11 @@ class _Curve:
     losses: list[float]
     window: int
     medians: list[float]
-    noise: float  # standard deviation of one loss about its course
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a median about its course: 1.25 sigma / sqrt(n) of white noise, or what wanders."""
+        return max(1.25 * _white(self.losses) / sqrt(self.window), _wander(self))
 
     @property
     def best(self) -> int:
@@ -177,18 +181,23 @@ def _curve(points: Sequence[tuple[int, float]]) -> _Curve | None:
     losses = [median(loss for _, loss in block) for block in blocks]
     window = max(WINDOWS[0], min(WINDOWS[1], len(losses) // SHARE))
     medians = [median(losses[end - window : end]) for end in range(window, len(losses) + 1)]
-    # White noise shows between neighbours; what is slower, between one window and the next.
-    slow = _spread([b - a for a, b in pairwise(medians[::-window][::-1])])
-    noise = max(_spread([b - a for a, b in pairwise(losses)]), slow * sqrt(window) / 1.25)
-    return _Curve(steps, losses, window, medians, noise)
+    return _Curve(steps, losses, window, medians)
 
 
-def _spread(differences: Sequence[float]) -> float:
-    """Standard deviation of values whose differences these are, by the median: a jump or a few do not move it."""
-    if len(differences) < 3:
-        return 0.0
-    middle = median(differences)
-    return 1.4826 * median(abs(d - middle) for d in differences) / sqrt(2)
+def _white(losses: Sequence[float]) -> float:
+    """Standard deviation of one loss about its course: from second differences, which a slope leaves at 0, by the median."""
+    bends = [a - 2 * b + c for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    return 1.4826 * median(map(abs, bends)) / sqrt(6)
+
+
+def _wander(curve: _Curve) -> float:
+    """Standard deviation of medians that share no loss, as of a loss which wanders: from those that rise.
+
+    Training falls, so that most differences are no noise. The two largest are left out: a jump lies in one of them, or two.
+    """
+    apart = curve.medians[:: -curve.window][::-1]
+    rises = sorted(b - a for a, b in pairwise(apart) if b > a)[:-2]
+    return 1.4826 * median(rises) / sqrt(2) if len(rises) > 2 else 0.0
 
 
 def _over_best(curve: _Curve, entries: Sequence[Logged]) -> LossCourse:
@@ -197,12 +206,11 @@ def _over_best(curve: _Curve, entries: Sequence[Logged]) -> LossCourse:
     best, now = curve.medians[place], curve.medians[-1]
     raised = _raised(entries, curve.step_of(place))
     share = RESTART_RISE if raised else RISE
-    # 1.25 sigma / sqrt(n) is the standard error of a median of n.
-    margin = max(share * abs(best), NATS, SIGMAS * 1.25 * curve.noise / sqrt(curve.window))
+    margin = max(share * abs(best), NATS, SIGMAS * curve.noise)
     limit = best + margin
     lasting = curve.medians[-(curve.window // 2 + 1) :]
     wrecked = place < len(curve.medians) - len(lasting) and all(value > limit for value in lasting)
-    since = _since(curve, best + margin / 2) if wrecked else None
+    since = _since(curve, limit) if wrecked else None
     rise = 100 * (now - best) / best if best > 0 else None
     over = f"{rise:.0f} % over" if rise is not None else f"{now - best:.3g} over"
     at = curve.step_of(place)
@@ -242,9 +250,10 @@ def _spikes(curve: _Curve, since: int | None) -> list[int]:
     """Where a loss stood far over the median of the window before it, and did not stay."""
     found: list[int] = []
     last = -curve.window
+    white = _white(curve.losses)
     for end in range(curve.window, len(curve.losses)):
         before = curve.medians[end - curve.window]
-        limit = before + max(_SPIKE * abs(before), NATS, _SPIKE_SIGMAS * curve.noise)
+        limit = before + max(_SPIKE * abs(before), NATS, _SPIKE_SIGMAS * white)
         if curve.losses[end] <= limit or (since is not None and curve.steps[end] >= since):
             continue
         if end - last > curve.window and min(curve.losses[end:]) <= limit:
@@ -262,7 +271,7 @@ def _no_context(
         lasted, since = now >= UNLOGGED, None
     else:
         # Not since when it fell to it, but since when it has not got better: frequencies are learned first.
-        level = curve.medians[-1] + max(0.02 * abs(curve.medians[-1]), curve.noise)
+        level = curve.medians[-1] + max(0.02 * abs(curve.medians[-1]), 2 * curve.noise)
         since = next(curve.step_of(i) for i, value in enumerate(curve.medians) if value <= level)
         lasted = now - since >= now / 2 if decayed else now >= SETTLED and now - since >= 0.75 * now
     if not lasted:
