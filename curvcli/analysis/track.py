@@ -122,7 +122,7 @@ def track_run(
     say = progress or (lambda stage, done: None)
     found = _in_order(find_checkpoints(path))
     over = passed_over(path, found)
-    found = the_last(found, last, options)
+    every, found = found, the_last(found, last, options)
     points: list[TrackPoint] = []
     log: list[TrainingStep] = []
     shard: tuple[str, int | None] | None = None
@@ -159,7 +159,8 @@ def track_run(
             f"none of {len(points)} checkpoints of {path} could be measured; {first.checkpoint}: {first.message}",
             hint="try one alone with curv analyze",
         )
-    verdict = judge_points(points, log)
+    others = [(str(place), step_of(place)) for place in every[: len(every) - len(found)]]
+    verdict = judge_points(points, log, others)
     hvps = sum(p.report.cost.hvps for p in points if p.report and p.source == "measured")
     return Track(
         run=str(path),

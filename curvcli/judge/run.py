@@ -74,13 +74,21 @@ def judge_run(
 
 def judge_track(track: Track) -> RunVerdict | None:
     """The verdict on a track by today's rules; None where nothing of it was measured."""
-    return judge_points(track.points, track.log)
+    # It may name a checkpoint that is none of the points: an older one, where the newest alone were measured.
+    good = track.verdict.good_checkpoint if track.verdict else None
+    places = [(good, track.verdict.good_step)] if track.verdict and good else []
+    return judge_points(track.points, track.log, places)
 
 
-def judge_points(points: Sequence[TrackPoint], log: Sequence[TrainingStep]) -> RunVerdict | None:
-    """The verdict on the points of a track and the run's log; None where none was measured."""
+def judge_points(
+    points: Sequence[TrackPoint], log: Sequence[TrainingStep], places: Sequence[tuple[str, int | None]]
+) -> RunVerdict | None:
+    """The verdict on the points of a track and the run's log; None where none was measured.
+
+    Args:
+        places: path and step of checkpoints of the run that are none of the points. One that failed is not to go back to.
+    """
     reports = [point.report for point in points if point.report]
-    places = [(point.checkpoint, point.step) for point in points]
     return judge_run(reports, log, places=places) if reports else None
 
 
