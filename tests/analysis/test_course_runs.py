@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from curvcli.documents import Report, Track, load_report
 from curvcli.judge.verdict import judge
 
 STEPS, SAVED = 150, (20, 70, 150)
-QUICK = {"tokens": 256, "mode": "kept", "device": "cpu"}
+QUICK: dict[str, Any] = {"tokens": 256, "mode": "kept", "device": "cpu"}
 WORDS = ("--tokens", "128", "--mode", "kept", "--device", "cpu", "-q")
 
 
@@ -165,7 +166,7 @@ def test_every_point_of_a_run_may_be_held(tracked: Callable[[str], Track], run_c
     rhos = [point.report.judged.rho for point in track.points if point.report]
     assert len(rhos) == 3
     highest = max(rho for rho in rhos if rho is not None)
-    of = {"require_healthy": True, "max_loss_rise": 60.0}
+    of: dict[str, Any] = {"require_healthy": True, "max_loss_rise": 60.0}
     assert gate(track, max_rho=100 * highest, any=True, **of).outcome == "passed"
     low = gate(track, max_rho=1e-9, any=True)
     assert (low.outcome, low.subject.points, low.outcomes[0].rule) == ("broken", 3, "max-rho")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tracks import asset, at, failed, track
 
-from curvcli.documents import Finding, Report, RunVerdict, Track, TrainingStep
+from curvcli.documents import Finding, Report, Rule, RunVerdict, Track, TrainingStep
 from curvcli.judge.gate import decide
 from curvcli.judge.readings import ReportReadings, track_readings
 from curvcli.judge.run import judge_run, judge_track, restart_lr, run_findings
@@ -22,8 +22,8 @@ def log(losses: Sequence[float], lr: float = 1e-3) -> list[TrainingStep]:
     return [TrainingStep(step=i + 1, loss=float(loss), lr=lr) for i, loss in enumerate(losses)]
 
 
-FINE = np.linspace(5, 2, 100)
-BROKEN = np.concatenate([np.linspace(5, 2, 60), np.full(40, 4.0)])
+FINE: list[float] = np.linspace(5, 2, 100).tolist()
+BROKEN: list[float] = [*np.linspace(5, 2, 60).tolist(), *[4.0] * 40]
 
 
 def calm(step: int, scale: float = 1.0, **data: Any) -> Report:
@@ -129,8 +129,6 @@ def test_a_wreck_comes_before_everything_else() -> None:
 
 
 def outcomes(document: Track, *rules: tuple[str, float | None]) -> dict[str, str]:
-    from curvcli.documents import Rule
-
     gate = decide(
         [Rule(name=name, limit=limit, source="x") for name, limit in rules],
         track_readings(document),
@@ -138,7 +136,7 @@ def outcomes(document: Track, *rules: tuple[str, float | None]) -> dict[str, str
         path="run",
         kind="track",
     )
-    return {o.rule: o.outcome for o in gate.outcomes} | {"gate": gate.outcome}
+    return {**{o.rule: o.outcome for o in gate.outcomes}, "gate": gate.outcome}
 
 
 def test_rules_on_the_run() -> None:
