@@ -1,7 +1,7 @@
 """The course of a run's loss: wrecked, collapsed or healthy, from its own log and one entropy. Pure functions.
 
 A run is held against its own past alone: what it might have reached at another learning rate, no log of it tells.
-docs/explanation/rho.md has the limits in words, and what they were tried on.
+docs/how-to/track.md has the limits in words, and what they were tried on.
 """
 
 from __future__ import annotations

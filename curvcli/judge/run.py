@@ -12,7 +12,7 @@ from curvcli.documents import ActionName, Finding, LossCourse, Report, RunName, 
 from curvcli.judge.course import Logged, loss_course
 from curvcli.judge.limits import STABLE_BELOW, certified
 
-EARLY = 12  # steps in which rho means nothing (docs/explanation/rho.md)
+EARLY = 12  # steps in which rho means nothing (docs/how-to/track.md)
 DECADES, NO_BETTER = 2.0, 0.98  # lambda falls by so many while the loss on the shard keeps over this share of what it was
 USES_CONTEXT = 0.9  # of the tokens' entropy: a network below that is no collapsed one
 TREND_WINDOW, RISING, FALLING = 5, 1.25, 0.8
