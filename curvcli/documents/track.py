@@ -43,7 +43,7 @@ class RunVerdict(Document):
     """The verdict on a whole run: its log and every point of it, not the newest checkpoint alone.
 
     "wrecked" and "collapsed" are of the loss (`course`), and of a loss that stands still while lambda falls by decades.
-    "hot": the newest checkpoint, or most of them, lie past the edge, and the loss is none the worse. "early": too few
+    "hot": the newest checkpoint, or a third of them, lie past the edge, and the loss is none the worse. "early": too few
     steps for rho to mean anything. "unresolved": the newest verdict is, and the loss says nothing against the run.
     """
 

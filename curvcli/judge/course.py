@@ -210,7 +210,8 @@ def _over_best(curve: _Curve, entries: Sequence[Logged]) -> LossCourse:
     limit = best + margin
     lasting = curve.medians[-(curve.window // 2 + 1) :]
     wrecked = place < len(curve.medians) - len(lasting) and all(value > limit for value in lasting)
-    since = _since(curve, limit) if wrecked else None
+    # One loss is noisier than the medians that the limit is for.
+    since = _since(curve, max(limit, best + 2 * _white(curve.losses))) if wrecked else None
     rise = 100 * (now - best) / best if best > 0 else None
     over = f"{rise:.0f} % over" if rise is not None else f"{now - best:.3g} over"
     at = curve.step_of(place)

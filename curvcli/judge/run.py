@@ -10,13 +10,14 @@ from typing import Literal
 
 from curvcli.documents import ActionName, Finding, LossCourse, Report, RunName, RunVerdict, Track, TrackPoint, TrainingStep
 from curvcli.judge.course import Logged, loss_course
-from curvcli.judge.limits import STABLE_BELOW, certified
+from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 
 EARLY = 12  # steps in which rho means nothing (docs/how-to/track.md)
 DECADES, NO_BETTER = 2.0, 0.98  # lambda falls by so many while the loss on the shard keeps over this share of what it was
 USES_CONTEXT = 0.9  # of the tokens' entropy: a network below that is no collapsed one
 TREND_WINDOW, RISING, FALLING = 5, 1.25, 0.8
 _PAST = ("unstable", "hot")  # verdicts past the edge
+FAR = 2 * UNSTABLE_ABOVE  # rho from which on a checkpoint counts as past it, though its bracket spans the limit
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def judge_run(
     limit = None
     if name in _ACTS:
         failed = course.lr_highest if course and name != "hot" else None
-        limit = restart_lr(newest if good is None else good.report, failed)
+        hottest = max(_late(known), key=_rho, default=newest) if name == "hot" and not _past(newest) else newest
+        limit = restart_lr(hottest if good is None else good.report, failed)
     action, advice = _action(name, good, limit, newest)
     return RunVerdict(
         name=name,
@@ -126,11 +128,11 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
     if str(newest.verdict) == "early" or (step is not None and step < EARLY):
         when = "the first steps" if step is None else f"step {step:,}"
         return "early", None, [f"at {when} rho means little: a healthy run may start far past the edge"]
-    if newest.verdict in _PAST:
+    if _past(newest):
         return "hot", step, [f"rho is {_rho(newest):.3g}, past the edge{_loss_says(course)}"]
-    late = [report for report in known if (report.checkpoint.step or EARLY) >= EARLY]
-    past = [report for report in late if report.verdict in _PAST]
-    if len(past) >= 2 and 2 * len(past) >= len(late):
+    late = _late(known)
+    past = [report for report in late if _past(report)]
+    if len(past) >= 2 and 3 * len(past) >= len(late):
         worst = max(past, key=_rho)
         at = "" if worst.checkpoint.step is None else f" at step {worst.checkpoint.step:,}"
         reason = f"{len(past)} of {len(late)} checkpoints lay past the edge, the worst with rho {_rho(worst):.3g}{at}"
@@ -138,6 +140,16 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
     if newest.verdict == "unresolved":
         return "unresolved", None, [f"the newest checkpoint's verdict is unresolved{_loss_says(course)}"]
     return "healthy", None, [f"rho is {_rho(newest):.3g} at the newest checkpoint{_loss_says(course)}"]
+
+
+def _late(known: Sequence[Report]) -> list[Report]:
+    return [report for report in known if (report.checkpoint.step or EARLY) >= EARLY]
+
+
+def _past(report: Report) -> bool:
+    """Whether a checkpoint lies past the edge: by its verdict, or so far that few tokens would not make it look so."""
+    far = certified(report.judged) and report.judged.rho is not None and report.judged.rho > FAR
+    return report.verdict in _PAST or (report.verdict == "unresolved" and far)
 
 
 def _loss_says(course: LossCourse | None) -> str:
@@ -183,7 +195,7 @@ def _trend(known: Sequence[Report]) -> Literal["rising", "falling", "flat"] | No
 def _last_good(places: Sequence[Place], wrong: int | None) -> Place | None:
     """The newest checkpoint before a step, one that is past the edge only where there is no other."""
     before = [place for place in places if place.step is not None and wrong is not None and place.step < wrong]
-    kept = [place for place in before if place.report is None or place.report.verdict not in _PAST]
+    kept = [place for place in before if place.report is None or not _past(place.report)]
     return max(kept or before, key=lambda place: place.step or 0, default=None)
 
 
@@ -200,10 +212,10 @@ def _action(name: RunName, good: Place | None, limit: float | None, newest: Repo
         why = "no checkpoint is from before it went wrong" if name == "wrecked" else "going on does not mend it"
         return "stop", f"stop: {why}; start again{lr}, or a longer warm-up"
     if name == "hot":
-        return (
-            "lower the lr",
-            f"lower the learning rate{f' to at most {limit:.2g}' if limit is not None else ''}, and watch the loss",
-        )
+        most = "" if limit is None else f" to at most {limit:.2g}"
+        if _past(newest):
+            return "lower the lr", f"lower the learning rate{most}, and watch the loss"
+        return "lower the lr", f"it was too hot for too long: for the next run, lower the peak of the learning rate{most}"
     if name == "early":
         return "watch", f"go on, and measure again after step {EARLY}"
     if name == "unresolved":

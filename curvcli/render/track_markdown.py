@@ -26,7 +26,11 @@ def markdown(track: Track) -> str:
             row.verdict
             if column.key == "verdict"
             else escape(written(column, row.measured, missing=""))
-            + ("?" if column.solved and row.report is not None and not row.certified else column.after(row.measured))
+            + (
+                "?"
+                if column.solved and not row.certified and column.get(row.measured) is not None
+                else column.after(row.measured)
+            )
             for column in columns
         ]
         for row in found

@@ -15,8 +15,6 @@ from curvcli.judge.readings import ReportReadings, track_readings
 from curvcli.judge.run import judge_run, judge_track, restart_lr, run_findings
 from curvcli.judge.verdict import explain
 
-PAST = at(asset("hot"), 1, 10.0).model_copy(update={"verdict": "unstable"})
-
 
 def log(losses: Sequence[float], lr: float = 1e-3) -> list[TrainingStep]:
     return [TrainingStep(step=i + 1, loss=float(loss), lr=lr) for i, loss in enumerate(losses)]
@@ -112,9 +110,25 @@ def test_hot_is_of_the_newest_or_of_most() -> None:
     found = verdict([unstable(20), unstable(40), calm(100)])
     assert (found.name, found.action, found.step) == ("hot", "lower the lr", 20)
     assert found.worst_step in (20, 40)
+    hottest = unstable(20)
+    assert found.restart_lr == pytest.approx((hottest.optimizer.lr or 0) / _rho(hottest))
+    # A bracket that spans the limit: far past the edge counts, a little does not.
+    vague = [unstable(s).model_copy(update={"verdict": "unresolved"}) for s in (40, 60)]
+    assert verdict([calm(20), *vague, calm(100)]).name == "hot"
+    near = [unstable(s, 1.0).model_copy(update={"verdict": "unresolved"}) for s in (40, 60)]
+    assert 1.25 < _rho(near[0]) < 2.5
+    assert verdict([calm(20), *near, calm(100)]).name == "healthy"
+    # Fewer than a third.
+    cool = [calm(step) for step in (20, 50, 60, 70, 100)]
+    assert verdict([unstable(15), unstable(18), *cool]).name == "healthy"
     # One crossing among several, and those of the first steps, are none.
     assert verdict([calm(20), unstable(40), calm(100)]).name == "healthy"
     assert verdict([unstable(1), unstable(5), calm(40), calm(100)]).name == "healthy"
+
+
+def _rho(report: Report) -> float:
+    assert report.full.rho is not None
+    return report.full.rho
 
 
 def test_nothing_certified_is_unresolved() -> None:
