@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvcli.documents import LossCourse, TrainingStep
-from curvcli.judge.course import LEAST, WINDOWS, loss_course
+from curvcli.documents import LossCourse, TrainingStep, VerdictName
+from curvcli.judge.course import LEAST, WINDOWS, doubted, loss_course
 
 
 def logged(losses: list[float], every: int = 1, lr: list[float] | None = None) -> list[TrainingStep]:
@@ -81,9 +81,14 @@ def test_a_spike_that_comes_back_is_told_and_is_no_wreck(length: int) -> None:
 
 def test_a_jump_at_the_very_end_is_not_yet_one_that_stays() -> None:
     losses = falling(200, 6.0, 2.0, 8.0)
-    losses[-5:] += 5.0
-    assert course(losses.tolist()).name == "healthy"
-    losses[-30:-5] += 5.0
+    losses[-12:] += 5.0
+    found = course(losses.tolist())
+    # The newest median is past the limit, and those of a window before it are not.
+    assert found.window == 20
+    assert found.loss is not None
+    assert found.loss > 6.0
+    assert found.name == "healthy"
+    losses[-30:-12] += 5.0
     assert course(losses.tolist()).name == "wrecked"
 
 
@@ -195,3 +200,15 @@ def test_losses_that_are_negative() -> None:
     """A loss of the user's own: no percent is said of one, and a rise is one all the same."""
     found = course([*np.linspace(0, -5, 60).tolist(), *[-1.0] * 40])
     assert (found.name, found.rise) == ("wrecked", None)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "lost"),
+    [("stable", "unresolved"), ("edge", "unresolved"), ("unstable", "unstable"), ("unresolved", "unresolved")],
+)
+def test_a_lost_network_is_not_called_stable(verdict: VerdictName, lost: str) -> None:
+    for name in ("wrecked", "collapsed"):
+        assert doubted(verdict, LossCourse.model_validate({"name": name})) == lost
+    for name in ("healthy", "short"):
+        assert doubted(verdict, LossCourse.model_validate({"name": name})) == verdict
+    assert doubted(verdict, None) == verdict
