@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from curvcli.curvature import resources
 from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
 from curvcli.judge.calibration import calibrated
+from curvcli.judge.course import Logged, doubted, loss_course
 from curvcli.judge.verdict import explain, judge
 from curvcli.models.blocks import display
 from curvcli.models.rows import row_kinds
@@ -34,6 +35,7 @@ class Provenance:
     notes: dict[str, str] = field(default_factory=dict)
     findings: tuple[documents.Finding, ...] = ()
     logged_loss: float | None = None
+    log: Sequence[Logged] = ()
 
 
 def write(work: Measurement, found: Measured, provenance: Provenance, tokens: float | None) -> documents.Report:
@@ -115,6 +117,7 @@ class _Writer:
             doubts=bool(self.preconditioner.doubts),
         )
         attribution, participation = self.attribution(found.full)
+        course = loss_course(provenance.log, shard_loss=loss, unigram=data.unigram_loss, step=checkpoint.step)
         report = documents.Report(
             checkpoint=checkpoint,
             data=data,
@@ -129,10 +132,11 @@ class _Writer:
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=judge(body or estimate, generalisation, early=told.early, odds=told.odds),
+            verdict=doubted(judge(body or estimate, generalisation, early=told.early, odds=told.odds), course),
             stable_lr=told.stable_lr,
             odds=told.odds,
             findings=[],
+            course=course,
             cost=documents.Cost(
                 hvps=round(work.hvps),
                 seconds=time.perf_counter() - work.started,

@@ -149,6 +149,27 @@ def predictions(batch: Tensor | Mapping[str, Tensor], task: Task) -> int:
     return int(labelled(batch, shifted=task == "causal-lm").sum())
 
 
+def unigram_loss(data: Shard | Examples, task: Task) -> float | None:
+    """Entropy of the targets by their own frequencies, in nats: the loss of a model that knows these and no context.
+
+    Args:
+        data: as the task's loss takes it.
+
+    Returns:
+        None of tasks whose targets are no tokens of the text that is read, and where nothing is predicted.
+    """
+    if task not in ("causal-lm", "masked-lm"):
+        return None
+    if isinstance(data, Shard):
+        labels = data.windows[:, 1:]
+    elif "labels" in data.columns:
+        labels = data.columns["labels"][:, 1:] if task == "causal-lm" else data.columns["labels"]
+    else:
+        return None
+    counts = labels[labels != IGNORED].unique(return_counts=True)[1].double()
+    return None if not counts.numel() else float(-(counts / counts.sum() * (counts / counts.sum()).log()).sum())
+
+
 def masked(shard: Shard, mask: int, seed: int) -> Examples:
     """Windows without their last token, 15 % of each one's positions (one at least) replaced by the mask token.
 

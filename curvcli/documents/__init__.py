@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Estimate,
         Generalisation,
         LayerEstimate,
+        LossCourse,
         Optimizer,
         PartEstimate,
         Report,
@@ -40,12 +41,13 @@ if TYPE_CHECKING:
     )
     from curvcli.documents.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
     from curvcli.documents.schemas import SCHEMAS, json_schema
-    from curvcli.documents.track import Track, TrackPoint, TrainingStep, load_track
+    from curvcli.documents.track import ActionName, RunName, RunVerdict, Track, TrackPoint, TrainingStep, load_track
 
 __all__ = [
     "ENDS",
     "LOG_NAME",
     "SCHEMAS",
+    "ActionName",
     "Attribution",
     "BodyEstimate",
     "Change",
@@ -64,6 +66,7 @@ __all__ = [
     "Generalisation",
     "LayerEstimate",
     "Log",
+    "LossCourse",
     "LrKind",
     "LrSchedule",
     "Optimizer",
@@ -77,6 +80,8 @@ __all__ = [
     "Report",
     "Rule",
     "RuleName",
+    "RunName",
+    "RunVerdict",
     "Schedule",
     "ScheduleProvenance",
     "Severity",
@@ -127,6 +132,7 @@ _MODULES = {
         "Generalisation",
         "BodyEstimate",
         "LayerEstimate",
+        "LossCourse",
         "Optimizer",
         "PartEstimate",
         "Report",
@@ -138,7 +144,7 @@ _MODULES = {
         "load_report",
     ),
     "schedule": ("LrKind", "LrSchedule", "Order", "Phase", "Schedule", "ScheduleProvenance", "load_schedule"),
-    "track": ("Track", "TrackPoint", "TrainingStep", "load_track"),
+    "track": ("ActionName", "RunName", "RunVerdict", "Track", "TrackPoint", "TrainingStep", "load_track"),
     "schemas": ("SCHEMAS", "json_schema"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

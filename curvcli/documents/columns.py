@@ -21,8 +21,8 @@ Kind = Literal["number", "count", "word"]
 # The terminal's table, the table of a page, CSV, the Markdown table, and what the summary of a single report lists.
 Place = Literal["table", "page", "csv", "markdown", "summary"]
 # What a rule looks at, in the order in which rules are listed.
-Scope = Literal["full model", "parts", "next update", "comparison", "data"]
-_SCOPES: tuple[Scope, ...] = ("full model", "parts", "next update", "comparison", "data")
+Scope = Literal["full model", "parts", "next update", "comparison", "run", "data"]
+_SCOPES: tuple[Scope, ...] = ("full model", "parts", "next update", "comparison", "run", "data")
 LimitKind = Literal["limit", "percent", "count", "flag"]
 _METAVARS: dict[LimitKind, str | None] = {"limit": "X", "percent": "PERCENT", "count": "N", "flag": None}
 
@@ -33,7 +33,7 @@ class GateRule:
 
     Args:
         name: of the flag, the key in [gate] and the action's input; "min-..." is a lower limit, any other an upper one.
-        scope: what it looks at: the full model, each part alone, the next update, two measurements, or the data.
+        scope: what it looks at: the full model, each part alone, the next update, two measurements, the run, or the data.
         help: a whole phrase, for the flag and for the action.
         what: what the outcome's message calls the number; "" is the column's label.
         kind: of the limit: above 0, percent, whole number, or none at all.
@@ -275,6 +275,17 @@ POINTS: tuple[Column[Measurement], ...] = (
             "max-surge", "comparison", "Largest rho over the baseline's rho, or over a track's median.",
             what="surge of rho",
         ),
+    ),
+    Column(
+        "loss_rise", "loss rise", _of(lambda r: r.course.rise if r.course else None), unit="percent", absent=_PEOPLE,
+        rule=GateRule(
+            "max-loss-rise", "run", "Percent that the logged loss may lie over the run's own best.", kind="percent",
+            what="rise of the loss in percent",
+        ),
+    ),
+    Column(
+        "run", "run", _of(lambda r: r.course.name if r.course else None), kind="word", absent=_PEOPLE, rank=90,
+        rule=GateRule("require-healthy", "run", "The run must be healthy, its loss and its curvature.", kind="flag"),
     ),
     Column("surged", "surged", _at(lambda p: str(p.surged).lower()), kind="word", absent=_PEOPLE),
     Column("message", "message", _at(lambda p: p.message), kind="word", absent=_PEOPLE),

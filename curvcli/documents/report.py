@@ -119,6 +119,11 @@ class Data(Document):
         description="of the token ids used, as little-endian int64, in order; of examples: of the columns and their shapes"
     )
     loss: float = Field(description="mean loss over the shard, in nats per token")
+    unigram_loss: float | None = Field(
+        default=None,
+        description="entropy of the shard's targets by their frequencies alone, in nats per token: what a model without "
+        "context reaches; null where targets are no tokens, the loss is the user's own, and in documents of older versions",
+    )
 
 
 class Optimizer(Document):
@@ -216,6 +221,35 @@ class Cost(Document):
     )
 
 
+class LossCourse(Document):
+    """What the loss says of the run up to a checkpoint: its own log, and the loss on the shard beside the tokens' entropy.
+
+    Losses are medians of `window` logged ones. "wrecked": the loss lies above the run's own best for good, or is no number
+    any more. "collapsed": it is no better than the frequencies of the tokens give, long after the start. "short": the log
+    is too short to say, or there is none.
+    """
+
+    name: Literal["healthy", "wrecked", "collapsed", "short"]
+    step: int | None = Field(default=None, description="first step that was logged after it went wrong")
+    loss: float | None = Field(default=None, description="now, in nats per token")
+    best: float | None = Field(default=None, description="the run's own best before")
+    best_step: int | None = None
+    rise: float | None = Field(default=None, description="percent of now over the best; null where that is not positive")
+    margin: float | None = Field(default=None, description="nats that the loss may lie over the best and mean nothing")
+    window: int | None = Field(default=None, description="logged losses that a median is over")
+    spikes: list[int] = Field(default=[], description="steps at which the loss jumped and came back")
+    lr_share: float | None = Field(default=None, description="newest learning rate over the highest one logged")
+    lr_highest: float | None = Field(
+        default=None, description="highest learning rate logged until it went wrong, or until now"
+    )
+    reason: str = Field(default="", description="why, in plain words")
+
+    @property
+    def lost(self) -> bool:
+        """Whether the loss says that training has failed, whatever rho is."""
+        return self.name in ("wrecked", "collapsed")
+
+
 class Report(Document):
     """What `curv analyze` found; document "curv.report/1"."""
 
@@ -249,6 +283,9 @@ class Report(Document):
         default=None, description="chance that a run at this rho ends badly, by the calibration's runs; null as stable_lr"
     )
     findings: list[Finding]
+    course: LossCourse | None = Field(
+        default=None, description="of the loss up to here; null without a log and a unigram loss, and in older documents"
+    )
     cost: Cost
     versions: Versions
 

@@ -11,10 +11,11 @@ from math import isclose
 from statistics import median
 from typing import Any, Protocol
 
-from curvcli.documents import Estimate, Report, Track, TrackPoint, VerdictName
+from curvcli.documents import Estimate, Report, RunVerdict, Track, TrackPoint, VerdictName
 from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
 from curvcli.documents.columns import parts as parts_of
 from curvcli.judge.limits import certified
+from curvcli.judge.run import judge_run, judge_track
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Readings(Protocol):
         """The verdict on rho of the full model; "unresolved" where nothing was measured."""
         ...
 
+    def run(self) -> RunVerdict | None:
+        """The verdict on the run; None where nothing was measured."""
+        ...
+
 
 @dataclass(frozen=True)
 class ReportReadings:
@@ -59,11 +64,13 @@ class ReportReadings:
     Args:
         baseline: what lambda may not rise over; rho neither, where there is no history.
         history: certified reports of the run before, oldest first: a surge is over the median of their rho.
+        whole: the verdict on the run, where more is known of it than this report.
     """
 
     report: Report
     baseline: Report | None = None
     history: Sequence[Report] = ()
+    whole: RunVerdict | None = None
 
     def of(self, column: Column[Any]) -> Sequence[Reading]:
         """Of a number that a rule is on."""
@@ -234,6 +241,18 @@ class ReportReadings:
         """The report's own; it is not judged again, and the baseline does not change it."""
         return self.report.verdict
 
+    def run(self) -> RunVerdict:
+        """The verdict on the run; of the report alone where nothing more is known of it."""
+        return self.whole or judge_run([self.report])
+
+    def loss_rise(self) -> Reading:
+        """Percent that the logged loss lies over the run's own best."""
+        what, course = "rise of the loss in percent", self.report.course or self.run().course
+        if course is None or course.rise is None:
+            lost = course.reason if course and course.lost else "the run has no log, or too short a one"
+            return Reading(what, reason=lost)
+        return Reading(what, course.rise, course.rise, course.rise)
+
     @staticmethod
     def _no_rho(report: Report) -> str:
         threshold = report.optimizer.threshold
@@ -248,15 +267,24 @@ _OWN: dict[str, Callable[[ReportReadings], Sequence[Reading]]] = {
     "max-update-ratio": lambda readings: [readings.update_ratio()],
     "max-surge": lambda readings: [readings.surge()],
     "max-regression": lambda readings: [readings.regression()],
+    "max-loss-rise": lambda readings: [readings.loss_rise()],
 }
 
 
-def track_readings(track: Track, baseline: Report | None = None) -> ReportReadings | NoReadings:
-    """Readings of a track's newest point, whose surge is over the certified points before it."""
-    newest = track.points[-1]
-    if newest.report is None:
-        return NoReadings(f"the newest checkpoint was not measured: {newest.message}")
-    return ReportReadings(newest.report, baseline, past(track.points[:-1], track.window))
+def track_readings(
+    track: Track, baseline: Report | None = None, place: int = -1, run: RunVerdict | None = None
+) -> ReportReadings | NoReadings:
+    """Readings of one of a track's points, the newest unless said, whose surge is over the certified points before it.
+
+    Args:
+        run: the verdict on all of it, where that is known already.
+    """
+    place %= len(track.points)
+    point, run = track.points[place], run or judge_track(track)
+    if point.report is None:
+        which = "newest checkpoint" if place == len(track.points) - 1 else f"checkpoint {point.checkpoint}"
+        return NoReadings(f"the {which} was not measured: {point.message}", run)
+    return ReportReadings(point.report, baseline, past(track.points[:place], track.window), run)
 
 
 def past(points: Sequence[TrackPoint], window: int) -> list[Report]:
@@ -305,6 +333,11 @@ class NoReadings:
     """In place of readings where nothing was measured."""
 
     reason: str
+    whole: RunVerdict | None = None
+
+    def run(self) -> RunVerdict | None:
+        """That of what else was measured of the run."""
+        return self.whole
 
     def of(self, column: Column[Any]) -> Sequence[Reading]:
         """The reason, whatever is asked for."""

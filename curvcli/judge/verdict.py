@@ -17,6 +17,7 @@ from curvcli.documents import (
     VerdictName,
 )
 from curvcli.judge.calibration import calibration, settled_after
+from curvcli.judge.course import course_findings
 from curvcli.judge.limits import certified, classify
 
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
@@ -74,7 +75,12 @@ def explain(
     found += _shape(report.full, report.parts, report.outside, report.attribution)
     found += _quality(report)
     order = {"error": 0, "warning": 1, "info": 2}
-    return [_headline(report, doubts), *sorted(found, key=lambda f: order[f.severity])]
+    of_loss = course_findings(report)
+    # A network that is lost comes first, unless curvature has an error of its own to say.
+    lost = of_loss[:1] if report.course and report.course.lost and report.verdict == "unresolved" else []
+    found = [*of_loss[len(lost) :], *found]
+    first = lost or [_headline(report, doubts)]
+    return [*first, *sorted(found, key=lambda f: order[f.severity])]
 
 
 def _headline(report: Report, doubts: Sequence[str]) -> Finding:

@@ -21,9 +21,9 @@ from curvcli.render.frame import number
 from curvcli.render.largest_lr import told
 from curvcli.render.plot import picture
 from curvcli.render.series import heat, report_series
-from curvcli.render.style import said, variables
+from curvcli.render.style import RUN_LIKE, said, variables
 from curvcli.render.track_plot import heat_map, steps
-from curvcli.render.track_points import axis, newest, rows
+from curvcli.render.track_points import axis, newest, rows, run_verdict
 
 
 def page(path: Path) -> str:
@@ -80,6 +80,8 @@ def track_page(track: Track) -> str:
         document=track,
         track=track,
         newest=last,
+        run=run_verdict(track),
+        run_like=RUN_LIKE,
         newest_label=next((row.label for row in found if row.point is last), ""),
         steps=track_advice(track),
         axis=axis(track),

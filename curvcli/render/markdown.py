@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from curvcli.documents import Report
 from curvcli.documents.columns import PARTS, Column, Part, parts, shown
@@ -38,7 +39,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def table(columns: Sequence[Column[Part]], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(columns: Sequence[Column[Any]], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table, numbers to the right."""
     return [
         f"| {' | '.join(column.label for column in columns)} |",

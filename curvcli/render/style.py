@@ -43,6 +43,12 @@ COLOURS = {
     "measured": "cyan", "doubtful": "yellow", "limit": "red", "unlock": "yellow",
 }  # fmt: skip
 
+# The verdict on a run, by the verdict on a checkpoint whose colour it has.
+RUN_LIKE = {
+    "healthy": "stable", "hot": "unstable", "wrecked": "unstable", "collapsed": "unstable", "unresolved": "unresolved",
+    "early": "unresolved",
+}  # fmt: skip
+
 
 # A verdict's name where people read it.
 SAID = {"hot": "probably too hot", "early": "too early"}

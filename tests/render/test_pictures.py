@@ -17,7 +17,7 @@ from pages import HOSTILE, SCHEDULE
 from places import ASSETS, ROOT
 from tracks import asset, at, course, failed, long, track
 
-from curvcli.documents import Report, Schedule, Track, TrainingStep, VerdictName, load_report
+from curvcli.documents import Report, Schedule, TrainingStep, VerdictName, load_report
 from curvcli.render.html import report_page, track_page
 from curvcli.render.picture import FORMATS, Picture
 from curvcli.render.plot import picture
