@@ -208,6 +208,7 @@ class Measurement:
         self.in_time()
         hvp = build(self.problem, self.choice.mode)
         found = self.full(hvp, loss, looked_up)
+        found.body = found.body and found.body.bare()  # its vector makes room for what follows
         try:
             self.in_time()
             self.stages.enter("next update")
@@ -264,7 +265,7 @@ class Measurement:
         if self.solver.expired:
             return found
         operator = self.folded(hvp)
-        found.body = Solved(self.names, self.solver.extremes(operator, support=mask)).bare()
+        found.body = Solved(self.names, self.solver.extremes(operator, support=mask))
         found.rare = {n: int(m.sum()) for n, m in rows.items()}
         found.folds = _folds(operator)
         return found
