@@ -96,7 +96,8 @@ def test_a_loss_of_ones_own_goes_by_sequences() -> None:
 
 def _mean(problem: Problem, row: int) -> float:
     columns = {key: torch.cat([b[key] for b in problem.batches])[row : row + 1] for key in ("input_ids", "labels")}
-    return float(labelled_loss(problem.model, columns))
+    with torch.no_grad():
+        return float(labelled_loss(problem.model, columns))
 
 
 def test_predictions_that_add_up_to_something_else_are_not_believed() -> None:
@@ -151,7 +152,9 @@ def test_the_rest_without_its_heaviest_predictions() -> None:
     assert predictions.share == pytest.approx(wanted[heaviest] / sum(wanted.values()), rel=1e-6)
     ids, labels = (torch.cat([b[key] for b in problem.batches]) for key in ("input_ids", "labels"))
     labels[heaviest] = IGNORED
-    assert predictions.problem.mean_loss() == pytest.approx(float(labelled_loss(problem.model, {"input_ids": ids, "labels": labels})))  # fmt: skip  # noqa: E501
+    with torch.no_grad():
+        mean = float(labelled_loss(problem.model, {"input_ids": ids, "labels": labels}))
+    assert predictions.problem.mean_loss() == pytest.approx(mean)
     assert sequences.removed == 1
 
 
@@ -173,7 +176,7 @@ def culprit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _explained(place: Path, **more: Any) -> Explanation:
-    return explain(place, data=place / "data.npy", device="cpu", tolerance=1e-4, max_hvps=400, **more)
+    return explain(place, data=place / "data.npy", device="cpu", **more)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +200,7 @@ def test_its_removal_is_the_removal_of_its_curvature(found: Explanation, culprit
     assert (sequences.what, sequences.removed, sequences.total) == ("sequences", 1, 24)
     rows = np.delete(np.load(culprit / "data.npy"), 7, axis=0)
     np.save(tmp_path / "rest.npy", rows)
-    alone = explain(culprit, data=tmp_path / "rest.npy", device="cpu", tolerance=1e-4, max_hvps=400, optimizer="SGD", lr=0.5)
+    alone = explain(culprit, data=tmp_path / "rest.npy", device="cpu", optimizer="SGD", lr=0.5)
     assert sequences.estimate.status == "converged"
     assert sequences.estimate.eigenvalue == pytest.approx(alone.estimate.eigenvalue, rel=1e-3)
     assert found.estimate.eigenvalue is not None
@@ -220,7 +223,7 @@ def test_the_verdict_is_said_to_be_of_a_few(found: Explanation, culprit: Path) -
 
 def test_shares_add_up(found: Explanation) -> None:
     assert found.per == "prediction"
-    assert found.sum == pytest.approx(found.estimate.eigenvalue, rel=1e-4)
+    assert found.sum == pytest.approx(found.estimate.eigenvalue, rel=1e-3)
     assert sum(part.mass for part in found.parts) == pytest.approx(1)
     assert sum(kind.mass for kind in found.kinds) == pytest.approx(1)
     first = found.sequences[0]
@@ -248,9 +251,9 @@ def test_without_an_estimate_nothing_is_explained(culprit: Path) -> None:
 def test_a_coupled_decay_is_a_part_of_its_own(culprit: Path) -> None:
     plain = _explained(culprit, optimizer="SGD", lr=0.5)
     decayed = _explained(culprit, optimizer="SGD", lr=0.5, weight_decay=10.0)
-    assert plain.decay == 0
+    assert (plain.decay, decayed.per) == (0, "prediction")
     assert decayed.decay == pytest.approx(10, rel=1e-4), "of a unit vector"
-    assert decayed.sum == pytest.approx(decayed.estimate.eigenvalue, rel=1e-4)
+    assert decayed.sum == pytest.approx(decayed.estimate.eigenvalue, rel=1e-3)
     assert decayed.sequences[0].share == pytest.approx(plain.sequences[0].share, rel=1e-2)
 
 
@@ -259,7 +262,7 @@ def test_the_direction_is_that_of_the_body_where_the_verdict_is_on_it(culprit: P
     rows = np.load(culprit / "data.npy")
     rows[7, 10::2] = 3
     np.save(culprit / "rare.npy", rows)
-    found = explain(culprit, data=culprit / "rare.npy", device="cpu", tolerance=1e-4, max_hvps=400, optimizer="SGD", lr=0.5)
+    found = explain(culprit, data=culprit / "rare.npy", device="cpu", optimizer="SGD", lr=0.5)
     assert found.direction == "body"
     assert 60 not in {row.row for row in found.rows if row.mass > 0 and "embed" in row.tensor}
     assert found.sum == pytest.approx(found.estimate.eigenvalue, rel=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import models
 import pytest
 import torch
@@ -30,14 +32,15 @@ def test_each_loss_by_differences_of_its_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, parameters.values(), strict=True))
     assert torch.equal(found, losses(model).detach())
 
+    def moved(h: float) -> None:
+        with torch.no_grad():
+            for n, p in parameters.items():
+                p.add_(direction[n], alpha=h)
+
     def slope(t: int, h: float) -> float:
-        with torch.no_grad():
-            for n, p in parameters.items():
-                p += h * direction[n]
+        moved(h)
         gradients = torch.autograd.grad(losses(model)[t], list(parameters.values()))
-        with torch.no_grad():
-            for n, p in parameters.items():
-                p -= h * direction[n]
+        moved(-h)
         return sum(float((g * u).sum()) for g, u in zip(gradients, direction.values(), strict=True))
 
     for t in range(len(ids)):
@@ -45,11 +48,13 @@ def test_each_loss_by_differences_of_its_gradient() -> None:
 
 
 def _gpt2() -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0))  # fmt: skip  # noqa: E501
+    sizes: dict[str, Any] = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
 
 def _bert() -> nn.Module:
-    return BertForMaskedLM(BertConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2))  # fmt: skip  # noqa: E501
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2))
 
 
 def _bloom() -> nn.Module:
@@ -73,7 +78,9 @@ def test_networks_on_which_forward_mode_is_wrong_or_fails(build: object) -> None
     for t in (0, 5, 17):
         values = list(parameters.values())
         gradients = torch.autograd.grad(losses(model)[t], values, create_graph=True, allow_unused=True)
-        slope = sum((g * u).sum() for g, u in zip(gradients, direction.values(), strict=True) if g is not None)
+        slope = torch.stack(
+            [(g * u).sum() for g, u in zip(gradients, direction.values(), strict=True) if g is not None]
+        ).sum()
         images = torch.autograd.grad(slope, values, allow_unused=True)
         wanted = sum(float((i * u).sum()) for i, u in zip(images, direction.values(), strict=True) if i is not None)
         assert float(curvature[t]) == pytest.approx(wanted, rel=1e-6)
