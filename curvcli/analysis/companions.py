@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from curvcli.curvature.precision import norm
 from curvcli.documents import Companions, LayerCompanions
 from curvcli.errors import exhausted
 from curvcli.models.attention import Attention, attention
+from curvcli.optimizers.update import gradient_quotient, inner, over, update_rms
 
 if TYPE_CHECKING:
     from curvcli.analysis.solve import Measurement
@@ -36,13 +37,12 @@ def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tupl
     except Exception as error:  # whatever a network raises where its functions are looked at: it has none of these numbers
         if exhausted(error):
             raise
-    step = work.preconditioner.direction
     layers = [
         LayerCompanions(
             attention_logit=seen[i].logit if seen else None,
             attention_entropy=seen[i].entropy if seen else None,
             spectral_norm=largest_spectral_norm(module),
-            update_rms=_rms(step, work.layer_names[i]),
+            update_rms=update_rms(work.preconditioner, work.layer_names[i]),
         )
         for i, module in enumerate(modules)
     ]
@@ -51,7 +51,7 @@ def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tupl
         gradient_norm=norm(gradients),
         gradient_quotient=raw,
         preconditioned_quotient=weighted,
-        update_rms=_rms(step, work.names),
+        update_rms=update_rms(work.preconditioner, work.names),
     )
     return whole, layers
 
@@ -63,28 +63,10 @@ def quotients(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tuple
     """
     names, root = work.names, work.preconditioner.root
     work.in_time()
-    raw = _over(_inner(gradients, hvp.product(names, gradients)), _inner(gradients, gradients))
+    raw = gradient_quotient(hvp, names, gradients)
     work.in_time()
-    steps = [
-        root[n].apply(root[n].apply(g)) for n, g in zip(names, gradients, strict=True)
-    ]  # P^(-1) g, 0 where nothing moves
+    # P^(-1) g, and 0 where nothing moves.
+    steps = [root[n].apply(root[n].apply(g)) for n, g in zip(names, gradients, strict=True)]
     decays = [work.preconditioner.decay.get(n, 0.0) for n in names]
-    bend = _inner(steps, hvp.product(names, steps)) + sum(d * _inner([u], [u]) for d, u in zip(decays, steps, strict=True))
-    return raw, _over(bend, _inner(steps, gradients))
-
-
-def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return sum(float((a * b.detach()).sum()) for a, b in zip(left, right, strict=True))
-
-
-def _over(above: float, below: float) -> float | None:
-    found = above / below if below > 0 else float("nan")
-    return found if abs(found) < float("inf") else None
-
-
-def _rms(step: Mapping[str, Tensor] | None, names: Sequence[str]) -> float | None:
-    """Of the next update in units of the learning rate; None where it is not known, or nothing moves."""
-    if step is None or not names:
-        return None
-    size = norm([step[n] for n in names]) / sum(step[n].numel() for n in names) ** 0.5
-    return size if size < float("inf") else None
+    bend = inner(steps, hvp.product(names, steps)) + sum(d * inner([u], [u]) for d, u in zip(decays, steps, strict=True))
+    return raw, over(bend, inner(steps, gradients))
