@@ -17,6 +17,7 @@ from curvcli.errors import OutOfTime
 from curvcli.judge.gate import judge
 from curvcli.judge.readings import ReportReadings
 from curvcli.render import TEXT
+from curvcli.render.html import report_page
 
 DECAY, EPS = 0.02, 1e-8
 
@@ -147,3 +148,10 @@ def test_a_budget_that_runs_out_leaves_them_out(trained: tuple, monkeypatch: pyt
     assert report.companions is None
     assert {layer.status for layer in report.layers} == {"skipped"}
     assert {layer.companions for layer in report.layers} == {None}
+
+
+def test_pages_have_columns_for_what_there_is(llama: Report) -> None:
+    page = report_page(llama)
+    assert ">attention entropy</th>" in page
+    without = llama.model_copy(update={"layers": [e.model_copy(update={"companions": None}) for e in llama.layers]})
+    assert "attention entropy" not in report_page(without)
