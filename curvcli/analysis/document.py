@@ -96,7 +96,11 @@ class _Writer:
             ends = documents.PartEstimate(**self.entry(found.ends), name=documents.ENDS, parameters=size)
         layer_entries = [
             documents.LayerEstimate(
-                **self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names)
+                **self.entry(s),
+                index=i,
+                name=f"{prefix}.{i}",
+                parameters=sum(numel[n] for n in s.names),
+                companions=found.beside[i] if found.beside else None,
             )
             for i, s in enumerate(layers)
         ]
@@ -128,6 +132,7 @@ class _Writer:
             layers=layer_entries,
             cumulative=curves,
             update=update,
+            companions=found.companions,
             tokens=self.prefixes(body or estimate, data.tokens),
             generalisation=generalisation,
             attribution=attribution,

@@ -206,6 +206,33 @@ def mask_token(model: nn.Module, checkpoint: Checkpoint) -> int:
     return found
 
 
+def aligned(model: nn.Module, batch: Tensor | Mapping[str, Tensor], task: Task) -> dict[str, Tensor]:
+    """A batch in columns whose labels stand at the positions of their logits: `labelled_loss` of it is the task's loss.
+
+    Without the columns that the model does not take.
+    """
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch[:, :-1], "labels": batch[:, 1:]}
+    found = {name: column for name, column in batch.items() if name not in left_out(model, batch)}
+    if task == "causal-lm":
+        labels = _labels(batch)
+        found["labels"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    return found
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of every label other than -100, in nats, of shape (predictions,), in the order of the labels.
+
+    Args:
+        batch: as `aligned` gives it.
+    """
+    labels = _labels(batch)
+    logits = _logits(model, batch)
+    _check(labels, logits.shape[:-1], logits.shape[-1])
+    counted = labels != IGNORED
+    return nn.functional.cross_entropy(logits[counted], labels[counted], reduction="none")
+
+
 def _shifted(model: nn.Module, labels: Tensor, path: Path) -> Tensor:
     """The decoder's inputs by the model's own rule: labels one place later, after its start token."""
     make = getattr(model, "prepare_decoder_input_ids_from_labels", None)

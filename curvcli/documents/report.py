@@ -66,10 +66,27 @@ class BodyEstimate(Estimate):
     rows: int = Field(description="left out: looked up fewer than ten times, if at all")
 
 
+class LayerCompanions(Document):
+    """Cheap numbers of a layer that stand beside its curvature; null where they could not be had."""
+
+    attention_logit: float | None = Field(
+        description="largest |q.k| over heads and pairs that are not masked, as softmax takes it, on the shard's first batch"
+    )
+    attention_entropy: float | None = Field(
+        description="mean over heads and queries of -sum p log p, in nats, on the first batch; not over the log of how many "
+        "keys a query has"
+    )
+    spectral_norm: float | None = Field(description="largest singular value of any of its weight matrices")
+    update_rms: float | None = Field(description="root mean square of its next update over the learning rate")
+
+
 class LayerEstimate(PartEstimate):
     """Of one layer."""
 
     index: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
+    companions: LayerCompanions | None = Field(
+        default=None, description="null where the time budget ran out before, and in documents of older versions"
+    )
 
 
 class DepthEstimate(Estimate):
@@ -164,6 +181,19 @@ class StableLr(Document):
     )
     uncovered: list[str] = Field(description="what of this run lies outside the calibration's, in words")
     ratio: float = Field(description="the learning rate in force over `value`")
+
+
+class Companions(Document):
+    """Cheap numbers of the whole model that stand beside rho; null where they could not be had."""
+
+    gradient_norm: float | None = Field(description="of the mean loss on the shard, over the parameters that move")
+    gradient_quotient: float | None = Field(description="g'Hg / g'g: curvature of the loss along its gradient")
+    preconditioned_quotient: float | None = Field(
+        description="w'Gw / w'w for w = P^(-1/2) g: the same as the optimizer sees it, at most lambda"
+    )
+    update_rms: float | None = Field(
+        description="root mean square of the next update P^(-1) m, in units of the learning rate"
+    )
 
 
 class TokensPoint(Document):
@@ -269,6 +299,9 @@ class Report(Document):
     layers: list[LayerEstimate]
     cumulative: Cumulative
     update: Update
+    companions: Companions | None = Field(
+        default=None, description="null where the time budget ran out before, and in documents of older versions"
+    )
     tokens: list[TokensPoint]
     generalisation: Generalisation
     attribution: list[Attribution]

@@ -92,8 +92,8 @@ class ReportReadings:
         """rho of each part alone: embedding and head, and each layer; at least one reading."""
         return self._each(self._part)
 
-    def _each(self, read: Callable[[Part, str], Reading]) -> list[Reading]:
-        parts = [part for part in parts_of(self.report) if part.kind in ("ends", "layer")]
+    def _each(self, read: Callable[[Part, str], Reading], kinds: Sequence[str] = ("ends", "layer")) -> list[Reading]:
+        parts = [part for part in parts_of(self.report) if part.kind in kinds]
         moving = [part for part in parts if part.estimate.status != "empty"]
         still = len(parts) - len(moving)
         note = f"; {still} of {len(parts)} parts do not train and are left out" if still else ""
@@ -126,8 +126,9 @@ class ReportReadings:
             low, high = column.bracket(item) if column.bracket else (value, value)
             return Reading(what, value, low, high, part=part, note=note)
 
-        if rule and rule.scope == "parts":
-            return self._each(lambda part, note: read(part, part.estimate, f"{what} of {part.name}", part.name, note))
+        if rule and rule.scope in ("parts", "layers"):
+            kinds = ("ends", "layer") if rule.scope == "parts" else ("layer",)
+            return self._each(lambda part, note: read(part, part.estimate, f"{what} of {part.name}", part.name, note), kinds)
         whole = parts_of(self.report)[0] if is_of_parts(column) else Measurement(self.report)
         return [read(whole, full, what)]
 

@@ -40,11 +40,9 @@ class Cell:
     word: bool
 
 
-def part_cells(part: Part) -> list[Cell]:
+def part_cells(part: Part, columns: Sequence[Column[Part]]) -> list[Cell]:
     """An estimate's line in a page."""
-    return [
-        _cell(column, part, weak=column.key == "status" and not certified(part.estimate)) for column in shown(PARTS, "page")
-    ]
+    return [_cell(column, part, weak=column.key == "status" and not certified(part.estimate)) for column in columns]
 
 
 def point_cells(row: Row, columns: Sequence[Column[Measurement]]) -> list[Cell]:

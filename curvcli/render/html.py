@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from curvcli.documents import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
-from curvcli.documents.columns import PARTS, POINTS, parts, shown
+from curvcli.documents.columns import PARTS, POINTS, Column, Part, parts, shown
 from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
 from curvcli.render.cells import Cell, part_cells, point_cells, present, summary
@@ -58,10 +59,20 @@ def report_page(report: Report) -> str:
     )
 
 
-def estimates(report: Report, *, curves: bool = True) -> list[list[Cell]]:
-    """The lines of the table of estimates, with or without those over depth."""
+@dataclass(frozen=True)
+class Table:
+    """A table of estimates: its columns, and a line for each part."""
+
+    columns: Sequence[Column[Part]]
+    lines: Sequence[Sequence[Cell]]
+
+
+def estimates(report: Report, *, curves: bool = True) -> Table:
+    """The table of estimates, with or without those over depth; without columns that no part has a value for."""
     wanted = ("full", "ends", "layer", *(("restricted", "truncated") if curves else ()))
-    return [part_cells(part) for part in parts(report) if part.kind in wanted]
+    found = [part for part in parts(report) if part.kind in wanted]
+    columns = present(shown(PARTS, "page"), found)
+    return Table(columns, [part_cells(part, columns) for part in found])
 
 
 def schedule_page(schedule: Schedule) -> str:
@@ -90,7 +101,7 @@ def track_page(track: Track) -> str:
         rows=found,
         point_columns=columns,
         cells=[point_cells(row, columns) for row in found],
-        estimates=estimates(last.report, curves=False) if last and last.report else [],
+        estimates=estimates(last.report, curves=False) if last and last.report else None,
     )
 
 
@@ -112,7 +123,6 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, said=said, told=told)
-    environment.globals["part_columns"] = shown(PARTS, "page")
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")
     # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.

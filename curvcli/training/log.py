@@ -12,7 +12,10 @@ from curvcli.documents import Record
 
 Sink = Callable[[Record], None]
 # What is drawn over steps; the rest of a record is in the JSONL file.
-SCALARS = ("eigenvalue", "rho", "residual", "update_ratio", "active_depth", "hvps", "seconds")
+SCALARS = (
+    "eigenvalue", "rho", "residual", "update_ratio", "update_rms", "gradient_norm", "gradient_sigmas", "gradient_quotient",
+    "attention_logit", "attention_entropy", "active_depth", "hvps", "seconds",
+)  # fmt: skip
 
 
 def open_log(path: Path | str | None) -> list[Sink]:
