@@ -22,6 +22,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "curvcli.optimizers.sgd:SGD": ("SGD",),
     "curvcli.optimizers.adaptive:RMSprop": ("RMSprop",),
     "curvcli.optimizers.adaptive:Adagrad": ("Adagrad",),
+    "curvcli.optimizers.schedule_free:ScheduleFreeAdamW": ("AdamWScheduleFree",),
+    "curvcli.optimizers.schedule_free:ScheduleFreeSGD": ("SGDScheduleFree",),
 }
 
 

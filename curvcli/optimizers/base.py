@@ -101,7 +101,7 @@ class OptimizerView:
     findings: tuple[Finding, ...] = ()
 
     def __post_init__(self) -> None:
-        counted = {n: g.options["step"] for g in self.groups if g.options.get("step") is not None for n in g.names}
+        counted = {n: step for g in self.groups if (step := _counted(g.options)) is not None for n in g.names}
         state = {name: _as_torch(entry, counted.get(name)) for name, entry in self.state.items()}
         object.__setattr__(self, "state", state)
 
@@ -179,6 +179,14 @@ class Rule:
     def lr(self, group: Group, state: State) -> float:
         """Learning rate that multiplies P^(-1) at this step."""
         return group.number("lr")
+
+    def edge(self, lr: float, decay: float, transfer: float) -> float:
+        """Threshold of lambda, (2/lr - wd)/g(-1); wd is the decoupled weight decay."""
+        return (2 / lr - decay) / transfer
+
+    def gradient_at(self, group: Group, state: State, weight: Tensor) -> Tensor | None:
+        """Where the optimizer takes gradients, if that is not at the weights as they are."""
+        return None
 
     def decoupled(self, group: Group, name: str | None) -> bool:
         """Whether weight decay acts on the weights alone rather than as part of the gradient.
@@ -268,6 +276,11 @@ class _Renamed(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._entry)
+
+
+def _counted(options: Options) -> Any:
+    """Steps that are counted for a whole group: as fused Adams do, and Schedule-Free."""
+    return options.get("k") if "weight_sum" in options else options.get("step")
 
 
 def _as_torch(entry: State, step: Any) -> State:

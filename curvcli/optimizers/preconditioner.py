@@ -102,6 +102,11 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         relative = _threshold(rule, view, name, group) / reference if reference is not None else 1.0
         plain = isinstance(root, Multiple)
         preconditions = preconditions or not plain
+        if rule.gradient_at(group, entry, parameter) is not None:
+            raise InputError(
+                f"{rule.name(view)} is in evaluation mode: the weights are not those at which it takes gradients",
+                hint="call optimizer.train() first",
+            )
         idle += root.idle
         if root.idle == parameter.numel() and not plain:
             continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
@@ -175,18 +180,18 @@ def _threshold(rule: Rule, view: OptimizerView, name: str, group: Group) -> floa
     wd = group.number("weight_decay", 0.0) if rule.decoupled(group, view.name) else 0.0
     if not own > 0:
         raise UsageError(f"the learning rate of a parameter group is {own}", hint="pass the one in force with --lr")
-    if not 2 / own > wd:
-        raise UsageError(
-            f"learning rate {own:g} times weight decay {wd:g} is 2 or more: the decay alone diverges",
-            hint="check --lr and --weight-decay",
-        )
     transfer = rule.transfer(group, entry)
     if not 0 < transfer < float("inf"):
         raise InputError(
             f"the momentum of {name} has the transfer function {transfer:g}",
             hint=f"use another checkpoint, or {NO_OPTIMIZER}",
         )
-    return (2 / own - wd) / transfer
+    edge = rule.edge(own, wd, transfer)
+    if not edge > 0:
+        raise UsageError(
+            f"at learning rate {own:g} the weight decay {wd:g} alone diverges", hint="check --lr and --weight-decay"
+        )
+    return edge
 
 
 def _ascends(groups: Sequence[Group]) -> bool:

@@ -54,10 +54,13 @@ class Refused(NamedTuple):
 # still is quantised.
 REFUSED: list[Refused] = [
     Refused(
-        "schedule-free",
+        "schedule-free, and neither its AdamW nor its SGD",
         ("schedulefree",),
-        lambda s: "weight_sum" in s.options or "z" in s.keys,
-        "it takes gradients between two sequences of weights, of which a file holds either; not supported",
+        lambda s: (
+            ("weight_sum" in s.options or "z" in s.keys)
+            and not ({"weight_sum", "warmup_steps", "train_mode"} <= s.options and s.keys <= {"z", "exp_avg_sq", "step"})
+        ),
+        "what its average weighs and how its gradients are scaled is not known; not supported",
     ),
     Refused("Muon", ("muon",), lambda s: bool(s.values("ns_steps") or s.on("use_muon") or s.says("muon")), _NO_THRESHOLD),
     Refused("Dion", ("dion",), lambda s: s.says("dion"), _NO_THRESHOLD),
@@ -164,7 +167,7 @@ REFUSED: list[Refused] = [
         ("radam",),
         lambda s: (
             s.name is None
-            and "exp_avg_sq" in s.keys
+            and {"exp_avg", "exp_avg_sq"} <= s.keys
             and "mu_product" not in s.keys
             and ("foreach" in s.options or "buffer" in s.options or "degenerated_to_sgd" in s.options)
             and s.options.isdisjoint({"amsgrad", "fused"})
