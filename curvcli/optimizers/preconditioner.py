@@ -16,6 +16,7 @@ from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State
+from curvcli.optimizers.bitsandbytes import unseen
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.options import scrutinise
 
@@ -135,7 +136,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         left_out=tuple(n for n in parameters if n not in roots and n not in frozen),
         ascends=ascends,
         doubts=doubts,
-        findings=(*view.findings, *_said(view, frozen, ascends), *rule.findings(view)),
+        findings=(*view.findings, *_said(view, frozen, ascends), *_quantised(view), *rule.findings(view)),
     )
 
 
@@ -277,6 +278,17 @@ def _said(view: OptimizerView, frozen: set[str], ascends: bool) -> list[Finding]
             )
         )
     return found
+
+
+def _quantised(view: OptimizerView) -> list[Finding]:
+    if (found := unseen(view.state)) is None:
+        return []
+    total, small = found
+    message = (
+        f"{total:,} second moments are stored in 8 bits, which rounds P by some percent, and {small:,} of them as 0 though "
+        "their weights move: too small beside the largest of their block, and left out"
+    )
+    return [Finding(code="quantised-moments", severity="warning" if small else "info", message=message)]
 
 
 def _check(name: str, parameter: Tensor, entry: State, rule: Rule) -> None:

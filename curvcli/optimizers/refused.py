@@ -81,8 +81,11 @@ REFUSED: list[Refused] = [
     Refused(
         "AdEMAMix",
         ("ademamix",),
-        lambda s: bool("exp_avg_slow" in s.keys or s.values("beta3")) or any(_length(v) == 3 for v in s.values("betas")),
-        "it adds a second, slow moment to the update; not supported",
+        lambda s: (
+            (bool("exp_avg_slow" in s.keys or s.values("beta3")) or any(_length(v) == 3 for v in s.values("betas")))
+            and not ("exp_avg_slow" in s.keys and all(_length(v) == 3 for v in s.values("betas")))
+        ),
+        "it adds a second, slow moment to the update, which is not in its state; not supported",
     ),
     Refused(
         "LAMB or LARS",
@@ -139,7 +142,7 @@ REFUSED: list[Refused] = [
         "8-bit Adam",
         (),
         lambda s: any(key.startswith(("absmax", "qmap")) for key in s.keys),
-        "its moments are quantised in blocks; not supported",
+        "its moments are quantised, and what they are scaled by is not stored by block; not supported",
     ),
     Refused(
         "bitsandbytes' with one moment",
@@ -168,7 +171,7 @@ REFUSED: list[Refused] = [
         lambda s: (
             s.name is None
             and {"exp_avg", "exp_avg_sq"} <= s.keys
-            and "mu_product" not in s.keys
+            and s.keys.isdisjoint({"mu_product", "exp_avg_slow"})
             and ("foreach" in s.options or "buffer" in s.options or "degenerated_to_sgd" in s.options)
             and s.options.isdisjoint({"amsgrad", "fused"})
         ),

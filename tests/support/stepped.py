@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def answer(
     optimizer: torch.optim.Optimizer, model: nn.Module, h: float = 1e-6
-) -> tuple[torch.optim.Optimizer, nn.Module, dict]:
+) -> tuple[torch.optim.Optimizer, nn.Module, dict[str, Tensor]]:
     """A step without a gradient, in copies, and minus its derivative by each entry of the gradient, by name.
 
     The oracle of P: central differences of the optimizer's own update, which know no formula. For a P that is diagonal.
