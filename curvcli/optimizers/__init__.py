@@ -23,6 +23,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "curvcli.optimizers.adaptive:RMSprop": ("RMSprop",),
     "curvcli.optimizers.adaptive:Adagrad": ("Adagrad",),
     "curvcli.optimizers.ademamix:AdEMAMix": ("AdEMAMix",),
+    "curvcli.optimizers.adafactor:Adafactor": ("Adafactor",),
     "curvcli.optimizers.schedule_free:ScheduleFreeAdamW": ("AdamWScheduleFree",),
     "curvcli.optimizers.schedule_free:ScheduleFreeSGD": ("SGDScheduleFree",),
 }

@@ -127,6 +127,7 @@ class Rule:
         counts: those of them that are numbers and no tensors.
         unset: those of them that are None while an option is off.
         shaped_otherwise: those of them whose shape is not the parameter's, as factors are.
+        by_shape: those of them that a parameter has or has not by its shape.
         second: the entry that averages or sums squared gradients entry by entry, by which state is told apart from that of
             other parameters; None where there is none.
         averages: the entries of the two moments that are averages of the same gradients with the group's betas, which
@@ -142,6 +143,7 @@ class Rule:
     counts: frozenset[str] = frozenset({"step"})
     unset: frozenset[str] = frozenset()
     shaped_otherwise: frozenset[str] = frozenset()
+    by_shape: frozenset[str] = frozenset()
     second: str | None = None
     averages: tuple[str, str] | None = None
     options: frozenset[str] = frozenset()
@@ -180,6 +182,14 @@ class Rule:
     def edge(self, lr: float, decay: float, transfer: float) -> float:
         """Threshold of lambda, (2/lr - wd)/g(-1); wd is the decoupled weight decay."""
         return (2 / lr - decay) / transfer
+
+    def decay(self, group: Group, state: State) -> float:
+        """Decoupled weight decay, per learning rate."""
+        return group.number("weight_decay", 0.0)
+
+    def completed(self, view: OptimizerView, parameters: Mapping[str, Tensor]) -> OptimizerView:
+        """The view with what the rule has to know of the weights; asked for twice, it stays as it is."""
+        return view
 
     def gradient_at(self, group: Group, state: State, weight: Tensor) -> Tensor | None:
         """Where the optimizer takes gradients, if that is not at the weights as they are."""

@@ -15,7 +15,7 @@ from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
 
 
 def at_gradient(view: OptimizerView, parameters: Mapping[str, Tensor]) -> OptimizerView:
-    """The view in training mode, with the weights moved, in place, to where the optimizer takes gradients.
+    """The view as its rule completes it, with the weights moved, in place, to where the optimizer takes gradients.
 
     Most take them at the weights that are stored; Schedule-Free does where it was in training mode.
 
@@ -23,6 +23,7 @@ def at_gradient(view: OptimizerView, parameters: Mapping[str, Tensor]) -> Optimi
         CurvError: no rule is known for the optimizer, or it does not say.
     """
     rule, groups = rule_for(view), []
+    view = rule.completed(view, parameters)
     for group in view.groups:
         moved = False
         for name in group.names:

@@ -83,6 +83,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     """
     rule = rule_for(view)
     doubts = scrutinise(view, rule)
+    view = rule.completed(view, parameters)
     frozen = _frozen(view, parameters)
     members = _members(view, parameters, frozen, rule)
     largest = lead_of(view, {name: parameters[name] for name, _ in members})
@@ -165,7 +166,7 @@ def _members(
         keys.setdefault(id(group), set()).update(view.state.get(name, {}))
     for name, group in members:
         entry = view.state.get(name, {})
-        if missing := sorted(keys[id(group)] - set(entry)):
+        if missing := sorted(keys[id(group)] - set(entry) - rule.by_shape):
             raise InputError(
                 f"optimizer state of {name} has no {missing[0]!r}, which other parameters of its group have",
                 hint="the optimizer state is damaged: use another checkpoint",
@@ -178,7 +179,7 @@ def _threshold(rule: Rule, view: OptimizerView, name: str, group: Group) -> floa
     """(2/lr - wd) / g(-1) of one parameter (arXiv 2207.14484). Raises InputError or UsageError where there is none."""
     entry = view.state.get(name, {})
     own = rule.lr(group, entry)
-    wd = group.number("weight_decay", 0.0) if rule.decoupled(group, view.name) else 0.0
+    wd = rule.decay(group, entry) if rule.decoupled(group, view.name) else 0.0
     if not own > 0:
         raise UsageError(f"the learning rate of a parameter group is {own}", hint="pass the one in force with --lr")
     transfer = rule.transfer(group, entry)

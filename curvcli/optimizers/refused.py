@@ -67,10 +67,10 @@ REFUSED: list[Refused] = [
     Refused("Lion", ("lion",), lambda s: s.keys == {"exp_avg"} or s.says("lion"), _NO_THRESHOLD),
     Refused("Rprop", ("rprop",), lambda s: "prev" in s.keys, _NO_THRESHOLD),
     Refused(
-        "Adafactor",
-        ("adafactor",),
-        lambda s: bool(s.keys & {"exp_avg_sq_row", "row_var"}),
-        "its second moment is factored and its learning rate depends on the state; not supported",
+        "CAME",
+        ("came",),
+        lambda s: bool(s.keys & {"exp_avg_res_row", "exp_avg_res_col"}),
+        "it divides the update by how far it is from its average; not supported",
     ),
     Refused(
         "SOAP or Shampoo",

@@ -26,6 +26,7 @@ from curvcli.training import CurvatureTracker
 OPTIONS: dict[str, dict[str, Any]] = {
     "late": {},
     "warming up": {"alpha_warmup": 17, "beta3_warmup": 23, "weight_decay": 0.3},
+    "b3 warming up": {"beta3_warmup": 2000, "alpha": 8.0},
     "slow": {"betas": (0.8, 0.99, 0.95), "alpha": 8.0},
 }
 
@@ -55,9 +56,13 @@ def test_lambda_is_that_of_the_optimizers_own_answer(case: str) -> None:
     tracker = CurvatureTracker(still, after, models.loss, probe=batches, max_hvps=80, **common)
     assert tracker.step(0).rho == pytest.approx(report.full.rho, rel=1e-5)  # type: ignore[union-attr]
     # A step without a gradient goes along the direction that the metric has, but for the decay.
-    metric = prepare(live(optimizer, dict(net.named_parameters())), dict(net.named_parameters()))
+    metric = prepare(live(after, dict(still.named_parameters())), dict(still.named_parameters()))
     assert metric.direction is not None
     assert report.update.status != "unavailable"
+    shrunk = 1 - group["lr"] * group["weight_decay"]
+    for name, before in net.named_parameters():
+        moved = dict(still.named_parameters())[name] - before * shrunk
+        torch.testing.assert_close(moved, -group["lr"] * metric.direction[name], rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("step", [3, 40, 10**9])

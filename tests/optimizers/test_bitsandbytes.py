@@ -166,6 +166,13 @@ def test_incomplete_state_is_refused(missing: str) -> None:
         prepare(OptimizerView((Group(("w",), OPTIONS),), {"w": {"step": 9, **kept}}), {"w": torch.ones(64, 64)})
 
 
+def test_averages_that_are_not_two_are_an_error() -> None:
+    options = {**OPTIONS, "betas": (0.9, 0.99, 0.999), "alpha": 5.0}
+    state = {"w": {"step": 9, "state1": torch.ones(3, 4, 4), "state2": torch.ones(4, 4)}}
+    with pytest.raises(InputError, match="not two averages"):
+        prepare(OptimizerView((Group(("w",), options),), state), {"w": torch.ones(4, 4)})
+
+
 @pytest.mark.parametrize("key", ["qmap1", "absmax1", "state1", "qmap2", "absmax2", "state2"])
 @pytest.mark.parametrize("value", [None, "x", torch.ones(7), torch.zeros(7, dtype=torch.uint8), float("nan")], ids=str)
 def test_damaged_state_is_an_error_of_ours(key: str, value: object) -> None:

@@ -32,17 +32,18 @@ def answer(
 def grows(
     optimizer: torch.optim.Optimizer,
     weight: nn.Parameter,
-    curvature: float,
+    curvature: float | Tensor,
     hold: Callable[[], None] = lambda: None,
     steps: int = 1500,
+    start: float = 1e-6,
 ) -> bool:
-    """Whether the real optimizer, from 1e-6, goes a hundredfold away from the minimum of curvature w^2 / 2.
+    """Whether the real optimizer goes a hundredfold away from the minimum of curvature w^2 / 2.
 
     Args:
         hold: puts back what the optimizer changes of its own accord and the threshold takes as it is, after each step.
     """
     with torch.no_grad():
-        weight.fill_(1e-6)
+        weight.fill_(start)
     largest = 0.0
     for _ in range(steps):
         optimizer.zero_grad()
@@ -50,7 +51,7 @@ def grows(
         optimizer.step()
         hold()
         largest = max(largest, abs(weight.detach()).max().item())
-    return largest > 1e-4
+    return largest > 100 * start
 
 
 def scale(parts: Mapping[str, Tensor]) -> Tensor:
