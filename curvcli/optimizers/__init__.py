@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 RULES: dict[str, tuple[str, ...]] = {
     "curvcli.optimizers.adam:Adam": ("Adam", "AdamW"),
     "curvcli.optimizers.adam:NAdam": ("NAdam",),
+    "curvcli.optimizers.adam:RAdam": ("RAdam",),
+    "curvcli.optimizers.adam:Adamax": ("Adamax",),
     "curvcli.optimizers.sgd:SGD": ("SGD",),
     "curvcli.optimizers.adaptive:RMSprop": ("RMSprop",),
     "curvcli.optimizers.adaptive:Adagrad": ("Adagrad",),

@@ -140,7 +140,7 @@ def _eps(group: Group, state: State) -> float:
 
 
 def _rms(weight: Tensor) -> float:
-    return float(weight.detach().norm(2)) / max(1, weight.numel()) ** 0.5
+    return float(weight.detach().norm(2)) / math.sqrt(max(1, weight.numel()))
 
 
 def _relative(group: Group, state: Mapping[str, State]) -> Group:

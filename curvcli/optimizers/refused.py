@@ -166,21 +166,14 @@ REFUSED: list[Refused] = [
         "it takes the root of the second moment and eps together; not supported",
     ),
     Refused(
-        "RAdam",
-        ("radam",),
-        lambda s: (
-            s.name is None
-            and {"exp_avg", "exp_avg_sq"} <= s.keys
-            and s.keys.isdisjoint({"mu_product", "exp_avg_slow"})
-            and ("foreach" in s.options or "buffer" in s.options or "degenerated_to_sgd" in s.options)
-            and s.options.isdisjoint({"amsgrad", "fused"})
-        ),
-        "its update is rectified by a factor that depends on the step; not supported",
+        "RAdam of before torch had it",
+        (),
+        lambda s: s.name is None and bool(s.options & {"buffer", "degenerated_to_sgd"}),
+        "its update is rectified by a factor that its buffer holds; not supported",
     ),
     Refused(
         "Adadelta", ("adadelta",), lambda s: "acc_delta" in s.keys, "its learning rate depends on the state; not supported"
     ),
-    Refused("Adamax", ("adamax",), lambda s: "exp_inf" in s.keys, "its preconditioner is a running maximum; not supported"),
     Refused(
         "ASGD", ("asgd",), lambda s: {"ax", "eta"} <= s.keys, "it keeps an average of the weights beside them; not supported"
     ),

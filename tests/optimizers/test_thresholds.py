@@ -18,6 +18,7 @@ from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import live, prepare
 
 ADAPTIVE: dict[str, Any] = {"betas": (0.9, 1 - 1e-9), "eps": 0.0}
+RECTIFIED: dict[str, Any] = {"betas": (0.9, 1 - 1e-9), "eps": 0.0}
 CASES: dict[str, tuple[Callable, dict[str, float]]] = {
     "sgd": (lambda p: torch.optim.SGD(p, lr=0.1), {}),
     "heavy ball": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), {}),
@@ -32,6 +33,15 @@ CASES: dict[str, tuple[Callable, dict[str, float]]] = {
     "nadam": (
         lambda p: torch.optim.NAdam(p, lr=0.1, **ADAPTIVE),
         {"exp_avg": 0, "exp_avg_sq": 4e6, "step": 1e11, "mu_product": 0.0},
+    ),
+    "radam": (lambda p: torch.optim.RAdam(p, lr=0.1, **RECTIFIED), {"exp_avg": 0, "exp_avg_sq": 4e6, "step": 1e11}),
+    "radam decoupled": (
+        lambda p: torch.optim.RAdam(p, lr=0.1, weight_decay=3.0, decoupled_weight_decay=True, **RECTIFIED),
+        {"exp_avg": 0, "exp_avg_sq": 4e6, "step": 1e11},
+    ),
+    "adamax": (
+        lambda p: torch.optim.Adamax(p, lr=0.1, betas=(0.9, 1 - 1e-12)),
+        {"exp_avg": 0, "exp_inf": 2e3, "step": 1e11},
     ),
     "rmsprop": (lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=1 - 1e-12), {"square_avg": 4e6, "step": 1.0}),
     "rmsprop momentum": (
@@ -94,14 +104,15 @@ def test_refused_with_the_reason(state: dict, options: dict, name: str | None, s
         prepare(view, {"w": torch.zeros(2)})
 
 
-def test_real_radam_is_refused_not_read_as_adam() -> None:
+def test_real_radam_is_not_read_as_adam_nor_adam_as_radam() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.RAdam([weight])
-    weight.sum().backward()
-    optimizer.step()
-    view = live(optimizer, {"w": weight})
-    with pytest.raises(UnsupportedError, match="RAdam"):
-        prepare(OptimizerView(view.groups, view.state), {"w": weight})
+    for kind in (torch.optim.RAdam, torch.optim.Adam, torch.optim.NAdam):
+        optimizer = kind([weight])
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        view = live(optimizer, {"w": weight})
+        named = prepare(OptimizerView(view.groups, view.state), {"w": weight}).name
+        assert named == kind.__name__
 
 
 def test_decay_that_diverges_alone_is_refused() -> None:
