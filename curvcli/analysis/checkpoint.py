@@ -35,7 +35,7 @@ from curvcli.models.base import Architecture, Task
 from curvcli.models.user_code import blamed
 from curvcli.optimizers import optimizer_names, rule_named
 from curvcli.optimizers.base import Group, OptimizerView
-from curvcli.optimizers.given import at_logged, check_known, override, scaled
+from curvcli.optimizers.given import at_gradient, at_logged, check_known, override, scaled
 
 DEFAULT_TOKENS = 8192
 
@@ -307,6 +307,7 @@ def _optimizer(
         view, finding = choose(error, gradients)
         found.append(finding)
     view = override(replace(view, name=name, vouched=True) if name else view, **{**given, "lr": None})
+    view = at_gradient(view, parameters)
     found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)
     found += contradictions(view, gradients, checkpoint.optimizer.path)
     if options.lr is not None:

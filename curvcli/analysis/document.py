@@ -256,7 +256,7 @@ def _batches(problem: Problem, loss: float, tokens: float | None) -> documents.D
 def _optimizer(preconditioner: Preconditioner, lr_source: Any) -> documents.Optimizer:
     def number(key: str) -> float | None:
         value = preconditioner.options.get(key)
-        return None if value is None else float(value)
+        return None if value is None or isinstance(value, (tuple, list)) else float(value)  # Adafactor has two eps
 
     betas = preconditioner.options.get("betas")
     return documents.Optimizer(

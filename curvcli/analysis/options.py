@@ -30,7 +30,7 @@ class Options:
         model: network of the weights: "package.module:factory", which is run, or the path of a transformers config.json.
         loss: "auto" (by the architecture), "causal-lm", "masked-lm", "seq2seq", "classification", or
             "package.module:function", which is run.
-        optimizer: "Adam", "AdamW", "NAdam", "SGD", "RMSprop", "Adagrad", or "none" for the Hessian itself.
+        optimizer: one of `curvcli.optimizers.optimizer_names()`, or "none" for the Hessian itself.
         lr: learning rate of the largest parameter group that moves; the others keep their ratio to it.
         betas: instead of the checkpoint's, as the next three.
         eps: as betas.

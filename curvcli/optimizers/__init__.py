@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 RULES: dict[str, tuple[str, ...]] = {
     "curvcli.optimizers.adam:Adam": ("Adam", "AdamW"),
     "curvcli.optimizers.adam:NAdam": ("NAdam",),
+    "curvcli.optimizers.adam:RAdam": ("RAdam",),
+    "curvcli.optimizers.adam:Adamax": ("Adamax",),
     "curvcli.optimizers.sgd:SGD": ("SGD",),
     "curvcli.optimizers.adaptive:RMSprop": ("RMSprop",),
     "curvcli.optimizers.adaptive:Adagrad": ("Adagrad",),
+    "curvcli.optimizers.ademamix:AdEMAMix": ("AdEMAMix",),
+    "curvcli.optimizers.adafactor:Adafactor": ("Adafactor",),
+    "curvcli.optimizers.schedule_free:ScheduleFreeAdamW": ("AdamWScheduleFree",),
+    "curvcli.optimizers.schedule_free:ScheduleFreeSGD": ("SGDScheduleFree",),
 }
 
 
@@ -60,7 +66,8 @@ def rule_for(view: OptimizerView) -> Rule:
             f"no rule for optimizer {view.name or 'of unknown name'} with state {sorted(view.keys)} and options {options}",
             hint=f"name it with --optimizer where its update is one of {known}, or {NO_OPTIMIZER}",
         )
-    rule = max(fits, key=lambda fit: len(fit.state))  # the state of one may be part of another's, as Adam's of NAdam's
+    # The state of one may be part of another's, as Adam's of NAdam's: whose is most of what is there.
+    rule = max(fits, key=lambda fit: len((fit.state | fit.extra) & view.keys))
     if rule.state and not view.state:
         raise UnsupportedError(
             f"{rule.name(view)} has no state yet, so there is no preconditioner",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from curvcli.curvature.inverse_root import Diagonal
@@ -41,6 +43,10 @@ class Adam(Rule):
         if view.name in ("Adam", "AdamW"):
             return view.name
         return "AdamW" if all(self.decoupled(g, view.name) for g in view.groups) else "Adam"
+
+    def matches(self, view: OptimizerView) -> bool:
+        """Whether the state is Adam's and the options are not RAdam's."""
+        return super().matches(view) and not _rectified(view)
 
     def preconditioner(self, group: Group, state: State) -> Diagonal:
         """P = (1 - b1^t) (sqrt(v / (1 - b2^t)) + eps), in the parameter's shape; sqrt(v) + eps without bias correction.
@@ -150,3 +156,81 @@ class NAdam(Adam):
         mu, mu_next = (beta * (1 - 0.5 * 0.96 ** (t * decay)) for t in (step, step + 1))
         passed = product(state, "mu_product")
         return (1 - mu) / (1 - passed), mu_next / (1 - passed * mu_next)
+
+
+class RAdam(Adam):
+    """torch/optim/radam.py (Liu et al., arXiv 1908.03265): Adam's step times a factor r_t, SGD's where that is undefined.
+
+    r_t = sqrt((p - 4)(p - 2) q / ((q - 4)(q - 2) p)) where p > 5, with q = 2/(1 - b2) - 1 and p = q - 2 t b2^t / (1 - b2^t).
+    """
+
+    names = frozenset({"RAdam"})
+    extra = frozenset({"step"})
+    unset: frozenset[str] = frozenset()
+    options = _SHARED
+    defaults = None
+
+    def name(self, view: OptimizerView) -> str:
+        """Always RAdam."""
+        return "RAdam"
+
+    def matches(self, view: OptimizerView) -> bool:
+        """Whether the state is Adam's and the options are those of torch's RAdam."""
+        return self.state <= view.keys and _rectified(view)
+
+    def preconditioner(self, group: Group, state: State) -> Diagonal:
+        """P = (1 - b1^t) (sqrt(v) + eps) / (r_t sqrt(1 - b2^t)), or 1 - b1^t throughout, in the parameter's shape.
+
+        Raises as Adam's.
+        """
+        square, t = moment(state, "exp_avg_sq"), steps(state)
+        first, second = (1 - beta**t for beta in group.betas)
+        most = 2 / (1 - group.betas[1]) - 1
+        length = most - 2 * t * (1 - second) / second
+        if length <= 5:
+            return Diagonal.of(torch.full_like(square, first), square)
+        factor = math.sqrt((length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length))
+        return Diagonal.of((square.sqrt() + group.number("eps", 1e-8)) * (first / (factor * math.sqrt(second))), square)
+
+    def decoupled(self, group: Group, name: str | None) -> bool:
+        """As the group says, no where it does not."""
+        return group.flag("decoupled_weight_decay")
+
+    def findings(self, view: OptimizerView) -> list[Finding]:
+        """None: nothing is assumed."""
+        return []
+
+
+class Adamax(Rule):
+    """torch/optim/adamax.py (Kingma and Ba, arXiv 1412.6980): threshold (2 + 2b)/((1 - b) lr).
+
+    P is a running maximum, which small gradients do not move.
+    """
+
+    names = frozenset({"Adamax"})
+    state = frozenset({"exp_avg", "exp_inf"})
+    extra = frozenset({"step"})
+    options = frozenset({"lr", "betas", "eps", "weight_decay", "maximize"})
+
+    def preconditioner(self, group: Group, state: State) -> Diagonal:
+        """P = (1 - b1^t) u, u the maximum as stored, in the parameter's shape; no more than eps where no gradient came.
+
+        Raises InputError where the steps, the betas or u are missing, or u has negative entries.
+        """
+        largest = moment(state, "exp_inf")
+        first = 1 - group.betas[0] ** steps(state)
+        return Diagonal.of(largest * first, largest > 1.5 * group.number("eps", 1e-8))
+
+    def transfer(self, group: Group, state: State) -> float:
+        """(1 - b1)/(1 + b1). Raises InputError where the betas are missing or not in [0, 1)."""
+        return (1 - group.betas[0]) / (1 + group.betas[0])
+
+    def momentum(self, group: Group, state: State) -> Tensor:
+        """The first moment as stored, in the parameter's shape; P holds its bias correction."""
+        return state["exp_avg"]  # type: ignore[no-any-return]
+
+
+def _rectified(view: OptimizerView) -> bool:
+    """Whether groups have the options of torch's RAdam, which has neither amsgrad nor a fused step as Adam's have."""
+    said = [set(group.options) for group in view.groups]
+    return bool(said) and all("foreach" in keys and keys.isdisjoint({"amsgrad", "fused", "momentum_decay"}) for keys in said)

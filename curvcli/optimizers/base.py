@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
+from curvcli.optimizers.bitsandbytes import as_torch
 
 Options = Mapping[str, Any]
 State = Mapping[str, Any]
@@ -21,10 +22,6 @@ NO_OPTIMIZER = "pass --optimizer none (in Python optimizer=None) for the curvatu
 
 _MASKED = "it masks entries of the update by their sign, which is no linear map of the gradient"
 _SLOW = "it adds a second, slow moment to the update"
-
-# bitsandbytes puts what it quantises under this key of each parameter's state, and what it does not quantise too.
-_NESTED = "__bnb_optimizer_quant_state__"
-_MOMENTS = {"exp_avg": "state1", "exp_avg_sq": "state2"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,10 @@ class Group:
 
     @property
     def betas(self) -> tuple[float, float]:
-        """beta1, beta2, each in [0, 1)."""
+        """beta1, beta2, each in [0, 1). A third, of a slow average, is its rule's."""
         betas = self.options.get("betas")
         try:
-            first, second = (float(b) for b in betas)  # type: ignore[union-attr]
+            first, second, *_ = (float(b) for b in betas)  # type: ignore[union-attr]
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"optimizer option 'betas' is {betas!r}", hint="pass --betas B1,B2") from error
         if not (0 <= first < 1 and 0 <= second < 1):
@@ -84,7 +81,7 @@ class Group:
 class OptimizerView:
     """Optimizer state by parameter name, its entries named as in torch.optim whoever wrote them.
 
-    bitsandbytes' float32 moments (state1, state2) become exp_avg and exp_avg_sq; a step that is counted for a whole
+    bitsandbytes' moments (state1, state2) become exp_avg and exp_avg_sq, in float32; a step that is counted for a whole
     group, as fused Adams do, becomes each parameter's.
 
     Attributes:
@@ -101,8 +98,8 @@ class OptimizerView:
     findings: tuple[Finding, ...] = ()
 
     def __post_init__(self) -> None:
-        counted = {n: g.options["step"] for g in self.groups if g.options.get("step") is not None for n in g.names}
-        state = {name: _as_torch(entry, counted.get(name)) for name, entry in self.state.items()}
+        options = {n: g.options for g in self.groups for n in g.names}
+        state = {name: _as_torch(entry, options.get(name, {})) for name, entry in self.state.items()}
         object.__setattr__(self, "state", state)
 
     @property
@@ -130,6 +127,7 @@ class Rule:
         counts: those of them that are numbers and no tensors.
         unset: those of them that are None while an option is off.
         shaped_otherwise: those of them whose shape is not the parameter's, as factors are.
+        by_shape: those of them that a parameter has or has not by its shape.
         second: the entry that averages or sums squared gradients entry by entry, by which state is told apart from that of
             other parameters; None where there is none.
         averages: the entries of the two moments that are averages of the same gradients with the group's betas, which
@@ -145,6 +143,7 @@ class Rule:
     counts: frozenset[str] = frozenset({"step"})
     unset: frozenset[str] = frozenset()
     shaped_otherwise: frozenset[str] = frozenset()
+    by_shape: frozenset[str] = frozenset()
     second: str | None = None
     averages: tuple[str, str] | None = None
     options: frozenset[str] = frozenset()
@@ -179,6 +178,22 @@ class Rule:
     def lr(self, group: Group, state: State) -> float:
         """Learning rate that multiplies P^(-1) at this step."""
         return group.number("lr")
+
+    def edge(self, lr: float, decay: float, transfer: float) -> float:
+        """Threshold of lambda, (2/lr - wd)/g(-1); wd is the decoupled weight decay."""
+        return (2 / lr - decay) / transfer
+
+    def decay(self, group: Group, state: State) -> float:
+        """Decoupled weight decay, per learning rate."""
+        return group.number("weight_decay", 0.0)
+
+    def completed(self, view: OptimizerView, parameters: Mapping[str, Tensor]) -> OptimizerView:
+        """The view with what the rule has to know of the weights; asked for twice, it stays as it is."""
+        return view
+
+    def gradient_at(self, group: Group, state: State, weight: Tensor) -> Tensor | None:
+        """Where the optimizer takes gradients, if that is not at the weights as they are."""
+        return None
 
     def decoupled(self, group: Group, name: str | None) -> bool:
         """Whether weight decay acts on the weights alone rather than as part of the gradient.
@@ -253,31 +268,13 @@ def _scalar(value: Any) -> float:
         return float("nan")
 
 
-class _Renamed(Mapping[str, Any]):
-    """State under other names, read when it is asked for."""
-
-    def __init__(self, entry: State, stored: Mapping[str, str]) -> None:
-        self._entry, self._stored = entry, stored
-        self._names = {old: new for new, old in stored.items()}
-
-    def __getitem__(self, key: str) -> Any:
-        return self._entry[self._stored.get(key, key)]
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._names.get(key, key) for key in self._entry)
-
-    def __len__(self) -> int:
-        return len(self._entry)
+def _counted(options: Options) -> Any:
+    """Steps that are counted for a whole group: as fused Adams do, and Schedule-Free."""
+    return options.get("k") if "weight_sum" in options else options.get("step")
 
 
-def _as_torch(entry: State, step: Any) -> State:
-    if any(key.startswith(_NESTED) for key in entry):  # torch.distributed.checkpoint flattens it: "prefix.state1"
-        inner = entry.get(_NESTED)
-        flat = {key: key.removeprefix(f"{_NESTED}.") for key in entry if key != _NESTED}
-        entry = _Renamed({k: entry[k] for k in flat}, {new: old for old, new in flat.items()})
-        entry = {**entry, **inner} if isinstance(inner, Mapping) else entry
-    if set(_MOMENTS.values()) <= set(entry) and not any(key.startswith(("absmax", "qmap")) for key in entry):
-        entry = _Renamed(entry, _MOMENTS)
+def _as_torch(entry: State, options: Options) -> State:
+    entry, step = as_torch(entry, options), _counted(options)
     return entry if step is None or "step" in entry else ChainMap({"step": step}, entry)  # type: ignore[arg-type]
 
 

@@ -14,6 +14,27 @@ from curvcli.optimizers import rule_for
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
 
 
+def at_gradient(view: OptimizerView, parameters: Mapping[str, Tensor]) -> OptimizerView:
+    """The view as its rule completes it, with the weights moved, in place, to where the optimizer takes gradients.
+
+    Most take them at the weights that are stored; Schedule-Free does where it was in training mode.
+
+    Raises:
+        CurvError: no rule is known for the optimizer, or it does not say.
+    """
+    rule, groups = rule_for(view), []
+    view = rule.completed(view, parameters)
+    for group in view.groups:
+        moved = False
+        for name in group.names:
+            where = rule.gradient_at(group, view.state[name], parameters[name]) if name in view.state else None
+            if where is not None:
+                parameters[name].data.copy_(where)
+                moved = True
+        groups.append(Group(group.names, {**group.options, "train_mode": True}) if moved else group)
+    return replace(view, groups=tuple(groups))
+
+
 def lead(view: OptimizerView, parameters: Mapping[str, Tensor]) -> Group | None:
     """The group that a single learning rate is quoted of: the largest, in entries, of those that move.
 

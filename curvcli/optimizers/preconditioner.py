@@ -16,6 +16,7 @@ from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State
+from curvcli.optimizers.bitsandbytes import unseen
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.options import scrutinise
 
@@ -82,6 +83,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     """
     rule = rule_for(view)
     doubts = scrutinise(view, rule)
+    view = rule.completed(view, parameters)
     frozen = _frozen(view, parameters)
     members = _members(view, parameters, frozen, rule)
     largest = lead_of(view, {name: parameters[name] for name, _ in members})
@@ -102,6 +104,11 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         relative = _threshold(rule, view, name, group) / reference if reference is not None else 1.0
         plain = isinstance(root, Multiple)
         preconditions = preconditions or not plain
+        if rule.gradient_at(group, entry, parameter) is not None:
+            raise InputError(
+                f"{rule.name(view)} is in evaluation mode: the weights are not those at which it takes gradients",
+                hint="call optimizer.train() first",
+            )
         idle += root.idle
         if root.idle == parameter.numel() and not plain:
             continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
@@ -130,7 +137,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         left_out=tuple(n for n in parameters if n not in roots and n not in frozen),
         ascends=ascends,
         doubts=doubts,
-        findings=(*view.findings, *_said(view, frozen, ascends), *rule.findings(view)),
+        findings=(*view.findings, *_said(view, frozen, ascends), *_quantised(view), *rule.findings(view)),
     )
 
 
@@ -159,7 +166,7 @@ def _members(
         keys.setdefault(id(group), set()).update(view.state.get(name, {}))
     for name, group in members:
         entry = view.state.get(name, {})
-        if missing := sorted(keys[id(group)] - set(entry)):
+        if missing := sorted(keys[id(group)] - set(entry) - rule.by_shape):
             raise InputError(
                 f"optimizer state of {name} has no {missing[0]!r}, which other parameters of its group have",
                 hint="the optimizer state is damaged: use another checkpoint",
@@ -172,21 +179,21 @@ def _threshold(rule: Rule, view: OptimizerView, name: str, group: Group) -> floa
     """(2/lr - wd) / g(-1) of one parameter (arXiv 2207.14484). Raises InputError or UsageError where there is none."""
     entry = view.state.get(name, {})
     own = rule.lr(group, entry)
-    wd = group.number("weight_decay", 0.0) if rule.decoupled(group, view.name) else 0.0
+    wd = rule.decay(group, entry) if rule.decoupled(group, view.name) else 0.0
     if not own > 0:
         raise UsageError(f"the learning rate of a parameter group is {own}", hint="pass the one in force with --lr")
-    if not 2 / own > wd:
-        raise UsageError(
-            f"learning rate {own:g} times weight decay {wd:g} is 2 or more: the decay alone diverges",
-            hint="check --lr and --weight-decay",
-        )
     transfer = rule.transfer(group, entry)
     if not 0 < transfer < float("inf"):
         raise InputError(
             f"the momentum of {name} has the transfer function {transfer:g}",
             hint=f"use another checkpoint, or {NO_OPTIMIZER}",
         )
-    return (2 / own - wd) / transfer
+    edge = rule.edge(own, wd, transfer)
+    if not edge > 0:
+        raise UsageError(
+            f"at learning rate {own:g} the weight decay {wd:g} alone diverges", hint="check --lr and --weight-decay"
+        )
+    return edge
 
 
 def _ascends(groups: Sequence[Group]) -> bool:
@@ -272,6 +279,17 @@ def _said(view: OptimizerView, frozen: set[str], ascends: bool) -> list[Finding]
             )
         )
     return found
+
+
+def _quantised(view: OptimizerView) -> list[Finding]:
+    if (found := unseen(view.state)) is None:
+        return []
+    total, small = found
+    message = (
+        f"{total:,} second moments are stored in 8 bits, which rounds P by some percent, and {small:,} of them as 0 though "
+        "their weights move: too small beside the largest of their block, and left out"
+    )
+    return [Finding(code="quantised-moments", severity="warning" if small else "info", message=message)]
 
 
 def _check(name: str, parameter: Tensor, entry: State, rule: Rule) -> None:

@@ -54,20 +54,23 @@ class Refused(NamedTuple):
 # still is quantised.
 REFUSED: list[Refused] = [
     Refused(
-        "schedule-free",
+        "schedule-free, and neither its AdamW nor its SGD",
         ("schedulefree",),
-        lambda s: "weight_sum" in s.options or "z" in s.keys,
-        "it takes gradients between two sequences of weights, of which a file holds either; not supported",
+        lambda s: (
+            ("weight_sum" in s.options or "z" in s.keys)
+            and not ({"weight_sum", "warmup_steps", "train_mode"} <= s.options and s.keys <= {"z", "exp_avg_sq", "step"})
+        ),
+        "what its average weighs and how its gradients are scaled is not known; not supported",
     ),
     Refused("Muon", ("muon",), lambda s: bool(s.values("ns_steps") or s.on("use_muon") or s.says("muon")), _NO_THRESHOLD),
     Refused("Dion", ("dion",), lambda s: s.says("dion"), _NO_THRESHOLD),
     Refused("Lion", ("lion",), lambda s: s.keys == {"exp_avg"} or s.says("lion"), _NO_THRESHOLD),
     Refused("Rprop", ("rprop",), lambda s: "prev" in s.keys, _NO_THRESHOLD),
     Refused(
-        "Adafactor",
-        ("adafactor",),
-        lambda s: bool(s.keys & {"exp_avg_sq_row", "row_var"}),
-        "its second moment is factored and its learning rate depends on the state; not supported",
+        "CAME",
+        ("came",),
+        lambda s: bool(s.keys & {"exp_avg_res_row", "exp_avg_res_col"}),
+        "it divides the update by how far it is from its average; not supported",
     ),
     Refused(
         "SOAP or Shampoo",
@@ -78,8 +81,11 @@ REFUSED: list[Refused] = [
     Refused(
         "AdEMAMix",
         ("ademamix",),
-        lambda s: bool("exp_avg_slow" in s.keys or s.values("beta3")) or any(_length(v) == 3 for v in s.values("betas")),
-        "it adds a second, slow moment to the update; not supported",
+        lambda s: (
+            (bool("exp_avg_slow" in s.keys or s.values("beta3")) or any(_length(v) == 3 for v in s.values("betas")))
+            and not ("exp_avg_slow" in s.keys and all(_length(v) == 3 for v in s.values("betas")))
+        ),
+        "it adds a second, slow moment to the update, which is not in its state; not supported",
     ),
     Refused(
         "LAMB or LARS",
@@ -136,7 +142,7 @@ REFUSED: list[Refused] = [
         "8-bit Adam",
         (),
         lambda s: any(key.startswith(("absmax", "qmap")) for key in s.keys),
-        "its moments are quantised in blocks; not supported",
+        "its moments are quantised, and what they are scaled by is not stored by block; not supported",
     ),
     Refused(
         "bitsandbytes' with one moment",
@@ -160,21 +166,14 @@ REFUSED: list[Refused] = [
         "it takes the root of the second moment and eps together; not supported",
     ),
     Refused(
-        "RAdam",
-        ("radam",),
-        lambda s: (
-            s.name is None
-            and "exp_avg_sq" in s.keys
-            and "mu_product" not in s.keys
-            and ("foreach" in s.options or "buffer" in s.options or "degenerated_to_sgd" in s.options)
-            and s.options.isdisjoint({"amsgrad", "fused"})
-        ),
-        "its update is rectified by a factor that depends on the step; not supported",
+        "RAdam of before torch had it",
+        (),
+        lambda s: s.name is None and bool(s.options & {"buffer", "degenerated_to_sgd"}),
+        "its update is rectified by a factor that its buffer holds; not supported",
     ),
     Refused(
         "Adadelta", ("adadelta",), lambda s: "acc_delta" in s.keys, "its learning rate depends on the state; not supported"
     ),
-    Refused("Adamax", ("adamax",), lambda s: "exp_inf" in s.keys, "its preconditioner is a running maximum; not supported"),
     Refused(
         "ASGD", ("asgd",), lambda s: {"ax", "eta"} <= s.keys, "it keeps an average of the weights beside them; not supported"
     ),

@@ -132,7 +132,7 @@ class CurvatureTracker:
         record = Record(
             step=step,
             loss=_finite(loss),
-            lr=_finite(max((float(g["lr"]) for g in self.optimizer.param_groups), default=None)),
+            lr=_finite(max((float(g["lr"]) for g in self.optimizer.param_groups if g["lr"] is not None), default=None)),
             active_depth=self.warmup.active_depth if self.warmup else None,
             seconds=time.perf_counter() - started,
             **found.__dict__,
@@ -213,7 +213,7 @@ class CurvatureTracker:
         parameters = problem.parameters
         if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
             return _Found(status="non-finite", message="a weight of the model is NaN or inf")
-        if not any(float(group["lr"]) > 0 for group in self.optimizer.param_groups):
+        if not any(group["lr"] is None or float(group["lr"]) > 0 for group in self.optimizer.param_groups):
             return _Found(message="the learning rate is 0: no step is taken, and there is no edge")
         preconditioner = prepare(known.view, parameters).without(known.locked)
         if preconditioner.ascends:

@@ -63,6 +63,13 @@ CASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "nadam": lambda p: O.NAdam(p, **ADAM, weight_decay=0.3),
     "nadam decoupled": lambda p: O.NAdam(p, **ADAM, weight_decay=0.3, decoupled_weight_decay=True),
     "nadam maximize": lambda p: O.NAdam(p, **ADAM, weight_decay=0.3, maximize=True),
+    "radam": lambda p: O.RAdam(p, **{**ADAM, "betas": (0.9, 0.7)}, weight_decay=0.3),
+    "radam unrectified": lambda p: O.RAdam(p, **ADAM, weight_decay=0.3),
+    "radam decoupled maximize": lambda p: O.RAdam(
+        p, **{**ADAM, "betas": (0.9, 0.7)}, weight_decay=0.3, decoupled_weight_decay=True, maximize=True
+    ),
+    "adamax": lambda p: O.Adamax(p, **ADAM, weight_decay=0.3),
+    "adamax maximize": lambda p: O.Adamax(p, **ADAM, weight_decay=0.3, maximize=True),
     "sgd": lambda p: O.SGD(p, lr=0.1, weight_decay=0.3),
     "sgd heavy ball dampening": lambda p: O.SGD(p, lr=0.1, momentum=0.9, dampening=0.4, weight_decay=0.3),
     "sgd nesterov maximize": lambda p: O.SGD(p, lr=0.1, momentum=0.9, nesterov=True, maximize=True, weight_decay=0.3),

@@ -14,6 +14,7 @@ from curvcli.errors import InputError
 from curvcli.files.names import unwrapped
 from curvcli.optimizers import shaped_otherwise
 from curvcli.optimizers.base import Group, OptimizerView, State
+from curvcli.optimizers.bitsandbytes import as_torch
 from curvcli.optimizers.refused import refuse
 
 Order = Callable[[nn.Module], list[list[str]]]
@@ -66,9 +67,10 @@ def map_state(
         InputError: no order fits; says what was tried.
         UnsupportedError: the optimizer is one that no number is given for.
     """
-    groups, state = check_document(document, path)
-    if (keyed := by_name(groups, state)) is not None:
+    groups, stored = check_document(document, path)
+    if (keyed := by_name(groups, stored)) is not None:
         return map_named(keyed, model, {}, path=path)
+    state = _as_torch(groups, stored)
     # Before the shapes: a factored state fits no parameter, and the reason is the optimizer, not the model.
     refuse(OptimizerView(tuple(Group((), g) for g in groups), {str(k): v for k, v in state.items()}))
     _check_places(groups, state, path)
@@ -177,7 +179,7 @@ class AmbiguousStateError(InputError):
         self.views, self.labels = views, labels
 
 
-def _view(names: list[list[str]], groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> OptimizerView:
+def _view(names: list[list[str]], groups: list[dict[str, Any]], state: Mapping[Any, State]) -> OptimizerView:
     entries = {
         name: state[index]
         for group, members in zip(groups, names, strict=True)
@@ -233,7 +235,8 @@ def map_named(
         InputError: a name is none of the model's or stands in two groups, state has no group, or a shape does not fit.
         UnsupportedError: the optimizer is one that no number is given for.
     """
-    groups, state = check_document(document, path)
+    groups, stored_state = check_document(document, path)
+    state = _as_torch(groups, stored_state)
     refuse(OptimizerView(tuple(Group((), g) for g in groups), state))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     owner = {id(p): n for n, p in parameters.items()}
@@ -300,6 +303,12 @@ def check_document(document: Any, path: object) -> tuple[list[dict[str, Any]], d
     return groups, state
 
 
+def _as_torch(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, State]) -> dict[Any, State]:
+    """State under torch's names, whose shapes are the parameters': once, so that whoever compares moments sees the same."""
+    options = {index: group for group in groups for index in group["params"] if isinstance(index, (int, str))}
+    return {index: as_torch(entry, options.get(index, {})) for index, entry in state.items()}
+
+
 def summary(document: Any, path: object) -> dict[str, object]:
     """For people: number of states, their entries, the first group's hyperparameters."""
     groups, state = check_document(document, path)
@@ -316,7 +325,7 @@ def summary(document: Any, path: object) -> dict[str, object]:
 def _mismatch(
     names: list[list[str]],
     groups: list[dict[str, Any]],
-    state: dict[Any, dict[str, Any]],
+    state: Mapping[Any, State],
     parameters: Mapping[str, Tensor],
 ) -> str | None:
     lengths, expected = [len(g["params"]) for g in groups], [len(n) for n in names]
