@@ -80,7 +80,7 @@ class Course:
 
 
 def wanted() -> list[Run]:
-    """All runs: seed 0 of everything first."""
+    """All runs: seed 0 of everything first, then the ramps of the seed that is held out."""
     found = []
     for seed, family in product(SEEDS, FAMILIES.values()):
         found.append(Run(family.name, "ramp", family.rates[0], seed))
@@ -95,7 +95,7 @@ def wanted() -> list[Run]:
             found += [Run(family.name, event, family.rates[3], seed) for event in EVENTS]
         if family.name in ("post-norm", "pre-norm-deep", "llama"):
             found += [Run(family.name, "constant", lr, seed) for lr in hot[::2]]
-    return found
+    return sorted(found, key=lambda r: (r.seed > 0, r.seed == 1 or r.protocol != "ramp", r.seed))
 
 
 class Told(Exception):
