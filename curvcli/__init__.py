@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from curvcli.analysis.api import Estimated, analyze
     from curvcli.analysis.compare import compare
+    from curvcli.analysis.explain import explain
     from curvcli.analysis.gate import gate
     from curvcli.analysis.schedule import schedule
     from curvcli.analysis.track import track
@@ -37,6 +38,7 @@ __all__ = [
     "UsageError",
     "analyze",
     "compare",
+    "explain",
     "gate",
     "save_optimizer",
     "schedule",
@@ -47,6 +49,7 @@ _HOME = {
     "analyze": "analysis.api",
     "Estimated": "analysis.api",
     "compare": "analysis.compare",
+    "explain": "analysis.explain",
     "schedule": "analysis.schedule",
     "track": "analysis.track",
     "gate": "analysis.gate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # each time; everybody else tries new ones.
 settings.register_profile("curv", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("curv")
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage, which making room for a measurement asks for, need not walk over all that was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,9 @@ def test_the_page_of_help_texts_is_up_to_date(writer: ModuleType) -> None:
         title = " ".join(["curv", *verb])
         section = re.search(rf"^## {title}\n\n```\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
         assert section, f"docs/reference/cli.md has no {title}: run python docs/write_cli.py"
-        assert bag(section[1]) == bag(writer.help_of(*verb)), f"{title} has changed: run python docs/write_cli.py"
+        # One as the script has it, from a process; the others by the same entry point in this one.
+        said = curv(*verb, "--help", NO_COLOR="1").stdout if verb else writer.help_of()
+        assert bag(section[1]) == bag(said), f"{title} has changed: run python docs/write_cli.py"
     assert page.count("\n## ") == len(writer.verbs()) + 1
 
 

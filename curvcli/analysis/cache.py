@@ -147,9 +147,13 @@ def _signature(secret: bytes, key: str, report: str) -> str:
 
 @cache
 def method_digest() -> str:
-    """SHA-256 over the sources of this package, but for those that only show: a changed method serves no old number."""
+    """SHA-256 over the sources of this package and its coefficients, but for what only shows.
+
+    So a changed method serves no old number.
+    """
     root = Path(__file__).parent.parent
-    sources = {p.relative_to(root): p for p in root.rglob("*.py") if p.relative_to(root).parts[0] not in ("cli", "render")}
+    found = [path for kind in ("*.py", "*.json") for path in root.rglob(kind)]
+    sources = {p.relative_to(root): p for p in found if p.relative_to(root).parts[0] not in ("cli", "render")}
     return sha256(json.dumps([(str(name), _digest(p)) for name, p in sorted(sources.items())]).encode()).hexdigest()
 
 

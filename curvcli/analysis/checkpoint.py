@@ -28,7 +28,7 @@ from curvcli.curvature import resources
 from curvcli.curvature.problem import Loss
 from curvcli.data.examples import Examples
 from curvcli.data.shards import Shard, find_sources
-from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data
+from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data, unigram_loss
 from curvcli.errors import InputError, OutOfTime, UsageError, exhausted, memory_named
 from curvcli.models.architecture import named
 from curvcli.models.base import Architecture, Task
@@ -129,6 +129,7 @@ class Opened:
                 f"{shard.tokens:,} of {positions:,} positions were replaced by the mask token, "
                 "by the seed, and are what the loss averages over; no special tokens were added"
             )
+        unigram = unigram_loss(shard, self.task) if self.loss in LOSSES.values() else None
         unused = left_out(model, shard.columns) if isinstance(shard, Examples) and self.loss in LOSSES.values() else []
         if unused:
             notes["unused-columns"] = (
@@ -147,19 +148,21 @@ class Opened:
                     parameters=parameters,
                     layers=layers,
                 ),
-                data=lambda loss: self.data(loss, shard.tokens),
+                data=lambda loss: self.data(loss, shard.tokens, unigram),
                 lr_source=lr_source,
                 notes={**checkpoint.notes, **notes},
                 findings=tuple(found),
                 logged_loss=checkpoint.training_loss,
+                log=checkpoint.log,
             ),
         )
 
-    def data(self, loss: float, tokens: int) -> documents.Data:
+    def data(self, loss: float, tokens: int, unigram: float | None) -> documents.Data:
         """What the report says of the data.
 
         Args:
             tokens: predictions, which are fewer than the tokens read where only masked ones count.
+            unigram: entropy of what is predicted, by frequencies alone.
         """
         read = self.read
         stream = read if isinstance(read, Shard) else None
@@ -176,6 +179,7 @@ class Opened:
             sequence_length=read.sequence_length,
             sha256=read.sha256,
             loss=loss,
+            unigram_loss=unigram,
         )
 
 

@@ -54,6 +54,8 @@ class GateTable(_Rules):
     regression_tolerance: Percent | None = None
     unresolved: Literal["pass", "fail"] | None = None
     baseline: Path | None = None
+    any: Annotated[bool, Field(strict=True)] | None = None
+    last: Annotated[int, Field(gt=0, le=MOST, strict=True)] | None = None
 
 
 class Config(_Table):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from curvcli.analysis.solve import Measured, Measurement, Solved
 from curvcli.curvature import resources
 from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
+from curvcli.judge.calibration import calibrated
+from curvcli.judge.course import Logged, doubted, loss_course
 from curvcli.judge.verdict import explain, judge
 from curvcli.models.blocks import display
 from curvcli.models.rows import row_kinds
@@ -33,6 +35,7 @@ class Provenance:
     notes: dict[str, str] = field(default_factory=dict)
     findings: tuple[documents.Finding, ...] = ()
     logged_loss: float | None = None
+    log: Sequence[Logged] = ()
 
 
 def write(work: Measurement, found: Measured, provenance: Provenance, tokens: float | None) -> documents.Report:
@@ -93,7 +96,11 @@ class _Writer:
             ends = documents.PartEstimate(**self.entry(found.ends), name=documents.ENDS, parameters=size)
         layer_entries = [
             documents.LayerEstimate(
-                **self.entry(s), index=i, name=f"{prefix}.{i}", parameters=sum(numel[n] for n in s.names)
+                **self.entry(s),
+                index=i,
+                name=f"{prefix}.{i}",
+                parameters=sum(numel[n] for n in s.names),
+                companions=found.beside[i] if found.beside else None,
             )
             for i, s in enumerate(layers)
         ]
@@ -105,7 +112,16 @@ class _Writer:
         if found.body is not None:
             body = documents.BodyEstimate(**self.entry(found.body), rows=sum(found.rare.values()))
         generalisation = self.generalisation(body or estimate)
+        told = calibrated(
+            body or estimate,
+            generalisation,
+            optimizer,
+            step=checkpoint.step,
+            parameters=checkpoint.parameters,
+            doubts=bool(self.preconditioner.doubts),
+        )
         attribution, participation = self.attribution(found.full)
+        course = loss_course(provenance.log, shard_loss=loss, unigram=data.unigram_loss, step=checkpoint.step)
         report = documents.Report(
             checkpoint=checkpoint,
             data=data,
@@ -116,12 +132,16 @@ class _Writer:
             layers=layer_entries,
             cumulative=curves,
             update=update,
+            companions=found.companions,
             tokens=self.prefixes(body or estimate, data.tokens),
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=judge(body or estimate, generalisation),
+            verdict=doubted(judge(body or estimate, generalisation, early=told.early, odds=told.odds), course),
+            stable_lr=told.stable_lr,
+            odds=told.odds,
             findings=[],
+            course=course,
             cost=documents.Cost(
                 hvps=round(work.hvps),
                 seconds=time.perf_counter() - work.started,

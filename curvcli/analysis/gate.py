@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +14,16 @@ from pydantic import ValidationError
 
 from curvcli.analysis.budget import measure
 from curvcli.analysis.config import GateTable, find_gate, gate_not_counted
+from curvcli.analysis.stages import Progress
 from curvcli.documents import Gate, Report, Rule, Track, load_report, load_track, schema_of, write_whole
 from curvcli.documents.columns import rules as known_rules
-from curvcli.errors import InputError, UsageError
+from curvcli.errors import CurvError, InputError, OutOfTime, UsageError
 from curvcli.judge.gate import Unresolved, decide
 from curvcli.judge.readings import NoReadings, Readings, ReportReadings, compared, past, track_readings
+from curvcli.judge.run import judge_run, judge_track
 
 TRACK = "curv.track/1"
+ALL = 2**53  # points: no run has as many
 
 
 def gate(
@@ -33,15 +37,21 @@ def gate(
     progress: Callable[[str, float], None] | None = None,
     started: float | None = None,
     on_verdict: Callable[[Report], None] | None = None,
+    any: bool | None = None,  # noqa: A002
+    last: int | None = None,
     **given: Any,
 ) -> Gate:
     """Hold a checkpoint, a report or a track against rules.
 
-    A rule that is not given here is that of [gate] in the working directory's curv.toml, if that has one.
+    A rule that is not given here is that of [gate] in the working directory's curv.toml, if that has one. The run's own loss
+    is held in without a rule: where it says that the run is wrecked or has collapsed, the gate is broken.
 
     Args:
         subject: path of a checkpoint, of a run (its newest checkpoint), of a report or of a track (its newest point); or the
             report or track itself.
+        any: whether rules have to hold at every point of the run: one that breaks one breaks the gate. A run's checkpoints
+            are then measured as `curv track` does, from its cache.
+        last: the same of the newest so many points alone.
         baseline: report or track to compare with, or its path.
         regression_tolerance: percent added to max_regression.
         unresolved: what an unresolved outcome is taken for, in the exit code.
@@ -69,25 +79,45 @@ def gate(
             "baseline": baseline,
             "regression_tolerance": regression_tolerance,
             "unresolved": unresolved,
+            "any": any,
+            "last": last,
         },
     )
     before = _baseline(settings.baseline)  # before minutes are spent
     options = {name: value for name, value in given.items() if name not in names}
-    judged = _opened(subject)
+    judged: Path | Report | Track | str = _opened(subject)
+    kind: Literal["report", "track", "checkpoint"] = (
+        "checkpoint" if isinstance(judged, Path) else "track" if isinstance(judged, Track) else "report"
+    )
     found: Report | None
     readings: Readings
-    if isinstance(judged, Path):
+    points: list[tuple[str, int | None, Readings]] = []
+    if isinstance(judged, Report) and settings.points is not None:
+        raise UsageError(f"--any and --last are for runs and tracks, and {_name(subject)} is a report", hint="drop them")
+    if isinstance(judged, Path) and settings.points is not None:
+        judged = _tracked(judged, settings.points, options, budget=budget, started=started, progress=progress)
+        options, budget = {}, None
+        if isinstance(judged, Track) and report is not None and (newest := judged.points[-1].report):
+            write_whole(Path(report), newest.to_json().encode())
+        report = None
+    if isinstance(judged, str):
+        found, readings = None, NoReadings(judged)
+    elif isinstance(judged, Path):
         tell = progress or (lambda stage, done: None)
         found, reason = measure(judged, options, started=started, seconds=budget, tell=tell, on_verdict=on_verdict)
         if found is not None and report is not None:
             write_whole(Path(report), found.to_json().encode())
-        readings = NoReadings(reason) if found is None else ReportReadings(found, *compared(before, found))
+        readings = NoReadings(reason)
+        if found is not None:
+            run = judge_run([found], places=_places(judged))
+            readings = ReportReadings(found, *compared(before, found), run)
     elif flags := [*options, *["report"][: report is not None], *["budget"][: budget is not None]]:
         flag = f"--{flags[0].replace('_', '-')}"
         raise UsageError(f"{flag} is for checkpoints, and {_name(subject)} is a document", hint=f"drop {flag}")
     elif isinstance(judged, Track):
         found = judged.points[-1].report
         readings = track_readings(judged, compared(before, found)[0])
+        points = _points(judged, before, settings.points)
     else:
         found, readings = judged, ReportReadings(judged, *compared(before, judged))
     return decide(
@@ -95,11 +125,50 @@ def gate(
         readings,
         found,
         path=_name(subject),
-        kind="checkpoint" if isinstance(judged, Path) else "track" if isinstance(judged, Track) else "report",
+        kind=kind,
         baseline=None if settings.baseline is None else _name(settings.baseline),
         regression_tolerance=settings.tolerance,
         unresolved=settings.unresolved,
+        points=points,
     )
+
+
+def _tracked(
+    run: Path, last: int, options: Mapping[str, Any], *, budget: float | None, started: float, progress: Progress | None
+) -> Track | str:
+    """The newest `last` checkpoints of a run measured, or why none was in time. Raises CurvError."""
+    from curvcli.analysis.track import track
+
+    try:
+        return track(run, last=last if last < ALL else None, progress=progress, budget=budget, started=started, **options)
+    except OutOfTime:
+        return f"the budget of {budget:g} s ran out, and nothing was measured; raise --budget"
+
+
+def _points(track: Track, before: Report | list[Report] | None, last: int | None) -> list[tuple[str, int | None, Readings]]:
+    """Name, step and readings of the points that the rules have to hold for; none where it is the newest alone."""
+    if last is None:
+        return []
+    run = judge_track(track)
+    found: list[tuple[str, int | None, Readings]] = []
+    for place in range(max(0, len(track.points) - last), len(track.points)):
+        point = track.points[place]
+        name = point.checkpoint if point.step is None else f"step {point.step:,}"
+        found.append((name, point.step, track_readings(track, compared(before, point.report)[0], place, run)))
+    return found
+
+
+def _places(path: Path) -> list[tuple[str, int | None]]:
+    """Path and step of the checkpoints of a run, or of that which a checkpoint lies in; none of a run behind a URL."""
+    from curvcli.checkpoints import find_checkpoints, step_of
+
+    found: list[Path] = []
+    if path.exists():
+        with suppress(CurvError, OSError):
+            found = find_checkpoints(path)
+            if len(found) == 1 and step_of(found[0]) is not None:
+                found = find_checkpoints(found[0].absolute().parent)
+    return [(str(place), step_of(place)) for place in found]
 
 
 @dataclass(frozen=True)
@@ -108,6 +177,7 @@ class Settings:
 
     Args:
         others: the settings that are no rules: name, value, source.
+        points: how many of a run's newest points rules have to hold for; None is the newest alone, `ALL` all of them.
     """
 
     rules: list[Rule]
@@ -115,6 +185,7 @@ class Settings:
     tolerance: float
     unresolved: Unresolved
     others: list[tuple[str, str, str]]
+    points: int | None = None
 
 
 def in_force(subject: Path | Report | Track | None, given: Mapping[str, Any]) -> Settings:
@@ -156,11 +227,12 @@ def in_force(subject: Path | Report | Track | None, given: Mapping[str, Any]) ->
     baseline = document or of("baseline")[0]
     scopes = {known.name: known.scope for known in known_rules()}
     compares = [rule.name for rule in rules if scopes[rule.name] == "comparison"]
-    if "max-surge" in compares and subject is not None and _is_track(subject):
+    points = ALL if of("any")[0] else of("last")[0]
+    if "max-surge" in compares and subject is not None and (points is not None or _is_track(subject)):
         compares.remove("max-surge")  # it has its own past to be compared with
     if compares and baseline is None:
         raise UsageError(f"{compares[0]} compares with a baseline, and none is named", hint="pass --baseline FILE")
-    named = {"regression_tolerance": 1.0, "unresolved": "exit code 3", "baseline": "none"}
+    named = {"regression_tolerance": 1.0, "unresolved": "exit code 3", "baseline": "none", "any": False, "last": "newest"}
     others = [(name.replace("_", "-"), *of(name, default)) for name, default in named.items()]
     return Settings(
         rules,
@@ -168,6 +240,7 @@ def in_force(subject: Path | Report | Track | None, given: Mapping[str, Any]) ->
         tolerance=of("regression_tolerance", 1.0)[0],
         unresolved=of("unresolved", "report")[0],
         others=[(name, f"{value:g}" if isinstance(value, float) else str(value), source) for name, value, source in others],
+        points=points,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvcli.analysis.companions import companions
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
@@ -20,7 +21,7 @@ from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ritz import Extremes, Ritz
-from curvcli.documents import Update
+from curvcli.documents import Companions, LayerCompanions, Update
 from curvcli.errors import OutOfTime
 from curvcli.models.rows import Lookups, lookups
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -91,6 +92,8 @@ class Measured:
     rare: dict[str, int] = field(default_factory=dict)
     update: Update = field(default_factory=lambda: Update(critical_lr=None, ratio=None, status="skipped"))
     ends: Solved | None = None
+    companions: Companions | None = None
+    beside: list[LayerCompanions] = field(default_factory=list)
     layers: list[Solved] = field(default_factory=list)
     restricted: dict[int, Solved] = field(default_factory=dict)
     truncated: list[Solved] = field(default_factory=list)
@@ -208,13 +211,15 @@ class Measurement:
         self.in_time()
         hvp = build(self.problem, self.choice.mode)
         found = self.full(hvp, loss, looked_up)
+        found.body = found.body and found.body.bare()  # its vector makes room for what follows
         try:
             self.in_time()
             self.stages.enter("next update")
             counted = _Counting(hvp, self, 1.0)
             found.update = next_update(self.problem, self.preconditioner, counted, self.names, gradients)
-            del gradients
             on_full(self.completed(found))
+            found.companions, found.beside = companions(self, counted, gradients)
+            del gradients
             self.parts(hvp, found)
             if self.depths and self.layer_names:
                 self.curve(hvp, found)
@@ -264,7 +269,7 @@ class Measurement:
         if self.solver.expired:
             return found
         operator = self.folded(hvp)
-        found.body = Solved(self.names, self.solver.extremes(operator, support=mask)).bare()
+        found.body = Solved(self.names, self.solver.extremes(operator, support=mask))
         found.rare = {n: int(m.sum()) for n, m in rows.items()}
         found.folds = _folds(operator)
         return found

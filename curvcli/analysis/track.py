@@ -21,7 +21,9 @@ from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
 from curvcli.errors import CurvError, InputError, OutOfTime, UsageError
+from curvcli.judge.limits import changed
 from curvcli.judge.readings import ReportReadings, incomparable, past
+from curvcli.judge.run import judge_points, run_findings
 from curvcli.models.architecture import config_beside
 from curvcli.models.user_code import source_digest
 
@@ -121,7 +123,7 @@ def track_run(
     say = progress or (lambda stage, done: None)
     found = _in_order(find_checkpoints(path))
     over = passed_over(path, found)
-    found = the_last(found, last, options)
+    every, found = found, the_last(found, last, options)
     points: list[TrackPoint] = []
     log: list[TrainingStep] = []
     shard: tuple[str, int | None] | None = None
@@ -138,7 +140,7 @@ def track_run(
                 checkpoint = fetched(checkpoint)  # of a run behind a URL, one at a time
                 unchanged = partial(_is_still, checkpoint, _stamp(checkpoint))
                 opened = _complete(checkpoint, options)
-                log = [TrainingStep(step=e.step, loss=e.loss, lr=e.lr) for e in opened.checkpoint.log] or log
+                log = [TrainingStep(**asdict(entry)) for entry in opened.checkpoint.log] or log
                 tokens = _same(opened, shard)
                 report, source = _measured(opened, cache, unchanged, partial(within, call_off=disarm))
             shard = tokens
@@ -158,6 +160,8 @@ def track_run(
             f"none of {len(points)} checkpoints of {path} could be measured; {first.checkpoint}: {first.message}",
             hint="try one alone with curv analyze",
         )
+    others = [(str(place), step_of(place)) for place in every[: len(every) - len(found)]]
+    verdict = judge_points(points, log, others)
     hvps = sum(p.report.cost.hvps for p in points if p.report and p.source == "measured")
     return Track(
         run=str(path),
@@ -165,7 +169,8 @@ def track_run(
         log=log,
         window=window,
         surge_limit=surge_limit,
-        findings=[*over, *_findings(points, surge_limit)],
+        findings=[*(run_findings(verdict) if verdict else []), *over, *_findings(points, surge_limit)],
+        verdict=verdict,
         hvps=hvps,
         seconds=time.monotonic() - started,
         versions=Versions.installed(),
@@ -247,7 +252,7 @@ def _measured(
     if (report := cache.get(key)) is not None:
         # The same content may have been measured elsewhere.
         place = {"path": str(opened.checkpoint.path)}
-        data = opened.data(report.data.loss, report.data.tokens)
+        data = opened.data(report.data.loss, report.data.tokens, report.data.unigram_loss)
         moved = {"checkpoint": report.checkpoint.model_copy(update=place), "data": data}
         return report.model_copy(update=moved), "cached"
     report = opened.measure(progress)
@@ -311,8 +316,7 @@ def _findings(points: Sequence[TrackPoint], limit: float) -> list[Finding]:
         steps = f"step {earlier.checkpoint.step} to {later.checkpoint.step}"
         if earlier.verdict != later.verdict:
             message = f"{steps}: {earlier.verdict} before, {later.verdict} then"
-            severity: Literal["error", "info"] = "error" if later.verdict == "unstable" else "info"
-            found.append(Finding(code="verdict-changed", severity=severity, message=message))
+            found.append(Finding(code="verdict-changed", severity=changed(later.verdict), message=message))
         if reason := incomparable(later, earlier):
             message = f"{steps}: the two do not compare ({reason}), and no surge is over both"
             found.append(Finding(code="not-comparable", severity="warning", message=message))

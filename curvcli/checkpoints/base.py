@@ -46,6 +46,7 @@ class Logged:
     step: int
     loss: float | None
     lr: float | None
+    non_finite: bool = False  # a loss was logged that is no number, or infinite
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def analyze(
             out_of_time = True
         else:
             _write(report, output, plot)
-            _print(report, format, early.shown if early else None)
+            _print(report, format, early.shown if early else None, verbose)
     if out_of_time:
         raise typer.Exit(3)
 
@@ -151,13 +151,13 @@ def _write(report: Report, output: Path | None, plot: Path | None) -> None:
         write_whole(plot, draw(report, plot.suffix[1:].lower()))
 
 
-def _print(report: Report, format: Format, begun: Text | None) -> None:  # noqa: A002
+def _print(report: Report, format: Format, begun: Text | None, verbose: bool) -> None:  # noqa: A002
     if format is Format.table:
         from rich.console import Console
 
         from curvcli.render.table import show
 
-        show(report, Console(), begun=begun)
+        show(report, Console(), begun=begun, verbose=verbose)
     else:
         from curvcli.render import TEXT
 

@@ -20,6 +20,7 @@ class TrackFormat(StrEnum):
     table = "table"
     json = "json"
     csv = "csv"
+    markdown = "markdown"
 
 
 class ShortFormat(StrEnum):

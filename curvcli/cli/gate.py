@@ -56,6 +56,14 @@ def gate(
     baseline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Report or track to compare with.", rich_help_panel=RULES)
     ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--any", help="Break where any point of a run breaks a rule.", rich_help_panel=RULES),
+    ] = False,
+    last: Annotated[
+        int | None,
+        typer.Option("--last", metavar="N", min=1, help="The same of the newest N points.", rich_help_panel=RULES),
+    ] = None,
     unresolved: Annotated[
         Taken | None,
         typer.Option(help="What an unresolved outcome is taken for, instead of exit code 3.", rich_help_panel=RULES),
@@ -92,9 +100,7 @@ def gate(
     ] = None,
     format: Annotated[GateFormat, typer.Option(help="What stdout gets.", rich_help_panel=OUTPUT)] = GateFormat.text,  # noqa: A002
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=OUTPUT)] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Each step with its time on stderr.", rich_help_panel=OUTPUT)
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help=options.VERBOSE, rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Hold a checkpoint, a report or a track against rules, for CI: passed, broken or unresolved.
 
@@ -112,6 +118,8 @@ def gate(
             "baseline": baseline,
             "regression_tolerance": regression_tolerance,
             "unresolved": None if unresolved is None else unresolved.value,
+            "any": every or None,
+            "last": last,
         }
         found = in_force(subject, settings)
         if explain:
@@ -136,7 +144,7 @@ def gate(
                 on_verdict=None if progress is None else told_early(progress), **changed,
             )  # fmt: skip
         _write(document, outputs)
-        _print(document, format)
+        _print(document, format, verbose)
         code = document.exit_code
     raise typer.Exit(code)
 
@@ -157,7 +165,7 @@ def _write(document: Gate, outputs: list[Path]) -> None:
         write_whole(path, BY_SUFFIX[path.suffix.lower()](document).encode())
 
 
-def _print(document: Gate, format: GateFormat) -> None:  # noqa: A002
+def _print(document: Gate, format: GateFormat, verbose: bool) -> None:  # noqa: A002
     from curvcli.render.gate import GATE
 
     with readers_may_leave():  # who must not turn a broken rule into exit code 0, nor a passed one into 1
@@ -166,7 +174,7 @@ def _print(document: Gate, format: GateFormat) -> None:  # noqa: A002
 
             from curvcli.render.gate_text import show
 
-            show(document, Console())
+            show(document, Console(), verbose=verbose)
         else:
             typer.echo(GATE[format.value].render(document), nl=False)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")

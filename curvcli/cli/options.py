@@ -138,7 +138,8 @@ Budget = Annotated[str | None, typer.Option(metavar="TIME", help=BUDGET)]
 Estimate = Annotated[
     bool, typer.Option("--estimate", help="Make one product, print what the measurement will cost, and measure nothing.")
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each step with its time on stderr.")]
+VERBOSE = "Print all findings, and each step with its time on stderr."
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help=VERBOSE)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.")]
 
 

@@ -40,7 +40,10 @@ def report(
 @app.command(epilog="Example:\n\n`curv schema report > curv.report.schema.json`")
 def schema(
     document: Annotated[
-        str, typer.Argument(metavar="NAME", help="Kind of document: report, track, compare, schedule, curvature or gate.")
+        str,
+        typer.Argument(
+            metavar="NAME", help="Kind of document: report, track, compare, explain, schedule, curvature or gate."
+        ),
     ],
 ) -> None:
     """Print the JSON Schema of a document that curv writes."""

@@ -82,7 +82,7 @@ def track(
             estimates.show(cost, format.value)
         elif found is not None:
             _write(found, output, plot)
-            _print(found, format)
+            _print(found, format, verbose)
         else:
             typer.echo(f"curv: the budget of {seconds:g} s ran out, and nothing was measured; raise --budget", err=True)
     if found is None and not estimate:
@@ -100,16 +100,20 @@ def _write(found: Track, output: Path | None, plot: Path | None) -> None:
         write_whole(plot, plot_track(found, plot.suffix[1:].lower()))
 
 
-def _print(found: Track, format: TrackFormat) -> None:  # noqa: A002
+def _print(found: Track, format: TrackFormat, verbose: bool) -> None:  # noqa: A002
     if format is TrackFormat.table:
         from rich.console import Console
 
         from curvcli.render.track_table import show
 
-        show(found, Console())
+        show(found, Console(), verbose=verbose)
     elif format is TrackFormat.csv:
         from curvcli.render.track_table import to_csv
 
         typer.echo(to_csv(found), nl=False)
+    elif format is TrackFormat.markdown:
+        from curvcli.render.track_markdown import markdown
+
+        typer.echo(markdown(found), nl=False)
     else:
         typer.echo(found.to_json(), nl=False)

@@ -180,7 +180,7 @@ class ForwardOverReverse:
         for i, weight in enumerate(self.problem.weights):
 
             def loss(*values: Tensor, batch: object = self.problem.batches[i]) -> Tensor:
-                stand_in = _StandIn(self.problem.model, dict(zip(names, values, strict=True)))
+                stand_in = StandIn(self.problem.model, dict(zip(names, values, strict=True)))
                 return self.problem.loss(stand_in, batch)
 
             with self.problem.scope(), sdpa_kernel(SDPBackend.MATH):
@@ -189,7 +189,7 @@ class ForwardOverReverse:
         return total
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """The model with some parameters substituted, for a loss that calls it.
 
     A loss that reaches inside the model instead (`model.head(x)`) would bypass the substitution and
@@ -202,12 +202,13 @@ class _StandIn(nn.Module):
         self.__dict__["_model"] = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives with these parameters."""
         return self.__dict__["_call"](*args, **kwargs)
 
 
 def measured(model: nn.Module) -> nn.Module:
     """The model behind a stand-in, for a loss that looks at its modules and reads parameters only while they are called."""
-    found: nn.Module = model.__dict__["_model"] if isinstance(model, _StandIn) else model
+    found: nn.Module = model.__dict__["_model"] if isinstance(model, StandIn) else model
     return found
 
 

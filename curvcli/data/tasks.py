@@ -149,6 +149,27 @@ def predictions(batch: Tensor | Mapping[str, Tensor], task: Task) -> int:
     return int(labelled(batch, shifted=task == "causal-lm").sum())
 
 
+def unigram_loss(data: Shard | Examples, task: Task) -> float | None:
+    """Entropy of the targets by their own frequencies, in nats: the loss of a model that knows these and no context.
+
+    Args:
+        data: as the task's loss takes it.
+
+    Returns:
+        None of tasks whose targets are no tokens of the text that is read, and where nothing is predicted.
+    """
+    if task not in ("causal-lm", "masked-lm"):
+        return None
+    if isinstance(data, Shard):
+        labels = data.windows[:, 1:]
+    elif "labels" in data.columns:
+        labels = data.columns["labels"][:, 1:] if task == "causal-lm" else data.columns["labels"]
+    else:
+        return None
+    counts = labels[labels != IGNORED].unique(return_counts=True)[1].double()
+    return None if not counts.numel() else float(-(counts / counts.sum() * (counts / counts.sum()).log()).sum())
+
+
 def masked(shard: Shard, mask: int, seed: int) -> Examples:
     """Windows without their last token, 15 % of each one's positions (one at least) replaced by the mask token.
 
@@ -183,6 +204,33 @@ def mask_token(model: nn.Module, checkpoint: Checkpoint) -> int:
             hint="save the tokenizer beside it, or give examples with masked input_ids and labels (.safetensors, .jsonl)",
         )
     return found
+
+
+def aligned(model: nn.Module, batch: Tensor | Mapping[str, Tensor], task: Task) -> dict[str, Tensor]:
+    """A batch in columns whose labels stand at the positions of their logits: `labelled_loss` of it is the task's loss.
+
+    Without the columns that the model does not take.
+    """
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch[:, :-1], "labels": batch[:, 1:]}
+    found = {name: column for name, column in batch.items() if name not in left_out(model, batch)}
+    if task == "causal-lm":
+        labels = _labels(batch)
+        found["labels"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    return found
+
+
+def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of every label other than -100, in nats, of shape (predictions,), in the order of the labels.
+
+    Args:
+        batch: as `aligned` gives it.
+    """
+    labels = _labels(batch)
+    logits = _logits(model, batch)
+    _check(labels, logits.shape[:-1], logits.shape[-1])
+    counted = labels != IGNORED
+    return nn.functional.cross_entropy(logits[counted], labels[counted], reduction="none")
 
 
 def _shifted(model: nn.Module, labels: Tensor, path: Path) -> Tensor:

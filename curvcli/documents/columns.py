@@ -21,8 +21,8 @@ Kind = Literal["number", "count", "word"]
 # The terminal's table, the table of a page, CSV, the Markdown table, and what the summary of a single report lists.
 Place = Literal["table", "page", "csv", "markdown", "summary"]
 # What a rule looks at, in the order in which rules are listed.
-Scope = Literal["full model", "parts", "next update", "comparison", "data"]
-_SCOPES: tuple[Scope, ...] = ("full model", "parts", "next update", "comparison", "data")
+Scope = Literal["full model", "parts", "layers", "next update", "comparison", "run", "data"]
+_SCOPES: tuple[Scope, ...] = ("full model", "parts", "layers", "next update", "comparison", "run", "data")
 LimitKind = Literal["limit", "percent", "count", "flag"]
 _METAVARS: dict[LimitKind, str | None] = {"limit": "X", "percent": "PERCENT", "count": "N", "flag": None}
 
@@ -33,7 +33,8 @@ class GateRule:
 
     Args:
         name: of the flag, the key in [gate] and the action's input; "min-..." is a lower limit, any other an upper one.
-        scope: what it looks at: the full model, each part alone, the next update, two measurements, or the data.
+        scope: what it looks at: the full model, each part alone, layers but not embedding and head, the next update, two
+            measurements, the run, or the data.
         help: a whole phrase, for the flag and for the action.
         what: what the outcome's message calls the number; "" is the column's label.
         kind: of the limit: above 0, percent, whole number, or none at all.
@@ -173,6 +174,11 @@ def _of(get: Callable[[Report], Value]) -> Callable[[Measurement], Value]:
     return lambda m: None if m.report is None else get(m.report)
 
 
+def _stable(field: str) -> Callable[[Measurement], Value]:
+    """Of the largest stable learning rate, where the report has one."""
+    return _of(lambda r: None if r.stable_lr is None else getattr(r.stable_lr, field))
+
+
 def _at(get: Callable[[TrackPoint], Value]) -> Callable[[Measurement], Value]:
     """Of the point of a track, where it is one."""
     return lambda m: None if m.point is None else get(m.point)
@@ -183,8 +189,19 @@ def _bound(part: Part) -> str:
     return "≤ " if part.estimate.most_negative_status == "unconverged" else ""
 
 
+def _beside(name: str) -> Callable[[Part], Value]:
+    """Of a layer's companions, where it has them."""
+    return lambda part: getattr(getattr(part.estimate, "companions", None), name, None)
+
+
+def _with(name: str) -> Callable[[Measurement], Value]:
+    """Of the whole model's companions."""
+    return _of(lambda report: getattr(report.companions, name, None))
+
+
 _PEOPLE: tuple[Place, ...] = ("table", "page", "markdown", "summary")  # shown in CSV alone
 _TOLD: tuple[Place, ...] = ("summary",)  # a report's summary says it in a sentence
+_NARROW: tuple[Place, ...] = ("table", "markdown")
 _ELSEWHERE: tuple[Place, ...] = ("table", "summary")
 
 PARTS: tuple[Column[Part], ...] = (
@@ -205,6 +222,23 @@ PARTS: tuple[Column[Part], ...] = (
     Column("ceiling", "at most", lambda p: p.estimate.ceiling, digits=4, rank=55, absent=("table",)),
     Column("most_negative_residual", "its residual", lambda p: p.estimate.most_negative_residual, absent=_PEOPLE),
     Column("most_negative_status", "its status", lambda p: p.estimate.most_negative_status, kind="word", absent=_PEOPLE),
+    Column(
+        "attention_logit", "attention logit", _beside("attention_logit"), digits=3, rank=72, absent=_NARROW, optional=True,
+        rule=GateRule(
+            "max-attention-logit", "layers", "Largest attention logit of any layer, on the first batch.",
+            what="largest attention logit",
+        ),
+    ),
+    Column(
+        "attention_entropy", "attention entropy", _beside("attention_entropy"), unit="nats", digits=3, rank=73,
+        absent=_NARROW, optional=True,
+        rule=GateRule(
+            "min-attention-entropy", "layers", "Smallest mean entropy of a layer's attention, in nats.",
+            what="attention entropy",
+        ),
+    ),
+    Column("spectral_norm", "spectral norm", _beside("spectral_norm"), digits=3, rank=74, absent=_NARROW, optional=True),
+    Column("update_rms", "update RMS", _beside("update_rms"), digits=3, rank=75, absent=_NARROW, optional=True),
     Column("hvps", "HVPs", lambda p: p.estimate.hvps, kind="count", rank=70, absent=("table", "markdown")),
     Column("status", "status", lambda p: p.estimate.status, kind="word", rank=90, absent=("table",)),
 )  # fmt: skip
@@ -243,6 +277,17 @@ POINTS: tuple[Column[Measurement], ...] = (
     ),
     Column("critical_lr", "critical lr", _of(lambda r: r.update.critical_lr), digits=3, absent=_PEOPLE),
     Column("lr", "lr", _of(lambda r: r.optimizer.lr), digits=3, rank=75, leaves=2, absent=_TOLD),
+    Column("stable_lr", "max lr", _stable("value"), digits=2, rank=76, leaves=5, optional=True, absent=_TOLD, solved=True),
+    Column("stable_lr_low", "from", _stable("low"), digits=2, rank=77, optional=True, absent=_ELSEWHERE, solved=True),
+    Column("stable_lr_high", "to", _stable("high"), digits=2, rank=78, optional=True, absent=_ELSEWHERE, solved=True),
+    Column(
+        "lr_ratio", "lr/max lr", _stable("ratio"), digits=2, rank=79, optional=True, absent=_PEOPLE, solved=True,
+        rule=GateRule(
+            "max-lr-ratio", "full model", "Largest learning rate over the largest stable one.",
+            what="lr over the largest stable one",
+        ),
+    ),
+    Column("odds", "odds", _of(lambda r: r.odds), digits=2, rank=45, optional=True, absent=_PEOPLE, solved=True),
     Column(
         "training_loss", "loss", _at(lambda p: p.training_loss), unit="nats per token", rank=80, leaves=None,
         absent=_TOLD,
@@ -260,6 +305,21 @@ POINTS: tuple[Column[Measurement], ...] = (
             what="surge of rho",
         ),
     ),
+    Column(
+        "loss_rise", "loss rise", _of(lambda r: r.course.rise if r.course else None), unit="percent", absent=_PEOPLE,
+        rule=GateRule(
+            "max-loss-rise", "run", "Percent that the logged loss may lie over the run's own best.", kind="percent",
+            what="rise of the loss in percent",
+        ),
+    ),
+    Column(
+        "run", "run", _of(lambda r: r.course.name if r.course else None), kind="word", absent=_PEOPLE, rank=90,
+        rule=GateRule("require-healthy", "run", "The run must be healthy, its loss and its curvature.", kind="flag"),
+    ),
+    Column("gradient_norm", "gradient norm", _with("gradient_norm"), digits=3, absent=_PEOPLE),
+    Column("gradient_quotient", "g'Hg/g'g", _with("gradient_quotient"), absent=_PEOPLE),
+    Column("preconditioned_quotient", "w'Gw/w'w", _with("preconditioned_quotient"), absent=_PEOPLE),
+    Column("update_rms", "update RMS", _with("update_rms"), digits=3, absent=_PEOPLE),
     Column("surged", "surged", _at(lambda p: str(p.surged).lower()), kind="word", absent=_PEOPLE),
     Column("message", "message", _at(lambda p: p.message), kind="word", absent=_PEOPLE),
 )  # fmt: skip

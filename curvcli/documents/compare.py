@@ -23,6 +23,7 @@ class Side(Document):
     update_ratio: float | None
     verdict: VerdictName
     tokens: int
+    stable_lr: float | None = Field(default=None, description="the largest stable learning rate; null where none is known")
 
 
 class Change(Document):

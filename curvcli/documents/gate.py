@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from curvcli.documents import columns
 from curvcli.documents.base import Document, Finding, read_document
 from curvcli.documents.report import VerdictName
+from curvcli.documents.track import RunVerdict
 
 
 def _known(name: str) -> str:
@@ -31,7 +32,7 @@ class Rule(Document):
 
     name: RuleName
     limit: float | None = Field(
-        description="max-regression: percent, with the tolerance not yet added; null for require-resolved"
+        description="max-regression: percent, with the tolerance not yet added; null for what is only required"
     )
     source: str
 
@@ -44,6 +45,7 @@ class Outcome(Document):
     source: str
     outcome: OutcomeName
     part: str | None = Field(description="the layer, or embedding and head, that decided a rule on layers")
+    step: int | None = Field(default=None, description="of the point that decided, where several are judged")
     value: float | None
     low: float | None = Field(description="lower end of the bracket that the limit is held against")
     high: float | None = Field(description="its upper end")
@@ -54,12 +56,17 @@ class Subject(Document):
     """What was judged; numbers are null where the time budget ran out before any was known."""
 
     path: str
-    kind: Literal["report", "track", "checkpoint"] = Field(description="of a track the newest point is judged")
+    kind: Literal["report", "track", "checkpoint"] = Field(description="of a track the newest `points` are judged")
     checkpoint: str | None
     step: int | None
     tokens: int | None
     rho: float | None
     verdict: VerdictName
+    stable_lr: float | None = Field(default=None, description="the largest stable learning rate; null where none is known")
+    run: RunVerdict | None = Field(
+        default=None, description="on the run, from its loss and what is measured; null in documents of older versions"
+    )
+    points: int = Field(default=1, description="of a run that were held against the rules, the newest ones")
 
 
 class Gate(Document):

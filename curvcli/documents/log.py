@@ -20,7 +20,7 @@ from curvcli.errors import InputError
 LOG_NAME = "curvature.jsonl"
 _CHUNK = 1 << 20
 _LONGEST = 1 << 20  # bytes of one line; a record has a few hundred
-_TAIL = 256  # bytes before the read position that must still be there
+_TAIL = 4096  # bytes before the read position that must still be there: more than a record, whose step is at its beginning
 
 
 @dataclass(frozen=True)

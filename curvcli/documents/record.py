@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from curvcli.documents.base import Document
+from curvcli.documents.report import StableLr
 
 RecordStatus = Literal["converged", "unconverged", "non-finite", "asymmetric", "failed"]
 
@@ -25,11 +26,29 @@ class Record(Document):
     rho: float | None
     residual: float | None
     update_ratio: float | None = Field(description="lr over the critical lr of the next update; null if none exists")
+    update_rms: float | None = Field(
+        default=None, description="root mean square of the next update, in units of the learning rate"
+    )
+    gradient_norm: float | None = Field(default=None, description="of the loss on the probe, over the parameters that train")
+    gradient_sigmas: float | None = Field(
+        default=None,
+        description="standard deviations by which log gradient_norm lies above the mean of up to 100 measurements before; "
+        "null while fewer than ten came before",
+    )
+    gradient_outlier: bool | None = Field(default=None, description="gradient_sigmas is above 6; null without it")
+    gradient_quotient: float | None = Field(default=None, description="g'Hg / g'g on the probe, where it is asked for")
+    attention_logit: float | None = Field(default=None, description="largest of any layer, where it is asked for")
+    attention_entropy: float | None = Field(default=None, description="smallest mean of a layer, where it is asked for")
     active_depth: int | None = Field(description="blocks that train, under architecture warm-up")
     hvps: Annotated[int, Field(ge=0)]
     seconds: float = Field(description="that the measurement took")
     status: RecordStatus
     message: str | None = None
+    early: bool = Field(default=False, description="the optimizer is young: rho means nothing yet, whatever it is")
+    stable_lr: StableLr | None = Field(
+        default=None,
+        description="null where rho is not certified or not above 0, it is too early, or an older version wrote",
+    )
 
     def to_line(self) -> str:
         """The record as one line of JSONL."""

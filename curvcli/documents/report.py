@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from curvcli.documents.base import Document, Finding, Versions, read_document
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
-VerdictName = Literal["stable", "edge", "unstable", "unresolved"]
+VerdictName = Literal["stable", "edge", "hot", "unstable", "early", "unresolved"]
 MOST_LAYERS = 100_000
 ENDS = "embedding, head"  # what the part outside the layers is called
 
@@ -66,10 +66,27 @@ class BodyEstimate(Estimate):
     rows: int = Field(description="left out: looked up fewer than ten times, if at all")
 
 
+class LayerCompanions(Document):
+    """Cheap numbers of a layer that stand beside its curvature; null where they could not be had."""
+
+    attention_logit: float | None = Field(
+        description="largest |q.k| over heads and pairs that are not masked, as softmax takes it, on the shard's first batch"
+    )
+    attention_entropy: float | None = Field(
+        description="mean over heads and queries of -sum p log p, in nats, on the first batch; not over the log of how many "
+        "keys a query has"
+    )
+    spectral_norm: float | None = Field(description="largest singular value of any of its weight matrices")
+    update_rms: float | None = Field(description="root mean square of its next update over the learning rate")
+
+
 class LayerEstimate(PartEstimate):
     """Of one layer."""
 
     index: Annotated[int, Field(ge=0, le=MOST_LAYERS)]
+    companions: LayerCompanions | None = Field(
+        default=None, description="null where the time budget ran out before, and in documents of older versions"
+    )
 
 
 class DepthEstimate(Estimate):
@@ -119,6 +136,11 @@ class Data(Document):
         description="of the token ids used, as little-endian int64, in order; of examples: of the columns and their shapes"
     )
     loss: float = Field(description="mean loss over the shard, in nats per token")
+    unigram_loss: float | None = Field(
+        default=None,
+        description="entropy of the shard's targets by their frequencies alone, in nats per token: what a model without "
+        "context reaches; null where targets are no tokens, the loss is the user's own, and in documents of older versions",
+    )
 
 
 class Optimizer(Document):
@@ -144,6 +166,33 @@ class Update(Document):
     status: Literal["ok", "uphill", "concave", "unavailable", "skipped"] = Field(
         description="uphill: g.u <= 0 on this shard; concave: u.Hu <= 0, no critical lr; unavailable: no momentum or lr; "
         "skipped: the time budget ran out first"
+    )
+
+
+class StableLr(Document):
+    """The learning rate at which rho, lambda as it is, would come to where training broke in runs whose end is known."""
+
+    value: float = Field(description="at which half of the calibration's ramps had broken")
+    low: float
+    high: float | None = Field(description="null where rho of the data may be 0 or below, and nothing bounds it")
+    confidence: float = Field(description="share of the ramps that broke within these ends, rho's own bracket counted in")
+    group: Literal["adaptive", "sgd", "all"] = Field(
+        description="the optimizers whose ramps these are; all: no ramp had this one, and the ends are the widest"
+    )
+    uncovered: list[str] = Field(description="what of this run lies outside the calibration's, in words")
+    ratio: float = Field(description="the learning rate in force over `value`")
+
+
+class Companions(Document):
+    """Cheap numbers of the whole model that stand beside rho; null where they could not be had."""
+
+    gradient_norm: float | None = Field(description="of the mean loss on the shard, over the parameters that move")
+    gradient_quotient: float | None = Field(description="g'Hg / g'g: curvature of the loss along its gradient")
+    preconditioned_quotient: float | None = Field(
+        description="w'Gw / w'w for w = P^(-1/2) g: the same as the optimizer sees it, at most lambda"
+    )
+    update_rms: float | None = Field(
+        description="root mean square of the next update P^(-1) m, in units of the learning rate"
     )
 
 
@@ -202,6 +251,35 @@ class Cost(Document):
     )
 
 
+class LossCourse(Document):
+    """What the loss says of the run up to a checkpoint: its own log, and the loss on the shard beside the tokens' entropy.
+
+    Losses are medians of `window` logged ones. "wrecked": the loss lies above the run's own best for good, or is no number
+    any more. "collapsed": it is no better than the frequencies of the tokens give, long after the start. "short": the log
+    is too short to say, or there is none.
+    """
+
+    name: Literal["healthy", "wrecked", "collapsed", "short"]
+    step: int | None = Field(default=None, description="first step that was logged after it went wrong")
+    loss: float | None = Field(default=None, description="now, in nats per token")
+    best: float | None = Field(default=None, description="the run's own best before")
+    best_step: int | None = None
+    rise: float | None = Field(default=None, description="percent of now over the best; null where that is not positive")
+    margin: float | None = Field(default=None, description="nats that the loss may lie over the best and mean nothing")
+    window: int | None = Field(default=None, description="logged losses that a median is over")
+    spikes: list[int] = Field(default=[], description="steps at which the loss jumped and came back")
+    lr_share: float | None = Field(default=None, description="newest learning rate over the highest one logged")
+    lr_highest: float | None = Field(
+        default=None, description="highest learning rate logged until it went wrong, or until now"
+    )
+    reason: str = Field(default="", description="why, in plain words")
+
+    @property
+    def lost(self) -> bool:
+        """Whether the loss says that training has failed, whatever rho is."""
+        return self.name in ("wrecked", "collapsed")
+
+
 class Report(Document):
     """What `curv analyze` found; document "curv.report/1"."""
 
@@ -221,12 +299,26 @@ class Report(Document):
     layers: list[LayerEstimate]
     cumulative: Cumulative
     update: Update
+    companions: Companions | None = Field(
+        default=None, description="null where the time budget ran out before, and in documents of older versions"
+    )
     tokens: list[TokensPoint]
     generalisation: Generalisation
     attribution: list[Attribution]
     participation: float | None = Field(description="entries that the top eigenvector is spread over: 1 / sum of v^4")
     verdict: VerdictName
+    stable_lr: StableLr | None = Field(
+        default=None,
+        description="null where lambda is not certified or not above 0, the preconditioner is estimated, or it is too "
+        "early; and in documents of older versions",
+    )
+    odds: float | None = Field(
+        default=None, description="chance that a run at this rho ends badly, by the calibration's runs; null as stable_lr"
+    )
     findings: list[Finding]
+    course: LossCourse | None = Field(
+        default=None, description="of the loss up to here; null without a log and a unigram loss, and in older documents"
+    )
     cost: Cost
     versions: Versions
 

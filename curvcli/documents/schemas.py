@@ -6,6 +6,7 @@ from typing import Any
 
 from curvcli.documents.base import Document
 from curvcli.documents.compare import Comparison
+from curvcli.documents.explain import Explanation
 from curvcli.documents.gate import Gate
 from curvcli.documents.record import Record
 from curvcli.documents.report import Report
@@ -20,6 +21,7 @@ SCHEMAS: dict[str, type[Document]] = {
     "gate": Gate,
     "track": Track,
     "compare": Comparison,
+    "explain": Explanation,
 }
 
 

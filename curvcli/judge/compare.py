@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from curvcli.documents import Change, Comparison, Estimate, Finding, Report, Side, Versions
-from curvcli.judge.limits import certified
+from curvcli.judge.limits import certified, changed
 
 LARGE = 2.0  # a change that is worth a finding
 
@@ -42,6 +42,7 @@ def _side(report: Report, name: str) -> Side:
         update_ratio=report.update.ratio,
         verdict=report.verdict,
         tokens=report.data.tokens,
+        stable_lr=report.stable_lr.value if report.stable_lr else None,
     )
 
 
@@ -111,6 +112,5 @@ def _large(changes: list[Change]) -> list[Finding]:
 def _verdict(first: Report, second: Report) -> list[Finding]:
     if first.verdict == second.verdict:
         return []
-    severity = "error" if second.verdict == "unstable" else "info"
     message = f"{first.verdict} before, {second.verdict} now"
-    return [Finding.model_validate({"code": "verdict-changed", "severity": severity, "message": message})]
+    return [Finding(code="verdict-changed", severity=changed(second.verdict), message=message)]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from curvcli.documents import Gate, Outcome, OutcomeName, Report, Rule, Subject, VerdictName
+from curvcli.documents import Gate, Outcome, OutcomeName, Report, Rule, RunName, RunVerdict, Subject, VerdictName
 from curvcli.documents.base import LARGEST
 from curvcli.documents.columns import ruled
 from curvcli.documents.version import package_version
+from curvcli.judge.limits import UNKNOWN
 from curvcli.judge.readings import Reading, Readings
 
 Unresolved = Literal["report", "pass", "fail"]
+LOST: tuple[RunName, ...] = ("wrecked", "collapsed")
 WORST_FIRST: tuple[OutcomeName, ...] = ("broken", "unresolved", "passed")
 
 
@@ -31,7 +33,8 @@ def judge(rules: Sequence[Rule], readings: Readings, *, regression_tolerance: fl
         column = known[rule.name]
         asked = column.rule
         if asked is None or asked.kind == "flag":
-            outcomes.append(_resolved(rule, readings.verdict()))
+            healthy = rule.name == "require-healthy"
+            outcomes.append(_healthy(rule, readings.run()) if healthy else _resolved(rule, readings.verdict()))
         elif rule.limit is None:
             raise ValueError(f"{rule.name} has no limit")
         elif column.kind == "count" and asked.least:
@@ -41,6 +44,34 @@ def judge(rules: Sequence[Rule], readings: Readings, *, regression_tolerance: fl
             found = [_held(rule, limit, reading, least=asked.least) for reading in readings.of(column)]
             outcomes.append(_deciding(found, least=asked.least))
     return outcomes
+
+
+def judge_each(
+    rules: Sequence[Rule], points: Sequence[tuple[str, int | None, Readings]], *, regression_tolerance: float = 1.0
+) -> list[Outcome]:
+    """One outcome a rule: the worst of several points of a run, of equals the newest; its message says which others.
+
+    Args:
+        points: name, step and readings of each, in step order.
+    """
+    found = []
+    for rule in rules:
+        # Of the whole run there is one answer, whatever the point.
+        looked = points[-1:] if rule.name == "require-healthy" else points
+        each = [
+            (name, step, judge([rule], readings, regression_tolerance=regression_tolerance)[0])
+            for name, step, readings in looked
+        ]
+        worst = overall([outcome for *_, outcome in each])
+        same = [one for one in each if one[2].outcome == worst]
+        name, step, chosen = same[-1]
+        if len(looked) > 1:
+            others = ", ".join(name for name, *_ in same[:-1])
+            which = "" if worst == "passed" or not others else f"; {worst} too: {others}"
+            where = f"at all {len(looked)} points; {name}" if worst == "passed" else name
+            chosen = chosen.model_copy(update={"step": step, "message": f"{where}: {chosen.message}{which}"})
+        found.append(chosen)
+    return found
 
 
 def overall(outcomes: Sequence[Outcome]) -> OutcomeName:
@@ -67,15 +98,24 @@ def decide(
     baseline: str | None = None,
     regression_tolerance: float = 1.0,
     unresolved: Unresolved = "report",
+    points: Sequence[tuple[str, int | None, Readings]] = (),
 ) -> Gate:
     """The gate's document: the rules judged, and what was judged.
 
+    A run whose loss says that it is wrecked or has collapsed passes no gate, whatever rules are in force: that is an
+    outcome of its own.
+
     Args:
+        points: name, step and readings of the points that the rules have to hold for, where it is not the one alone.
         report: that the readings are of; None where there is none.
         path: of what the user named; baseline: of the report compared with.
         unresolved: what an unresolved outcome is taken for, in the exit code.
     """
-    outcomes = judge(rules, readings, regression_tolerance=regression_tolerance)
+    each = points or [("", None, readings)]
+    outcomes = judge_each(rules, each, regression_tolerance=regression_tolerance)
+    run = readings.run()
+    if run is not None and run.name in LOST and not any(rule.name == "require-healthy" for rule in rules):
+        outcomes.append(_healthy(Rule(name="require-healthy", limit=None, source="always: the run's own loss"), run))
     outcome = overall(outcomes)
     return Gate(
         subject=Subject(
@@ -86,6 +126,9 @@ def decide(
             tokens=report.data.tokens if report else None,
             rho=report.judged.rho if report else None,
             verdict=readings.verdict(),
+            stable_lr=report.stable_lr.value if report and report.stable_lr else None,
+            run=run,
+            points=len(each),
         ),
         baseline=baseline,
         outcome=outcome,
@@ -168,10 +211,34 @@ def _resolved(rule: Rule, verdict: VerdictName) -> Outcome:
         rule=rule.name,
         limit=None,
         source=rule.source,
-        outcome="broken" if verdict == "unresolved" else "passed",
+        outcome="broken" if verdict in UNKNOWN else "passed",
         part=None,
         value=None,
         low=None,
         high=None,
         message=f"the verdict is {verdict}",
+    )
+
+
+def _healthy(rule: Rule, run: RunVerdict | None) -> Outcome:
+    """Of the run: broken where it is wrecked, collapsed or too hot, and unresolved where nobody can say yet."""
+    name: OutcomeName = "unresolved"
+    if run is not None and run.name in (*LOST, "hot"):
+        name = "broken"
+    elif run is not None and run.name == "healthy":
+        name = "passed"
+    message = "nothing was measured"
+    if run is not None:
+        message = f"the run is {run.name}: {'; '.join(run.reasons)}" + ("" if name == "passed" else f"; {run.advice}")
+    return Outcome(
+        rule=rule.name,
+        limit=None,
+        source=rule.source,
+        outcome=name,
+        part=None,
+        step=run.step if run else None,
+        value=None,
+        low=None,
+        high=None,
+        message=message,
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from curvcli.documents import VerdictName
+from curvcli.documents import Record, Severity, VerdictName
 
 STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
+# Verdicts that leave open whether the run is stable: more data, more products or more steps could say.
+UNKNOWN: tuple[VerdictName, ...] = ("early", "unresolved")
 
 
 class Solved(Protocol):
@@ -31,6 +33,18 @@ class Solved(Protocol):
 def classify(rho: float) -> VerdictName:
     """Verdict of one exactly known rho."""
     return "stable" if rho < STABLE_BELOW else "edge" if rho <= UNSTABLE_ABOVE else "unstable"
+
+
+def changed(after: VerdictName) -> Severity:
+    """How severe it is that a verdict has become another one."""
+    return "error" if after == "unstable" else "warning" if after == "hot" else "info"
+
+
+def verdict_of(record: Record) -> VerdictName:
+    """Verdict of a training job's record, whose rho is that of its probe and no more."""
+    if record.early:
+        return "early"
+    return classify(record.rho) if record.rho is not None and certified(record) else "unresolved"
 
 
 def certified(found: Solved) -> bool:

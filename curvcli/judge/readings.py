@@ -11,10 +11,11 @@ from math import isclose
 from statistics import median
 from typing import Any, Protocol
 
-from curvcli.documents import Estimate, Report, Track, TrackPoint, VerdictName
+from curvcli.documents import Estimate, Report, RunVerdict, Track, TrackPoint, VerdictName
 from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
 from curvcli.documents.columns import parts as parts_of
 from curvcli.judge.limits import certified
+from curvcli.judge.run import judge_run, judge_track
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Readings(Protocol):
         """The verdict on rho of the full model; "unresolved" where nothing was measured."""
         ...
 
+    def run(self) -> RunVerdict | None:
+        """The verdict on the run; None where nothing was measured."""
+        ...
+
 
 @dataclass(frozen=True)
 class ReportReadings:
@@ -59,11 +64,13 @@ class ReportReadings:
     Args:
         baseline: what lambda may not rise over; rho neither, where there is no history.
         history: certified reports of the run before, oldest first: a surge is over the median of their rho.
+        whole: the verdict on the run, where more is known of it than this report.
     """
 
     report: Report
     baseline: Report | None = None
     history: Sequence[Report] = ()
+    whole: RunVerdict | None = None
 
     def of(self, column: Column[Any]) -> Sequence[Reading]:
         """Of a number that a rule is on."""
@@ -73,7 +80,7 @@ class ReportReadings:
     def rho(self) -> Reading:
         """rho of the full model on the data."""
         full, held = self.report.judged, self.report.generalisation
-        if reason := _reason(full) or self._no_rho(self.report):
+        if reason := _reason(full) or self._no_rho(self.report) or _early(self.report):
             return Reading("rho", full.rho, reason=reason)
         if self.report.optimizer.preconditioner == "estimated":
             return Reading("rho", full.rho, reason="the second moment is estimated, and rho's scale with it")
@@ -85,8 +92,8 @@ class ReportReadings:
         """rho of each part alone: embedding and head, and each layer; at least one reading."""
         return self._each(self._part)
 
-    def _each(self, read: Callable[[Part, str], Reading]) -> list[Reading]:
-        parts = [part for part in parts_of(self.report) if part.kind in ("ends", "layer")]
+    def _each(self, read: Callable[[Part, str], Reading], kinds: Sequence[str] = ("ends", "layer")) -> list[Reading]:
+        parts = [part for part in parts_of(self.report) if part.kind in kinds]
         moving = [part for part in parts if part.estimate.status != "empty"]
         still = len(parts) - len(moving)
         note = f"; {still} of {len(parts)} parts do not train and are left out" if still else ""
@@ -97,7 +104,7 @@ class ReportReadings:
     def _part(self, part: Part, note: str) -> Reading:
         estimate, name = part.estimate, part.name
         what = f"rho of {name}"
-        if reason := _reason(estimate) or self._no_rho(self.report):
+        if reason := _reason(estimate) or self._no_rho(self.report) or _early(self.report):
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         threshold = self.report.optimizer.threshold
         low, high = _on_shard(estimate.rho, estimate.residual, threshold)
@@ -119,8 +126,9 @@ class ReportReadings:
             low, high = column.bracket(item) if column.bracket else (value, value)
             return Reading(what, value, low, high, part=part, note=note)
 
-        if rule and rule.scope == "parts":
-            return self._each(lambda part, note: read(part, part.estimate, f"{what} of {part.name}", part.name, note))
+        if rule and rule.scope in ("parts", "layers"):
+            kinds = ("ends", "layer") if rule.scope == "parts" else ("layer",)
+            return self._each(lambda part, note: read(part, part.estimate, f"{what} of {part.name}", part.name, note), kinds)
         whole = parts_of(self.report)[0] if is_of_parts(column) else Measurement(self.report)
         return [read(whole, full, what)]
 
@@ -137,8 +145,27 @@ class ReportReadings:
         }
         return Reading("update ratio", reason=reasons.get(update.status, "the report has none"))
 
+    def lr_ratio(self) -> Reading:
+        """The learning rate over the largest stable one, within the ends that this has."""
+        report, what = self.report, "lr over the largest stable one"
+        found = report.stable_lr
+        if found is not None:
+            lr = found.ratio * found.value
+            return Reading(what, found.ratio, 0.0 if found.high is None else lr / found.high, lr / found.low)
+        if reason := _reason(report.judged) or self._no_rho(report) or _early(report):
+            return Reading(what, reason=reason)
+        flat = report.judged.rho is not None and report.judged.rho <= 0
+        return Reading(
+            what,
+            reason="no curvature is positive, so none sets a learning rate"
+            if flat
+            else "the report has none: either its preconditioner is not known in full, or an older version wrote it",
+        )
+
     def surge(self) -> Reading:
         """rho over what it was before."""
+        if reason := _early(self.report):
+            return Reading("surge of rho", reason=reason)
         if self.history:
             return self._over_history("surge of rho")
         return self._ratio("surge of rho", lambda r: r.judged.rho, lambda r: r.optimizer.threshold, lambda x: x)
@@ -215,6 +242,18 @@ class ReportReadings:
         """The report's own; it is not judged again, and the baseline does not change it."""
         return self.report.verdict
 
+    def run(self) -> RunVerdict:
+        """The verdict on the run; of the report alone where nothing more is known of it."""
+        return self.whole or judge_run([self.report])
+
+    def loss_rise(self) -> Reading:
+        """Percent that the logged loss lies over the run's own best."""
+        what, course = "rise of the loss in percent", self.report.course or self.run().course
+        if course is None or course.rise is None:
+            lost = course.reason if course and course.lost else "the run has no log, or too short a one"
+            return Reading(what, reason=lost)
+        return Reading(what, course.rise, course.rise, course.rise)
+
     @staticmethod
     def _no_rho(report: Report) -> str:
         threshold = report.optimizer.threshold
@@ -225,24 +264,34 @@ class ReportReadings:
 _OWN: dict[str, Callable[[ReportReadings], Sequence[Reading]]] = {
     "max-rho": lambda readings: [readings.rho()],
     "max-layer-rho": ReportReadings.layers,
+    "max-lr-ratio": lambda readings: [readings.lr_ratio()],
     "max-update-ratio": lambda readings: [readings.update_ratio()],
     "max-surge": lambda readings: [readings.surge()],
     "max-regression": lambda readings: [readings.regression()],
+    "max-loss-rise": lambda readings: [readings.loss_rise()],
 }
 
 
-def track_readings(track: Track, baseline: Report | None = None) -> ReportReadings | NoReadings:
-    """Readings of a track's newest point, whose surge is over the certified points before it."""
-    newest = track.points[-1]
-    if newest.report is None:
-        return NoReadings(f"the newest checkpoint was not measured: {newest.message}")
-    return ReportReadings(newest.report, baseline, past(track.points[:-1], track.window))
+def track_readings(
+    track: Track, baseline: Report | None = None, place: int = -1, run: RunVerdict | None = None
+) -> ReportReadings | NoReadings:
+    """Readings of one of a track's points, the newest unless said, whose surge is over the certified points before it.
+
+    Args:
+        run: the verdict on all of it, where that is known already.
+    """
+    place %= len(track.points)
+    point, run = track.points[place], run or judge_track(track)
+    if point.report is None:
+        which = "newest checkpoint" if place == len(track.points) - 1 else f"checkpoint {point.checkpoint}"
+        return NoReadings(f"the {which} was not measured: {point.message}", run)
+    return ReportReadings(point.report, baseline, past(track.points[:place], track.window), run)
 
 
 def past(points: Sequence[TrackPoint], window: int) -> list[Report]:
-    """Reports of the last `window` points whose rho is known and certified: what a surge is over."""
-    known = [p.report for p in points if p.report and p.report.judged.rho is not None and certified(p.report.judged)]
-    return known[-window:]
+    """Reports of the last `window` points whose rho is certified and means something: what a surge is over."""
+    reports = [p.report for p in points if p.report and p.report.verdict != "early"]
+    return [r for r in reports if r.judged.rho is not None and certified(r.judged)][-window:]
 
 
 def compared(baseline: Report | Sequence[Report] | None, report: Report | None) -> tuple[Report | None, list[Report]]:
@@ -285,6 +334,11 @@ class NoReadings:
     """In place of readings where nothing was measured."""
 
     reason: str
+    whole: RunVerdict | None = None
+
+    def run(self) -> RunVerdict | None:
+        """That of what else was measured of the run."""
+        return self.whole
 
     def of(self, column: Column[Any]) -> Sequence[Reading]:
         """The reason, whatever is asked for."""
@@ -309,6 +363,14 @@ def _reason(estimate: Estimate) -> str:
     if not certified(estimate):
         return "is missing from the report"
     return ""
+
+
+def _early(report: Report) -> str:
+    """Why a young run's rho must not be relied on; empty where it is old enough."""
+    if report.verdict != "early":
+        return ""
+    said = next((finding.message for finding in report.findings if finding.code == "early"), "rho says nothing yet")
+    return f"too early: {said}"
 
 
 def _on_shard(value: float | None, residual: float | None, unit: float | None) -> tuple[float | None, float | None]:

@@ -16,6 +16,8 @@ from curvcli.documents import (
     Update,
     VerdictName,
 )
+from curvcli.judge.calibration import calibration, settled_after
+from curvcli.judge.course import course_findings
 from curvcli.judge.limits import certified, classify
 
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
@@ -23,15 +25,27 @@ from curvcli.judge.limits import certified, classify
 LOSS_APART, NATS_APART = 1.4, 0.1
 
 
-def judge(judged: Estimate, generalisation: Generalisation) -> VerdictName:
+def judge(
+    judged: Estimate, generalisation: Generalisation, *, early: bool = False, odds: float | None = None
+) -> VerdictName:
     """Verdict on the full model, or on its body where rare rows are left out; unresolved where more data could change it.
 
-    rho of the data is taken to lie within the bracket: the verdict stands only where both ends agree on it.
+    rho of the data is taken to lie within the bracket: the verdict stands only where both ends agree on it. Where they lie
+    on two sides of the unstable limit the odds may still say that it is probably too hot.
+
+    Args:
+        early: the optimizer is young, and no rho says anything yet.
+        odds: chance of a bad end at this rho; None where it is not known.
     """
+    if early:
+        return "early"
     if not certified(judged) or generalisation.rho_low is None or generalisation.rho_high is None:
         return "unresolved"
     low, high = classify(generalisation.rho_low), classify(generalisation.rho_high)
-    return low if low == high else "unresolved"
+    if low == high:
+        return low
+    spans = high == "unstable" and odds is not None and odds >= calibration().hot_from
+    return "hot" if spans else "unresolved"
 
 
 def explain(
@@ -61,7 +75,12 @@ def explain(
     found += _shape(report.full, report.parts, report.outside, report.attribution)
     found += _quality(report)
     order = {"error": 0, "warning": 1, "info": 2}
-    return [_headline(report, doubts), *sorted(found, key=lambda f: order[f.severity])]
+    of_loss = course_findings(report)
+    # A network that is lost comes first, unless curvature has an error of its own to say.
+    lost = of_loss[:1] if report.course and report.course.lost and report.verdict == "unresolved" else []
+    found = [*of_loss[len(lost) :], *found]
+    first = lost or [_headline(report, doubts)]
+    return [*first, *sorted(found, key=lambda f: order[f.severity])]
 
 
 def _headline(report: Report, doubts: Sequence[str]) -> Finding:
@@ -81,6 +100,10 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
             severity="error",
             message=f"the full model's curvature could not be estimated: {full.status}",
         )
+    if verdict == "early":
+        return _early(report)
+    if verdict == "hot":
+        return _hot(report)
     if verdict == "unresolved":
         if full.status != "converged":
             late = any(part.status == "skipped" for part in report.parts)
@@ -127,6 +150,30 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     }
     severity: Severity = "info" if verdict == "stable" else "warning" if verdict == "edge" else "error"
     return Finding(code=verdict, severity=severity, message=f"rho {full.rho:.3g}, {words[verdict]}")
+
+
+def _early(report: Report) -> Finding:
+    optimizer, rho = report.optimizer, report.judged.rho
+    whose, age = ("the optimizer", optimizer.step) if optimizer.step is not None else ("the run", report.checkpoint.step)
+    settled = settled_after(optimizer.betas, optimizer.momentum)
+    steps = "1 step" if age == 1 else f"{age:,} steps"
+    return Finding(
+        code="early",
+        severity="info",
+        message=f"{whose} has made {steps}, and before step {settled:,} its moments are those of a few gradients: "
+        f"rho {rho or 0:.3g} says nothing yet; measure again from then on",
+    )
+
+
+def _hot(report: Report) -> Finding:
+    held, odds = report.generalisation, report.odds or 0.0
+    return Finding(
+        code="hot",
+        severity="warning",
+        message=f"probably too hot: rho {report.judged.rho or 0:.3g}, on the data behind the tokens between "
+        f"{held.rho_low or 0:.3g} and {held.rho_high or 0:.3g}, and at such a rho a run ends badly with a chance of "
+        f"{odds:.0%} by the calibration; lower the learning rate, or run again with more tokens for a verdict",
+    )
 
 
 def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from curvcli.curvature.hvp import HVP
+from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Problem
 from curvcli.documents import Update
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -36,3 +37,31 @@ def next_update(
         return Update(critical_lr=None, ratio=None, status="concave")
     critical = 2 * slope / bend
     return Update(critical_lr=critical, ratio=preconditioner.lr / critical, status="ok")
+
+
+def update_rms(preconditioner: Preconditioner, names: Sequence[str]) -> float | None:
+    """Root mean square of the next update u = P^(-1) m over the named parameters, in units of the learning rate.
+
+    None where there is no momentum, nothing is named, or it is not finite.
+    """
+    step = preconditioner.direction
+    if step is None or not names:
+        return None
+    found = norm([step[n] for n in names]) / sum(step[n].numel() for n in names) ** 0.5
+    return found if found < float("inf") else None
+
+
+def gradient_quotient(hvp: HVP, names: Sequence[str], gradients: Sequence[Tensor]) -> float | None:
+    """g'Hg / g'g, the curvature of the loss along its gradient (one product); None where g is 0 or it is not finite."""
+    return over(inner(gradients, hvp.product(names, gradients)), inner(gradients, gradients))
+
+
+def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Inner product of two vectors, as tensors for each parameter."""
+    return sum(float((a * b.detach()).sum()) for a, b in zip(left, right, strict=True))
+
+
+def over(above: float, below: float) -> float | None:
+    """A quotient; None where it is not finite, or what is below is not positive."""
+    found = above / below if below > 0 else float("nan")
+    return found if abs(found) < float("inf") else None

@@ -8,6 +8,7 @@ from math import inf
 
 from curvcli.documents import Report, Track
 from curvcli.judge.limits import STABLE_BELOW
+from curvcli.render.largest_lr import action, lower_to
 from curvcli.render.track_points import newest
 
 
@@ -53,9 +54,13 @@ def _verdict(report: Report) -> list[Step]:
     # A rho that is next to nothing says nothing of the learning rate.
     known = f"; with curvature as it is now, rho would be {STABLE_BELOW:g} at a learning rate of about {target:.2g}"
     at = known if target < inf else ""
-    if report.verdict == "unstable":
+    if report.verdict == "early":
+        return [Step(f"{action(report).capitalize()}.")]
+    if report.verdict in ("unstable", "hot"):
+        rate = lower_to(report) if report.stable_lr else None
+        to = f" to about {rate:.2g}, the low end of the largest stable one," if rate is not None else ""
         return [
-            Step(f"Lower the learning rate or lengthen its warm-up{at}. Curvature moves with it: measure again after."),
+            Step(f"Lower the learning rate{to} or lengthen its warm-up{at}. Curvature moves with it: measure again after."),
             Step("Measure the checkpoints before and after this one: a crossing that passes matters less than a stay."),
         ]
     if report.verdict == "edge":

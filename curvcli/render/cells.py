@@ -40,17 +40,15 @@ class Cell:
     word: bool
 
 
-def part_cells(part: Part) -> list[Cell]:
+def part_cells(part: Part, columns: Sequence[Column[Part]]) -> list[Cell]:
     """An estimate's line in a page."""
-    return [
-        _cell(column, part, weak=column.key == "status" and not certified(part.estimate)) for column in shown(PARTS, "page")
-    ]
+    return [_cell(column, part, weak=column.key == "status" and not certified(part.estimate)) for column in columns]
 
 
-def point_cells(row: Row) -> list[Cell]:
+def point_cells(row: Row, columns: Sequence[Column[Measurement]]) -> list[Cell]:
     """A checkpoint's line in a page: what has not converged has a question mark."""
     cells = []
-    for column in shown(POINTS, "page"):
+    for column in columns:
         doubt = column.solved and row.report is not None and not row.certified
         if column.key == "verdict":
             cells.append(Cell(row.verdict, row.verdict, "" if row.certified else "weak", word=True))

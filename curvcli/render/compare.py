@@ -79,4 +79,5 @@ def _side(letter: str, side: Side) -> Text:
 def _facts(side: Side) -> str:
     step = f"step {side.step:,}, " if side.step is not None else ""
     update = f", update ratio {number(side.update_ratio, 3)}" if side.update_ratio is not None else ""
-    return f"{step}loss {number(side.loss)}, lr {number(side.lr, 3)}{update}"
+    stable = f" (largest stable {side.stable_lr:.2g})" if side.stable_lr is not None else ""
+    return f"{step}loss {number(side.loss)}, lr {number(side.lr, 3)}{stable}{update}"

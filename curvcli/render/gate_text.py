@@ -13,18 +13,26 @@ from curvcli.documents import Gate, Outcome, Rule
 from curvcli.documents.columns import ruled
 from curvcli.errors import plain
 from curvcli.render.frame import number
-from curvcli.render.style import COLOURS
+from curvcli.render.style import COLOURS, said
+from curvcli.render.table import finding_lines
 
 
-def show(gate: Gate, console: Console) -> None:
-    """Print subject, outcome, a line a rule and why; readable at 60 columns."""
+def show(gate: Gate, console: Console, *, verbose: bool = True) -> None:
+    """Print subject, outcome, a line a rule and why; readable at 60 columns.
+
+    Args:
+        verbose: print all of the report's warnings, and not only the first five.
+    """
     subject = gate.subject
     head = Text(plain(subject.path), style="bold")
     if subject.checkpoint not in (None, subject.path):
         head.append(f"\nof {plain(subject.checkpoint or '')}", style="")
     facts = [f"step {subject.step:,}"] if subject.step is not None else []
     facts += [f"{subject.tokens:,} tokens"] if subject.tokens is not None else []
-    facts += [f"verdict {subject.verdict}"]
+    facts += [f"verdict {said(subject.verdict)}"]
+    facts += [f"largest stable lr {subject.stable_lr:.2g}"] if subject.stable_lr is not None else []
+    facts += [f"run {subject.run.name}"] if subject.run is not None else []
+    facts += [f"the newest of {subject.points} points"] if subject.points > 1 else []
     head.append(f"\n{', '.join(facts)}\n", style="")
     if gate.baseline is not None:
         head.append(f"baseline {plain(gate.baseline)}\n", style="")
@@ -37,8 +45,8 @@ def show(gate: Gate, console: Console) -> None:
     console.print(head, _table(gate.outcomes), Text(""), sep="\n")
     for outcome in gate.outcomes:
         console.print(Text.assemble((f"{outcome.rule}: ", COLOURS[outcome.outcome]), plain(outcome.message)))
-    for finding in gate.findings:
-        console.print(Text.assemble((f"{plain(finding.code)}: ", "yellow"), plain(finding.message)))
+    for line in finding_lines(gate.findings, verbose):
+        console.print(line)
 
 
 def text(gate: Gate) -> str:

@@ -9,7 +9,8 @@ from curvcli.errors import plain
 from curvcli.judge.limits import certified
 from curvcli.render.cells import summary
 from curvcli.render.frame import number
-from curvcli.render.style import COLOURS
+from curvcli.render.largest_lr import action, told
+from curvcli.render.style import COLOURS, said
 
 
 def head(report: Report) -> Text:
@@ -25,7 +26,7 @@ def head(report: Report) -> Text:
     lr = f"lr {number(optimizer.lr)}" if optimizer.lr is not None else "no lr"
     state = {"checkpoint": "", "estimated": ", preconditioner estimated", "none": ", no preconditioner"}
     text.append(f"{optimizer.name}, {lr}{state[optimizer.preconditioner]}\n\n")
-    text.append(f" {report.verdict.upper()} ", style=f"bold reverse {colour}")
+    text.append(f" {said(report.verdict).upper()} ", style=f"bold reverse {colour}")
     if report.judged.rho is not None:
         text.append(f"  rho {number(report.judged.rho, 3)}", style="bold")
         text.append(f"  (lambda {number(report.judged.eigenvalue)}, threshold {number(optimizer.threshold)})")
@@ -43,6 +44,9 @@ def head(report: Report) -> Text:
         )
     for label, value in summary(report):
         text.append(f"\n {label} {plain(value)}")
+    for line in told(report):
+        text.append(f"\n {plain(line)}")
+    text.append(f"\n what to do: {action(report)}")
     text.append("\n")
     return text
 
@@ -57,7 +61,8 @@ def verdict_line(report: Report) -> str:
         if held.rho_low is not None and held.rho_high is not None:
             value += f" ({number(held.rho_low, 3)} to {number(held.rho_high, 3)})"
     doubt = "" if certified(judged) or judged.eigenvalue is None else f", {judged.status}"
-    return f"verdict {report.verdict}, {value}{doubt}"
+    stable = f", largest stable lr {number(report.stable_lr.value, 2)}" if report.stable_lr else ""
+    return f"verdict {said(report.verdict)}, {value}{doubt}{stable}"
 
 
 def early_line(report: Report) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -13,16 +14,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from curvcli.documents import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
-from curvcli.documents.columns import PARTS, POINTS, parts, shown
+from curvcli.documents.columns import PARTS, POINTS, Column, Part, parts, shown
 from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
-from curvcli.render.cells import Cell, part_cells, point_cells, summary
+from curvcli.render.cells import Cell, part_cells, point_cells, present, summary
 from curvcli.render.frame import number
+from curvcli.render.largest_lr import told
 from curvcli.render.plot import picture
 from curvcli.render.series import heat, report_series
-from curvcli.render.style import variables
+from curvcli.render.style import RUN_LIKE, said, variables
 from curvcli.render.track_plot import heat_map, steps
-from curvcli.render.track_points import axis, newest, rows
+from curvcli.render.track_points import axis, newest, rows, run_verdict
 
 
 def page(path: Path) -> str:
@@ -57,10 +59,20 @@ def report_page(report: Report) -> str:
     )
 
 
-def estimates(report: Report, *, curves: bool = True) -> list[list[Cell]]:
-    """The lines of the table of estimates, with or without those over depth."""
+@dataclass(frozen=True)
+class Table:
+    """A table of estimates: its columns, and a line for each part."""
+
+    columns: Sequence[Column[Part]]
+    lines: Sequence[Sequence[Cell]]
+
+
+def estimates(report: Report, *, curves: bool = True) -> Table:
+    """The table of estimates, with or without those over depth; without columns that no part has a value for."""
     wanted = ("full", "ends", "layer", *(("restricted", "truncated") if curves else ()))
-    return [part_cells(part) for part in parts(report) if part.kind in wanted]
+    found = [part for part in parts(report) if part.kind in wanted]
+    columns = present(shown(PARTS, "page"), found)
+    return Table(columns, [part_cells(part, columns) for part in found])
 
 
 def schedule_page(schedule: Schedule) -> str:
@@ -71,6 +83,7 @@ def schedule_page(schedule: Schedule) -> str:
 def track_page(track: Track) -> str:
     """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
     last, found, cells = newest(track), rows(track), heat(track)
+    columns = present(shown(POINTS, "page"), [row.measured for row in found])
     says = f"rho, lambda, learning rate and loss over {axis(track)}s; the numbers are in the table of checkpoints"
     rho_says = "rho of embedding and head, and of each layer alone, a column per checkpoint"
     return _render(
@@ -78,14 +91,17 @@ def track_page(track: Track) -> str:
         document=track,
         track=track,
         newest=last,
+        run=run_verdict(track),
+        run_like=RUN_LIKE,
         newest_label=next((row.label for row in found if row.point is last), ""),
         steps=track_advice(track),
         axis=axis(track),
         curves=steps(track).embed("steps", says) if last else None,
         heat=heat_map(cells).embed("heat", rho_says) if cells else None,
         rows=found,
-        cells=[point_cells(row) for row in found],
-        estimates=estimates(last.report, curves=False) if last and last.report else [],
+        point_columns=columns,
+        cells=[point_cells(row, columns) for row in found],
+        estimates=estimates(last.report, curves=False) if last and last.report else None,
     )
 
 
@@ -106,8 +122,7 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
-    environment.globals["part_columns"], environment.globals["point_columns"] = shown(PARTS, "page"), shown(POINTS, "page")
+    environment.filters.update(number=number, said=said, told=told)
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")
     # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.

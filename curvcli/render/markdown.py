@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from curvcli.documents import Report
 from curvcli.documents.columns import PARTS, Column, Part, parts, shown
 from curvcli.errors import plain
 from curvcli.render.cells import summary, written
 from curvcli.render.frame import number
+from curvcli.render.largest_lr import action, told
+from curvcli.render.style import said
 
 # Punctuation that Markdown, its tables, HTML or a forge gives a meaning to within a line.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&!#@$])")
@@ -20,13 +23,14 @@ def markdown(report: Report) -> str:
     columns = shown(PARTS, "markdown")
     step = report.checkpoint.step
     lines = [
-        f"## curv: {report.verdict}",
+        f"## curv: {said(report.verdict)}",
         "",
         f"{escape(report.checkpoint.path)}, step {'unknown' if step is None else step}, {escape(report.optimizer.name)}, "
         f"lr {number(report.optimizer.lr)}, preconditioner {report.optimizer.preconditioner}, {report.data.tokens:,} tokens",
         "",
         *(f"- **{escape(finding.code)}** ({finding.severity}): {escape(finding.message)}" for finding in report.findings),
         *[f"- {escape(label)}: {escape(value)}" for label, value in summary(report)],
+        *[f"- {escape(line)}" for line in [*told(report), f"what to do: {action(report)}"]],
         "",
         *table(columns, [[_cell(column, part) for column in columns] for part in parts(report)]),
     ]
@@ -35,7 +39,7 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def table(columns: Sequence[Column[Part]], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(columns: Sequence[Column[Any]], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table, numbers to the right."""
     return [
         f"| {' | '.join(column.label for column in columns)} |",

@@ -10,7 +10,7 @@ from curvcli.documents import Report
 from curvcli.render.frame import number
 from curvcli.render.picture import FORMATS, Picture, readable_log
 from curvcli.render.series import ENDS_AT, report_series
-from curvcli.render.style import light
+from curvcli.render.style import light, said
 
 __all__ = ["FORMATS", "picture", "plot"]
 
@@ -24,7 +24,7 @@ def picture(report: Report) -> Picture:
     """Each part alone as a bar, the two cumulative curves, and the threshold."""
     rho = f", rho {number(report.judged.rho, 3)}" if report.judged.rho is not None else ""
     step = f", step {report.checkpoint.step:,}" if report.checkpoint.step is not None else ""
-    return Picture(lambda drawn: _draw(drawn, report), [3.9], f"{report.verdict}{rho}{step}")
+    return Picture(lambda drawn: _draw(drawn, report), [3.9], f"{said(report.verdict)}{rho}{step}")
 
 
 def _draw(drawn: Picture, report: Report) -> None:

@@ -165,6 +165,8 @@ def told(row: Row) -> str:
         text += f"; {row.report.judged.status}, not to be relied on"
     if row.ratio is not None:
         text += f"; lr {number(row.ratio, 3)} of its critical"
+    if row.report.stable_lr is not None:
+        text += f"; largest stable lr {row.report.stable_lr.value:.2g}"
     return text + (f"; surge, {number(row.point.surge, 2)} times the median before" if row.point.surged else "")
 
 

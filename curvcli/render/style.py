@@ -11,7 +11,9 @@ PALETTE: dict[str, tuple[str, str]] = {
     "panel": ("#f4f6f9", "#1d232c"),
     "stable": ("#00664f", "#6fd0ae"),
     "edge": ("#8a5a00", "#f0bf5a"),
+    "hot": ("#a85c38", "#f2703a"),
     "unstable": ("#9b0020", "#ff8a80"),
+    "early": ("#1e3ce0", "#8088ff"),
     "unresolved": ("#7a2e8f", "#d79be8"),
     "limit": ("#9b0020", "#ff8a80"),  # rho = 1, and the threshold of lambda
     "measured": ("#1f4e9c", "#86b3ff"),
@@ -35,11 +37,26 @@ PALETTE: dict[str, tuple[str, str]] = {
 
 # The terminal's own sixteen, which a reader's theme has made legible.
 COLOURS = {
-    "stable": "green", "edge": "yellow", "unstable": "red", "unresolved": "magenta",
+    "stable": "green", "edge": "yellow", "hot": "bright_red", "unstable": "red", "early": "blue", "unresolved": "magenta",
     "passed": "green", "broken": "red", "failed": "red",
     "error": "red", "warning": "yellow", "info": "dim",
     "measured": "cyan", "doubtful": "yellow", "limit": "red", "unlock": "yellow",
 }  # fmt: skip
+
+# The verdict on a run, by the verdict on a checkpoint whose colour it has.
+RUN_LIKE = {
+    "healthy": "stable", "hot": "unstable", "wrecked": "unstable", "collapsed": "unstable", "unresolved": "unresolved",
+    "early": "unresolved",
+}  # fmt: skip
+
+
+# A verdict's name where people read it.
+SAID = {"hot": "probably too hot", "early": "too early"}
+
+
+def said(verdict: str) -> str:
+    """The verdict as it is shown."""
+    return SAID.get(verdict, verdict)
 
 
 def light(name: str) -> str:

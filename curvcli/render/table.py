@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 from rich.console import Console
@@ -16,14 +17,17 @@ from curvcli.render import headline
 from curvcli.render.cells import present, written
 from curvcli.render.style import COLOURS
 
+FIRST = 5  # findings that a terminal gets unasked
 
-def show(report: Report, console: Console, *, begun: Text | None = None) -> None:
+
+def show(report: Report, console: Console, *, begun: Text | None = None, verbose: bool = True) -> None:
     """Print verdict, layers, depths, findings and cost; readable at 60 columns.
 
     Args:
         begun: the head that was printed before the rest was known. Printed again only where it is another now.
+        verbose: print all findings, and not only the first five.
     """
-    findings = map(finding_line, report.findings)
+    findings = finding_lines(report.findings, verbose)
     head = headline.head(report)
     if begun is None:
         console.print(head)
@@ -97,6 +101,13 @@ def _depths(report: Report) -> list[Text | Table]:
         table.add_row(str(pair[0].index), *cells)
     cut = ", and cut short" if "truncated" in curves else ""
     return [Text(f"\ncumulative over depth: the intact network restricted{cut}", style="dim"), table]
+
+
+def finding_lines(findings: Sequence[Finding], verbose: bool) -> list[Text]:
+    """The findings as they are, or the first five and how many more there are."""
+    shown = findings if verbose else findings[:FIRST]
+    more = len(findings) - len(shown)
+    return [*map(finding_line, shown), *([Text(f"{more} more with --verbose", style="dim")] if more else [])]
 
 
 def finding_line(finding: Finding) -> Text:

@@ -19,8 +19,8 @@ from curvcli.render.fit import LOG_ABOVE
 from curvcli.render.frame import number
 from curvcli.render.picture import EDGE, Picture, readable_log
 from curvcli.render.series import Heat, Series, classes, told, track_series
-from curvcli.render.style import light
-from curvcli.render.track_points import axis, newest, rows
+from curvcli.render.style import light, said
+from curvcli.render.track_points import axis, newest, rows, run_verdict
 
 LONGEST = 60  # characters of the list of surges
 # Name, series that it shows, height in inches. A panel without a value is left out.
@@ -200,7 +200,9 @@ def _heading(track: Track) -> str:
         return "nothing was measured"
     rho = f", rho {number(last.report.judged.rho, 3)}" if last.report.judged.rho is not None else ""
     step = f", step {last.step:,}" if last.step is not None else ""
-    return f"{last.report.verdict}{rho}{step}"
+    run = run_verdict(track)
+    where = f" since step {run.step:,}" if run and run.step is not None else ""
+    return f"{f'run {run.name}{where}; ' if run else ''}newest {said(last.report.verdict)}{rho}{step}"
 
 
 def _surges(places: Sequence[float]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from curvcli.documents import ENDS, Report, Track, TrackPoint
+from curvcli.documents import ENDS, Report, RunVerdict, Track, TrackPoint
 from curvcli.documents.columns import POINTS, Measurement
 from curvcli.judge.limits import certified
+from curvcli.judge.run import judge_track
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def axis(track: Track) -> str:
 def newest(track: Track) -> TrackPoint | None:
     """The last point that was measured; None where none was."""
     return next((point for point in reversed(track.points) if point.report is not None), None)
+
+
+def run_verdict(track: Track) -> RunVerdict | None:
+    """The verdict on the run, which documents of older versions lack: by today's rules then. None where nothing is known."""
+    return track.verdict or judge_track(track)
 
 
 def part_names(track: Track) -> list[str]:

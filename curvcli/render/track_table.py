@@ -14,20 +14,30 @@ from curvcli.render.cells import present, written
 from curvcli.render.csv import write
 from curvcli.render.fit import fitting
 from curvcli.render.frame import number
-from curvcli.render.style import COLOURS
-from curvcli.render.table import bar, finding_line
-from curvcli.render.track_points import Row, newest, part_names, rows
+from curvcli.render.largest_lr import told
+from curvcli.render.style import COLOURS, RUN_LIKE, said
+from curvcli.render.table import bar, finding_lines
+from curvcli.render.track_points import Row, newest, part_names, rows, run_verdict
 
 SOURCES = {"measured": "", "cached": "dim", "failed": "red"}
 # A bar as long as this says "far past the edge", and leaves the others readable.
 LONGEST = 4.0
 
 
-def show(track: Track, console: Console) -> None:
-    """Print where the run stands, a line per checkpoint, findings and cost; readable at 60 columns."""
+def show(track: Track, console: Console, *, verbose: bool = True) -> None:
+    """Print where the run stands, a line per checkpoint, what becomes of the run, findings and cost; readable at 60 columns.
+
+    Args:
+        verbose: print all findings, and not only the first five.
+    """
     found = rows(track)
-    findings = [Text(""), *map(finding_line, track.findings)] if track.findings else []
-    console.print(_head(track), _table(found, console), *_notes(found, track), *findings, _foot(track), sep="\n")
+    order = {"error": 0, "warning": 1, "info": 2}
+    # What the run's verdict says is not said again.
+    listed = sorted((f for f in track.findings if not f.code.startswith("run-")), key=lambda f: order[f.severity])
+    findings = [Text(""), *finding_lines(listed, verbose)] if listed else []
+    console.print(
+        _head(track), _table(found, console), *_notes(found, track), *_run(track), *findings, _foot(track), sep="\n"
+    )
 
 
 def to_csv(track: Track) -> str:
@@ -57,7 +67,7 @@ def _head(track: Track) -> Text:
     if last is None or last.report is None:
         return text.append(" nothing could be measured\n", style="not bold red")
     report = last.report
-    text.append(f" {report.verdict.upper()} ", style=f"bold reverse {COLOURS[report.verdict]}")
+    text.append(f" {said(report.verdict).upper()} ", style=f"bold reverse {COLOURS[report.verdict]}")
     value = f"rho {number(report.judged.rho, 3)}" if report.judged.rho is not None else "no rho"
     text.append(f"  {value}", style="bold")
     text.append(f"  at {plain(last.checkpoint) if last.step is None else f'step {last.step:,}'}", style="not bold")
@@ -65,7 +75,20 @@ def _head(track: Track) -> Text:
         text.append(f"  {report.judged.status}: not to be relied on", style="not bold yellow")
     if last is not track.points[-1]:
         text.append("\n the newest checkpoint could not be measured: see below", style="not bold yellow")
+    for line in told(report):
+        text.append(f"\n {plain(line)}", style="not bold")
     return text.append("\n")
+
+
+def _run(track: Track) -> list[Text]:
+    """The verdict on the run, why, and what to do."""
+    run = run_verdict(track)
+    if run is None:
+        return []
+    style = COLOURS[RUN_LIKE[run.name]]
+    said = Text(plain("; ".join(run.reasons)))
+    head = Text.assemble("\n", (f" RUN {run.name.upper()} ", f"bold reverse {style}"), "  ", said)
+    return [head, Text.assemble(("what to do: ", "bold"), plain(run.advice))]
 
 
 def _columns(found: list[Row]) -> list[Column[Measurement]]:

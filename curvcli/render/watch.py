@@ -12,11 +12,12 @@ from rich.text import Text
 
 from curvcli.documents import Log, Record
 from curvcli.errors import plain
-from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified, classify
+from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified, verdict_of
 from curvcli.render.fit import LOG_ABOVE, Points, fitting, thin
 from curvcli.render.frame import number
+from curvcli.render.largest_lr import lr_line
 from curvcli.render.series import unlocks
-from curvcli.render.style import COLOURS
+from curvcli.render.style import COLOURS, said
 
 # Columns of the table, and the order in which a narrow terminal loses them.
 TITLES = ("step", "loss", "lr", "lambda", "rho", "residual", "update", "depth", "HVPs", "seconds", "status")
@@ -105,14 +106,18 @@ def header(log: Log) -> Text:
             text.append(f", usually every {_ago(log.gap)}")
         if log.stalled:
             text.append(" (looks stalled)", style="bold red")
-    verdict = classify(last.rho) if last.rho is not None and certified(last) else "unresolved"
+    verdict = verdict_of(last)
     text.append("\n\n")
-    text.append(f" {verdict.upper()} ", style=f"bold reverse {COLOURS[verdict]}")
+    text.append(f" {said(verdict).upper()} ", style=f"bold reverse {COLOURS[verdict]}")
     if last.rho is not None:
         text.append(f"  rho {number(last.rho, 3)}", style="bold")
         text.append(f"  (edge 1, stable below {STABLE_BELOW:g}, unstable above {UNSTABLE_ABOVE:g})", style="dim")
         if not certified(last):
             text.append(f"  {last.status}: not to be relied on", style="yellow")
+        if last.early:
+            text.append("\n the optimizer is young: rho says nothing yet", style="yellow")
+        if last.stable_lr is not None:
+            text.append(f"\n {lr_line(last.stable_lr, last.lr)}")
     else:
         reason = f": {plain(last.message)}" if last.message else ""
         text.append(f"  no rho, {last.status}{reason}", style="yellow")
@@ -201,7 +206,7 @@ def table(records: tuple[Record, ...], width: int) -> Table:
     for title in titles:
         drawn.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
     for row, record in zip(cells, records, strict=True):
-        verdict = classify(record.rho) if record.rho is not None and certified(record) else "unresolved"
+        verdict = verdict_of(record)
         styles = {"rho": COLOURS[verdict], "status": "" if certified(record) else COLOURS["doubtful"]}
         drawn.add_row(*(Text(row[title], style=styles.get(title, "")) for title in titles))
     return drawn

@@ -12,7 +12,10 @@ from curvcli.documents import Record
 
 Sink = Callable[[Record], None]
 # What is drawn over steps; the rest of a record is in the JSONL file.
-SCALARS = ("eigenvalue", "rho", "residual", "update_ratio", "active_depth", "hvps", "seconds")
+SCALARS = (
+    "eigenvalue", "rho", "residual", "update_ratio", "update_rms", "gradient_norm", "gradient_sigmas", "gradient_quotient",
+    "attention_logit", "attention_entropy", "active_depth", "hvps", "seconds",
+)  # fmt: skip
 
 
 def open_log(path: Path | str | None) -> list[Sink]:
@@ -66,4 +69,5 @@ def wandb(record: Record) -> None:
 
 def scalars(record: Record) -> dict[str, float]:
     """The numbers of a record by the name under which they are drawn; absent where there are none."""
-    return {f"curvature/{name}": value for name in SCALARS if (value := getattr(record, name)) is not None}
+    found = {f"curvature/{name}": value for name in SCALARS if (value := getattr(record, name)) is not None}
+    return found if record.stable_lr is None else {**found, "curvature/stable_lr": record.stable_lr.value}

@@ -17,15 +17,20 @@ from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction
 from curvcli.curvature.operator import PreconditionedHessian
+from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Loss, Problem, check_lifted, gradient, measurable
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.untouched import hushed, undrawn
-from curvcli.documents import Record
+from curvcli.documents import Record, StableLr
 from curvcli.errors import CurvError, exhausted
+from curvcli.judge.calibration import Bracket, stable_lr, too_early
 from curvcli.judge.limits import certified
+from curvcli.models.attention import attention
+from curvcli.models.blocks import find_blocks
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
-from curvcli.optimizers.update import next_update
+from curvcli.optimizers.update import gradient_quotient, next_update, update_rms
+from curvcli.training.gradients import SIGMAS, GradientWatch
 from curvcli.training.log import Sink, open_log
 from curvcli.training.shadow import Shadow
 
@@ -60,7 +65,10 @@ class CurvatureTracker:
         tolerance: residual over lambda at which an estimate has converged. The value's relative error
             is of the order of its square over the relative spectral gap.
         max_hvps: products that one estimate may take; it is "unconverged" where these do not do.
-        update_ratio: measure the next update's own curvature too (one product more).
+        update_ratio: measure the next update's own curvature too (one product more), and with its gradient whether that is
+            out of the run's range: the six-sigma rule on the log of its norm.
+        gradient_quotient: with it, the curvature along the gradient, g'Hg/g'g (one product more).
+        attention: the largest attention logit and the smallest mean entropy of a layer (a forward pass of the first batch).
         log: a JSONL file that records are appended to (documents "curv.curvature/1"); `curv watch` shows it.
         sinks: called with each record, e.g. `curvcli.training.log.tensorboard(writer)`. An active
             Weights & Biases run gets the records without being named.
@@ -80,6 +88,8 @@ class CurvatureTracker:
         tolerance: float = 1e-2,
         max_hvps: int = 20,
         update_ratio: bool = True,
+        gradient_quotient: bool = False,
+        attention: bool = False,
         log: Path | str | None = None,
         sinks: Sequence[Sink] = (),
         warmup: ArchitectureWarmup | None = None,
@@ -88,6 +98,7 @@ class CurvatureTracker:
         self.model, self.optimizer, self.loss = _bare(model), optimizer, loss
         self.probe, self.weights = probe, weights
         self.every, self.update_ratio, self.warmup = max(every, 1), update_ratio, warmup
+        self.gradient_quotient, self.attention, self.gradients = gradient_quotient, attention, GradientWatch()
         # The bottom of the spectrum is not looked at: with an infinite tolerance it is always found.
         self.solver = Davidson(tolerance=tolerance, bottom_tolerance=float("inf"), max_products=max(max_hvps, 1), seed=seed)
         self.sinks = [*open_log(log), *sinks]
@@ -144,6 +155,7 @@ class CurvatureTracker:
             "direction": dict(self._direction),
             "shadow": self.shadow.state_dict(),
             "ahead": [sorted(self._ahead[0]), self._ahead[1]],
+            "gradients": list(self.gradients.norms),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -152,20 +164,21 @@ class CurvatureTracker:
         self._direction = {n: t.to(device) for n, t in state["direction"].items()}
         self.shadow.load_state_dict(state["shadow"], device)
         self._ahead = (frozenset(state["ahead"][0]), state["ahead"][1])
+        self.gradients = GradientWatch(state.get("gradients", ()))
 
     def _found(self, step: int, batch: Any) -> _Found:
         """The measurement; with fresh graphs where kept ones run out of memory, from then on."""
         known = self._known(step)
         try:
             with self._untouched(batch) as problem:
-                return self._measure(problem, known)
+                return self._measure(problem, known, step)
         except Exception as error:
             if self._mode != "kept" or not exhausted(error):
                 raise
         self._mode = "fresh"
         resources.release(next(self.model.parameters()).device)
         with self._untouched(batch) as problem:
-            return self._measure(problem, known)
+            return self._measure(problem, known, step)
 
     def _known(self, step: int) -> _Known:
         """What optimizer and warm-up know of the parameters by identity: asked before copies may take their place."""
@@ -196,7 +209,7 @@ class CurvatureTracker:
                     logger.info("%d weights in %s are measured in float32", len(lifted.names), " and ".join(lifted.dtypes))
             yield problem
 
-    def _measure(self, problem: Problem, known: _Known) -> _Found:
+    def _measure(self, problem: Problem, known: _Known, step: int) -> _Found:
         parameters = problem.parameters
         if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
             return _Found(status="non-finite", message="a weight of the model is NaN or inf")
@@ -215,14 +228,52 @@ class CurvatureTracker:
         engine = _Counting(build(problem, self._mode))
         names = [n for n in parameters if n in preconditioner.root]
         found, direction = self._top(engine, preconditioner, names, self._direction)
+        found = self._calibrated(found, preconditioner, step)
         if direction is not None:
             self._direction = direction
-        if self.update_ratio and found.eigenvalue is not None:
-            update = next_update(problem, preconditioner, engine, names, gradient(problem, names))
-            found = replace(found, update_ratio=update.ratio)
+        if found.eigenvalue is not None:
+            found = self._beside(problem, engine, preconditioner, names, found)
         if known.coming:
             self._look_ahead(problem, engine, preconditioner, known)
         return replace(found, hvps=engine.products)
+
+    def _calibrated(self, found: _Found, preconditioner: Preconditioner, step: int) -> _Found:
+        """Whether it is too early to tell, and else the largest stable learning rate."""
+        rho, residual, lr = found.rho, found.residual, preconditioner.lr
+        threshold, options = preconditioner.threshold, preconditioner.options
+        if rho is None:
+            return found
+        if too_early(step, preconditioner.step, options.get("betas"), options.get("momentum")):
+            return replace(found, early=True)
+        if not certified(found) or residual is None or not threshold or not lr or rho <= 0:
+            return found
+        return replace(found, stable_lr=stable_lr(lr, Bracket(rho, rho, rho + residual / threshold), preconditioner.name))
+
+    def _beside(
+        self, problem: Problem, engine: HVP, preconditioner: Preconditioner, names: list[str], found: _Found
+    ) -> _Found:
+        """With the cheap numbers that stand beside rho."""
+        found = replace(found, update_rms=update_rms(preconditioner, names))
+        if self.update_ratio:
+            gradients = gradient(problem, names)
+            update = next_update(problem, preconditioner, engine, names, gradients)
+            size = norm(gradients)
+            sigmas = self.gradients.sigmas(size)
+            found = replace(
+                found,
+                update_ratio=update.ratio,
+                gradient_norm=size,
+                gradient_sigmas=sigmas,
+                gradient_outlier=None if sigmas is None else sigmas > SIGMAS,
+                gradient_quotient=gradient_quotient(engine, names, gradients) if self.gradient_quotient else None,
+            )
+        blocks = find_blocks(self.model) if self.attention else None
+        if blocks is not None:
+            seen = attention(blocks.modules, lambda: problem.batch_loss(0))
+            logits = [one.logit for one in seen if one.logit is not None]
+            entropies = [one.entropy for one in seen if one.entropy is not None]
+            found = replace(found, attention_logit=max(logits, default=None), attention_entropy=min(entropies, default=None))
+        return found
 
     def _look_ahead(self, problem: Problem, engine: HVP, preconditioner: Preconditioner, known: _Known) -> None:
         """rho with the next group's blocks: their second moments, which no optimizer has yet, are shadowed."""
@@ -284,9 +335,18 @@ class _Found:
     rho: float | None = None
     residual: float | None = None
     update_ratio: float | None = None
+    update_rms: float | None = None
+    gradient_norm: float | None = None
+    gradient_sigmas: float | None = None
+    gradient_outlier: bool | None = None
+    gradient_quotient: float | None = None
+    attention_logit: float | None = None
+    attention_entropy: float | None = None
     hvps: int = 0
     status: Any = "failed"
     message: str | None = None
+    early: bool = False
+    stable_lr: StableLr | None = None
 
 
 class _Counting:

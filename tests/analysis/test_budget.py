@@ -23,8 +23,8 @@ from curvcli.analysis.track import track, track_run
 from curvcli.documents import Report, TrackPoint
 from curvcli.errors import OutOfTime
 
-OPTIONS = Options(tokens=64, mode="kept", depths=False, max_hvps=12)
-PLAIN: dict[str, Any] = {"tokens": 64, "mode": "kept", "max_hvps": 12}
+OPTIONS = Options(tokens=64, mode="kept", depths=False, max_hvps=3)
+PLAIN: dict[str, Any] = {"tokens": 64, "mode": "kept", "max_hvps": 3}
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def test_every_optimizer(name: str) -> None:
     check(report, model, batches, optimizer, metric, COUPLED.get(name, 0.0))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 10_000), blocks=st.integers(1, 4), width=st.integers(3, 6), steps=st.integers(3, 40))
 def test_random_models(seed: int, blocks: int, width: int, steps: int) -> None:
     """From width 3: over two features LayerNorm is nearly a sign, and the oracle's differences do not resolve it."""

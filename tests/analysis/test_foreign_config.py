@@ -19,7 +19,7 @@ from curvcli.errors import InputError
 from curvcli.files import remote
 
 NAMES = pytest.mark.parametrize("name", ["curv.toml", "pyproject.toml"])
-SMALL = ["--tokens", "64", "--sequence-length", "32", "--max-hvps", "3", "-q"]
+SMALL = ["--tokens", "64", "--sequence-length", "32", "--max-hvps", "3", "--mode", "kept", "-q"]
 
 
 def curv(*words: object) -> Result:
@@ -88,7 +88,7 @@ def test_of_others_it_names_only_what_lies_below(away: Path, name: str, place: s
     (folder / "folder").mkdir()
     (folder / "folder" / "inner.txt").symlink_to(away.parents[1] / "secret.txt")
     file = write(folder, name, f'data = ["{data}"]')
-    for verb in ("inspect", "analyze", "track"):
+    for verb in ("inspect", "analyze", "track") if name == "curv.toml" else ("inspect",):
         done = curv(verb, away)
         assert done.exit_code == 2, (verb, done.stdout)
         assert f"{file} is not in the working directory or above it" in done.stderr, (verb, done.stderr)

@@ -102,6 +102,7 @@ def test_a_checkpoint_is_measured_in_python(tmp_path: Path) -> None:
         run,
         max_rho=1e6,
         tokens=256,
+        mode="kept",
         depths=False,
         report="kept.json",
         progress=lambda stage, done: told.append(stage),

@@ -200,10 +200,8 @@ report = analyze(
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
-@pytest.mark.parametrize(
-    ("kind", "mode", "rows", "length"),
-    [("gpt2", "fresh", 2, 48), pytest.param("llama", "kept", 3, 96, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "mode", "rows", "length"), [("gpt2", "fresh", 2, 48), ("llama", "kept", 3, 96)])
 def test_the_peak_is_within_a_fifth_of_the_prediction(kind: str, mode: str, rows: int, length: int) -> None:
     command = [sys.executable, "-c", MEASURE, kind, mode, str(rows), str(length)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

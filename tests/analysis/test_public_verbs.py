@@ -53,7 +53,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run_of(tmp_path, 3, 9)
 
 
-MEASURING: dict[str, Any] = {"data": "data/shard.bin", "tokens": 64, "sequence_length": 16, "max_hvps": 6, "mode": "kept"}
+MEASURING: dict[str, Any] = {"data": "data/shard.bin", "tokens": 64, "sequence_length": 16, "max_hvps": 3, "mode": "kept"}
 
 
 def test_track_gives_what_the_verb_prints(run: Path) -> None:
@@ -124,8 +124,9 @@ def test_schedule_takes_reports_in_hand() -> None:
         assert (by_path.provenance.report, in_hand.provenance.report) == (str(path), None)
 
 
+@pytest.mark.slow
 def test_schedule_measures_a_checkpoint_to_resume(run: Path) -> None:
-    options: dict[str, Any] = {"resume": str(run / "checkpoint-9"), "tokens": 256, "lr": 0.003}
+    options: dict[str, Any] = {"resume": str(run / "checkpoint-9"), "tokens": 64, "lr": 0.003}
     stages: list[str] = []
     found = curvcli.schedule(**options, progress=lambda stage, done: stages.append(stage))
     assert json.loads(found.to_json()) == printed("schedule", *flags(options))

@@ -30,7 +30,7 @@ from curvcli.errors import InputError
 from curvcli.judge.readings import track_readings
 from curvcli.render.track_table import to_csv
 
-OPTIONS = Options(tokens=128, depths=False, max_hvps=30, mode="kept")
+OPTIONS = Options(tokens=128, depths=False, max_hvps=24, mode="kept")
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_numbers_that_are_none_are_refused(calm: Path, option: tuple[str, str], 
 @pytest.mark.slow
 def test_killed_and_started_again(calm: Path, tmp_path: Path, tracked: tuple[Track, Path]) -> None:
     """SIGKILL once the first checkpoint is kept: nothing is broken, and the next call pays for the rest alone."""
-    words = ("track", calm, "--tokens", 128, "--max-hvps", 30, "--mode", "kept", "-o", tmp_path / "track.json")
+    words = ("track", calm, "--tokens", 128, "--max-hvps", 24, "--mode", "kept", "-o", tmp_path / "track.json")
     place = {"XDG_CACHE_HOME": str(tmp_path)}
     job = subprocess.Popen(
         [*CURV, *map(str, words)], env=variables(**place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

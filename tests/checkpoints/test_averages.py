@@ -141,7 +141,7 @@ def test_the_report_of_an_average_says_so(trained: Trained, tmp_path: Path) -> N
     torch.save({"ema": trained[2].module.state_dict()}, tmp_path / "a.pt")
     config().save_pretrained(tmp_path)
     np.save(tmp_path / "ids.npy", np.arange(600) % 64)
-    options = Options(data=tmp_path / "ids.npy", tokens=128, sequence_length=16, max_hvps=3, depths=False)
+    options = Options(data=tmp_path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     report = analyze_checkpoint(tmp_path / "a.pt", options)
     assert "averaged-weights" in {finding.code for finding in report.findings}
     assert report.verdict == "unresolved"

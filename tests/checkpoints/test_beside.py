@@ -73,7 +73,7 @@ def test_a_form_that_is_not_known_is_an_error(run: Run, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, path / "optim.safetensors")
     config().save_pretrained(path)
     np.save(tmp_path / "ids.npy", np.arange(600) % 64)
-    options = Options(data=tmp_path / "ids.npy", tokens=128, sequence_length=16, max_hvps=3, depths=False)
+    options = Options(data=tmp_path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     with pytest.raises(InputError, match=r"optim.safetensors has optimizer state in a form that is not known"):
         analyze_checkpoint(path, options)
     assert "not used" in inspect_checkpoint(path)["optimizer"]

@@ -42,7 +42,7 @@ def test_every_layout_is_the_trainers_checkpoint(layout: str, trained: SimpleNam
 
 
 def test_curvature_is_the_trainers(trained: SimpleNamespace) -> None:
-    options = Options(data=trained.root / "ids.npy", tokens=256, sequence_length=16, max_hvps=4)
+    options = Options(data=trained.root / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     reports = [analyze_checkpoint(path, options) for path in (trained.trainer, trained.paths["flattened"])]
     assert reports[0].full.eigenvalue == reports[1].full.eigenvalue
     assert reports[0].optimizer.threshold == reports[1].optimizer.threshold

@@ -114,7 +114,7 @@ def test_shapes_alone_suffice_where_every_layer_differs(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     np.save(tmp_path / "ids.npy", IDS.flatten().numpy())
-    options = Options(data=tmp_path / "ids.npy", tokens=256, sequence_length=16, max_hvps=3, depths=False)
+    options = Options(data=tmp_path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     report = analyze_checkpoint(tmp_path, options)
     found = {finding.code: finding for finding in report.findings}
     assert found["order-by-shape"].severity == "warning"
@@ -132,7 +132,7 @@ def test_where_gradients_do_not_tell_nothing_is_taken(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     np.save(tmp_path / "ids.npy", IDS.flatten().numpy())
-    options = Options(data=tmp_path / "ids.npy", tokens=256, sequence_length=16, max_hvps=3, depths=False)
+    options = Options(data=tmp_path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     with pytest.raises(
         InputError, match=r"has 20 of the model's 30 parameters.*frozen parameters are the likely reason.*--model"
     ):
@@ -154,10 +154,11 @@ def test_the_factory_of_the_remedy(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", IDS.flatten().numpy())
     options = Options(
         data=tmp_path / "ids.npy",
-        tokens=256,
+        tokens=64,
         sequence_length=16,
-        max_hvps=60,
+        max_hvps=4,
         depths=False,
+        mode="kept",
         model="test_frozen:frozen_below",
     )
     by_hand = analyze_checkpoint(tmp_path, options)

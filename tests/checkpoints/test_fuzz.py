@@ -15,7 +15,7 @@ from formats import CHECKPOINTS, DATA, fresh
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("CURV_FUZZ", "12"))
+EXAMPLES = int(os.environ.get("CURV_FUZZ", "8"))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from curvcli.checkpoints import open_checkpoint
 from curvcli.files.foreign import Foreign
 from curvcli.files.safe import load_pickle
 
-FEW = ("--tokens", "256", "--sequence-length", "16")
+FEW = ("--tokens", "64", "--sequence-length", "16")
 
 
 # --- OmegaConf --------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_a_half_written_checkpoint_is_skipped_and_named(kind: str, run: Path) ->
     assert inspect_checkpoint(run)["findings"] == {"skipped-checkpoint": checkpoint.findings[0].message}
 
 
-OPTIONS = Options(tokens=128, sequence_length=16, max_hvps=3, depths=False)
+OPTIONS = Options(tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
 
 
 def test_everyone_says_so(run: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_file_is_analyzed_with_the_configuration_beside_it(tmp_path: Path) -> 
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "ckpt_3.pt")
     config().save_pretrained(tmp_path)
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
-    options = Options(data=tmp_path / "ids.npy", tokens=256, sequence_length=16, max_hvps=3)
+    options = Options(data=tmp_path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     report = analyze_checkpoint(tmp_path / "ckpt_3.pt", options)
     assert (report.checkpoint.format, report.checkpoint.step, report.optimizer.lr) == ("torch", 3, pytest.approx(1e-2))
     assert report.optimizer.preconditioner == "checkpoint"
@@ -204,7 +204,7 @@ def test_our_own_file(saved: tuple, tmp_path: Path) -> None:
     found = inspect_checkpoint(path)["optimizer"]
     assert (found["parameters with state"], found["groups"], found["lr"]) == (21, 2, 1e-2)
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
-    options = Options(data=tmp_path / "ids.npy", tokens=256, sequence_length=16, max_hvps=3)
+    options = Options(data=tmp_path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     mine = analyze_checkpoint(path, options)
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
     assert mine.full.eigenvalue == analyze_checkpoint(path, options).full.eigenvalue
@@ -262,7 +262,7 @@ def test_a_damaged_file_of_ours(change: Callable, said: str, saved: tuple) -> No
     path, *_ = saved
     _metadata(path / "optimizer.safetensors", change)
     np.save(path / "ids.npy", np.zeros(2000, dtype=np.int64))
-    options = Options(data=path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3)
+    options = Options(data=path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     with pytest.raises(CurvError, match=said):
         analyze_checkpoint(path, options)
 
@@ -303,7 +303,7 @@ def test_every_form_of_weights_in_a_trainers_checkpoint(form: str, tmp_path: Pat
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
     (path / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": []}))
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))
-    options = Options(data=tmp_path / "ids.npy", tokens=256, sequence_length=16, max_hvps=3)
+    options = Options(data=tmp_path / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     report = analyze_checkpoint(tmp_path, options)
     assert (report.checkpoint.format, report.checkpoint.step) == ("trainer", 3)
     checkpoint = open_checkpoint(tmp_path)

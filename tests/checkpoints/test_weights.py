@@ -20,7 +20,7 @@ from curvcli.checkpoints import open_checkpoint
 from curvcli.errors import InputError
 from curvcli.models.architecture import named
 
-FEW = ("--tokens", "256", "--sequence-length", "16")
+FEW = ("--tokens", "64", "--sequence-length", "16")
 INDEX = "pytorch_model.bin.index.json"
 
 

@@ -22,12 +22,12 @@ def test_masked_lm(tmp_path: Path) -> None:
     arguments = (model, "--data", data, "--tokens", 120, "--sequence-length", 14, "--optimizer", "none")
     assert "which token is the mask" in refused(*arguments)
     tokenizer(model, 18)
-    report = analyze(*arguments)
-    converged(report, 2)
+    few = ("--max-hvps", 3, "--no-depths")
+    report = analyze(*arguments, *few)
     assert report["data"]["tokens"] == 114  # 2 of 14 positions, in 57 windows of 15 tokens
     said = {f["code"]: f["message"] for f in report["findings"]}
     assert "114 of 798 positions" in said["masked-positions"]
-    assert analyze(*arguments, "--seed", 1, "--max-hvps", 3, "--no-depths")["data"]["loss"] != report["data"]["loss"]
+    assert analyze(*arguments, "--seed", 1, *few)["data"]["loss"] != report["data"]["loss"]
 
 
 def test_seq2seq(tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_experts(tmp_path: Path) -> None:
     model, data = saved(CASES["mixtral"](), tmp_path)
     built = open_checkpoint(model).model()
     assert (built.config._experts_implementation, built.config._attn_implementation) == ("eager", "eager")
-    given = ("--data", data, "--tokens", 256, "--sequence-length", 8, "--optimizer", "none", "--mode", "forward")
-    report = analyze(model, *given)
-    converged(report, 2)
+    given = ("--data", data, "--tokens", 64, "--sequence-length", 8, "--optimizer", "none", "--mode", "forward")
+    report = analyze(model, *given, "--max-hvps", 3, "--no-depths")
+    assert report["full"]["eigenvalue"] > 0
     assert report["cost"]["mode"] == "forward"
 
 

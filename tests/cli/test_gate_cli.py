@@ -239,7 +239,7 @@ def test_a_file_with_rules_alone_does_not_hide_the_data_above_it(
 ) -> None:
     monkeypatch.chdir(tmp_path / "nanogpt")
     (tmp_path / "nanogpt" / "curv.toml").write_text("[gate]\nmax-rho = 1.0\n")
-    done = curv(tmp_path / "nanogpt" / "ckpt.pt", "--max-hvps", 3, "-q", "--format", "json")
+    done = curv(tmp_path / "nanogpt" / "ckpt.pt", "--max-hvps", 3, "--mode", "kept", "-q", "--format", "json")
     assert done.returncode in (0, 1, 3), done.stderr
     assert json.loads(done.stdout)["subject"]["tokens"] == 256
 

@@ -26,7 +26,7 @@ def curv(*arguments: object, **environment: str) -> Done:
 
 def test_a_checkpoint_is_measured_and_its_report_kept(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    arguments = (run_of(tmp_path, 60), "--tokens", 256, "--max-rho", 50, "--min-tokens", 2000)
+    arguments = (run_of(tmp_path, 60), "--tokens", 256, "--mode", "kept", "--max-rho", 50, "--min-tokens", 2000)
     done = curv(*arguments, "--report", report, "-q", "--format", "json")
     assert (done.returncode, done.stderr) == (1, "")
     gate = json.loads(done.stdout)
@@ -37,7 +37,7 @@ def test_a_checkpoint_is_measured_and_its_report_kept(tmp_path: Path) -> None:
     assert json.loads(again.stdout)["outcomes"] == gate["outcomes"]
 
 
-@pytest.mark.parametrize("budget", [1, 4])
+@pytest.mark.parametrize("budget", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_tiny_budget_is_kept_and_leaves_the_gate_unresolved(samples: Path, tmp_path: Path, budget: int) -> None:
     """In a process of its own, whose start counts too."""
     start = time.perf_counter()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from real import curv
+from tiny import run_of
 from torch import Tensor, nn
 
 from curvcli.analysis.checkpoint import open_for_analysis
@@ -49,6 +50,12 @@ def test_a_limit_that_does_not_do_is_said_before_anything_is_solved(run: Path) -
     assert "GiB of memory at least, the limit is 0.06 GiB" in done.stderr
     assert "--sequence-length" in done.stderr
     assert curv("gate", run, "--memory", "much", "--max-rho", "1").returncode == 2
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A checkpoint of two narrow blocks in place of the sample's eight."""
+    return run_of(tmp_path, 3) / "checkpoint-3"
 
 
 @pytest.fixture

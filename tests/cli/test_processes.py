@@ -30,6 +30,7 @@ LINES = {
     "inspect {samples}/calm --json": 0,
     f"track {{run}} --last 1 {FEW} --format csv -q": 0,
     "compare {assets}/calm-60.gate.report.json {assets}/hot-60.gate.report.json": 0,
+    "explain {assets}/none": 2,
     "report {assets}/hot-60.report.json": 0,
     "gate {assets}/hot-60.gate.report.json --max-rho 1": 1,
     "gate {assets}/hot-60.gate.report.json --max-rho 1.46": 3,

@@ -74,7 +74,7 @@ def test_where_the_peak_comes_from() -> None:
 
 
 def test_resuming_from_a_checkpoint_measures_it(tmp_path: Path) -> None:
-    plan = planned("--resume", run_of(tmp_path, 3, 9) / "checkpoint-9", "--tokens", 256, "--lr", 0.003)
+    plan = planned("--resume", run_of(tmp_path, 3, 9) / "checkpoint-9", "--tokens", 64, "--lr", 0.003)
     assert (plan["mode"], plan["depth"], plan["phases"][0]["step"]) == ("freeze", 2, 9)
     assert plan["blocks"] == ["model.layers.0", "model.layers.1"]
     assert plan["provenance"]["report"] is None

@@ -35,6 +35,7 @@ LOG = (
 COLOUR = re.compile(rb"\x1b\[[0-9;]*\b(3[0-7]|9[0-7]|4[0-7]|38|48)[;m]")
 ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\].*?\x07)")
 
+SLOW = pytest.mark.slow  # a process each, of which the fast tests have some
 # Verbs that print something for people, and the exit code of each.
 SHOWN = {
     "analyze --help": 0,
@@ -67,7 +68,10 @@ def test_a_file_gets_no_escapes(line: str, words: dict[str, Path]) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("line", SHOWN)
+NARROW = [*SHOWN][2:6:2] + [*SHOWN][-1:]
+
+
+@pytest.mark.parametrize("line", [line if line in NARROW else pytest.param(line, marks=SLOW) for line in SHOWN])
 def test_a_narrow_terminal_without_colour(line: str, words: dict[str, Path]) -> None:
     terminal = Terminal(60, 200, *filled(line, words), NO_COLOR="1")
     assert terminal.finish() == SHOWN[line]
@@ -115,15 +119,17 @@ def test_control_characters_of_a_document_do_not_reach_the_terminal() -> None:
 @pytest.mark.parametrize(
     ("line", "code"),
     [
-        *((line, code) for line, code in SHOWN.items() if "watch" not in line),
         ("--help", 0),
-        ("--version", 0),
-        ("gate {report} --max-rho 3", 0),
+        ("gate {report} --max-rho 1", 1),
         ("gate {report} --max-rho 3 --format json", 0),
-        ("gate {report} --max-rho 1 --format json", 1),
         ("schedule --depth 8 --format json", 0),
         ("report {report}", 0),
-        ("schema report", 0),
+        ("inspect {samples}/hot", 0),
+        *(pytest.param(line, code, marks=SLOW) for line, code in SHOWN.items() if not line.startswith(("watch", "inspect"))),
+        pytest.param("--version", 0, marks=SLOW),
+        pytest.param("gate {report} --max-rho 3", 0, marks=SLOW),
+        pytest.param("gate {report} --max-rho 1 --format json", 1, marks=SLOW),
+        pytest.param("schema report", 0, marks=SLOW),
     ],
 )
 def test_a_reader_that_has_gone_changes_no_exit_code(line: str, code: int, words: dict[str, Path]) -> None:
@@ -152,7 +158,7 @@ def test_verify_does_not_pass_what_nobody_reads(samples: Path, tmp_path: Path) -
 def test_ctrl_c_at_a_terminal(samples: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    options = ["--tokens", "32768", "-o", str(out / "r.json"), "--plot", str(out / "p.png")]
+    options = ["--tokens", "8192", "-o", str(out / "r.json"), "--plot", str(out / "p.png")]
     terminal = Terminal(80, 24, "analyze", str(samples / "hot"), *options)
     terminal.until("%")
     terminal.type("\x03")
@@ -248,7 +254,9 @@ def shell(tmp_path: Path) -> Terminal:
     return terminal
 
 
-@pytest.mark.parametrize("how", ["source <(curv --show-completion bash)", "curv --install-completion"])
+@pytest.mark.parametrize(
+    "how", ["source <(curv --show-completion bash)", pytest.param("curv --install-completion", marks=SLOW)]
+)
 def test_completion_in_bash(shell: Terminal, how: str) -> None:
     shell.type(f"{how}; echo do''ne\n")
     shell.until("done")

@@ -54,15 +54,17 @@ def test_the_device_is_as_strict_as_apples() -> None:
             here + torch.ones(3)
 
 
-@pytest.mark.parametrize("mode", ["fresh", "kept"])
-@pytest.mark.parametrize("preconditioned", [True, False])
+SLOW = [pytest.param("kept", True, marks=pytest.mark.slow), pytest.param("fresh", False, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("mode", "preconditioned"), [("fresh", True), ("kept", False), *SLOW])
 def test_an_analysis_is_the_cpus(mode: Any, preconditioned: bool, waited: list[str]) -> None:
     net, optimizer, batches = trained()
-    weights = models.weights(batches)
-    truth = analyze(net, models.loss, batches, optimizer if preconditioned else None, weights=weights, mode=mode)
+    options: dict[str, Any] = {"weights": models.weights(batches), "mode": mode, "depths": False}
+    truth = analyze(net, models.loss, batches, optimizer if preconditioned else None, **options)
     with metal():
         model, other, parts = moved(net, optimizer, batches)
-        found = analyze(model, models.loss, parts, other if preconditioned else None, weights=weights, mode=mode)
+        found = analyze(model, models.loss, parts, other if preconditioned else None, **options)
     assert found.cost.device == "mps:0"
     assert truth.full.status == found.full.status == "converged"
     assert found.full.eigenvalue == pytest.approx(truth.full.eigenvalue, rel=1e-6)

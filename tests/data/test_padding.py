@@ -36,7 +36,13 @@ def rows(*, padded: bool) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "written"), [("llama", True), ("llama", False), ("gpt2", True), ("bloom", False)], ids=lambda value: str(value)
+    ("name", "written"),
+    [
+        ("llama", True),
+        ("bloom", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", False), ("gpt2", True))),
+    ],
+    ids=lambda value: str(value),
 )
 def test_padding_has_no_curvature(tmp_path: Path, name: str, written: bool) -> None:
     model = CASES[name]().build()
@@ -44,12 +50,12 @@ def test_padding_has_no_curvature(tmp_path: Path, name: str, written: bool) -> N
     batches = examples.batches(2)
     assert [b["input_ids"].shape[1] for b in batches] == [8, 8]
     alone = [{key: torch.tensor([value]) for key, value in row.items()} for row in rows(padded=False)]
-    options: dict[str, Any] = {"tolerance": 1e-4, "depths": False, "max_hvps": 100}
+    options: dict[str, Any] = {"depths": False, "max_hvps": 6, "mode": "kept"}  # of the same start: the same Krylov space
     found, truth = (
         analyze(model, causal_loss, part, weights=[predictions(b, "causal-lm") for b in part], **options)
         for part in (batches, alone)
     )
-    assert found.full.status == truth.full.status == "converged"
+    assert found.full.hvps == truth.full.hvps == 6
     assert found.data.tokens == truth.data.tokens == sum(LENGTHS) - PROMPT * len(LENGTHS)
     assert found.full.eigenvalue == pytest.approx(truth.full.eigenvalue, rel=1e-5)
     assert found.full.most_negative == pytest.approx(truth.full.most_negative, rel=1e-3)

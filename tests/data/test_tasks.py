@@ -12,8 +12,9 @@ import torch
 from architectures import CASES
 from torch import Tensor, nn
 
+from curvcli.data.examples import Examples
 from curvcli.data.shards import Shard
-from curvcli.data.tasks import LOSSES, causal_loss, labelled_loss, masked, predictions
+from curvcli.data.tasks import LOSSES, causal_loss, labelled_loss, masked, predictions, unigram_loss
 from curvcli.data.tokens import Source
 from curvcli.errors import CurvError
 
@@ -73,6 +74,36 @@ def test_what_is_no_loss_is_said(output: Any, labels: Tensor, said: str) -> None
 
     with pytest.raises(CurvError, match=said):
         labelled_loss(Net(), {"x": torch.zeros(2, 3), "labels": labels})
+
+
+def test_entropy_of_the_targets() -> None:
+    """Closed forms: three targets of four of one kind and one of another; all of them alike; none at all."""
+    ids = torch.tensor([[9, 1, 1], [9, 1, 2]])
+    shard = Shard(ids, (Source(Path("s"), "tokens", None, lambda n: ids.numpy()),), "first", np.arange(2))
+    quarter = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert unigram_loss(shard, "causal-lm") == pytest.approx(quarter)
+    labels = torch.tensor([[7, 1, 1], [7, 1, 2]])
+    examples = Examples(Path("e"), {"input_ids": ids, "labels": labels}, 4, "")
+    assert unigram_loss(examples, "causal-lm") == pytest.approx(quarter)
+    masks = torch.tensor([[-100, 1, 1], [-100, 1, 2]])
+    assert unigram_loss(Examples(Path("e"), {"labels": masks}, 4, ""), "masked-lm") == pytest.approx(quarter)
+    for labels, found in ((torch.full((2, 3), 5), 0.0), (torch.full((2, 3), -100), None)):
+        assert unigram_loss(Examples(Path("e"), {"labels": labels}, 4, ""), "masked-lm") == found
+    assert unigram_loss(examples, "classification") is None
+    assert unigram_loss(Examples(Path("e"), {"input_ids": ids}, 4, ""), "causal-lm") is None
+
+
+def test_a_model_of_frequencies_has_that_loss() -> None:
+    """The oracle is the loss itself, of a network that gives every position the logarithms of the counts."""
+
+    class Net(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return logits.expand(*ids.shape, -1)
+
+    windows = torch.randint(11, (20, 9), generator=torch.Generator().manual_seed(0)) ** 2 % 11
+    logits = torch.bincount(windows[:, 1:].flatten(), minlength=11).log()
+    shard = Shard(windows, (Source(Path("s"), "tokens", None, lambda n: windows.numpy()),), "first", np.arange(20))
+    assert unigram_loss(shard, "causal-lm") == pytest.approx(causal_loss(Net(), windows).item(), rel=1e-5)
 
 
 def test_masking() -> None:

@@ -35,7 +35,7 @@ from curvcli.schedules.lr import read_points
 from curvcli.schedules.plan import grow
 
 ASSET = ASSETS / "hot-60.json"
-EXAMPLES = int(os.environ.get("CURV_FUZZ", "24"))
+EXAMPLES = int(os.environ.get("CURV_FUZZ", "12"))
 CONFIG = """# of a run
 data = ["data/a.bin", 'data/b.bin']  # two
 sample = "spread"

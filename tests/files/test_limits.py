@@ -104,7 +104,7 @@ values = st.recursive(
 lines = st.tuples(keys, values).map(" = ".join) | st.sampled_from(["# a 'comment' [[[[", "[t]", "[[u]]", ""])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(lines, max_size=6))
 def test_what_tomllib_reads_of_ordinary_depth_is_read_alike(tmp_path: Path, text: list[str]) -> None:
     content = "\n".join(text)
@@ -147,7 +147,7 @@ def _numbers(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
 
 
 @pytest.mark.parametrize("kind", ["report", "schedule"])
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_number_of_any_size_in_a_document(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     """Refused, or shown in every form in little memory and time."""

@@ -87,7 +87,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 FEW = ("--max-hvps", "3", "--no-depths")
-DATA = ("--data", "ids.npy", "--tokens", 256, "--sequence-length", 8, "--optimizer", "none")
+DATA = ("--data", "ids.npy", "--tokens", 64, "--sequence-length", 8, "--optimizer", "none")
 
 
 def test_a_factory_of_ones_own(own: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_traceback_on_request(own: Path) -> None:
 
 def test_a_configuration_for_weights_without_one(tmp_path: Path) -> None:
     model, data = saved(CASES["mixtral"](), tmp_path)
-    arguments = ("--data", data, "--tokens", 128, "--sequence-length", 8, "--optimizer", "none", "--mode", "kept", *FEW)
+    arguments = ("--data", data, "--tokens", 64, "--sequence-length", 8, "--optimizer", "none", "--mode", "kept", *FEW)
     report = analyze(model, *arguments)
     (model / "config.json").rename(tmp_path / "config_of_mine.json")
     again = analyze(model, *arguments, "--model", tmp_path / "config_of_mine.json")

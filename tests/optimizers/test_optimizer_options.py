@@ -240,7 +240,7 @@ def test_a_doubt_leaves_the_report_without_verdict_and_bracket() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     entry = {
-        n: {"step": 9, "exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)} for n, p in model.named_parameters()
+        n: {"step": 90, "exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)} for n, p in model.named_parameters()
     }
     options = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "mystery": 2}
     view = OptimizerView((Group(tuple(entry), options),), entry)

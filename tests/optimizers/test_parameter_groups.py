@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_file(run: Path, **options: Any) -> Report:
-    return analyze_checkpoint(
-        run, Options(data=run.parent / "data.bin", tokens=64, sequence_length=16, depths=False, **options)
-    )
+    few = Options(data=run.parent / "data.bin", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
+    return analyze_checkpoint(run, replace(few, **options))
 
 
 def test_a_finished_run_is_measured_at_the_logged_rate_of_its_first_group(finished: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ words = st.sampled_from(EVIL) | st.text(st.characters(exclude_categories=["Cs"])
 
 
 @given(words)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_text_forges_an_annotation(name: str) -> None:
     text = GATE["github"].render(hostile(name))
     lines = re.split(r"\r\n|\r|\n", text.removesuffix("\n"))
@@ -77,7 +77,7 @@ def test_escapes_are_those_of_the_runner() -> None:
 
 
 @given(words)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_junit_is_well_formed_whatever_the_text(name: str) -> None:
     root = ET.fromstring(GATE["junit"].render(hostile(name)).encode())  # noqa: S314
     assert [child.tag for child in root] == ["testsuite"]
@@ -89,7 +89,7 @@ def test_junit_is_well_formed_whatever_the_text(name: str) -> None:
 
 
 @given(words)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_markdown_stays_plain_text(name: str) -> None:
     """Rendered by a CommonMark parser with tables: no link, picture, HTML, or row comes out of a name."""
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(GATE["markdown"].render(hostile(name)))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from browser import CONTRAST, Browser, troubles
@@ -14,7 +15,7 @@ from pages import HOSTILE, SCHEDULE, Text
 from places import ASSETS
 from real import curv
 
-from curvcli.documents import load_report
+from curvcli.documents import VerdictName, load_report
 from curvcli.render.advice import advice
 from curvcli.render.html import page, report_page
 
@@ -68,7 +69,7 @@ def test_the_learning_rate_in_the_advice_is_right() -> None:
     assert report.full.eigenvalue / threshold == pytest.approx(0.8, rel=0.02)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("verdict", ["stable", "edge", "unstable", "unresolved"])
+@pytest.mark.parametrize("verdict", get_args(VerdictName))
 def test_every_verdict_has_its_page(tmp_path: Path, verdict: str) -> None:
     html = page(document(tmp_path, verdict=verdict, findings__0__code="unresolved-tokens"))
     assert f'class="verdict {verdict}"' in html
@@ -180,8 +181,7 @@ def shown(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1280, "light")])
 def test_the_page_fits_and_adapts(browser: Browser, shown: Path, width: int, scheme: str) -> None:
     browser.open(shown, width=width, scheme=scheme)
     assert troubles(browser) == []

@@ -50,7 +50,7 @@ def hostile(text: str) -> Report:
 
 
 @given(st.text(max_size=60) | st.just(EVIL))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_plain_is_one_line_that_can_be_printed(text: str) -> None:
     shown = plain(text)
     assert shown.isprintable()
@@ -61,7 +61,7 @@ def test_plain_is_one_line_that_can_be_printed(text: str) -> None:
 
 
 @given(st.dictionaries(st.text(max_size=9), st.text(max_size=30) | st.just(EVIL) | st.just("\ud800"), max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_json_says_the_same_and_shows_nothing(document: dict[str, str]) -> None:
     text = visible_json(json.dumps(document, ensure_ascii=False))
     assert json.loads(text) == document
@@ -158,7 +158,7 @@ def test_negative_numbers_stay_numbers() -> None:
 
 
 @given(st.text(max_size=40) | st.sampled_from(["| a |", "`x`", "<b>", "[l](u)", "\\", "@all", "#1", "~~s~~", "$x$"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_markdown_is_words(text: str) -> None:
     from markdown_it import MarkdownIt
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from itertools import combinations, pairwise
 from math import log
 from pathlib import Path
+from typing import get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,7 +17,7 @@ from pages import HOSTILE, SCHEDULE
 from places import ASSETS, ROOT
 from tracks import asset, at, course, failed, long, track
 
-from curvcli.documents import Report, Schedule, Track, TrainingStep, load_report
+from curvcli.documents import Report, Schedule, TrainingStep, VerdictName, load_report
 from curvcli.render.html import report_page, track_page
 from curvcli.render.picture import FORMATS, Picture
 from curvcli.render.plot import picture
@@ -148,21 +150,23 @@ def test_the_map_has_a_cell_per_value_in_the_class_of_its_rho() -> None:
     assert a[1] < b[1]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", [s if s == "svg" else pytest.param(s, marks=pytest.mark.slow) for s in FORMATS])
 def test_odd_documents_have_pictures(suffix: str, report: Report) -> None:
     hot = asset("hot")
     held = hot.generalisation.model_copy(update={"rho_low": -17.0})
     bare = {"eigenvalue": None, "rho": None, "status": "non-finite"}
     for document in (
+        track([hot.model_copy(update={"update": hot.update.model_copy(update={"ratio": 1.5})}), at(hot, 70, -1.0)]),
         track([hot]),
         track([failed(10)]),
         track([failed(None)]),
         track([hot.model_copy(update={"generalisation": held}), at(hot, 70, 9.0), at(hot, 80, -1.0)]),
         track([hot], log=[TrainingStep(step=1, loss=None, lr=None), TrainingStep(step=2, loss=3.0, lr=0.0)]),
     ):
-        assert plot_track(document, suffix)
         if suffix == "svg":
             assert embedded(steps(document)) is not None
+        else:
+            assert plot_track(document, suffix)
     nothing = report.model_copy(
         update={"layers": [], "ends": None, "full": report.full.model_copy(update=bare),
                 "cumulative": report.cumulative.model_copy(update={"restricted": [], "truncated": []}),
@@ -179,7 +183,9 @@ def ticks(drawn: Picture) -> list[list[float]]:
     return [[t for t in axes.get_yticks() if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]] for axes in drawn.axes]
 
 
-@pytest.mark.parametrize("scale", [None, 1e-6, 0.3, 1, 1.0001, 40, 1e7])
+@pytest.mark.parametrize(
+    "scale", [None, 1e-6, 1.0001, 1e7, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.3, 1, 40))]
+)
 def test_every_axis_has_two_ticks_to_read_by(scale: float | None) -> None:
     hot = asset("hot")
     found = ticks(steps(course() if scale is None else track([at(hot, 10), at(hot, 20, scale)])))
@@ -251,20 +257,22 @@ NO_OVERLAP = """(() => {
 })()"""
 
 
-def test_labels_keep_apart(browser: Browser, tmp_path: Path, report: Report) -> None:
-    def without_log(run: Track) -> Track:
-        return run.model_copy(update={"log": []})
+LABELLED: dict[str, Callable[[], str]] = {
+    "report": lambda: report_page(load_report(ASSET)),
+    "track": lambda: track_page(course()),
+    "no log": lambda: track_page(course().model_copy(update={"log": []})),
+    "long": lambda: track_page(long(40, 96)),
+}
 
-    for name, html in {
-        "report": report_page(report), "track": track_page(course()), "short": track_page(without_log(course())),
-        "long": track_page(long(40, 96)),
-    }.items():  # fmt: skip
-        out = tmp_path / f"{name}.html"
-        out.write_text(html)
-        for width in (480, 1280):
-            browser.open(out, width=width)
-            assert troubles(browser) == []
-            assert browser.run(NO_OVERLAP) == [], (name, width)
+
+@pytest.mark.parametrize("name", ["report", "track", *(pytest.param(n, marks=pytest.mark.slow) for n in ("no log", "long"))])
+def test_labels_keep_apart(browser: Browser, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "page.html"
+    out.write_text(LABELLED[name]())
+    for width in (480, 1280):
+        browser.open(out, width=width)
+        assert troubles(browser) == []
+        assert browser.run(NO_OVERLAP) == [], width
 
 
 @pytest.mark.parametrize("scheme", [0, 1])
@@ -309,7 +317,7 @@ def lab(colour: str, seen: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("scheme", [0, 1])
 def test_what_shares_a_picture_is_told_apart_by_everybody(seen: str, scheme: int) -> None:
-    for names in (*TOGETHER, ("stable", "edge", "unstable", "unresolved")):
+    for names in (*TOGETHER, get_args(VerdictName)):
         for one, other in combinations(names, 2):
             apart = lab(PALETTE[one][scheme], SEEN[seen]) - lab(PALETTE[other][scheme], SEEN[seen])
             assert np.linalg.norm(apart) > 12, (one, other)
@@ -327,4 +335,4 @@ def test_colours_have_one_home() -> None:
             assert not re.search(r"#[0-9a-fA-F]{6}\b", path.read_text()), path
     css = variables() + (package / "templates/style.css").read_text()
     assert set(re.findall(r"var\(--(\w+)\)", css)) <= set(PALETTE)
-    assert {"stable", "edge", "unstable", "unresolved"} <= set(COLOURS)
+    assert set(get_args(VerdictName)) <= set(COLOURS)

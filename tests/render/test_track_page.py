@@ -111,8 +111,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WEAK = "[...document.querySelectorAll('svg.heat use, svg.heat path')].find(e => e.textContent.endsWith(', unconverged'))"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [380, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(380, "dark"), (1280, "light")])
 def test_in_a_browser(browser: Browser, shown: Path, width: int, scheme: str) -> None:
     browser.open(shown, width=width, scheme=scheme)
     assert troubles(browser) == []
@@ -132,6 +131,7 @@ def test_in_a_browser(browser: Browser, shown: Path, width: int, scheme: str) ->
     assert browser.run("getComputedStyle(document.querySelector('svg.heat pattern path')).stroke") != "none"
 
 
+@pytest.mark.slow
 def test_a_long_run_of_a_deep_model_stays_usable(browser: Browser, tmp_path: Path) -> None:
     out = tmp_path / "long.html"
     out.write_text(track_page(long()))

@@ -106,7 +106,5 @@ def test_series_of_the_picture() -> None:
     assert repr(data["rho, not converged"][1]) == "[nan, nan, 0.9, nan]"
     assert repr(data["threshold"][1]) == "[38000.0, nan, nan, nan]"
     for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
-        picture = plot_log(Log(Path("x"), exists=True, records=records), suffix)
-        assert picture.startswith(start)
-        assert picture == plot_log(Log(Path("x"), exists=True, records=records), suffix)
+        assert plot_log(Log(Path("x"), exists=True, records=records), suffix).startswith(start)
     assert plot_log(Log(Path("x"), exists=True), "png").startswith(b"\x89PNG")

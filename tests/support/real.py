@@ -126,7 +126,7 @@ def inspected(path: object, *arguments: object, run: Run = curv, **environment: 
 
 def analyzed(path: object, data: Path | str, *arguments: object, run: Run = curv, **environment: str) -> Any:
     """What `curv analyze` measures of it in a few products."""
-    few = ("--max-hvps", "4", "--no-depths", "--device", "cpu", "--quiet", "--format", "json")
+    few = ("--max-hvps", "4", "--no-depths", "--mode", "kept", "--device", "cpu", "--quiet", "--format", "json")
     done = run("analyze", path, "--data", data, *few, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -40,7 +40,9 @@ def states(trained: Trainer) -> set[int | None]:
     return {block_of(n) for n, p in trained.model.named_parameters() if optimizer.state[p]}
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulation"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"gradient_accumulation_steps": 2}, marks=pytest.mark.slow)], ids=["plain", "accumulation"]
+)
 def test_trainer_killed_across_an_unlock(tmp_path: Path, options: dict[str, Any]) -> None:
     whole = trainer(tmp_path / "whole", CurvCallback(GROW), **options)
     whole.train()

@@ -221,7 +221,10 @@ class Spy(TrainerCallback):
         self.found.append(snapshot(kwargs["model"], kwargs["optimizer"].optimizer))
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"optim": "adagrad"}], ids=str)
+SLOW = [pytest.param(o, marks=pytest.mark.slow) for o in ({"gradient_accumulation_steps": 2}, {"optim": "adagrad"})]
+
+
+@pytest.mark.parametrize("options", [{}, *SLOW], ids=str)
 def test_transformers_trainer(tmp_path: Path, options: dict[str, Any]) -> None:
     def train(model: LlamaForCausalLM, *callbacks: TrainerCallback) -> Snapshots:
         spy = Spy()

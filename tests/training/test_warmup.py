@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,18 @@ def test_everything_learns_after_the_last_unlock() -> None:
     assert job.warmup.active_depth == DEPTH
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=["default", "fused", "foreach"])
-@pytest.mark.parametrize("kill", [3, 4, 5, 8, 10])
+@cache
+def whole_job(**options: Any) -> Job:
+    return Job(**options).run(range(TOTAL))
+
+
+@pytest.mark.parametrize(
+    ("kill", "options"),
+    [*((kill, {}) for kill in (3, 4, 5, 8, 10)), (4, {"fused": True}), (4, {"foreach": True})],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
+)
 def test_a_killed_job_repeats_to_the_bit(tmp_path: Path, kill: int, options: dict[str, Any]) -> None:
-    whole = Job(**options).run(range(TOTAL))
+    whole = whole_job(**options)
     Job(**options).run(range(kill)).save(tmp_path / "job.pt")
     # Another seed: whatever is not restored shows.
     resumed = Job(model=build(seed=1), **options).load(tmp_path / "job.pt").run(range(kill, TOTAL))
@@ -120,6 +129,7 @@ def test_an_overflow_in_a_locked_block_stays_there() -> None:
     assert all(bool(torch.isfinite(p).all()) for p in job.model.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_models_do_not_compile_again_at_an_unlock() -> None:
     torch._dynamo.reset()
     model = build(attn_implementation="eager")

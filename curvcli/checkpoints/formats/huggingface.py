@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,16 @@ def run_log(state: dict[str, Any] | None) -> tuple[Logged, ...]:
             return float(value)
         return None
 
-    found = [Logged(e["step"], number(e, "loss"), number(e, "learning_rate")) for e in _entries(state) if integer(e, "step")]
-    return tuple(entry for entry in found if entry.loss is not None or entry.lr is not None)
+    found = [
+        Logged(e["step"], number(e, "loss"), number(e, "learning_rate"), _no_number(e.get("loss")))
+        for e in _entries(state)
+        if integer(e, "step")
+    ]
+    return tuple(entry for entry in found if entry.loss is not None or entry.lr is not None or entry.non_finite)
+
+
+def _no_number(value: Any) -> bool:
+    return isinstance(value, float) and not isfinite(value)
 
 
 def clipping(state: dict[str, Any] | None) -> dict[str, str]:

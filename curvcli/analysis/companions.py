@@ -1,0 +1,72 @@
+"""Cheap numbers beside rho: what attention does, how large weights and steps are, curvature along the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from curvcli.curvature.hvp import HVP
+from curvcli.curvature.norms import largest_spectral_norm
+from curvcli.curvature.precision import norm
+from curvcli.documents import Companions, LayerCompanions
+from curvcli.errors import exhausted
+from curvcli.models.attention import Attention, attention
+from curvcli.optimizers.update import gradient_quotient, inner, over, update_rms
+
+if TYPE_CHECKING:
+    from curvcli.analysis.solve import Measurement
+
+
+def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[Companions, list[LayerCompanions]]:
+    """Of the whole model and of each layer: two products, and a forward pass of the first batch.
+
+    Args:
+        hvp: that counts.
+        gradients: of the mean loss, for `work.names`.
+
+    Raises:
+        OutOfTime: the deadline has passed; a product is not begun.
+    """
+    work.in_time()
+    modules = work.blocks.modules if work.blocks else ()
+    seen: list[Attention] = []
+    try:
+        seen = attention(modules, lambda: work.problem.batch_loss(0)) if modules else []
+    except Exception as error:  # whatever a network raises where its functions are looked at: it has none of these numbers
+        if exhausted(error):
+            raise
+    layers = [
+        LayerCompanions(
+            attention_logit=seen[i].logit if seen else None,
+            attention_entropy=seen[i].entropy if seen else None,
+            spectral_norm=largest_spectral_norm(module),
+            update_rms=update_rms(work.preconditioner, work.layer_names[i]),
+        )
+        for i, module in enumerate(modules)
+    ]
+    raw, weighted = quotients(work, hvp, gradients)
+    whole = Companions(
+        gradient_norm=norm(gradients),
+        gradient_quotient=raw,
+        preconditioned_quotient=weighted,
+        update_rms=update_rms(work.preconditioner, work.names),
+    )
+    return whole, layers
+
+
+def quotients(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[float | None, float | None]:
+    """Curvature along the gradient, as it is and as the optimizer sees it: g'Hg / g'g, and w'Gw / w'w for w = P^(-1/2) g.
+
+    None where the gradient is 0, or a value is not finite. No Rayleigh quotient of G lies above lambda.
+    """
+    names, root = work.names, work.preconditioner.root
+    work.in_time()
+    raw = gradient_quotient(hvp, names, gradients)
+    work.in_time()
+    # P^(-1) g, and 0 where nothing moves.
+    steps = [root[n].apply(root[n].apply(g)) for n, g in zip(names, gradients, strict=True)]
+    decays = [work.preconditioner.decay.get(n, 0.0) for n in names]
+    bend = inner(steps, hvp.product(names, steps)) + sum(d * inner([u], [u]) for d, u in zip(decays, steps, strict=True))
+    return raw, over(bend, inner(steps, gradients))

@@ -1,0 +1,61 @@
+"""`curv explain`: what a checkpoint's sharpness is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from curvcli.cli import options
+from curvcli.cli.app import app, check_outputs, exit_codes
+from curvcli.cli.formats import ShortFormat
+
+if TYPE_CHECKING:
+    from curvcli.documents import Explanation
+
+
+@app.command(
+    epilog="Exit codes: 0 explained, 2 bad usage or input.\n\n"
+    "Examples:\n\n"
+    "`curv explain sample_checkpoints/hot/checkpoint-60`\n\n"
+    "`curv explain ckpt/ --data train.bin -o explain.json`"
+)
+@options.measuring()
+def explain(
+    checkpoint: options.Checkpoint,
+    given: dict[str, Any],
+    output: options.Output = None,
+    format: options.ShortFormatOption = ShortFormat.table,  # noqa: A002
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Say why a checkpoint is sharp: where the sharpest direction lies, which data carry it, and what is left without them.
+
+    The sequences and predictions with the largest parts of lambda are shown as text; the 1 % of them that have most are left
+    out, and lambda and the verdict measured again.
+    """
+    with exit_codes():
+        settings = options.settings(given)
+        check_outputs(output, None)
+        from curvcli.cli.progress import reporting
+        from curvcli.documents import write_whole
+
+        with reporting(quiet, verbose) as progress:
+            progress("importing torch", 0.0)
+            from curvcli.analysis.explain import explain as explained
+
+            found = explained(checkpoint, progress=progress, **settings)
+        if output:
+            write_whole(output, found.to_json().encode())
+        _print(found, format)
+
+
+def _print(found: Explanation, format: ShortFormat) -> None:  # noqa: A002
+    if format is ShortFormat.json:
+        typer.echo(found.to_json(), nl=False)
+        return
+    from rich.console import Console
+
+    from curvcli.render.explain import show
+
+    show(found, Console())

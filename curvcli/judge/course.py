@@ -1,0 +1,285 @@
+"""The course of a run's loss: wrecked, collapsed or healthy, from its own log and one entropy. Pure functions.
+
+A run is held against its own past alone: what it might have reached at another learning rate, no log of it tells.
+docs/how-to/track.md has the limits in words, and what they were tried on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
+from statistics import median
+from typing import Protocol
+
+from curvcli.documents import Finding, LossCourse, Report, VerdictName
+
+# Fewer logged losses than these say nothing of a course. A median is over a tenth of them, within bounds.
+LEAST, SHARE, WINDOWS = 20, 10, (5, 100)
+MOST = 2000  # losses that are gone through; of a longer log each is the median of some
+# What the loss may lie over the run's own best: a share of it, some nats, and some standard errors of a median.
+RISE, NATS, SIGMAS = 0.10, 0.05, 6.0
+RESTART_RISE = 0.50  # the same share where the learning rate was raised again after it had fallen
+NO_NUMBERS = 3  # losses in a row at the end that are no numbers
+# A loss of this share of the tokens' entropy uses no context. It says so from as many steps on, less where lr has decayed.
+CONTEXT, SETTLED, UNLOGGED = 0.98, 300, 1000
+DECAYED = 0.5
+_SPIKE, _SPIKE_SIGMAS = 0.2, 8.0
+
+
+class Logged(Protocol):
+    """A line of a run's log."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        ...
+
+    @property
+    def loss(self) -> float | None:
+        """In nats per token; None where the line has none that is a number."""
+        ...
+
+    @property
+    def lr(self) -> float | None:
+        """Learning rate in force."""
+        ...
+
+    @property
+    def non_finite(self) -> bool:
+        """Whether a loss was logged that is no number."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Logged losses in step order, smoothed: `medians[i]` is of the `window` losses from place i on."""
+
+    steps: list[int]
+    losses: list[float]
+    window: int
+    medians: list[float]
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a median about its course: 1.25 sigma / sqrt(n) of white noise, or what wanders."""
+        return max(1.25 * _white(self.losses) / sqrt(self.window), _wander(self))
+
+    @property
+    def best(self) -> int:
+        """Place in `medians` of the lowest."""
+        return min(range(len(self.medians)), key=self.medians.__getitem__)
+
+    def step_of(self, place: int) -> int:
+        """Step at which a median's window ends."""
+        return self.steps[place + self.window - 1]
+
+
+def loss_course(
+    entries: Sequence[Logged], *, shard_loss: float | None = None, unigram: float | None = None, step: int | None = None
+) -> LossCourse | None:
+    """What the loss says of a run.
+
+    Args:
+        entries: the run's own log up to a checkpoint; lines without a loss, out of order or of another start may be among
+            them: of two lines for a step, and of all after it, the later counts.
+        shard_loss: mean loss of that checkpoint on the shard, in nats per token.
+        unigram: entropy of the shard's targets by their frequencies, in nats per token.
+        step: of the checkpoint.
+
+    Returns:
+        None where there is neither a log nor an entropy.
+    """
+    rows = _in_order(entries)
+    found = _found(rows, entries, shard_loss, unigram, step)
+    return found and found.model_copy(update=_rates(entries, found.step if found.lost else None))
+
+
+def _found(
+    rows: list[Logged], entries: Sequence[Logged], shard_loss: float | None, unigram: float | None, step: int | None
+) -> LossCourse | None:
+    if not rows and (unigram is None or shard_loss is None):
+        return None
+    if lost := _no_numbers(rows):
+        return lost
+    curve = _curve([(row.step, row.loss) for row in rows if row.loss is not None])
+    found = LossCourse(name="short") if curve is None else _over_best(curve, entries)
+    if found.lost or shard_loss is None or unigram is None or shard_loss < CONTEXT * unigram:
+        return found
+    share = _rates(entries, None)["lr_share"]
+    return _no_context(found, curve, shard_loss, unigram, step, decayed=share is not None and share <= DECAYED)
+
+
+def doubted(verdict: VerdictName, course: LossCourse | None) -> VerdictName:
+    """The verdict on rho, which a loss that is lost leaves unresolved where it would say that nothing is wrong."""
+    return "unresolved" if course is not None and course.lost and verdict in ("stable", "edge") else verdict
+
+
+def course_findings(report: Report) -> list[Finding]:
+    """What the course of the loss says, the weightiest first: for a headline where it took the verdict away."""
+    course, rho = report.course, report.judged.rho
+    if course is None:
+        return []
+    found = []
+    if course.lost:
+        code = "no-context" if course.name == "collapsed" else "loss-over-best" if course.best else "loss-no-number"
+        of_rho = "" if rho is None else f"; rho {rho:.3g} is that of a lost network, and vouches for no learning rate"
+        found.append(Finding(code=code, severity="error", message=f"the run is {course.name}: {course.reason}{of_rho}"))
+    if course.spikes:
+        several = f"{len(course.spikes)} times, last" if len(course.spikes) > 1 else "once,"
+        message = f"the loss jumped {several} at step {course.spikes[-1]:,}, and came back"
+        found.append(Finding(code="loss-spikes", severity="info", message=message))
+    source = report.optimizer.lr_source
+    if course.lr_share is not None and 0 < course.lr_share <= 0.5 and rho is not None and source in ("checkpoint", "log"):
+        message = (
+            f"the learning rate has decayed to {100 * course.lr_share:.2g} % of its peak; at the peak's this rho would be "
+            f"about {rho / course.lr_share:.3g}"
+        )
+        found.append(Finding(code="lr-decayed", severity="info", message=message))
+    return found
+
+
+def _in_order(entries: Sequence[Logged]) -> list[Logged]:
+    """The lines with a loss, or with one that is no number; a step that comes again undoes what was after it."""
+    rows: list[Logged] = []
+    for entry in entries:
+        if entry.loss is None and not entry.non_finite:
+            continue
+        while rows and rows[-1].step >= entry.step:
+            rows.pop()
+        rows.append(entry)
+    return rows
+
+
+def _rates(entries: Sequence[Logged], step: int | None) -> dict[str, float | None]:
+    """The newest learning rate over the highest, and the highest up to a step; None where the log has none."""
+    rates = [(entry.step, entry.lr) for entry in entries if entry.lr is not None and entry.lr > 0]
+    highest = max((lr for _, lr in rates), default=None)
+    until = max((lr for at, lr in rates if step is None or at <= step), default=highest)
+    return {"lr_share": rates[-1][1] / highest if highest else None, "lr_highest": until}
+
+
+def _no_numbers(rows: Sequence[Logged]) -> LossCourse | None:
+    """Of a log whose last losses are all no numbers."""
+    end = len(rows)
+    while end and rows[end - 1].non_finite:
+        end -= 1
+    if len(rows) - end < NO_NUMBERS:
+        return None
+    since = rows[end].step
+    reason = f"the loss is no number since step {since:,}"
+    return LossCourse(name="wrecked", step=since, reason=reason)
+
+
+def _curve(points: Sequence[tuple[int, float]]) -> _Curve | None:
+    if len(points) < LEAST:
+        return None
+    each = -(-len(points) // MOST)
+    blocks = [points[start : start + each] for start in range(0, len(points), each)]
+    steps = [block[-1][0] for block in blocks]
+    losses = [median(loss for _, loss in block) for block in blocks]
+    window = max(WINDOWS[0], min(WINDOWS[1], len(losses) // SHARE))
+    medians = [median(losses[end - window : end]) for end in range(window, len(losses) + 1)]
+    return _Curve(steps, losses, window, medians)
+
+
+def _white(losses: Sequence[float]) -> float:
+    """Standard deviation of one loss about its course: from second differences, which a slope leaves at 0, by the median."""
+    bends = [a - 2 * b + c for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    return 1.4826 * median(map(abs, bends)) / sqrt(6)
+
+
+def _wander(curve: _Curve) -> float:
+    """Standard deviation of medians that share no loss, as of a loss which wanders: from those that rise.
+
+    Training falls, so that most differences are no noise. The two largest are left out: a jump lies in one of them, or two.
+    """
+    apart = curve.medians[:: -curve.window][::-1]
+    rises = sorted(b - a for a, b in pairwise(apart) if b > a)[:-2]
+    return 1.4826 * median(rises) / sqrt(2) if len(rises) > 2 else 0.0
+
+
+def _over_best(curve: _Curve, entries: Sequence[Logged]) -> LossCourse:
+    """The newest loss against the run's own best."""
+    place = curve.best
+    best, now = curve.medians[place], curve.medians[-1]
+    raised = _raised(entries, curve.step_of(place))
+    share = RESTART_RISE if raised else RISE
+    margin = max(share * abs(best), NATS, SIGMAS * curve.noise)
+    limit = best + margin
+    lasting = curve.medians[-(curve.window // 2 + 1) :]
+    wrecked = place < len(curve.medians) - len(lasting) and all(value > limit for value in lasting)
+    # One loss is noisier than the medians that the limit is for.
+    since = _since(curve, max(limit, best + 2 * _white(curve.losses))) if wrecked else None
+    rise = 100 * (now - best) / best if best > 0 else None
+    over = f"{rise:.0f} % over" if rise is not None else f"{now - best:.3g} over"
+    at = curve.step_of(place)
+    reason = f"the loss is {now:.3g}, {over} the run's own best ({best:.3g} at step {at:,})"
+    reason = f"{reason}, since step {since:,}" if since is not None else ""
+    return LossCourse(
+        name="wrecked" if wrecked else "healthy",
+        step=since,
+        loss=now,
+        best=best,
+        best_step=curve.step_of(place),
+        rise=rise,
+        margin=margin,
+        window=curve.window,
+        spikes=_spikes(curve, since),
+        reason=reason,
+    )
+
+
+def _since(curve: _Curve, limit: float) -> int:
+    """Step of the first loss of the stretch, up to the newest, in which losses lie over the limit."""
+    place = len(curve.losses)
+    while place and median(curve.losses[max(0, place - 3) : place + 2]) > limit:
+        place -= 1
+    return curve.steps[min(place, len(curve.steps) - 1)]
+
+
+def _raised(entries: Sequence[Logged], best_step: int) -> bool:
+    """Whether the learning rate had fallen by the best loss, and was raised again since, as in a warm restart."""
+    rates = [(entry.step, entry.lr) for entry in entries if entry.lr is not None]
+    before = [lr for step, lr in rates if step <= best_step]
+    after = [lr for step, lr in rates if step > best_step]
+    return bool(before and after) and before[-1] <= DECAYED * max(before) and max(after) >= 2 * before[-1]
+
+
+def _spikes(curve: _Curve, since: int | None) -> list[int]:
+    """Where a loss stood far over the median of the window before it, and did not stay."""
+    found: list[int] = []
+    last = -curve.window
+    white = _white(curve.losses)
+    for end in range(curve.window, len(curve.losses)):
+        before = curve.medians[end - curve.window]
+        limit = before + max(_SPIKE * abs(before), NATS, _SPIKE_SIGMAS * white)
+        if curve.losses[end] <= limit or (since is not None and curve.steps[end] >= since):
+            continue
+        if end - last > curve.window and min(curve.losses[end:]) <= limit:
+            found.append(curve.steps[end])
+        last = end
+    return found
+
+
+def _no_context(
+    found: LossCourse, curve: _Curve | None, shard_loss: float, unigram: float, step: int | None, *, decayed: bool
+) -> LossCourse:
+    """The same, where the shard's loss is that of token frequencies: collapsed once that has lasted."""
+    now = step if step is not None else curve.steps[-1] if curve else 0
+    if curve is None:
+        lasted, since = now >= UNLOGGED, None
+    else:
+        # Not since when it fell to it, but since when it has not got better: frequencies are learned first.
+        level = curve.medians[-1] + max(0.02 * abs(curve.medians[-1]), 2 * curve.noise)
+        since = next(curve.step_of(i) for i, value in enumerate(curve.medians) if value <= level)
+        lasted = now - since >= now / 2 if decayed else now >= SETTLED and now - since >= 0.75 * now
+    if not lasted:
+        return found
+    told = "" if since is None else f", and has not got better since step {since:,}"
+    reason = (
+        f"its loss on the shard is {shard_loss:.3g}, where the tokens' frequencies alone give {unigram:.3g}{told}: "
+        "the network uses no context"
+    )
+    return found.model_copy(update={"name": "collapsed", "step": since, "reason": reason})

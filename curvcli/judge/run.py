@@ -1,0 +1,226 @@
+"""The verdict on a whole run: the course of its loss and all of its points, not the newest alone. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log10
+from statistics import median
+from typing import Literal
+
+from curvcli.documents import ActionName, Finding, LossCourse, Report, RunName, RunVerdict, Track, TrackPoint, TrainingStep
+from curvcli.judge.course import Logged, loss_course
+from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
+
+EARLY = 12  # steps in which rho means nothing (docs/how-to/track.md)
+DECADES, NO_BETTER = 2.0, 0.98  # lambda falls by so many while the loss on the shard keeps over this share of what it was
+USES_CONTEXT = 0.9  # of the tokens' entropy: a network below that is no collapsed one
+TREND_WINDOW, RISING, FALLING = 5, 1.25, 0.8
+_PAST = ("unstable", "hot")  # verdicts past the edge
+FAR = 2 * UNSTABLE_ABOVE  # rho from which on a checkpoint counts as past it, though its bracket spans the limit
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint that one can go back to; `report` where it was measured."""
+
+    path: str
+    step: int | None
+    report: Report | None = None
+
+
+def judge_run(
+    reports: Sequence[Report], log: Sequence[Logged] = (), *, places: Sequence[tuple[str, int | None]] = ()
+) -> RunVerdict:
+    """The verdict on a run.
+
+    Args:
+        reports: of its checkpoints in step order, at least one; the newest is the last.
+        log: the run's own, up to the newest; without one the newest report's own course counts.
+        places: path and step of further checkpoints of the run, which were not measured.
+    """
+    newest = reports[-1]
+    data = newest.data
+    course = (
+        loss_course(log, shard_loss=data.loss, unigram=data.unigram_loss, step=newest.checkpoint.step)
+        if log
+        else newest.course
+    )
+    known = [report for report in reports if certified(report.judged) and report.judged.rho is not None]
+    name, step, reasons = _name(newest, known, course)
+    every = [Place(r.checkpoint.path, r.checkpoint.step, r) for r in reports]
+    every += [Place(path, at) for path, at in places if path not in {place.path for place in every}]
+    good = _last_good(every, step) if name == "wrecked" else None
+    worst = max(known, key=_rho, default=None)
+    limit = None
+    if name in _ACTS:
+        failed = course.lr_highest if course and name != "hot" else None
+        hottest = max(_late(known), key=_rho, default=newest) if name == "hot" and not _past(newest) else newest
+        limit = restart_lr(hottest if good is None else good.report, failed)
+    action, advice = _action(name, good, limit, newest)
+    return RunVerdict(
+        name=name,
+        step=step,
+        good_checkpoint=good.path if good else None,
+        good_step=good.step if good else None,
+        worst_rho=worst.judged.rho if worst else None,
+        worst_step=worst.checkpoint.step if worst else None,
+        trend=_trend(known),
+        course=course,
+        reasons=reasons,
+        action=action,
+        advice=advice,
+        restart_lr=limit,
+    )
+
+
+def judge_track(track: Track) -> RunVerdict | None:
+    """The verdict on a track by today's rules; None where nothing of it was measured."""
+    # It may name a checkpoint that is none of the points: an older one, where the newest alone were measured.
+    good = track.verdict.good_checkpoint if track.verdict else None
+    places = [(good, track.verdict.good_step)] if track.verdict and good else []
+    return judge_points(track.points, track.log, places)
+
+
+def judge_points(
+    points: Sequence[TrackPoint], log: Sequence[TrainingStep], places: Sequence[tuple[str, int | None]]
+) -> RunVerdict | None:
+    """The verdict on the points of a track and the run's log; None where none was measured.
+
+    Args:
+        places: path and step of checkpoints of the run that are none of the points. One that failed is not to go back to.
+    """
+    reports = [point.report for point in points if point.report]
+    return judge_run(reports, log, places=places) if reports else None
+
+
+def run_findings(found: RunVerdict) -> list[Finding]:
+    """What a track says of its run."""
+    if found.name not in ("wrecked", "collapsed"):
+        return []
+    message = f"{'; '.join(found.reasons)}; {found.advice}"
+    return [Finding(code=f"run-{found.name}", severity="error", message=message)]
+
+
+def restart_lr(at: Report | None, failed: float | None) -> float | None:
+    """Highest learning rate to restart with; None where nothing says one.
+
+    That at which rho of the checkpoint would be 1, its curvature being as it is, and no more than half of the rate at which
+    the run failed, whatever rho says.
+
+    Args:
+        at: the report of the checkpoint that is gone back to.
+        failed: the highest learning rate up to where it went wrong.
+    """
+    known = [] if failed is None else [failed / 2]
+    if at is not None and at.optimizer.lr and certified(at.judged) and at.judged.rho is not None and at.judged.rho > 0:
+        known.append(at.optimizer.lr / at.judged.rho)
+    return min(known, default=None)
+
+
+def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) -> tuple[RunName, int | None, list[str]]:
+    """What the run is, where it went wrong, and why."""
+    if course is not None and course.lost:
+        return ("wrecked" if course.name == "wrecked" else "collapsed"), course.step, [course.reason]
+    if flat := _flat(newest, known):
+        return "collapsed", flat[0], [flat[1]]
+    step = newest.checkpoint.step
+    if str(newest.verdict) == "early" or (step is not None and step < EARLY):
+        when = "the first steps" if step is None else f"step {step:,}"
+        return "early", None, [f"at {when} rho means little: a healthy run may start far past the edge"]
+    if _past(newest):
+        return "hot", step, [f"rho is {_rho(newest):.3g}, past the edge{_loss_says(course)}"]
+    late = _late(known)
+    past = [report for report in late if _past(report)]
+    if len(past) >= 2 and 3 * len(past) >= len(late):
+        worst = max(past, key=_rho)
+        at = "" if worst.checkpoint.step is None else f" at step {worst.checkpoint.step:,}"
+        reason = f"{len(past)} of {len(late)} checkpoints lay past the edge, the worst with rho {_rho(worst):.3g}{at}"
+        return "hot", past[0].checkpoint.step, [f"{reason}{_loss_says(course)}"]
+    if newest.verdict == "unresolved":
+        return "unresolved", None, [f"the newest checkpoint's verdict is unresolved{_loss_says(course)}"]
+    return "healthy", None, [f"rho is {_rho(newest):.3g} at the newest checkpoint{_loss_says(course)}"]
+
+
+def _late(known: Sequence[Report]) -> list[Report]:
+    return [report for report in known if (report.checkpoint.step or EARLY) >= EARLY]
+
+
+def _past(report: Report) -> bool:
+    """Whether a checkpoint lies past the edge: by its verdict, or so far that few tokens would not make it look so."""
+    far = certified(report.judged) and report.judged.rho is not None and report.judged.rho > FAR
+    return report.verdict in _PAST or (report.verdict == "unresolved" and far)
+
+
+def _loss_says(course: LossCourse | None) -> str:
+    if course is None or course.loss is None or course.best is None:
+        return ", and the log is too short to say anything of the loss"
+    if course.rise is None or course.rise < 1:
+        return f", and the loss is at the run's own best, {course.loss:.3g}"
+    return f", and the loss of {course.loss:.3g} is {course.rise:.2g} % over the run's own best, within its noise"
+
+
+def _flat(newest: Report, known: Sequence[Report]) -> tuple[int | None, str] | None:
+    """Where the loss stood still while lambda fell by decades, as in a network that has died; None where it did not."""
+    data, now = newest.data, newest.judged.eigenvalue
+    if not certified(newest.judged) or now is None or now <= 0:
+        return None
+    if data.unigram_loss is not None and data.loss < USES_CONTEXT * data.unigram_loss:
+        return None
+    for before in known:
+        then = before.judged.eigenvalue
+        same = (before.data.sha256, before.data.sequence_length) == (data.sha256, data.sequence_length)
+        if not same or then is None or then <= 0 or log10(then / now) < DECADES or before.data.loss <= 0:
+            continue
+        if data.loss >= NO_BETTER * before.data.loss:
+            step = before.checkpoint.step
+            since = "" if step is None else f" since step {step:,}"
+            return step, f"the loss stands still at {data.loss:.3g}{since}, while lambda fell from {then:.3g} to {now:.3g}"
+    return None
+
+
+def _rho(report: Report) -> float:
+    return report.judged.rho if report.judged.rho is not None else float("nan")
+
+
+def _trend(known: Sequence[Report]) -> Literal["rising", "falling", "flat"] | None:
+    """The newest rho against the median of those before it."""
+    before = [_rho(report) for report in known[-TREND_WINDOW - 1 : -1]]
+    if len(before) < 2 or median(before) <= 0:
+        return None
+    ratio = _rho(known[-1]) / median(before)
+    return "rising" if ratio > RISING else "falling" if ratio < FALLING else "flat"
+
+
+def _last_good(places: Sequence[Place], wrong: int | None) -> Place | None:
+    """The newest checkpoint before a step, one that is past the edge only where there is no other."""
+    before = [place for place in places if place.step is not None and wrong is not None and place.step < wrong]
+    kept = [place for place in before if place.report is None or not _past(place.report)]
+    return max(kept or before, key=lambda place: place.step or 0, default=None)
+
+
+_ACTS: tuple[RunName, ...] = ("wrecked", "collapsed", "hot")
+
+
+def _action(name: RunName, good: Place | None, limit: float | None, newest: Report) -> tuple[ActionName, str]:
+    lr = f" with a learning rate of at most {limit:.2g}" if limit is not None else " with a lower learning rate"
+    if name == "wrecked" and good is not None:
+        there = good.report.optimizer.lr if good.report else None
+        was = "" if there is None else f"; it was {there:.2g} there"
+        return "go back", f"stop, go back to {good.path} (step {good.step:,}) and restart{lr}{was}"
+    if name in ("wrecked", "collapsed"):
+        why = "no checkpoint is from before it went wrong" if name == "wrecked" else "going on does not mend it"
+        return "stop", f"stop: {why}; start again{lr}, or a longer warm-up"
+    if name == "hot":
+        most = "" if limit is None else f" to at most {limit:.2g}"
+        if _past(newest):
+            return "lower the lr", f"lower the learning rate{most}, and watch the loss"
+        return "lower the lr", f"it was too hot for too long: for the next run, lower the peak of the learning rate{most}"
+    if name == "early":
+        return "watch", f"go on, and measure again after step {EARLY}"
+    if name == "unresolved":
+        return "watch", "watch the loss: curvature is not resolved, and the findings say what would resolve it"
+    rho = newest.judged.rho
+    if newest.verdict == "edge" or (rho is not None and rho > STABLE_BELOW):
+        return "watch", "go on, and watch: there is no room for a larger learning rate"
+    return "go on", "go on"

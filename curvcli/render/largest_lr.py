@@ -1,0 +1,62 @@
+"""The largest stable learning rate, the chance of a bad end and what to do: the same words in every output."""
+
+from __future__ import annotations
+
+from curvcli.documents import Report, StableLr
+from curvcli.judge.calibration import settled_after
+from curvcli.judge.limits import STABLE_BELOW, certified
+
+
+def lr_line(found: StableLr, lr: float | None) -> str:
+    """As "largest stable lr 0.021 (0.008 to 0.09 in 90 % of ramps); you are at 0.03"."""
+    ends = f"over {found.low:.2g}" if found.high is None else f"{found.low:.2g} to {found.high:.2g}"
+    here = "" if lr is None else f"; you are at {lr:.2g}"
+    return f"largest stable lr {found.value:.2g} ({ends} in {_percent(found.confidence)} of ramps){here}"
+
+
+def told(report: Report) -> list[str]:
+    """What the calibration says of a report, a sentence a line; empty where it says nothing."""
+    lines = []
+    if report.stable_lr is not None:
+        lines.append(lr_line(report.stable_lr, report.optimizer.lr))
+        if report.stable_lr.uncovered:
+            lines.append(f"not covered by the ramps: {'; '.join(report.stable_lr.uncovered)}")
+    elif report.judged.rho is not None and report.judged.rho <= 0 and certified(report.judged):
+        lines.append("no curvature is positive, so none sets a largest learning rate")
+    if report.odds is not None:
+        lines.append(f"chance of a bad end at such a rho: {_percent(report.odds)}")
+    return lines
+
+
+def action(report: Report) -> str:
+    """What to do, in a few words."""
+    if report.verdict == "early":
+        return f"wait until {_settled(report)}, then measure again"
+    if report.verdict in ("unstable", "hot"):
+        rate = lower_to(report)
+        return "lower the learning rate" + (f" to about {rate:.2g}" if rate is not None else "")
+    if report.verdict == "edge":
+        return "go on, and do not raise the learning rate"
+    return "go on" if report.verdict == "stable" else "no verdict: see the first finding"
+
+
+def lower_to(report: Report) -> float | None:
+    """Where to lower the learning rate to: the low end of the largest stable one, else where rho would be stable."""
+    lr, rho, stable = report.optimizer.lr, report.judged.rho, report.stable_lr
+    if stable is not None and lr is not None and stable.low < lr:
+        return stable.low
+    return lr * STABLE_BELOW / rho if lr and rho and rho > 0 else None
+
+
+def _settled(report: Report) -> str:
+    """The step from which on rho means something."""
+    optimizer, step = report.optimizer, report.checkpoint.step
+    settled = settled_after(optimizer.betas, optimizer.momentum)
+    age = step if optimizer.step is None else optimizer.step
+    if step is None or age is None:
+        return f"step {settled:,} of the optimizer"
+    return f"step {step + settled - age:,}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.995 else "over 99 %"
