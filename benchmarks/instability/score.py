@@ -1,6 +1,7 @@
 """How well each signal tells: AUC with bootstrap intervals, and lead time at fixed rates of false alarms.
 
-`python benchmarks/instability/score.py` reads the zoo's runs and writes results/instability_scores.json and a picture. Runs
+`python benchmarks/instability/score.py`, after `fit.py`, reads the zoo's runs and writes results/instability_scores.json and a
+picture. Runs
 are what is drawn again in the bootstrap; the AUC over families is the mean of each family's own, as learning rates and scales of
 different families do not compare.
 """
@@ -20,8 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import HERE
 from labels import label
+from matplotlib.figure import Figure
 from signals import SIGNALS, Signal, points
 from zoo import PROBES, stored
+
+from curvcli.judge.calibration import calibration, odds
+from curvcli.judge.verdict import verdict_at
 
 EARLY, DRAWS, AHEAD = 16, 200, 40
 Scored = tuple[str, float, bool]  # family, signal, whether it went wrong
@@ -168,6 +173,65 @@ def by_family(rows: list[dict[str, Any]], labels: list[dict[str, Any]]) -> dict[
     return found
 
 
+def verdicts(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What curv says of each point before anything has broken, by today's coefficients, and how many of these runs end badly."""
+    counts: dict[str, list[float]] = {}
+    flagged = {True: 0, False: 0}
+    runs = {True: 0, False: 0}
+    for row, said in zip(rows, labels, strict=True):
+        if row["protocol"] not in ("constant", "warmup", "cosine"):
+            continue
+        told = [verdict(p, row) for p in row["probes"] if said["break"] is None or p["step"] <= said["break"]]
+        bad = bool(said["badly"])
+        for name in told:
+            counts.setdefault(name, []).append(bad / len(told))
+            counts.setdefault(f"{name}, weight", []).append(1 / len(told))
+        runs[bad] += 1
+        flagged[bad] += any(name in ("hot", "unstable") for name in told)
+    names = [n for n in counts if not n.endswith("weight")]
+    return {
+        "points": {n: {"runs": round(sum(counts[f"{n}, weight"]), 1), "end badly": round(sum(counts[n]) / sum(counts[f"{n}, weight"]), 3)} for n in names},
+        "runs that end badly": runs[True], "flagged before": flagged[True],
+        "quiet runs": runs[False], "flagged at any point": flagged[False],
+    }  # fmt: skip
+
+
+def verdict(probe: dict[str, Any], row: dict[str, Any]) -> str:
+    """As a report of this point would have it; its shard is one batch, so rho is its own bracket."""
+    if probe["step"] < calibration().early_steps:
+        return "early"
+    if probe.get("status") != "converged" or probe.get("rho") is None:
+        return "unresolved"
+    return verdict_at(probe["rho"], probe["rho"], odds(probe["rho"], row["optimizer"]))
+
+
+def draw(document: dict[str, Any], fit: dict[str, Any]) -> Figure:
+    """AUC on what was held out, and odds against what came."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    table = document["held out"]
+    names = sorted((n for n in table if table[n]["ends badly"] is not None), key=lambda n: table[n]["ends badly"])
+    for y, name in enumerate(names):
+        value, ends = table[name]["ends badly"], table[name]["ends badly, interval"]
+        if ends:
+            left.plot(ends, [y, y], color="#9db4d6", linewidth=4, solid_capstyle="butt")
+        left.plot([value], [y], "o", color="#1f4e9c" if name != "rho" else "#b3261e")
+    left.axvline(0.5, color="#888888", linewidth=0.8)
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.set_xlabel("AUC of 'ends badly', held-out runs (5 to 95 %)")
+    for group, colour in (("adaptive", "#1f4e9c"), ("sgd", "#c2641a")):
+        for kind, marker in (("fitted on", "o"), ("held out", "s")):
+            bins = fit["checks"][group][kind]["calibration"]
+            label = f"{group}, {kind}"
+            right.scatter([b["said"] for b in bins], [b["came"] for b in bins], s=[6 + 2 * b["runs"] for b in bins],
+                          marker=marker, label=label, color=colour, alpha=0.45 if kind == "fitted on" else 1.0)  # fmt: skip
+    right.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
+    right.set_xlabel("odds of a bad end, as told")
+    right.set_ylabel("share that ended badly")
+    right.legend(fontsize=7)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
@@ -178,15 +242,20 @@ def main() -> None:
     for name, held in sets.items():
         chosen = [(r, s) for r, s in zip(rows, labels, strict=True) if r["held_out"] == held]
         document[name] = score([r for r, _ in chosen], [s for _, s in chosen])
+        document[name]["verdicts"] = verdicts([r for r, _ in chosen], [s for _, s in chosen])
     (HERE / "results" / "instability_scores.json").write_text(json.dumps(document, indent=1) + "\n")
+    signals = {name: {k: v for k, v in document[name].items() if k != "verdicts"} for name in sets}
+    fit = json.loads((HERE / "results" / "instability_fit.json").read_text())
+    draw({**document, **signals}, fit).savefig(HERE.parent / "docs" / "images" / "instability.png", dpi=120)
     print(f"{len(rows)} runs, {sum(s['break'] is not None for s in labels)} break, {sum(bool(s['badly']) for s in labels)} end badly")
     for name in sets:
         print(f"\n{name}: AUC of 'ends badly' over all and within families, of 'breaks within {AHEAD} steps', breaks caught at 5 %")
-        for signal, numbers in document[name].items():
+        for signal, numbers in signals[name].items():
             early = numbers["lead at 5% false alarms"]
             print(f"{signal:24} {numbers['ends badly']} {numbers['ends badly, interval']}  {numbers['ends badly, within families']}  "
                   f"{numbers['breaks soon']} {numbers['breaks soon, interval']}  {numbers['breaks soon, within families']}  "
                   f"{early['caught']}/{early['breaks']}, {early['median_lead_steps']} steps")  # fmt: skip
+        print(json.dumps(document[name]["verdicts"], indent=1))
 
 
 if __name__ == "__main__":

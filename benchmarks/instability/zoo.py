@@ -8,6 +8,7 @@ scores the signals and fits the coefficients of `curvcli/judge/calibration.json`
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import sys
@@ -113,7 +114,7 @@ def measured(task: Task, batches: list[Any], optimizer: torch.optim.Optimizer) -
     try:
         kept.append(analyze(task.model, task.loss, batches, optimizer, depths=False, on_verdict=told))
     except Told:
-        pass
+        gc.collect()  # what was raised through holds graphs in circles, and their bytes call no collector
     except CurvError as error:
         return {"status": type(error).__name__}
     report = kept[0]
