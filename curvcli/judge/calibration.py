@@ -66,11 +66,16 @@ class Calibration(Document):
     source: Source
     edge: dict[Group, Edge]
     odds: dict[Group, Odds]
-    hot_from: Share
+    edge_from: Annotated[float, Field(gt=0, description="rho from which on points of the ramps were looked at")]
+    stable_below: Annotated[Share, Field(description="odds")]
+    hot_from: Annotated[Share, Field(description="odds")]
+    unstable_from: Annotated[Share, Field(description="odds")]
     early_steps: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        if not self.stable_below <= self.hot_from <= self.unstable_from:
+            raise ValueError("stable_below, hot_from and unstable_from are not in order")
         if not set(self.edge) == set(self.odds) == {"adaptive", "sgd"}:
             raise ValueError("edge and odds need the groups adaptive and sgd")
         return self
@@ -171,13 +176,15 @@ def odds(rho: float, optimizer: str) -> float | None:
     return 1 / (1 + exp(-power)) if power > -700 else 0.0
 
 
-def uncovered(optimizer: str, parameters: int) -> list[str]:
+def uncovered(optimizer: str, parameters: int, rho: float) -> list[str]:
     """What of a run lies outside those that the coefficients are from, in words."""
-    source = calibration().source
+    source, near = calibration().source, calibration().edge_from
     found = [] if optimizer in source.optimizers else [f"{optimizer} (the runs had {', '.join(source.optimizers)})"]
     low, high = source.parameters
     if not low <= parameters <= high:
         found.append(f"{parameters:,} parameters (the runs had {low:,} to {high:,})")
+    if rho < near:
+        found.append(f"rho below {near:g}, where curvature can still grow by decades")
     return found
 
 
@@ -231,5 +238,5 @@ def calibrated(
         return Calibrated()
     found = stable_lr(optimizer.lr, rho, optimizer.name)
     if found is not None:
-        found = found.model_copy(update={"uncovered": uncovered(optimizer.name, parameters)})
+        found = found.model_copy(update={"uncovered": uncovered(optimizer.name, parameters, rho.value)})
     return Calibrated(odds=odds(rho.value, optimizer.name), stable_lr=found)

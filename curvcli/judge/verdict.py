@@ -30,9 +30,6 @@ def judge(
 ) -> VerdictName:
     """Verdict on the full model, or on its body where rare rows are left out; unresolved where more data could change it.
 
-    rho of the data is taken to lie within the bracket: the verdict stands only where both ends agree on it. Where they lie
-    on two sides of the unstable limit the odds may still say that it is probably too hot.
-
     Args:
         early: the optimizer is young, and no rho says anything yet.
         odds: chance of a bad end at this rho; None where it is not known.
@@ -41,11 +38,30 @@ def judge(
         return "early"
     if not certified(judged) or generalisation.rho_low is None or generalisation.rho_high is None:
         return "unresolved"
-    low, high = classify(generalisation.rho_low), classify(generalisation.rho_high)
-    if low == high:
-        return low
-    spans = high == "unstable" and odds is not None and odds >= calibration().hot_from
-    return "hot" if spans else "unresolved"
+    return verdict_at(generalisation.rho_low, generalisation.rho_high, odds)
+
+
+def verdict_at(low: float, high: float, odds: float | None) -> VerdictName:
+    """Verdict on a rho that lies between two ends: where it stands to the edge, and what became of runs like it.
+
+    Both ends on one side of the limits say where it stands. The odds then keep a rho below the edge from being called
+    stable, and one past it from being called unstable, where runs at such a rho ended otherwise; and they decide where the
+    ends lie on two sides, as far as they can.
+
+    Args:
+        odds: chance of a bad end; None where it is not known, and the limits alone decide.
+    """
+    known = calibration()
+    places = {classify(low), classify(high)}
+    if places == {"stable"}:
+        return "stable" if odds is None or odds < known.stable_below else "edge"
+    if places == {"unstable"}:
+        return "unstable" if odds is None or odds >= known.unstable_from else "hot"
+    if places == {"edge"}:
+        return "edge"
+    if "unstable" in places:
+        return "hot" if odds is not None and odds >= known.hot_from else "unresolved"
+    return "edge" if odds is not None and odds >= known.stable_below else "unresolved"
 
 
 def explain(

@@ -1,0 +1,262 @@
+"""How well each signal tells: AUC with bootstrap intervals, and lead time at fixed rates of false alarms.
+
+`python benchmarks/instability/score.py`, after `fit.py`, reads the zoo's runs and writes results/instability_scores.json and a
+picture. Runs
+are what is drawn again in the bootstrap; the AUC over families is the mean of each family's own, as learning rates and scales of
+different families do not compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import HERE
+from labels import label
+from matplotlib.figure import Figure
+from signals import SIGNALS, Signal, points
+from zoo import PROBES, stored
+
+from curvcli.judge.calibration import calibration, odds
+from curvcli.judge.verdict import verdict_at
+
+EARLY, DRAWS, AHEAD = 16, 200, 40
+Scored = tuple[str, float, bool]  # family, signal, whether it went wrong
+
+
+def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
+    """Chance that a bad one's signal is above a good one's; ties count half. None where one kind is missing."""
+    bad = [v for v, y in pairs if y]
+    good = [v for v, y in pairs if not y]
+    if not bad or not good:
+        return None
+    return sum((b > g) + 0.5 * (b == g) for b in bad for g in good) / (len(bad) * len(good))
+
+
+def within(scored: Sequence[Scored]) -> float | None:
+    """Mean of the families' own AUC, of those that have at least two of each kind."""
+    families: dict[str, list[tuple[float, bool]]] = {}
+    for family, value, bad in scored:
+        families.setdefault(family, []).append((value, bad))
+    sure = [pairs for pairs in families.values() if 2 <= sum(y for _, y in pairs) <= len(pairs) - 2]
+    found = [a for pairs in sure if (a := auc(pairs)) is not None]
+    return mean(found) if found else None
+
+
+def interval(items: Sequence[Any], statistic: Callable[[list[Any]], float | None], seed: int = 0) -> list[float] | None:
+    """5 % and 95 % of a statistic over items drawn again."""
+    draw = random.Random(seed)
+    found = [statistic(draw.choices(items, k=len(items))) for _ in range(DRAWS)]
+    values = sorted(v for v in found if v is not None)
+    return [round(values[int(q * (len(values) - 1))], 3) for q in (0.05, 0.95)] if len(values) > DRAWS // 2 else None
+
+
+def history(row: dict[str, Any], signal: Signal, until: int | None) -> float | None:
+    """Median of a signal over steps 16 to 100, before the run breaks."""
+    values = [
+        v
+        for p in points(row)
+        if EARLY <= p["step"] <= 100 and (until is None or p["step"] <= until) and (v := signal(p)) is not None
+    ]
+    return median(values) if values else None
+
+
+def of_histories(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]], signal: Signal) -> list[Scored]:
+    """A run's history against whether it ends badly; ramps and injected events are another question."""
+    found = []
+    for row, said in zip(rows, labels, strict=True):
+        if row["protocol"] in ("constant", "warmup", "cosine"):
+            value = history(row, signal, said["break"])
+            if value is not None:
+                found.append((row["family"], value, bool(said["badly"])))
+    return found
+
+
+def of_checkpoints(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]], signal: Signal) -> list[list[Scored]]:
+    """Each point before a break against whether the run breaks within 40 steps: one list a run."""
+    found = []
+    for row, said in zip(rows, labels, strict=True):
+        at = said["break"]
+        mine = [
+            (row["family"], v, at is not None and at <= p["step"] + AHEAD)
+            for p in points(row)
+            if p["step"] >= EARLY and (at is None or p["step"] <= at) and (v := signal(p)) is not None
+        ]
+        if mine:
+            found.append(mine)
+    return found
+
+
+def lead(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]], signal: Signal, rate: float) -> dict[str, Any]:
+    """A threshold that a share `rate` of the quiet runs of a family crosses at any point; how many breaks it is before, by how much."""
+    caught, leads, all_of = 0, [], 0
+    for family in sorted({row["family"] for row in rows}):
+        mine = [(r, s) for r, s in zip(rows, labels, strict=True) if r["family"] == family]
+        quiet = [
+            max((v for p in points(r) if p["step"] >= EARLY and (v := signal(p)) is not None), default=None)
+            for r, s in mine
+            if s["break"] is None and not s["badly"] and r["protocol"] != "ramp"
+        ]
+        quiet = sorted(v for v in quiet if v is not None)
+        if len(quiet) < 3:
+            continue
+        limit = quiet[min(len(quiet) - 1, int((1 - rate) * len(quiet)))]
+        for row, said in mine:
+            if said["break"] is None:
+                continue
+            all_of += 1
+            fired = next(
+                (p["step"] for p in points(row) if EARLY <= p["step"] <= said["break"] and (v := signal(p)) is not None and v > limit),
+                None,
+            )
+            if fired is not None:
+                caught += 1
+                leads.append(said["break"] - fired)
+    return {"breaks": all_of, "caught": caught, "median_lead_steps": median(leads) if leads else None}
+
+
+def score(rows: list[dict[str, Any]], labels: list[dict[str, Any]]) -> dict[str, Any]:
+    """All numbers of one set of runs, by signal."""
+    table: dict[str, Any] = {}
+    for name, signal in SIGNALS.items():
+        runs = of_histories(rows, labels, signal)
+        clusters = of_checkpoints(rows, labels, signal)
+        flat = [s for mine in clusters for s in mine]
+
+        def pooled(items: list[list[Scored]]) -> float | None:
+            return auc([(v, y) for mine in items for _, v, y in mine])
+
+        table[name] = {
+            "runs": len(runs),
+            "ends badly": _digits(auc([(v, y) for _, v, y in runs])),
+            "ends badly, interval": interval(runs, lambda items: auc([(v, y) for _, v, y in items])),
+            "ends badly, within families": _digits(within(runs)),
+            "ends badly, within families, interval": interval(runs, within),
+            "points": len(flat),
+            "breaks soon": _digits(auc([(v, y) for _, v, y in flat])),
+            "breaks soon, interval": interval(clusters, pooled),
+            "breaks soon, within families": _digits(within(flat)),
+            **{f"lead at {rate:.0%} false alarms": lead(rows, labels, signal, rate) for rate in (0.05, 0.2)},
+        }
+    return table
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def by_family(rows: list[dict[str, Any]], labels: list[dict[str, Any]]) -> dict[str, Any]:
+    """What became of each family's runs, and rho's AUC within it."""
+    found = {}
+    for family in sorted({row["family"] for row in rows}):
+        mine = [(r, s) for r, s in zip(rows, labels, strict=True) if r["family"] == family]
+        only, said = [r for r, _ in mine], [s for _, s in mine]
+        found[family] = {
+            "runs": len(mine),
+            "break": sum(s["break"] is not None for s in said),
+            "badly": sum(bool(s["badly"]) for s in said),
+            "collapse": sum(s["collapse"] for s in said),
+            "with spikes": sum(bool(s["spikes"]) for s in said),
+            **{
+                f"AUC {name}": _digits(auc([(v, y) for _, v, y in of_histories(only, said, SIGNALS[name])]))
+                for name in ("rho", "gradient norm", "lr")
+            },
+        }
+    return found
+
+
+def verdicts(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What curv says of each point before anything has broken, by today's coefficients, and how many of these runs end badly."""
+    counts: dict[str, list[float]] = {}
+    flagged = {True: 0, False: 0}
+    runs = {True: 0, False: 0}
+    for row, said in zip(rows, labels, strict=True):
+        if row["protocol"] not in ("constant", "warmup", "cosine"):
+            continue
+        told = [verdict(p, row) for p in row["probes"] if said["break"] is None or p["step"] <= said["break"]]
+        bad = bool(said["badly"])
+        for name in told:
+            counts.setdefault(name, []).append(bad / len(told))
+            counts.setdefault(f"{name}, weight", []).append(1 / len(told))
+        runs[bad] += 1
+        flagged[bad] += any(name in ("hot", "unstable") for name in told)
+    names = [n for n in counts if not n.endswith("weight")]
+    return {
+        "points": {n: {"runs": round(sum(counts[f"{n}, weight"]), 1), "end badly": round(sum(counts[n]) / sum(counts[f"{n}, weight"]), 3)} for n in names},
+        "runs that end badly": runs[True], "flagged before": flagged[True],
+        "quiet runs": runs[False], "flagged at any point": flagged[False],
+    }  # fmt: skip
+
+
+def verdict(probe: dict[str, Any], row: dict[str, Any]) -> str:
+    """As a report of this point would have it; its shard is one batch, so rho is its own bracket."""
+    if probe["step"] < calibration().early_steps:
+        return "early"
+    if probe.get("status") != "converged" or probe.get("rho") is None:
+        return "unresolved"
+    return verdict_at(probe["rho"], probe["rho"], odds(probe["rho"], row["optimizer"]))
+
+
+def draw(document: dict[str, Any], fit: dict[str, Any]) -> Figure:
+    """AUC on what was held out, and odds against what came."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    table = document["held out"]
+    names = sorted((n for n in table if table[n]["ends badly"] is not None), key=lambda n: table[n]["ends badly"])
+    for y, name in enumerate(names):
+        value, ends = table[name]["ends badly"], table[name]["ends badly, interval"]
+        if ends:
+            left.plot(ends, [y, y], color="#9db4d6", linewidth=4, solid_capstyle="butt")
+        left.plot([value], [y], "o", color="#1f4e9c" if name != "rho" else "#b3261e")
+    left.axvline(0.5, color="#888888", linewidth=0.8)
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.set_xlabel("AUC of 'ends badly', held-out runs (5 to 95 %)")
+    for group, colour in (("adaptive", "#1f4e9c"), ("sgd", "#c2641a")):
+        for kind, marker in (("fitted on", "o"), ("held out", "s")):
+            bins = fit["checks"][group][kind]["calibration"]
+            label = f"{group}, {kind}"
+            right.scatter([b["said"] for b in bins], [b["came"] for b in bins], s=[6 + 2 * b["runs"] for b in bins],
+                          marker=marker, label=label, color=colour, alpha=0.45 if kind == "fitted on" else 1.0)  # fmt: skip
+    right.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
+    right.set_xlabel("odds of a bad end, as told")
+    right.set_ylabel("share that ended badly")
+    right.legend(fontsize=7)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    rows = stored()
+    labels = label(rows)
+    sets = {"fitted on": False, "held out": True}
+    document: dict[str, Any] = {"runs": len(rows), "probes": sorted(PROBES), "families": by_family(rows, labels)}
+    for name, held in sets.items():
+        chosen = [(r, s) for r, s in zip(rows, labels, strict=True) if r["held_out"] == held]
+        document[name] = score([r for r, _ in chosen], [s for _, s in chosen])
+        document[name]["verdicts"] = verdicts([r for r, _ in chosen], [s for _, s in chosen])
+    (HERE / "results" / "instability_scores.json").write_text(json.dumps(document, indent=1) + "\n")
+    signals = {name: {k: v for k, v in document[name].items() if k != "verdicts"} for name in sets}
+    fit = json.loads((HERE / "results" / "instability_fit.json").read_text())
+    draw({**document, **signals}, fit).savefig(HERE.parent / "docs" / "images" / "instability.png", dpi=120)
+    print(f"{len(rows)} runs, {sum(s['break'] is not None for s in labels)} break, {sum(bool(s['badly']) for s in labels)} end badly")
+    for name in sets:
+        print(f"\n{name}: AUC of 'ends badly' over all and within families, of 'breaks within {AHEAD} steps', breaks caught at 5 %")
+        for signal, numbers in signals[name].items():
+            early = numbers["lead at 5% false alarms"]
+            print(f"{signal:24} {numbers['ends badly']} {numbers['ends badly, interval']}  {numbers['ends badly, within families']}  "
+                  f"{numbers['breaks soon']} {numbers['breaks soon, interval']}  {numbers['breaks soon, within families']}  "
+                  f"{early['caught']}/{early['breaks']}, {early['median_lead_steps']} steps")  # fmt: skip
+        print(json.dumps(document[name]["verdicts"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
