@@ -179,7 +179,7 @@ def test_config_is_found_upward_and_flags_win(
 
 def test_one_batch_of_a_file_is_not_all_of_the_data(tmp_path: Path) -> None:
     """Nothing can be held out of one window: 64 tokens of the calm run once read as unstable."""
-    report = analyze_checkpoint(run_of(tmp_path, 9), Options(tokens=16, depths=False, mode="kept"))
+    report = analyze_checkpoint(run_of(tmp_path, 20), Options(tokens=16, depths=False, mode="kept"))
     assert report.generalisation.held_out is None
     assert report.verdict == "unresolved"
     assert report.findings[0].code == "unresolved-tokens"
