@@ -48,7 +48,7 @@ FIXED = {
     "odds": {
         "adaptive": {"intercept": 0.0, "slope": 1.0, "runs": 5}, "sgd": {"intercept": 1.0, "slope": 2.0, "runs": 4},
     },
-    "hot_from": 0.6, "early_steps": 12,
+    "edge_from": 0.1, "stable_below": 0.3, "hot_from": 0.6, "unstable_from": 0.7, "early_steps": 12,
 }  # fmt: skip
 
 
@@ -92,7 +92,15 @@ def test_the_file_is_read_and_says_where_it_is_from() -> None:
 
 @pytest.mark.parametrize(
     ("where", "value"),
-    [("edge.adaptive.low", 3.0), ("edge.sgd.low", 0.0), ("odds.sgd.slope", -1.0), ("hot_from", 1.0), ("early_steps", 0)],
+    [
+        ("edge.adaptive.low", 3.0),
+        ("edge.sgd.low", 0.0),
+        ("odds.sgd.slope", -1.0),
+        ("hot_from", 1.0),
+        ("hot_from", 0.2),
+        ("unstable_from", 0.5),
+        ("early_steps", 0),
+    ],
 )
 def test_coefficients_that_make_no_sense_are_refused(where: str, value: float) -> None:
     found = json.loads(json.dumps(FIXED))
@@ -137,9 +145,10 @@ def test_the_learning_rate_by_hand(fixed: Calibration) -> None:
 def test_an_optimizer_that_no_run_had_gets_the_widest_ends(fixed: Calibration) -> None:
     found = stable_lr(1.0, Bracket(1.0, 1.0, 1.0), "NAdam")
     assert (found.low, found.value, found.high, found.group) == (0.5, 2.0, 8.0, "all")
-    assert uncovered("NAdam", 500) == ["NAdam (the runs had AdamW, SGD)"]
-    assert uncovered("SGD", 1001) == ["1,001 parameters (the runs had 10 to 1,000)"]
-    assert uncovered("SGD", 1000) == uncovered("AdamW", 10) == []
+    assert uncovered("NAdam", 500, 0.5) == ["NAdam (the runs had AdamW, SGD)"]
+    assert uncovered("SGD", 1001, 0.5) == ["1,001 parameters (the runs had 10 to 1,000)"]
+    assert uncovered("SGD", 1000, 0.1) == uncovered("AdamW", 10, 5.0) == []
+    assert uncovered("SGD", 1000, 0.09) == ["rho below 0.1, where curvature can still grow by decades"]
     assert odds(2.0, "NAdam") == odds(2.0, "AdamW"), "of the widest group"
 
 
@@ -257,12 +266,19 @@ def test_what_is_old_enough_stays_so(step: int, beta: float, momentum: float) ->
         (1.0, 3.0, 0.59, "unresolved"),
         (1.0, 3.0, None, "unresolved"),
         (0.5, 3.0, 0.9, "hot"),
-        (0.5, 1.0, 0.9, "unresolved"),  # of two verdicts neither is unstable
-        (1.3, 3.0, 0.1, "unstable"),
+        (0.5, 1.0, 0.31, "edge"),  # of two verdicts neither is unstable
+        (0.5, 1.0, 0.29, "unresolved"),
+        (0.5, 1.0, None, "unresolved"),
+        (1.3, 3.0, 0.71, "unstable"),
+        (1.3, 3.0, 0.69, "hot"),
+        (1.3, 3.0, None, "unstable"),
         (0.9, 1.2, 0.9, "edge"),
+        (0.1, 0.7, 0.29, "stable"),
+        (0.1, 0.7, 0.31, "edge"),
+        (0.1, 0.7, None, "stable"),
     ],
 )
-def test_high_odds_decide_where_the_bracket_spans_the_unstable_limit(
+def test_odds_and_the_limits_make_the_verdict(
     fixed: Calibration, monkeypatch: pytest.MonkeyPatch, low: float, high: float, odds: float | None, verdict: str
 ) -> None:
     monkeypatch.setattr("curvcli.judge.verdict.calibration", lambda: fixed)
