@@ -227,7 +227,9 @@ def _text() -> tuple[Draw, float]:
     span = len(ids) - runs.SEQUENCE - 1
     shares = torch.bincount(ids, minlength=256).double() / len(ids)
     entropy = -float((shares * shares.clamp_min(1e-300).log()).sum())
-    return lambda rows, g: runs.windows(ids, torch.randint(span, (rows,), generator=g))[:, : LENGTH + 1].contiguous(), entropy
+    return lambda rows, g: runs.windows(ids, torch.randint(span, (rows,), generator=g))[
+        :, : LENGTH + 1
+    ].contiguous(), entropy
 
 
 def _pictures(seed: int) -> tuple[Draw, float]:

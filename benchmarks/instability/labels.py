@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -24,7 +25,7 @@ def finite(losses: Sequence[float | None]) -> list[float]:
 
 def noise(losses: Sequence[float]) -> float:
     """Standard deviation of single losses around their course."""
-    steps = [abs(b - a) for a, b in zip(losses, losses[1:], strict=False) if b < INF and a < INF]
+    steps = [abs(b - a) for a, b in pairwise(losses) if b < INF and a < INF]
     return 1.4826 * median(steps) / math.sqrt(2) if steps else 0.0
 
 
@@ -99,7 +100,9 @@ def label(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if (other["family"], other["seed"], other["protocol"]) == (row["family"], row["seed"], plain(row["protocol"]))
         ]
         best = min((e for lr, e in twins if lr <= row["lr"]), default=end)
-        margin = WORSE * max(row["constant"] - best, 0.05 * row["constant"]) + 3 * noise(finite(row["losses"])) / math.sqrt(20)
+        margin = WORSE * max(row["constant"] - best, 0.05 * row["constant"]) + 3 * noise(finite(row["losses"])) / math.sqrt(
+            20
+        )
         found.append(
             {
                 "break": breaks(row["losses"], row["constant"]),

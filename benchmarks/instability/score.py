@@ -1,16 +1,14 @@
 """How well each signal tells: AUC with bootstrap intervals, and lead time at fixed rates of false alarms.
 
-`python benchmarks/instability/score.py`, after `fit.py`, reads the zoo's runs and writes results/instability_scores.json and a
-picture. Runs
-are what is drawn again in the bootstrap; the AUC over families is the mean of each family's own, as learning rates and scales of
-different families do not compare.
+`python benchmarks/instability/score.py`, after `fit.py`, reads the zoo's runs and writes results/instability_scores.json and
+the picture of docs/explanation/rho.md. Runs are what is drawn again in the bootstrap; the AUC over families is the mean of
+each family's own, as learning rates and scales of different families do not compare.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from common import HERE
 from labels import label
 from matplotlib.figure import Figure
@@ -53,8 +52,8 @@ def within(scored: Sequence[Scored]) -> float | None:
 
 def interval(items: Sequence[Any], statistic: Callable[[list[Any]], float | None], seed: int = 0) -> list[float] | None:
     """5 % and 95 % of a statistic over items drawn again."""
-    draw = random.Random(seed)
-    found = [statistic(draw.choices(items, k=len(items))) for _ in range(DRAWS)]
+    draw = np.random.default_rng(seed)
+    found = [statistic([items[i] for i in draw.integers(len(items), size=len(items))]) for _ in range(DRAWS)]
     values = sorted(v for v in found if v is not None)
     return [round(values[int(q * (len(values) - 1))], 3) for q in (0.05, 0.95)] if len(values) > DRAWS // 2 else None
 
@@ -96,7 +95,7 @@ def of_checkpoints(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, An
 
 
 def lead(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]], signal: Signal, rate: float) -> dict[str, Any]:
-    """A threshold that a share `rate` of the quiet runs of a family crosses at any point; how many breaks it is before, by how much."""
+    """Breaks that a signal is before, and by how much, at the threshold that `rate` of a family's quiet runs cross."""
     caught, leads, all_of = 0, [], 0
     for family in sorted({row["family"] for row in rows}):
         mine = [(r, s) for r, s in zip(rows, labels, strict=True) if r["family"] == family]
@@ -114,7 +113,11 @@ def lead(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]], signa
                 continue
             all_of += 1
             fired = next(
-                (p["step"] for p in points(row) if EARLY <= p["step"] <= said["break"] and (v := signal(p)) is not None and v > limit),
+                (
+                    p["step"]
+                    for p in points(row)
+                    if EARLY <= p["step"] <= said["break"] and (v := signal(p)) is not None and v > limit
+                ),
                 None,
             )
             if fired is not None:
@@ -174,8 +177,8 @@ def by_family(rows: list[dict[str, Any]], labels: list[dict[str, Any]]) -> dict[
 
 
 def verdicts(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What curv says of each point before anything has broken, by today's coefficients, and how many of these runs end badly."""
-    counts: dict[str, list[float]] = {}
+    """What curv says of points before anything has broken, by today's coefficients, and how many of these runs end badly."""
+    counts: dict[str, list[tuple[float, float]]] = {}  # of a verdict: a point's weight, and that where the run ends badly
     flagged = {True: 0, False: 0}
     runs = {True: 0, False: 0}
     for row, said in zip(rows, labels, strict=True):
@@ -184,13 +187,12 @@ def verdicts(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]]) -
         told = [verdict(p, row) for p in row["probes"] if said["break"] is None or p["step"] <= said["break"]]
         bad = bool(said["badly"])
         for name in told:
-            counts.setdefault(name, []).append(bad / len(told))
-            counts.setdefault(f"{name}, weight", []).append(1 / len(told))
+            counts.setdefault(name, []).append((1 / len(told), bad / len(told)))
         runs[bad] += 1
         flagged[bad] += any(name in ("hot", "unstable") for name in told)
-    names = [n for n in counts if not n.endswith("weight")]
+    sums = {name: tuple(map(sum, zip(*found, strict=True))) for name, found in counts.items()}
     return {
-        "points": {n: {"runs": round(sum(counts[f"{n}, weight"]), 1), "end badly": round(sum(counts[n]) / sum(counts[f"{n}, weight"]), 3)} for n in names},
+        "points": {n: {"runs": round(all_of, 1), "end badly": round(bad / all_of, 3)} for n, (all_of, bad) in sums.items()},
         "runs that end badly": runs[True], "flagged before": flagged[True],
         "quiet runs": runs[False], "flagged at any point": flagged[False],
     }  # fmt: skip
@@ -247,12 +249,16 @@ def main() -> None:
     signals = {name: {k: v for k, v in document[name].items() if k != "verdicts"} for name in sets}
     fit = json.loads((HERE / "results" / "instability_fit.json").read_text())
     draw({**document, **signals}, fit).savefig(HERE.parent / "docs" / "images" / "instability.png", dpi=120)
-    print(f"{len(rows)} runs, {sum(s['break'] is not None for s in labels)} break, {sum(bool(s['badly']) for s in labels)} end badly")
+    ends = sum(s["break"] is not None for s in labels), sum(bool(s["badly"]) for s in labels)
+    print(f"{len(rows)} runs, {ends[0]} break, {ends[1]} end badly")
     for name in sets:
-        print(f"\n{name}: AUC of 'ends badly' over all and within families, of 'breaks within {AHEAD} steps', breaks caught at 5 %")
+        print(
+            f"\n{name}: AUC of 'ends badly', over all and within families; of 'breaks within {AHEAD} steps'; caught at 5 %"
+        )
         for signal, numbers in signals[name].items():
             early = numbers["lead at 5% false alarms"]
-            print(f"{signal:24} {numbers['ends badly']} {numbers['ends badly, interval']}  {numbers['ends badly, within families']}  "
+            badly = [numbers[f"ends badly{of}"] for of in ("", ", interval", ", within families")]
+            print(f"{signal:24} {badly[0]} {badly[1]}  {badly[2]}  "
                   f"{numbers['breaks soon']} {numbers['breaks soon, interval']}  {numbers['breaks soon, within families']}  "
                   f"{early['caught']}/{early['breaks']}, {early['median_lead_steps']} steps")  # fmt: skip
         print(json.dumps(document[name]["verdicts"], indent=1))

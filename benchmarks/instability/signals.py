@@ -37,7 +37,7 @@ def _z(name: str) -> Signal:
 
 
 def _six(point: Point) -> float | None:
-    """Standard deviations by which the largest gradient norm of the last 20 steps lies over the mean of the 100 before it."""
+    """Standard deviations by which the largest gradient norm of the last 20 steps lies over the mean of the 100 before."""
     norms = [v for v in finite(point["norms"]) if v < INF]
     if len(norms) < 32:
         return None
@@ -75,6 +75,11 @@ SIGNALS: dict[str, Signal] = {
 def points(row: Mapping[str, Any]) -> list[Point]:
     """The probes of a run with what was known by then."""
     return [
-        {**probe, "earlier": row["probes"][:k], "losses": row["losses"][: probe["step"]], "norms": row["norms"][: probe["step"]]}
+        {
+            **probe,
+            "earlier": row["probes"][:k],
+            "losses": row["losses"][: probe["step"]],
+            "norms": row["norms"][: probe["step"]],
+        }
         for k, probe in enumerate(row["probes"])
     ]

@@ -45,9 +45,9 @@ class Run:
     """Everything that a run's result depends on.
 
     Args:
-        protocol: constant, warmup (over 20 steps), cosine (to a hundredth, warm-up over 10), ramp (tenfold every 80 steps), or an
-            event after step 100 of a warmed-up run: an outlier batch, a broken shard for 15 steps, moments that are lost,
-            a learning rate that is restarted at three times its size.
+        protocol: constant, warmup (over 20 steps), cosine (to a hundredth, after a warm-up over 10), ramp (tenfold every 80
+            steps), or an event after step 100 of a warmed-up run: an outlier batch, a broken shard for 15 steps, moments
+            that are lost, a learning rate that is restarted at three times its size.
     """
 
     family: str
@@ -99,7 +99,7 @@ def wanted() -> list[Run]:
     return sorted(found, key=lambda r: (r.seed > 0, r.seed == 1 or r.protocol != "ramp", r.seed))
 
 
-class Told(Exception):
+class ToldError(Exception):
     """The verdict is known: layers are not wanted."""
 
 
@@ -109,11 +109,11 @@ def measured(task: Task, batches: list[Any], optimizer: torch.optim.Optimizer) -
 
     def told(report: Report) -> None:
         kept.append(report)
-        raise Told
+        raise ToldError
 
     try:
         kept.append(analyze(task.model, task.loss, batches, optimizer, depths=False, on_verdict=told))
-    except Told:
+    except ToldError:
         gc.collect()  # what was raised through holds graphs in circles, and their bytes call no collector
     except CurvError as error:
         return {"status": type(error).__name__}

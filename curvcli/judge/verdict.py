@@ -18,7 +18,7 @@ from curvcli.documents import (
 )
 from curvcli.judge.calibration import calibration, settled_after
 from curvcli.judge.course import course_findings
-from curvcli.judge.limits import certified, classify
+from curvcli.judge.limits import STABLE_BELOW, certified, classify
 
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
 # for those of different things (docs/findings.md).
@@ -159,8 +159,7 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
         )
     words = {
         "stable": "below the edge of stability: curvature does not limit this learning rate",
-        "edge": "at the edge of stability, where training settles by itself; it can go on so for long, and it has no "
-        "reserve against a larger learning rate or a sharp batch",
+        "edge": _edge(full.rho, report.odds),
         "unstable": "past the edge of stability: along the sharpest direction each step overshoots by more than it "
         "gained; lower the learning rate, lengthen warm-up, or freeze layers until it falls",
     }
@@ -181,14 +180,26 @@ def _early(report: Report) -> Finding:
     )
 
 
+def _edge(rho: float, odds: float | None) -> str:
+    if rho < STABLE_BELOW and odds is not None:
+        return (
+            "below the edge of stability; with small batches runs at such a rho end badly with a chance of "
+            f"{odds:.0%} by the calibration, so do not raise the learning rate"
+        )
+    return (
+        "at the edge of stability, where training settles by itself; it can go on so for long, and it has no "
+        "reserve against a larger learning rate or a sharp batch"
+    )
+
+
 def _hot(report: Report) -> Finding:
     held, odds = report.generalisation, report.odds or 0.0
     return Finding(
         code="hot",
         severity="warning",
-        message=f"probably too hot: rho {report.judged.rho or 0:.3g}, on the data behind the tokens between "
+        message=f"rho {report.judged.rho or 0:.3g}, on the data behind the tokens between "
         f"{held.rho_low or 0:.3g} and {held.rho_high or 0:.3g}, and at such a rho a run ends badly with a chance of "
-        f"{odds:.0%} by the calibration; lower the learning rate, or run again with more tokens for a verdict",
+        f"{odds:.0%} by the calibration; lower the learning rate, lengthen warm-up, or freeze layers until it falls",
     )
 
 
