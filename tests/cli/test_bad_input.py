@@ -67,7 +67,7 @@ def _swap(document: dict) -> None:
 
 
 def _factored(document: dict) -> None:
-    """Adafactor's state as transformers saves it."""
+    """Adafactor's state, but that vectors, whose second moment is whole, have factors too."""
     for entry in document["state"].values():
         v = entry.pop("exp_avg_sq")
         entry.update({"exp_avg_sq_row": v.mean(-1), "exp_avg_sq_col": v.mean(0), "RMS": 1.0})
@@ -117,7 +117,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: _state(r, lambda d: d["param_groups"][0]["params"].pop()),
         "does not fit the model",
     ),
-    "Adafactor": (lambda r: _state(r, _factored), "Adafactor: its second moment is factored"),
+    "factors of vectors": (lambda r: _state(r, _factored), "is no factor of the parameter's"),
     "state with a key that is no name": (
         lambda r: _state(r, lambda d: d["state"][1].__setitem__(("exp", 1), 1.0)),
         "no torch optimizer state",

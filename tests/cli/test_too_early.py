@@ -12,6 +12,7 @@ import torch
 from real import curv
 
 from curvcli.documents import load_gate, load_report, load_track
+from curvcli.judge.calibration import calibration
 from curvcli.training import CurvatureTracker
 from curvcli.training.log import scalars
 
@@ -40,7 +41,7 @@ def test_a_healthy_network_in_its_first_steps_is_too_early(run: Path, tmp_path: 
     assert report.full.rho is not None
     assert report.stable_lr is report.odds is None
     assert " TOO EARLY " in said
-    assert "what to do: wait until step 12, then measure again" in said
+    assert f"what to do: wait until step {calibration().early_steps}, then measure again" in said
     assert "UNSTABLE" not in said
 
 
@@ -73,7 +74,7 @@ def test_moments_that_a_restart_began_anew_are_young_at_any_step(run: Path, tmp_
     data = run.parent / "data" / "shard.bin"
     said = analyzed(restarted, tmp_path / "r.json", "--data", data, "--sequence-length", 16)
     assert load_report(tmp_path / "r.json").verdict == "early"
-    assert "wait until step 5,011" in said
+    assert f"wait until step {5_000 - 1 + calibration().early_steps:,}" in said
 
 
 def test_a_track_has_no_alarm_about_it(run: Path, tmp_path: Path) -> None:
@@ -90,15 +91,16 @@ def test_a_tracker_says_so_of_its_own_first_steps() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
     tracker = CurvatureTracker(model, optimizer, lambda net, ids: net(input_ids=ids, labels=ids).loss, probe=[batch])
+    settled = calibration().early_steps
     records = []
-    for step in range(5000, 5014):  # a job's own count goes on, its optimizer's begins anew
+    for step in range(5000, 5002 + settled):  # a job's own count goes on, its optimizer's begins anew
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         records.append(tracker.step(step))
-    assert [record.early for record in records] == [True] * 11 + [False] * 3
+    assert [record.early for record in records] == [True] * (settled - 1) + [False] * 3
     assert all(record.rho is not None for record in records)
-    assert all(record.stable_lr is None for record in records[:11])
+    assert all(record.stable_lr is None for record in records[: settled - 1])
     last = records[-1]
     assert last.stable_lr.low <= last.stable_lr.value <= last.stable_lr.high
     assert scalars(last)["curvature/stable_lr"] == last.stable_lr.value
