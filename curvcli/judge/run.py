@@ -9,10 +9,10 @@ from statistics import median
 from typing import Literal
 
 from curvcli.documents import ActionName, Finding, LossCourse, Report, RunName, RunVerdict, Track, TrackPoint, TrainingStep
+from curvcli.judge.calibration import calibration
 from curvcli.judge.course import Logged, loss_course
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 
-EARLY = 12  # steps in which rho means nothing (docs/how-to/track.md)
 DECADES, NO_BETTER = 2.0, 0.98  # lambda falls by so many while the loss on the shard keeps over this share of what it was
 USES_CONTEXT = 0.9  # of the tokens' entropy: a network below that is no collapsed one
 TREND_WINDOW, RISING, FALLING = 5, 1.25, 0.8
@@ -125,7 +125,7 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
     if flat := _flat(newest, known):
         return "collapsed", flat[0], [flat[1]]
     step = newest.checkpoint.step
-    if str(newest.verdict) == "early" or (step is not None and step < EARLY):
+    if str(newest.verdict) == "early" or (step is not None and step < calibration().early_steps):
         when = "the first steps" if step is None else f"step {step:,}"
         return "early", None, [f"at {when} rho means little: a healthy run may start far past the edge"]
     if _past(newest):
@@ -143,7 +143,8 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
 
 
 def _late(known: Sequence[Report]) -> list[Report]:
-    return [report for report in known if (report.checkpoint.step or EARLY) >= EARLY]
+    early = calibration().early_steps
+    return [report for report in known if (report.checkpoint.step or early) >= early]
 
 
 def _past(report: Report) -> bool:
@@ -217,7 +218,7 @@ def _action(name: RunName, good: Place | None, limit: float | None, newest: Repo
             return "lower the lr", f"lower the learning rate{most}, and watch the loss"
         return "lower the lr", f"it was too hot for too long: for the next run, lower the peak of the learning rate{most}"
     if name == "early":
-        return "watch", f"go on, and measure again after step {EARLY}"
+        return "watch", f"go on, and measure again after step {calibration().early_steps}"
     if name == "unresolved":
         return "watch", "watch the loss: curvature is not resolved, and the findings say what would resolve it"
     rho = newest.judged.rho

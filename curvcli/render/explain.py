@@ -12,7 +12,7 @@ from curvcli.documents import Explanation, Removal, SequenceShare, TokenShare
 from curvcli.errors import plain
 from curvcli.judge.limits import certified
 from curvcli.render.frame import number
-from curvcli.render.style import COLOURS
+from curvcli.render.style import COLOURS, said
 from curvcli.render.table import bar, finding_line
 
 LEAST = 0.005  # of the whole: what has less is not listed in a terminal
@@ -55,12 +55,13 @@ def _head(found: Explanation) -> Text:
     text = Text(plain(found.checkpoint.path), style="bold")
     step = f"step {found.checkpoint.step:,}, " if found.checkpoint.step is not None else ""
     text.append(f"\n{step}{found.data.tokens:,} predictions, loss {found.data.loss:.3f}\n\n", style="not bold")
-    text.append(f" {found.verdict.upper()} ", style=f"bold reverse {COLOURS[found.verdict]}")
+    text.append(f" {said(found.verdict).upper()} ", style=f"bold reverse {COLOURS[found.verdict]}")
     estimate = found.estimate
     value = f"rho {number(estimate.rho, 3)}, " if estimate.rho is not None else ""
     doubt = "" if certified(estimate) or estimate.eigenvalue is None else f", {estimate.status}"
-    said = f"lambda {number(estimate.eigenvalue)}" if estimate.eigenvalue is not None else f"no estimate: {estimate.status}"
-    text.append(f"  {value}{said}{doubt}, of {_WHAT[found.direction]}", style="not bold")
+    missing = f"no estimate: {estimate.status}"
+    eigenvalue = missing if estimate.eigenvalue is None else f"lambda {number(estimate.eigenvalue)}"
+    text.append(f"  {value}{eigenvalue}{doubt}, of {_WHAT[found.direction]}", style="not bold")
     if found.participation is not None:
         text.append(
             f"\n its direction is spread over {found.participation:,.0f} of {found.checkpoint.parameters:,} parameters",
@@ -104,7 +105,7 @@ def _removals(found: Explanation) -> list[Text]:
         return []
     lines = [Text(f"\n{'what is left without':42} {'lambda':>10} {'rho':>8}  verdict", style="dim")]
     whole = f" {'nothing':41} {number(found.estimate.eigenvalue):>10} {number(found.estimate.rho, 3):>8}  "
-    lines.append(Text(whole).append(found.verdict, style=COLOURS[found.verdict]))
+    lines.append(Text(whole).append(said(found.verdict), style=COLOURS[found.verdict]))
     return lines + [_removal(removal) for removal in found.removals]
 
 
@@ -112,7 +113,7 @@ def _removal(found: Removal) -> Text:
     label = f"{found.removed:,} of {found.total:,} {found.what} ({found.share:.0%} of lambda)"
     doubt = "" if certified(found.estimate) else "?"
     values = (number(found.estimate.eigenvalue) + doubt, number(found.estimate.rho, 3) + doubt)
-    return Text(f" {label:41} {values[0]:>10} {values[1]:>8}  ").append(found.verdict, style=COLOURS[found.verdict])
+    return Text(f" {label:41} {values[0]:>10} {values[1]:>8}  ").append(said(found.verdict), style=COLOURS[found.verdict])
 
 
 def _percent(share: float) -> str:
