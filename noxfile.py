@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nox
 
-VERDICT = re.compile(r"^ (\w+) +rho ([\d.]+)", re.MULTILINE)
+VERDICT = re.compile(r"^ ([A-Z][A-Z ]*?) +rho ([\d.]+)", re.MULTILINE)
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
