@@ -105,15 +105,17 @@ def run_findings(found: RunVerdict) -> list[Finding]:
 def restart_lr(at: Report | None, failed: float | None) -> float | None:
     """Highest learning rate to restart with; None where nothing says one.
 
-    That at which rho of the checkpoint would be 1, its curvature being as it is, and no more than half of the rate at which
-    the run failed, whatever rho says.
+    The low end of the checkpoint's largest stable one, without one that at which its rho would be 1, and no more than half
+    of the rate at which the run failed, whatever rho says.
 
     Args:
         at: the report of the checkpoint that is gone back to.
         failed: the highest learning rate up to where it went wrong.
     """
     known = [] if failed is None else [failed / 2]
-    if at is not None and at.optimizer.lr and certified(at.judged) and at.judged.rho is not None and at.judged.rho > 0:
+    if at is not None and at.stable_lr is not None:
+        known.append(at.stable_lr.low)
+    elif at is not None and at.optimizer.lr and certified(at.judged) and at.judged.rho is not None and at.judged.rho > 0:
         known.append(at.optimizer.lr / at.judged.rho)
     return min(known, default=None)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tracks import asset, at, failed, track
 
-from curvcli.documents import Finding, Report, Rule, RunVerdict, Track, TrainingStep
+from curvcli.documents import Finding, Report, Rule, RunVerdict, StableLr, Track, TrainingStep
 from curvcli.judge.gate import decide
 from curvcli.judge.readings import ReportReadings, track_readings
 from curvcli.judge.run import judge_run, judge_track, restart_lr, run_findings
@@ -81,6 +81,9 @@ def test_learning_rate_to_restart_with() -> None:
     assert restart_lr(report, 1e9) == pytest.approx(lr / rho)
     assert restart_lr(report, lr) == pytest.approx(min(lr / 2, lr / rho))
     assert restart_lr(None, 0.4) == pytest.approx(0.2)
+    low = StableLr(value=lr, low=lr / 7, high=None, confidence=0.8, group="adaptive", uncovered=[], ratio=1.0)
+    assert restart_lr(report.model_copy(update={"stable_lr": low}), None) == pytest.approx(lr / 7)
+    assert restart_lr(report.model_copy(update={"stable_lr": low}), lr / 5) == pytest.approx(lr / 10)
     assert restart_lr(None, None) is None
     uncertain = report.model_copy(update={"full": report.full.model_copy(update={"status": "unconverged"})})
     assert restart_lr(uncertain, None) is None
