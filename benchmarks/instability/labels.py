@@ -1,7 +1,7 @@
 """What became of a run, told from its loss alone.
 
-These rules were written before any curvature was looked at. One was mended afterwards, while the first 70 runs were read with
-their rho beside: twins are of the same protocol, as a cosine ends higher than a constant rate by being slow.
+These rules were written before any curvature was looked at. One was mended afterwards, while the first 70 runs were read
+with their rho beside: twins are of the same protocol, as a cosine ends higher than a constant rate by being slow.
 
 A loss is judged in windows of 15 steps by their medians; sigma is the noise of single steps, from the median of the absolute
 differences of neighbours. What was won is what the best window lies below the loss of a constant prediction.

@@ -19,7 +19,8 @@ from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
 from curvcli.judge.calibration import calibrated
 from curvcli.judge.course import Logged, doubted, loss_course
-from curvcli.judge.verdict import explain, judge
+from curvcli.judge.findings import explain
+from curvcli.judge.verdict import judge
 from curvcli.models.blocks import display
 from curvcli.models.rows import row_kinds
 from curvcli.optimizers.preconditioner import Preconditioner

@@ -49,6 +49,7 @@ class Record(Document):
         default=None,
         description="null where rho is not certified or not above 0, it is too early, or an older version wrote",
     )
+    odds: float | None = Field(default=None, description="chance that a run at this rho ends badly; null as stable_lr is")
 
     def to_line(self) -> str:
         """The record as one line of JSONL."""

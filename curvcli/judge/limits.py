@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from curvcli.documents import Record, Severity, VerdictName
+from curvcli.documents import Severity, VerdictName
 
 STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
 # Verdicts that leave open whether the run is stable: more data, more products or more steps could say.
@@ -38,13 +38,6 @@ def classify(rho: float) -> VerdictName:
 def changed(after: VerdictName) -> Severity:
     """How severe it is that a verdict has become another one."""
     return "error" if after == "unstable" else "warning" if after == "hot" else "info"
-
-
-def verdict_of(record: Record) -> VerdictName:
-    """Verdict of a training job's record, whose rho is that of its probe and no more."""
-    if record.early:
-        return "early"
-    return classify(record.rho) if record.rho is not None and certified(record) else "unresolved"
 
 
 def certified(found: Solved) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvcli.documents import Report, StableLr
+from curvcli.documents import Record, Report, StableLr
 from curvcli.judge.calibration import settled_after
 from curvcli.judge.limits import STABLE_BELOW, certified
 
@@ -12,6 +12,17 @@ def lr_line(found: StableLr, lr: float | None) -> str:
     ends = f"over {found.low:.2g}" if found.high is None else f"{found.low:.2g} to {found.high:.2g}"
     here = "" if lr is None else f"; you are at {lr:.2g}"
     return f"largest stable lr {found.value:.2g} ({ends} in {_percent(found.confidence)} of ramps){here}"
+
+
+def record_lines(record: Record) -> list[str]:
+    """What the calibration says of a training job's record, a sentence a line; empty where it says nothing."""
+    lines = [] if record.stable_lr is None else [lr_line(record.stable_lr, record.lr)]
+    return lines if record.odds is None else [*lines, odds_line(record.odds)]
+
+
+def odds_line(odds: float) -> str:
+    """As "chance of a bad end at such a rho: 56 %"."""
+    return f"chance of a bad end at such a rho: {_percent(odds)}"
 
 
 def told(report: Report) -> list[str]:
@@ -24,7 +35,7 @@ def told(report: Report) -> list[str]:
     elif report.judged.rho is not None and report.judged.rho <= 0 and certified(report.judged):
         lines.append("no curvature is positive, so none sets a largest learning rate")
     if report.odds is not None:
-        lines.append(f"chance of a bad end at such a rho: {_percent(report.odds)}")
+        lines.append(odds_line(report.odds))
     return lines
 
 

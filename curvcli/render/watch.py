@@ -12,10 +12,11 @@ from rich.text import Text
 
 from curvcli.documents import Log, Record
 from curvcli.errors import plain
-from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified, verdict_of
+from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
+from curvcli.judge.verdict import verdict_of
 from curvcli.render.fit import LOG_ABOVE, Points, fitting, thin
 from curvcli.render.frame import number
-from curvcli.render.largest_lr import lr_line
+from curvcli.render.largest_lr import record_lines
 from curvcli.render.series import unlocks
 from curvcli.render.style import COLOURS, said
 
@@ -116,8 +117,7 @@ def header(log: Log) -> Text:
             text.append(f"  {last.status}: not to be relied on", style="yellow")
         if last.early:
             text.append("\n the optimizer is young: rho says nothing yet", style="yellow")
-        if last.stable_lr is not None:
-            text.append(f"\n {lr_line(last.stable_lr, last.lr)}")
+        text.append("".join(f"\n {line}" for line in record_lines(last)))
     else:
         reason = f": {plain(last.message)}" if last.message else ""
         text.append(f"  no rho, {last.status}{reason}", style="yellow")

@@ -23,7 +23,7 @@ from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.untouched import hushed, undrawn
 from curvcli.documents import Record, StableLr
 from curvcli.errors import CurvError, exhausted
-from curvcli.judge.calibration import Bracket, stable_lr, too_early
+from curvcli.judge.calibration import Bracket, odds, stable_lr, too_early
 from curvcli.judge.limits import certified
 from curvcli.models.attention import attention
 from curvcli.models.blocks import find_blocks
@@ -238,7 +238,7 @@ class CurvatureTracker:
         return replace(found, hvps=engine.products)
 
     def _calibrated(self, found: _Found, preconditioner: Preconditioner, step: int) -> _Found:
-        """Whether it is too early to tell, and else the largest stable learning rate."""
+        """Whether it is too early to tell, and else the largest stable learning rate and the odds."""
         rho, residual, lr = found.rho, found.residual, preconditioner.lr
         threshold, options = preconditioner.threshold, preconditioner.options
         if rho is None:
@@ -247,7 +247,8 @@ class CurvatureTracker:
             return replace(found, early=True)
         if not certified(found) or residual is None or not threshold or not lr or rho <= 0:
             return found
-        return replace(found, stable_lr=stable_lr(lr, Bracket(rho, rho, rho + residual / threshold), preconditioner.name))
+        limit = stable_lr(lr, Bracket(rho, rho, rho + residual / threshold), preconditioner.name)
+        return replace(found, stable_lr=limit, odds=odds(rho, preconditioner.name))
 
     def _beside(
         self, problem: Problem, engine: HVP, preconditioner: Preconditioner, names: list[str], found: _Found
@@ -347,6 +348,7 @@ class _Found:
     message: str | None = None
     early: bool = False
     stable_lr: StableLr | None = None
+    odds: float | None = None
 
 
 class _Counting:

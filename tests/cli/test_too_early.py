@@ -12,7 +12,7 @@ import torch
 from real import curv
 
 from curvcli.documents import load_gate, load_report, load_track
-from curvcli.judge.calibration import calibration
+from curvcli.judge.calibration import calibration, odds
 from curvcli.training import CurvatureTracker
 from curvcli.training.log import scalars
 
@@ -102,6 +102,8 @@ def test_a_tracker_says_so_of_its_own_first_steps() -> None:
     assert all(record.rho is not None for record in records)
     assert all(record.stable_lr is None for record in records[: settled - 1])
     last = records[-1]
+    assert last.odds == pytest.approx(odds(last.rho, "AdamW"))
+    assert all(record.odds is None for record in records[: settled - 1])
     assert last.stable_lr.low <= last.stable_lr.value <= last.stable_lr.high
     assert scalars(last)["curvature/stable_lr"] == last.stable_lr.value
     assert "curvature/stable_lr" not in scalars(records[0])

@@ -30,10 +30,11 @@ from curvcli.judge.calibration import (
     too_early,
     uncovered,
 )
+from curvcli.judge.findings import explain
 from curvcli.judge.gate import judge as judge_rules
 from curvcli.judge.limits import changed
 from curvcli.judge.readings import ReportReadings, past
-from curvcli.judge.verdict import explain, judge
+from curvcli.judge.verdict import judge
 
 OPTIMIZERS = ("AdamW", "Adam", "SGD", "NAdam", "Adagrad")
 FIXED = {

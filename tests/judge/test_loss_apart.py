@@ -13,7 +13,7 @@ from curvcli.analysis.checkpoint import Options, open_for_analysis
 from curvcli.analysis.document import Provenance
 from curvcli.documents import Report
 from curvcli.errors import InputError
-from curvcli.judge.verdict import _loss
+from curvcli.judge.findings import _loss
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 from tracks import asset, at, failed, track
 
 from curvcli.documents import Finding, Report, Rule, RunVerdict, StableLr, Track, TrainingStep
+from curvcli.judge.findings import explain
 from curvcli.judge.gate import decide
 from curvcli.judge.readings import ReportReadings, track_readings
 from curvcli.judge.run import judge_run, judge_track, restart_lr, run_findings
-from curvcli.judge.verdict import explain
 
 
 def log(losses: Sequence[float], lr: float = 1e-3) -> list[TrainingStep]:

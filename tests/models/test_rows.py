@@ -24,7 +24,7 @@ from curvcli.analysis.api import analyze
 from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import causal_loss, labelled_loss
 from curvcli.documents import Attribution
-from curvcli.judge.verdict import _shape
+from curvcli.judge.findings import _shape
 from curvcli.models.rows import lookups, row_kinds
 from curvcli.render.html import report_page
 

@@ -68,6 +68,16 @@ def test_status_against_the_limits(rho: float, said: str) -> None:
     assert f" {said} " in header(log).plain
 
 
+@pytest.mark.parametrize(
+    ("rho", "odds", "said"),
+    [(0.5, 0.2, "STABLE"), (0.5, 0.4, "EDGE"), (1.3, 0.5, "PROBABLY TOO HOT"), (1.3, 0.9, "UNSTABLE")],
+)
+def test_status_by_the_odds_as_a_report_has_it(rho: float, odds: float, said: str) -> None:
+    log = Log(Path("x"), exists=True, records=(record(0, rho).model_copy(update={"odds": odds}),), age=3.0)
+    assert f" {said} " in header(log).plain
+    assert f"chance of a bad end at such a rho: {100 * odds:.0f} %" in header(log).plain
+
+
 def test_a_failed_record_is_no_number() -> None:
     log = Log(Path("x"), exists=True, records=(record(0, 0.7), record(10, None, message="oom \x1b[2J\nx")), age=3.0)
     text = header(log).plain

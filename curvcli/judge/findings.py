@@ -1,0 +1,354 @@
+"""Findings: pure functions from measured results to what explains them and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from curvcli.documents import (
+    Attribution,
+    Estimate,
+    Finding,
+    Optimizer,
+    PartEstimate,
+    Report,
+    Severity,
+    Update,
+)
+from curvcli.judge.calibration import settled_after
+from curvcli.judge.course import course_findings
+from curvcli.judge.limits import STABLE_BELOW, certified, classify
+
+# The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
+# for those of different things (docs/findings.md).
+LOSS_APART, NATS_APART = 1.4, 0.1
+
+
+def explain(
+    report: Report,
+    *,
+    idle: int,
+    left_out: int,
+    notes: dict[str, str],
+    given: Sequence[Finding] = (),
+    doubts: Sequence[str] = (),
+    logged_loss: float | None = None,
+) -> list[Finding]:
+    """Findings in plain words, the verdict's own first, the others by severity.
+
+    Args:
+        report: complete but for its findings.
+        idle: weights that never had a gradient; left_out: tensors that the optimizer does not move.
+        notes: what the checkpoint's reader knows, by code.
+        given: findings made before the measurement, on the files themselves.
+        doubts: the optimizer's options and state that may change its update, and that are not known.
+        logged_loss: last training loss in the run's own log, in nats per token.
+    """
+    found = [*given, *_loss(report.data.loss, logged_loss)]
+    found += _preconditioner(report.optimizer, idle, left_out, notes)
+    found += _update(report.update)
+    found += _body(report)
+    found += _shape(report.full, report.parts, report.outside, report.attribution)
+    found += _quality(report)
+    order = {"error": 0, "warning": 1, "info": 2}
+    of_loss = course_findings(report)
+    # A network that is lost comes first, unless curvature has an error of its own to say.
+    lost = of_loss[:1] if report.course and report.course.lost and report.verdict == "unresolved" else []
+    found = [*of_loss[len(lost) :], *found]
+    first = lost or [_headline(report, doubts)]
+    return [*first, *sorted(found, key=lambda f: order[f.severity])]
+
+
+def _headline(report: Report, doubts: Sequence[str]) -> Finding:
+    verdict, full, optimizer = report.verdict, report.judged, report.optimizer
+    generalisation, data = report.generalisation, report.data
+    if optimizer.threshold is None:
+        why = "no optimizer was taken" if optimizer.name == "none" else "no learning rate is known"
+        return Finding(
+            code="no-threshold",
+            severity="warning",
+            message=f"{why}, so lambda has no threshold and rho does not exist"
+            + ("" if optimizer.name == "none" else "; pass --lr"),
+        )
+    if full.rho is None:
+        return Finding(
+            code=f"full-{full.status}",
+            severity="error",
+            message=f"the full model's curvature could not be estimated: {full.status}",
+        )
+    if verdict == "early":
+        return _early(report)
+    if verdict == "hot":
+        return _hot(report)
+    if verdict == "unresolved":
+        if full.status != "converged":
+            late = any(part.status == "skipped" for part in report.parts)
+            return Finding(
+                code="unresolved-residual",
+                severity="warning",
+                message=f"rho {full.rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); "
+                f"raise {'--budget' if late else '--max-hvps'}",
+            )
+        if doubts:
+            return Finding(
+                code="unresolved-optimizer",
+                severity="warning",
+                message=f"rho {full.rho:.3g} is that of {optimizer.name}, and the optimizer has {', '.join(doubts[:4])}, "
+                f"which may change its update: no verdict; pass --optimizer {optimizer.name.lower()} if it does not",
+            )
+        if optimizer.preconditioner == "estimated":
+            return Finding(
+                code="unresolved-estimate",
+                severity="warning",
+                message=f"rho {full.rho:.3g} rests on an estimated second moment, whose scale follows the size of the "
+                "batches it is estimated on: no verdict; analyze a checkpoint with its optimizer state",
+            )
+        if generalisation.rho_low is None:
+            return Finding(
+                code="unresolved-tokens",
+                severity="warning",
+                message=f"of {data.tokens:,} tokens nothing could be held out to check rho {full.rho:.3g} against; "
+                f"run again with more, e.g. --tokens {4 * data.tokens}",
+            )
+        low, high = generalisation.rho_low, generalisation.rho_high or 0.0
+        return Finding(
+            code="unresolved-tokens",
+            severity="warning",
+            message=f"on {data.tokens:,} tokens rho is {full.rho:.3g}, and that of the data behind them lies between "
+            f"{low:.3g} and {high:.3g}, which spans a verdict's limit; run again with more, e.g. --tokens {4 * data.tokens}",
+        )
+    words = {
+        "stable": "below the edge of stability: curvature does not limit this learning rate",
+        "edge": _edge(full.rho, report.odds),
+        "unstable": "past the edge of stability: along the sharpest direction each step overshoots by more than it "
+        "gained; lower the learning rate, lengthen warm-up, or freeze layers until it falls",
+    }
+    severity: Severity = "info" if verdict == "stable" else "warning" if verdict == "edge" else "error"
+    return Finding(code=verdict, severity=severity, message=f"rho {full.rho:.3g}, {words[verdict]}")
+
+
+def _early(report: Report) -> Finding:
+    optimizer, rho = report.optimizer, report.judged.rho
+    whose, age = ("the optimizer", optimizer.step) if optimizer.step is not None else ("the run", report.checkpoint.step)
+    settled = settled_after(optimizer.betas, optimizer.momentum)
+    steps = "1 step" if age == 1 else f"{age:,} steps"
+    return Finding(
+        code="early",
+        severity="info",
+        message=f"{whose} has made {steps}, and before step {settled:,} its moments are those of a few gradients: "
+        f"rho {rho or 0:.3g} says nothing yet; measure again from then on",
+    )
+
+
+def _edge(rho: float, odds: float | None) -> str:
+    if rho < STABLE_BELOW and odds is not None:
+        return (
+            "below the edge of stability; with small batches runs at such a rho end badly with a chance of "
+            f"{odds:.0%} by the calibration, so do not raise the learning rate"
+        )
+    return (
+        "at the edge of stability, where training settles by itself; it can go on so for long, and it has no "
+        "reserve against a larger learning rate or a sharp batch"
+    )
+
+
+def _hot(report: Report) -> Finding:
+    held, odds = report.generalisation, report.odds or 0.0
+    return Finding(
+        code="hot",
+        severity="warning",
+        message=f"rho {report.judged.rho or 0:.3g}, on the data behind the tokens between "
+        f"{held.rho_low or 0:.3g} and {held.rho_high or 0:.3g}, and at such a rho a run ends badly with a chance of "
+        f"{odds:.0%} by the calibration; lower the learning rate, lengthen warm-up, or freeze layers until it falls",
+    )
+
+
+def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:
+    found = [Finding(code=code, severity="info", message=message) for code, message in notes.items()]
+    if optimizer.preconditioner == "estimated":
+        found.append(
+            Finding(
+                code="estimated-preconditioner",
+                severity="warning",
+                message="no optimizer state: the second moment is estimated from this shard's gradients, and the "
+                "true one, of training batches and past weights, can differ several-fold",
+            )
+        )
+    if optimizer.lr_source == "log":
+        found.append(
+            Finding(
+                code="lr-from-log",
+                severity="info",
+                message="the checkpoint's next learning rate is 0 (a finished schedule); the last one logged is used, "
+                f"{optimizer.lr:g} for the largest parameter group",
+            )
+        )
+    beta2 = optimizer.betas[1] if optimizer.betas and optimizer.preconditioner == "checkpoint" else 0.0
+    if optimizer.step is not None and beta2 and optimizer.step * (1 - beta2) < 1:
+        found.append(
+            Finding(
+                code="young-preconditioner",
+                severity="info",
+                message=f"the second moment averages {1 / (1 - beta2):,.0f} steps and has seen {optimizer.step}: rare "
+                "directions are scaled by few gradients and can look sharper than they will be",
+            )
+        )
+    if idle:
+        found.append(
+            Finding(
+                code="idle-entries",
+                severity="info",
+                message=f"{idle:,} weights never had a gradient (second moment 0, tokens not seen yet) and are left out",
+            )
+        )
+    if left_out:
+        found.append(
+            Finding(
+                code="frozen-tensors",
+                severity="info",
+                message=f"{left_out} tensors are in no optimizer group, have no state or never had a gradient, "
+                "and are left out as frozen",
+            )
+        )
+    return found
+
+
+def _loss(measured: float, logged: float | None) -> list[Finding]:
+    """A symptom of wrong data: the run did not see such a loss."""
+    if logged is None or not 0 < logged < float("inf") or abs(measured - logged) < NATS_APART:
+        return []
+    if logged / LOSS_APART <= measured <= logged * LOSS_APART:
+        return []
+    return [
+        Finding(
+            code="loss-apart",
+            severity="warning",
+            message=f"the loss on this data is {measured:.3g}, the last one in the run's log {logged:.3g}: check that the "
+            "data are the run's, and that tokenizer, labels and their mask, and sequence length are those of training; "
+            "curvature is that of the loss measured here",
+        )
+    ]
+
+
+def _update(update: Update) -> list[Finding]:
+    if update.status == "uphill":
+        return [
+            Finding(
+                code="update-uphill",
+                severity="info",
+                message="the momentum points uphill on this shard (g.u <= 0), as it often does after the first steps: "
+                "no critical learning rate exists for the next update",
+            )
+        ]
+    if update.ratio is not None and update.ratio > 1:
+        return [
+            Finding(
+                code="update-overshoots",
+                severity="warning",
+                message=f"the next update is {update.ratio:.2g} times its critical length: "
+                "to second order it raises this shard's loss",
+            )
+        ]
+    return []
+
+
+def _body(report: Report) -> list[Finding]:
+    full, body = report.full, report.body
+    if body is None or full.eigenvalue is None or body.eigenvalue is None:
+        return []
+    with_them = f"rho {full.rho:.3g}" if full.rho is not None else f"lambda {full.eigenvalue:.4g}"
+    return [
+        Finding(
+            code="rare-rows",
+            severity="warning" if full.rho is not None and classify(full.rho) == "unstable" else "info",
+            message=f"with the {body.rows:,} embedding rows that this shard looks up fewer than ten times it is "
+            f"{with_them}: that is their few tokens' luck, and concerns their rows alone; the verdict leaves them out",
+        )
+    ]
+
+
+def _shape(
+    full: Estimate, parts: list[PartEstimate], ends: PartEstimate | None, attribution: list[Attribution]
+) -> list[Finding]:
+    found: list[Finding] = []
+    if full.eigenvalue is not None and full.most_negative is not None and -full.most_negative > abs(full.eigenvalue):
+        found.append(
+            Finding(
+                code="negative-dominates",
+                severity="info",
+                message=f"the most negative eigenvalue ({full.most_negative:.3g}) is larger in magnitude than the top "
+                f"({full.eigenvalue:.3g}): power iteration would have found it instead",
+            )
+        )
+    known = [(part, part.eigenvalue) for part in parts if part.eigenvalue is not None and certified(part)]
+    if known and full.eigenvalue:
+        sharpest, value = max(known, key=lambda pair: pair[1])
+        found.append(
+            Finding(
+                code="sharpest-layer",
+                severity="info",
+                message=(
+                    "embedding and head are sharper than any layer"
+                    if sharpest is ends
+                    else f"{sharpest.name} is the sharpest layer"
+                )
+                + f", lambda {value:.3g}, {value / full.eigenvalue:.0%} of the full model's",
+            )
+        )
+    if ends is not None and ends.eigenvalue and full.eigenvalue and ends.eigenvalue > 0.5 * full.eigenvalue > 0:
+        found.append(
+            Finding(
+                code="ends-dominate",
+                severity="info",
+                message=f"embedding and head alone reach {ends.eigenvalue / full.eigenvalue:.0%} of lambda: freezing "
+                "layers would not lower it much",
+            )
+        )
+    rows = [(mass.tensor, row, share) for mass in attribution if mass.rows_of == "tokens" for row, share in mass.rows or ()]
+    if rows and (top := max(rows, key=lambda r: r[2]))[2] > 0.25:
+        found.append(
+            Finding(
+                code="rare-tokens",
+                severity="warning",
+                message=f"token {top[1]} of {top[0]} holds {top[2]:.0%} of the sharpest direction: one token's row, "
+                "usually a rare one with a tiny second moment, sets lambda",
+            )
+        )
+    return found
+
+
+def _quality(report: Report) -> list[Finding]:
+    generalisation = report.generalisation
+    found: list[Finding] = []
+    parts: list[tuple[str, Estimate]] = [(e.name, e) for e in (report.ends,) if e]
+    parts += [(f"layer {e.index}", e) for e in report.layers]
+    for kind, curve in (("restricted", report.cumulative.restricted), ("truncated", report.cumulative.truncated)):
+        parts += [(f"{kind} depth {e.depth}", e) for e in curve]
+    skipped = [name for name, e in parts if e.status == "skipped"]
+    if skipped:
+        found.append(
+            Finding(
+                code="out-of-time",
+                severity="warning",
+                message=f"the time budget ran out before {len(skipped)} of {len(parts)} layers and depths, "
+                f"{skipped[0]} the first; raise --budget",
+            )
+        )
+    weak = [name for name, e in parts if e.status not in ("converged", "skipped")]
+    if weak:
+        found.append(
+            Finding(
+                code="unconverged-parts",
+                severity="warning",
+                message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; "
+                f"raise {'--budget' if skipped else '--max-hvps'}",
+            )
+        )
+    if generalisation.held_out is None and generalisation.rho_low is not None:
+        found.append(
+            Finding(
+                code="no-held-out",
+                severity="info",
+                message="a single batch cannot be split: the verdict takes it for all of the data",
+            )
+        )
+    return found
