@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from curvcli.curvature.precision import inner, length
+
 
 class Space(Protocol):
     """Real vectors of `size` entries, of which n are held here."""
@@ -73,8 +75,8 @@ class OneDevice:
         return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
 
     def inner(self, rows: Tensor, vector: Tensor) -> Tensor:
-        """One product of the rows, of shape (k, size), with the vector."""
-        return rows @ vector
+        """Products of the rows, of shape (k, size), with the vector, good to rounding at any length."""
+        return inner(rows, vector)
 
     def combine(self, coefficients: Tensor, rows: Tensor) -> Tensor:
         """One product of the coefficients, in the rows' precision and on their device, with the rows."""
@@ -82,7 +84,7 @@ class OneDevice:
 
     def norm(self, vector: Tensor) -> float:
         """Euclidean norm; on a GPU this waits for it."""
-        return float(torch.linalg.vector_norm(vector))
+        return length(vector)
 
     def finite(self, vector: Tensor) -> bool:
         """Whether no entry is NaN or infinite; on a GPU this waits for the answer."""

@@ -125,3 +125,13 @@ def test_a_product_that_overflows_in_one_part_is_non_finite_in_all(matrix: Tenso
     matrix[50, 50] = torch.inf
     found = held_in_parts(matrix, [0, 30, 60], Davidson().extremes)
     assert [extremes.status for extremes in found] == ["non-finite", "non-finite"]
+
+
+@pytest.mark.parametrize("size", [2**16 - 1, 2**16 + 1, 2**22 + 7])
+def test_products_and_norms_of_long_vectors_are_good_to_rounding(size: int) -> None:
+    # Added up in one go on a CPU, 2^22 float32 entries are 1e-4 low, and a basis of such vectors is none.
+    space = OneDevice(size, torch.float32, torch.device("cpu"))
+    rows = torch.stack([torch.rand(size, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
+    truth = (rows.double() @ rows[1].double()).tolist()
+    assert space.inner(rows, rows[1]).tolist() == pytest.approx(truth, rel=5e-6)
+    assert space.norm(rows[1]) ** 2 == pytest.approx(truth[1], rel=5e-6)
