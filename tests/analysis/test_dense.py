@@ -201,6 +201,7 @@ class Branched(nn.Module):
 
 # With the first a layer came out 19 % low from the full model's eigenvectors alone, with the second a depth 4 %. Layers stop
 # at a residual of 3 %, where a second eigenvalue may lie that near to the first.
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.05, 1.0])
 def test_parts_that_do_not_meet_are_both_looked_into(strength: float) -> None:
     torch.manual_seed(0)

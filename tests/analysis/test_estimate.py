@@ -58,6 +58,7 @@ def test_more_is_said_to_cost_more() -> None:
     assert products(0) < counts[0]
 
 
+@pytest.mark.slow
 def test_of_a_run_what_is_kept_costs_nothing(run: Path, tmp_path: Path) -> None:
     cache: Any = FileCache(tmp_path)
     options = replace(OPTIONS, tokens=64, max_hvps=3)

@@ -194,6 +194,7 @@ def test_the_planted_token_and_sequence_are_named_at_the_top(found: Explanation)
     assert {token.position % 2 for token in found.sequences[0].tokens} == {0}, "what is predicted from token 60"
 
 
+@pytest.mark.slow
 def test_its_removal_is_the_removal_of_its_curvature(found: Explanation, culprit: Path, tmp_path: Path) -> None:
     """Against the shard that never had it, measured by itself."""
     sequences = found.removals[0]
@@ -248,6 +249,7 @@ def test_without_an_estimate_nothing_is_explained(culprit: Path) -> None:
     assert (found.parts, found.sequences, found.removals, found.per) == ([], [], [], "nothing")
 
 
+@pytest.mark.slow
 def test_a_coupled_decay_is_a_part_of_its_own(culprit: Path) -> None:
     plain = _explained(culprit, optimizer="SGD", lr=0.5)
     decayed = _explained(culprit, optimizer="SGD", lr=0.5, weight_decay=10.0)
@@ -257,6 +259,7 @@ def test_a_coupled_decay_is_a_part_of_its_own(culprit: Path) -> None:
     assert decayed.sequences[0].share == pytest.approx(plain.sequences[0].share, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_direction_is_that_of_the_body_where_the_verdict_is_on_it(culprit: Path) -> None:
     """Token 60 five times: rows that the shard hardly looks up are left out of the verdict, and of what explains it."""
     rows = np.load(culprit / "data.npy")
@@ -268,6 +271,7 @@ def test_the_direction_is_that_of_the_body_where_the_verdict_is_on_it(culprit: P
     assert found.sum == pytest.approx(found.estimate.eigenvalue, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_progress_goes_forward(culprit: Path) -> None:
     said: list[float] = []
     explain(

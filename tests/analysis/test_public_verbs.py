@@ -56,6 +56,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 MEASURING: dict[str, Any] = {"data": "data/shard.bin", "tokens": 64, "sequence_length": 16, "max_hvps": 3, "mode": "kept"}
 
 
+@pytest.mark.slow
 def test_track_gives_what_the_verb_prints(run: Path) -> None:
     found = curvcli.track(str(run), cache=False, surge=1.5, window=3, **MEASURING)
     assert isinstance(found, Track)
@@ -81,6 +82,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(run: Path, tmp_path: Path) 
     assert "cannot be written" in (own.complaint or "")
 
 
+@pytest.mark.slow
 def test_compare_gives_what_the_verb_prints(run: Path) -> None:
     first, second = run / "checkpoint-3", run / "checkpoint-9"
     found = curvcli.compare(first, str(second), **MEASURING)

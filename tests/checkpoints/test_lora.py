@@ -124,6 +124,7 @@ def dense_top(path: Path, rows: torch.Tensor) -> float:
     return float(torch.linalg.eigvalsh(root[:, None] * (hessian + hessian.T) / 2 * root)[-1])
 
 
+@pytest.mark.slow
 def test_curvature_is_over_the_adapter(adapter: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", IDS.flatten().numpy())
     options = Options(data=tmp_path / "ids.npy", tokens=64, sequence_length=16, tolerance=1e-3, depths=False, mode="kept")

@@ -30,6 +30,7 @@ def test_masked_lm(tmp_path: Path) -> None:
     assert analyze(*arguments, "--seed", 1, *few)["data"]["loss"] != report["data"]["loss"]
 
 
+@pytest.mark.slow
 def test_seq2seq(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(1, VOCABULARY, (16, n), generator=draw) for n in (7, 5))
@@ -67,6 +68,7 @@ def test_classification(tmp_path: Path) -> None:
     assert "label 7 is none of the model's 3 classes" in refused(model, "--data", data)
 
 
+@pytest.mark.slow
 def test_experts(tmp_path: Path) -> None:
     model, data = saved(CASES["mixtral"](), tmp_path)
     built = open_checkpoint(model).model()

@@ -234,6 +234,7 @@ def test_a_table_with_a_fault_is_refused(
     assert words in done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_with_rules_alone_does_not_hide_the_data_above_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ def curv(*arguments: object, **environment: str) -> Done:
 # --- a checkpoint, and the time budget ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_measured_and_its_report_kept(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     arguments = (run_of(tmp_path, 60), "--tokens", 256, "--mode", "kept", "--max-rho", 50, "--min-tokens", 2000)

@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def analyzed(path: Path, out: Path, *options: object) -> str:
-    done = curv("analyze", path, "--no-depths", "--tokens", 1024, "-q", "-o", out, *options)
+    done = curv("analyze", path, "--no-depths", "--tokens", 256, "-q", "-o", out, *options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,15 +45,17 @@ def test_a_healthy_network_in_its_first_steps_is_too_early(run: Path, tmp_path: 
     assert "UNSTABLE" not in said
 
 
+@pytest.mark.slow
 def test_a_gate_on_it_is_unresolved_and_says_why(run: Path, tmp_path: Path) -> None:
-    done = curv("gate", run / "checkpoint-1", "--max-rho", "1e-6", "--tokens", 1024, "-o", tmp_path / "g.json")
+    done = curv("gate", run / "checkpoint-1", "--max-rho", "1e-6", "--tokens", 256, "-o", tmp_path / "g.json")
     assert done.returncode == 3, done.stderr
     gate = load_gate(tmp_path / "g.json")
     assert (gate.outcome, gate.subject.verdict) == ("unresolved", "early")
     assert "too early" in gate.outcomes[0].message
-    assert curv("gate", run / "checkpoint-1", "--require-resolved", "--tokens", 1024).returncode == 1
+    assert curv("gate", run / "checkpoint-1", "--require-resolved", "--tokens", 256).returncode == 1
 
 
+@pytest.mark.slow
 def test_an_older_run_has_a_verdict_and_a_largest_learning_rate(run: Path, tmp_path: Path) -> None:
     said = analyzed(run / "checkpoint-30", tmp_path / "r.json")
     report = load_report(tmp_path / "r.json")
@@ -67,6 +69,7 @@ def test_an_older_run_has_a_verdict_and_a_largest_learning_rate(run: Path, tmp_p
     assert ("not covered" in said) == bool(found.uncovered)
 
 
+@pytest.mark.slow
 def test_moments_that_a_restart_began_anew_are_young_at_any_step(run: Path, tmp_path: Path) -> None:
     restarted = tmp_path / "checkpoint-5000"
     shutil.copytree(run / "checkpoint-1", restarted)
@@ -77,8 +80,9 @@ def test_moments_that_a_restart_began_anew_are_young_at_any_step(run: Path, tmp_
     assert f"wait until step {5_000 - 1 + calibration().early_steps:,}" in said
 
 
+@pytest.mark.slow
 def test_a_track_has_no_alarm_about_it(run: Path, tmp_path: Path) -> None:
-    done = curv("track", run, "--lr", "1e-3", "--tokens", 1024, "-q", "-o", tmp_path / "t.json")
+    done = curv("track", run, "--lr", "1e-3", "--tokens", 256, "-q", "-o", tmp_path / "t.json")
     assert done.returncode == 0, done.stderr
     track = load_track(tmp_path / "t.json")
     assert [p.report.verdict == "early" for p in track.points] == [True, True, False]

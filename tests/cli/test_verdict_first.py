@@ -86,6 +86,7 @@ def test_the_gate_says_it_too(run: Path) -> None:
     assert EARLY.search(curv("gate", run, "--max-rho", 1, *QUICK).stderr)
 
 
+@pytest.mark.slow
 def test_a_track_says_each_point_as_it_comes(run: Path, tmp_path: Path) -> None:
     place = {"XDG_CACHE_HOME": str(tmp_path)}
     for said in ("measured", "cached"):
@@ -105,6 +106,7 @@ def test_a_point_that_was_not_measured_says_why() -> None:
     assert headline.point_line(failed(50)) == "step 50: not measured: optimizer.pt is truncated; copy it again"
 
 
+@pytest.mark.slow
 def test_at_a_terminal_the_bar_goes_on_below_the_head(run: Path) -> None:
     terminal = Terminal(80, 60, "analyze", str(run), *QUICK, "--no-depths")
     assert terminal.finish() == 0
@@ -135,6 +137,7 @@ def test_a_head_that_layers_and_depths_changed_is_printed_again() -> None:
     assert whole.file.getvalue().endswith(rest)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_stops_no_measurement(run: Path, tmp_path: Path) -> None:
     command = shlex.join([*CURV, "analyze", str(run), *QUICK, "--no-depths", "-q", "-o", str(tmp_path / "r.json")])
     done = subprocess.run(

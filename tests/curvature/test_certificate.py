@@ -156,6 +156,7 @@ def test_the_oracle_and_the_report_mean_the_same_blocks(family: str) -> None:
     assert task.loss(task.model, task.draw(4, torch.Generator().manual_seed(0))).dim() == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_a_truth_for_everything_in_its_report() -> None:
     case = networks.Case("mlp", "AdamW", 4e-3, 3)
     ((step, task, optimizer),) = networks.train(case, (2,))

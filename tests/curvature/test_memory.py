@@ -290,6 +290,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs what a process holds as Linux says it")
 @pytest.mark.parametrize(
     ("rows", "wide", "said"),

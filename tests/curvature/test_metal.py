@@ -57,6 +57,7 @@ def test_the_device_is_as_strict_as_apples() -> None:
 SLOW = [pytest.param("kept", True, marks=pytest.mark.slow), pytest.param("fresh", False, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "preconditioned"), [("fresh", True), ("kept", False), *SLOW])
 def test_an_analysis_is_the_cpus(mode: Any, preconditioned: bool, waited: list[str]) -> None:
     net, optimizer, batches = trained()

@@ -49,6 +49,7 @@ print(told, (held - psutil.Process().memory_info().rss) >> 20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(resources._malloc_trim() is None, reason="glibc alone can be told")
 def test_blocks_go_back_as_they_are_freed() -> None:
     def freed(word: str) -> list[str]:

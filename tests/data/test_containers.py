@@ -277,6 +277,7 @@ def test_rows_without_end_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
         read(written(tmp_path, "rows.parquet", rows))
 
 
+@pytest.mark.slow
 def test_a_column_of_millions_of_values_in_a_kilobyte(tmp_path: Path) -> None:
     flat = pa.array(np.zeros(2**25, dtype=np.int8))
     huge = pa.ListArray.from_arrays(pa.array([0, len(flat)], pa.int32()), flat)

@@ -132,6 +132,7 @@ def served(samples: Path) -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_data_over_http_by_the_real_command(samples: Path, served: str, tmp_path: Path) -> None:
     done = process("inspect", samples / "calm", "--data", f"{served}/data/shard.bin", "--json", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr

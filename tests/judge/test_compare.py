@@ -111,6 +111,7 @@ def test_markdown_says_what_the_two_are(calm: Report, hot: Report) -> None:
     assert text.count(", unstable\n") == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_against_a_report(tmp_path: Path) -> None:
     checkpoint = run_of(tmp_path, 9) / "checkpoint-9"
     done = curv("compare", checkpoint, checkpoint, "--tokens", 128, "--mode", "kept", "--format", "json", "-q")

@@ -70,7 +70,7 @@ FLIPS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("case", FLIPS)
-@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.parametrize("factored", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("factor", [0.97, 1.03])
 def test_the_real_optimizer_flips_at_the_threshold(case: str, factored: bool, factor: float) -> None:
     """P is held still by moments so large, and so late a step, that gradients do not move them."""
@@ -102,6 +102,7 @@ def test_the_real_optimizer_flips_at_the_threshold(case: str, factored: bool, fa
     assert stepped.grows(optimizer, weight, factor * metric.threshold * p, start=1e-12) == (factor > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["torch", "Trainer's", "relative"])
 @pytest.mark.parametrize("named", [True, False])
 def test_a_file_is_measured_as_the_optimizer_in_memory(case: str, named: bool, tmp_path: Path) -> None:

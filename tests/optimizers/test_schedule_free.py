@@ -108,6 +108,7 @@ def causal(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, labels=ids).loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("named", [True, False])
 def test_a_file_of_either_mode_is_measured_at_y(kind: str, named: bool, tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def test_no_learning_rate_is_no_zero(hot: Measured) -> None:
 # --- the picture
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_prediction(init: Measured) -> None:
     lr = rates("cosine", 0.01, warmup_steps=100, total_steps=600)
     plan = grow_from(init, lr=lr)

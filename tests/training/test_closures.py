@@ -202,6 +202,7 @@ def test_a_block_that_joins_learns_by_closure() -> None:
     assert warmup._watches == []
 
 
+@pytest.mark.slow
 def test_compiled_models_step_by_closure() -> None:
     torch._dynamo.reset()
     compiled: Any = torch.compile(build(attn_implementation="eager"), backend="eager")

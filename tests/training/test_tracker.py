@@ -134,6 +134,7 @@ def test_the_training_does_not_notice() -> None:
         assert all(torch.equal(mine[k], other[k]) for k in mine)
 
 
+@pytest.mark.slow
 def test_a_warm_start_survives_a_restart(tmp_path: Path) -> None:
     job = Job()
     tracker = CurvatureTracker(job.model, job.optimizer, causal, probe=[batch(99)], warmup=job.warmup)
