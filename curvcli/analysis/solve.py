@@ -18,6 +18,7 @@ from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.folds import Folds
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
 from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ritz import Extremes, Ritz
@@ -131,11 +132,10 @@ class Measurement:
         self.stages.enter("choosing how to multiply")
         if solver.expired:
             raise OutOfTime
-        self.choice: Choice = choose(problem, mode=mode, memory=resources.free_bytes(device) if basis is None else inf)
-        size = sum(problem.parameters[n].numel() for n in self.names)
-        itemsize = next(iter(problem.parameters.values())).element_size()
-        room = int(resources.free_bytes(device) / 4 / (size * itemsize)) if size else 0
-        self.solver = replace(solver, basis=basis or max(room, 8))
+        free, (trial, graphs) = resources.free_bytes(device), sample(problem)
+        self.choice: Choice = choose(trial, mode=mode, memory=free if basis is None else inf, graphs=graphs)
+        vector = sum(problem.parameters[n].nbytes for n in self.names) or 1
+        self.solver = replace(solver, basis=basis or max(int(resources.free_bytes(device) / 4 / vector), 8))
         self.device = device
         # Mean losses of the first batch, of the network cut to half its depth and of the whole; None where neither is asked.
         self.losses: tuple[float, float] | None = None

@@ -262,21 +262,25 @@ class Choice:
     refused: dict[Mode, str]
 
 
-def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: float = float("inf")) -> Choice:
+def choose(
+    problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: float = float("inf"), graphs: float | None = None
+) -> Choice:
     """The first of the exact modes that has room, works on the first batch, and agrees with fresh double backward.
 
     A rule and no race: kept graphs were never slower than fresh ones (benchmarks/hvp_cost.py), timings are noisy, modes
     round differently, and the same analysis is to give the same digits twice.
 
     Args:
-        problem: what will be measured.
+        problem: what will be measured, or a part of it that is like the rest: only the first batch is looked at.
         mode: a mode to insist on, or "auto".
         memory: bytes that kept graphs of all batches may take.
+        graphs: how many of the first batch's they are; by default one for each batch of `problem`.
 
     Raises:
         UnsupportedError: no mode works, or none agrees.
     """
     first = problem.subset([0])
+    graphs = len(problem.batches) if graphs is None else graphs
     names = list(problem.parameters)
     tangents = random_direction(problem)
     seconds: dict[Mode, float] = {}
@@ -299,7 +303,7 @@ def choose(problem: Problem, *, mode: Mode | Literal["auto"] = "auto", memory: f
     scale = norm(reference)
     for candidate in MODES if mode == "auto" else (mode,):
         try:
-            if candidate == "kept" and (need := graph_bytes(first) * len(problem.batches)) > memory:
+            if candidate == "kept" and (need := graph_bytes(first) * graphs) > memory:
                 refused[candidate] = (
                     f"out of memory: its graphs need {need / 2**30:.3g} GiB of {memory / 2**30:.3g} GiB free"
                 )

@@ -15,6 +15,7 @@ from curvcli.curvature.precision import mapped
 from curvcli.curvature.problem import Problem
 from curvcli.errors import LEANER, OutOfMemoryError, exhausted, shortage
 
+TRIED = 4  # rows that ways to multiply are tried and tested on: what is wrong with one is wrong on few rows, too
 T = TypeVar("T")
 Count = Callable[[Any], float]
 
@@ -50,6 +51,13 @@ def cut(problem: Problem, rows: int) -> Problem:
     while largest_batch(problem) > rows and (part := next(smaller, None)) is not None:
         problem = part
     return problem
+
+
+def sample(problem: Problem, rows: int = TRIED) -> tuple[Problem, float]:
+    """The first batch, cut to so many rows where they are independent, and how many of it are the whole."""
+    first = problem.subset([0])
+    part = cut(first, rows).subset([0])
+    return part, len(problem.batches) * largest_batch(first) / largest_batch(part)
 
 
 def largest_batch(problem: Problem) -> int:

@@ -246,9 +246,7 @@ class Cost(Document):
     peak_memory_bytes: int
     device: str
     mode: str
-    mode_seconds: dict[str, float] = Field(
-        description="seconds of a product on the first batch, by the modes that were tried"
-    )
+    mode_seconds: dict[str, float] = Field(description="seconds of a product on a few rows, by the modes that were tried")
 
 
 class LossCourse(Document):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from curvcli import analyze
 from curvcli.curvature.hvp import choose
-from curvcli.curvature.memory import leanest
+from curvcli.curvature.memory import leanest, sample
 from curvcli.curvature.problem import Problem
 from curvcli.errors import InputError, OutOfMemoryError, UnsupportedError, exhausted, memory_named, shortage
 from curvcli.models.blocks import find_blocks, survey
@@ -201,6 +201,13 @@ def test_rows_that_depend_on_each_other_are_not_cut() -> None:
     problem = problem_of(contrastive, models.data()[0])
     with pytest.raises(OutOfMemoryError, match="a batch of 16 rows needs about"):
         seen(problem, "auto", lambda part: len(part.batches) > 1)
+
+
+def test_ways_are_tried_on_a_few_rows() -> None:
+    part, times = sample(problem_of(models.loss, *models.data()))  # batches of 16 and 32 rows
+    assert (len(part.batches), len(part.batches[0][0]), times) == (1, 4, 8)
+    part, times = sample(problem_of(contrastive, *models.data()))
+    assert (len(part.batches), len(part.batches[0][0]), times) == (1, 16, 2)
 
 
 def test_nothing_fits() -> None:
