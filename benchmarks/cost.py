@@ -74,7 +74,8 @@ def measure(depth: int) -> dict[str, Any]:
         found.update(
             depth=depth, product_cpu_seconds=round(unit, 4), verdict=round(verdict, 1), layers=round(layers, 1),
             restricted=curve, truncated=cost.get("truncated"), companions=cost.get("companions"),
-            profile_per_layer=round((layers + curve) / depth, 2), converged=f"{statuses.count('converged')} of {len(statuses)}",
+            profile_per_layer=round((layers + curve) / depth, 2),
+            converged=f"{statuses.count('converged')} of {len(statuses)}",
         )  # fmt: skip
 
     train(Run(layers=depth, lr=3e-3, steps=STEP + 1), observe=observe)

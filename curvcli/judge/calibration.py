@@ -173,6 +173,7 @@ def odds(rho: float, optimizer: str) -> float | None:
     known = calibration()
     fit = known.odds[known.group(optimizer) or known.widest]
     power = fit.intercept + fit.slope * log(rho)
+    # exp(700) is near the largest double; below that the chance is 0 to any digit that is shown.
     return 1 / (1 + exp(-power)) if power > -700 else 0.0
 
 
@@ -191,6 +192,7 @@ def uncovered(optimizer: str, parameters: int, rho: float) -> list[str]:
 def settled_after(betas: tuple[float, float] | None, momentum: float | None) -> int:
     """Steps after which moments are more than those of a few gradients: as many as the first averages, or a dozen."""
     memory = [1 / (1 - b) for b in ((betas or (0.0,))[0], momentum or 0.0) if 0 <= b < 1]
+    # Not 1/(1 - beta2), a thousand steps at 0.999: bias correction makes up for a short second average, not for noise in m.
     return max([calibration().early_steps, *(round(steps) for steps in memory)])
 
 

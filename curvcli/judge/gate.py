@@ -76,6 +76,7 @@ def judge_each(
 
 def overall(outcomes: Sequence[Outcome]) -> OutcomeName:
     """Broken beats unresolved, and unresolved beats passed. Nothing judged is unresolved."""
+    # A gate that held nothing has not passed.
     found = {outcome.outcome for outcome in outcomes} or {"unresolved"}
     return next(name for name in WORST_FIRST if name in found)
 
@@ -144,6 +145,7 @@ def _held(rule: Rule, limit: float, reading: Reading, *, least: bool) -> Outcome
     low, value, high = reading.low, reading.value, reading.high
     if reading.reason:
         name, message = "unresolved", f"{reading.what}: {reading.reason}"
+    # Not trusted to be in order: a report may come from anywhere, and NaN keeps no limit and breaks none.
     elif low is None or value is None or high is None or not -LARGEST <= low <= value <= high <= LARGEST:
         low = high = None
         name, message = "unresolved", f"{reading.what}: its bracket is missing or makes no sense"
@@ -180,6 +182,7 @@ def _deciding(outcomes: Sequence[Outcome], *, least: bool) -> Outcome:
     worst = overall(outcomes)
     same = [outcome for outcome in outcomes if outcome.outcome == worst]
     sign = -1.0 if least else 1.0
+    # A part without a number is the last to speak for the others.
     chosen = max(same, key=lambda outcome: float("-inf") if outcome.value is None else sign * outcome.value)
     if worst == "passed" or len(same) == 1:
         return chosen

@@ -98,7 +98,7 @@ def split(queue: Sequence[int], groups: int | None) -> list[list[int]]:
         raise UsageError(
             f"{len(queue)} locked blocks do not make {count} groups", hint=f"pass --groups of at most {len(queue)}"
         )
-    cuts = [i * len(queue) // count for i in range(count + 1)]
+    cuts = [i * len(queue) // count for i in range(count + 1)]  # whole numbers: no rounding loses or doubles a block
     return [list(queue[a:b]) for a, b in pairwise(cuts)]
 
 

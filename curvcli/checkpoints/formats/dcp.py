@@ -179,6 +179,7 @@ class Saved:
         """Where the model's tensors are. Raises InputError."""
         found = self._places
         apart = [p for p in found if not any(averaged(part) for part in p)] or list(found)
+        # Under a name that says so; else at the top, as torchtitan has it; else wherever there is but one.
         named = [p for p in apart if p and p[-1] in _MODELS] or [p for p in apart if not p] or apart
         if len(named) != 1:
             places = ", ".join(".".join(prefix) for prefix in named)
@@ -214,7 +215,7 @@ class Saved:
         counted += [e for entries in self.tensors.values() for name, e in entries.items() if name in _STEPS]
         for entry in counted:
             value = _plain(entry.read())
-            if isinstance(value, (int, float)) and value == value // 1 >= 0:
+            if isinstance(value, (int, float)) and value == value // 1 >= 0:  # false for NaN, infinity and fractions
                 return int(value)
         named = step_order(self.path)[0]
         return named if named >= 0 else None
@@ -253,9 +254,10 @@ class Saved:
 
     def _groups(self) -> list[dict[str, Any]]:
         if not self.flattened:
-            order = sorted(self.groups, key=lambda index: (len(index), index))
+            order = sorted(self.groups, key=lambda index: (len(index), index))  # numbers as text: 10 after 9
             groups = [_read(self.groups[index]) for index in order]
         else:
+            # Flattened, options stand by each parameter and nothing says which group it was in: equal options are one.
             merged: dict[str, dict[str, Any]] = {}
             for owner, entries in self.groups.items():
                 options = _read(entries)
@@ -271,7 +273,7 @@ def _place(path: tuple[str, ...]) -> tuple[Prefix, str, str, str] | None:
     for i, part in enumerate(path[:-2]):
         if part in _OPTIMIZER:
             return path[:i], part, path[i + 1], ".".join(path[i + 2 :])
-    for kind in _OPTIMIZER:
+    for kind in _OPTIMIZER:  # flattened: "state.<parameter>.<key>" is one name, and a parameter's has dots of its own
         if path[-1].startswith(f"{kind}."):
             owner, _, key = path[-1].removeprefix(f"{kind}.").rpartition(".")
             return (path[:-1], kind, owner, key) if owner else None

@@ -83,10 +83,11 @@ def map_state(
         problem = _mismatch(names, groups, state, parameters)
         if problem:
             tried.append(f"{label}: {problem}")
-        elif names not in fits:
+        elif names not in fits:  # rules that come to the same order leave no doubt
             fits.append(names)
             labels.append(label)
     held, hint = sum(len(g["params"]) for g in groups), _hint(groups, parameters)
+    # Only where no rule fits: an assignment by shapes alone is a search, and has to be confirmed by gradients.
     if not fits and partial and 0 < held <= len(parameters):
         if shapes := _shapes(groups, state):
             fits = assignments(shapes, parameters)
@@ -155,6 +156,7 @@ def _shape(entry: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 def _of_shape(key: str, value: Any) -> bool:
     """Whether a state entry has its parameter's shape by rights."""
+    # Counts of steps are tensors too, without dimensions.
     return isinstance(value, Tensor) and value.dim() > 0 and key not in shaped_otherwise()
 
 
@@ -203,6 +205,7 @@ def by_name(groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> d
         return None
     owner = {i: n for group in groups for i, n in zip(group["params"], group["param_names"], strict=True)}
     return {
+        # State of no group keeps its number, which is no parameter's name: map_named says so.
         "state": {owner.get(index, str(index)): entry for index, entry in state.items()},
         "param_groups": [{**group, "params": group["param_names"]} for group in groups],
     }
