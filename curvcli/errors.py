@@ -53,6 +53,10 @@ class OutOfMemoryError(CurvError):
     """The memory of the device or of the machine does not do."""
 
 
+class RankError(CurvError):
+    """Another process of a measurement on several ranks has broken down or gone: there is nothing to go on with."""
+
+
 _NO_MEMORY = ("out of memory", "t allocate memory", "not enough memory", "alloc_failed", "cannot allocate", "bad_alloc")
 
 

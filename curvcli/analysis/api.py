@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from curvcli import documents
+from curvcli.analysis.content import content
 from curvcli.analysis.document import Provenance, write
 from curvcli.analysis.plan import GIB, fitted, limit_of
 from curvcli.analysis.solve import Measured, Measurement
 from curvcli.analysis.stages import Progress
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.lanczos import Lanczos
-from curvcli.curvature.memory import leanest
+from curvcli.curvature.memory import leanest, spread
 from curvcli.curvature.precision import Lifted
 from curvcli.curvature.problem import Loss, Problem, check_lifted, measurable
+from curvcli.curvature.ranks import current, same
 from curvcli.errors import UsageError
 from curvcli.models.blocks import find_blocks, locate, survey
 from curvcli.optimizers.adam import ESTIMATED
@@ -156,7 +158,7 @@ def prepared(
             preconditioner = _preconditioner(problem, optimizer, lr)
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
-            notes = {**_lifted(lifted, problem), **_cut(problem, len(batches))}
+            notes = {**_lifted(lifted, problem), **_cut(problem, len(whole.batches)), **_idle(problem)}
             basis = None
             if limit is not None:
                 part, chosen = fitted(part, limit, mode, solver.max_products)
@@ -170,8 +172,10 @@ def prepared(
             )
             return finish(work, notes)
 
-        whole = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
-        check_lifted(whole, lifted)
+        given = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
+        check_lifted(given, lifted)
+        same("weights, optimizer state or data", content(given, optimizer))
+        whole = spread(given, current())
         return leanest(whole, mode, measure)
 
 
@@ -206,6 +210,13 @@ def _lifted(lifted: Lifted, problem: Problem) -> dict[str, str]:
         "lifted-weights": f"{len(lifted.names)} of {len(dict(problem.model.named_parameters()))} weight tensors are in "
         f"{' and '.join(lifted.dtypes)}: measured as copies of the same numbers in float32"
     }
+
+
+def _idle(problem: Problem) -> dict[str, str]:
+    idle = problem.ranks.world - len(set(problem.owners)) if problem.owners else 0
+    if not idle:
+        return {}
+    return {"idle-ranks": f"{idle} of {problem.ranks.world} ranks had no batch: the shard has {len(problem.batches)}"}
 
 
 def _cut(problem: Problem, given: int) -> dict[str, str]:

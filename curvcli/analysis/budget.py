@@ -17,6 +17,7 @@ from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from curvcli.analysis.launch import leads, speaking, together
 from curvcli.errors import OutOfTime, UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def measure(
     budget = Budget(inf if seconds is None else seconds, started)
     doing = "starting"
     try:
-        with budget.alarm() as disarm:
+        with together(), budget.alarm() as disarm:
 
             def progress(stage: str, done: float) -> None:
                 nonlocal doing
@@ -100,12 +101,15 @@ def _alarm(at: float) -> Iterator[Callable[[], None]]:
     """Raise OutOfTime at an instant, whatever runs then; yields what calls it off."""
 
     def ring(number: int, frame: FrameType | None) -> None:
+        if speaking():  # with other ranks, which would wait for the end of the sentence
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
         raise OutOfTime
 
     def disarm() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    if at == inf or threading.current_thread() is not threading.main_thread():
+    if at == inf or not leads() or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
     before = signal.signal(signal.SIGALRM, ring)

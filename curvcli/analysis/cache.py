@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock
 from platformdirs import user_cache_path
@@ -23,6 +23,9 @@ from curvcli.documents import Report, write_whole
 from curvcli.errors import CurvError
 from curvcli.files.kept import KeptFolder
 from curvcli.files.parse import byte_size, parse_json, read_limited
+
+if TYPE_CHECKING:
+    from curvcli.curvature.ranks import Ranks
 
 DEFAULT_SIZE = 2**30
 _KEY_BYTES = 32
@@ -52,6 +55,24 @@ class NoCache:
 
     def put(self, key: str, report: Report) -> None:
         """Drop the report."""
+
+
+class RankedCache:
+    """A cache that rank 0 looks into, for all."""
+
+    def __init__(self, cache: Cache, ranks: Ranks) -> None:
+        self.cache, self.ranks = cache, ranks
+
+    def get(self, key: str) -> Report | None:
+        """What rank 0 has under its key."""
+        found = self.cache.get(key) if self.ranks.rank == 0 else None
+        text = self.ranks.first_text(found.to_json() if found is not None else "")
+        return Report.model_validate_json(text) if text else None
+
+    def put(self, key: str, report: Report) -> None:
+        """Rank 0 keeps it."""
+        if self.ranks.rank == 0:
+            self.cache.put(key, report)
 
 
 class FileCache:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from curvcli.checkpoints.state.mapping import AmbiguousStateError
 from curvcli.checkpoints.state.soundness import state_findings, weight_findings
 from curvcli.curvature import resources
 from curvcli.curvature.problem import Loss
+from curvcli.curvature.ranks import agreed, current
 from curvcli.data.examples import Examples
 from curvcli.data.shards import Shard, find_sources
 from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data, unigram_loss
@@ -330,7 +332,7 @@ def architecture_of(model: str | None) -> Architecture | None:
 
 
 def _in_time(options: Options) -> None:
-    if time.monotonic() >= options.deadline:
+    if options.deadline < inf and agreed(time.monotonic() >= options.deadline)[0]:
         raise OutOfTime
 
 
@@ -349,7 +351,9 @@ def _batch_size(shard: Shard | Examples, checkpoint: Checkpoint) -> int:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and current().world > 1 and torch.cuda.device_count():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

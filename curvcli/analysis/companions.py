@@ -32,8 +32,9 @@ def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tupl
     work.in_time()
     modules = work.blocks.modules if work.blocks else ()
     seen: list[Attention] = []
+    first = work.problem
     try:
-        seen = attention(modules, lambda: work.problem.batch_loss(0)) if modules else []
+        seen = attention(modules, lambda: [first.batch_loss(i) for i in first.given[0]]) if modules else []
     except Exception as error:  # whatever a network raises where its functions are looked at: it has none of these numbers
         if exhausted(error):
             raise

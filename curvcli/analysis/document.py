@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from curvcli import documents
-from curvcli.analysis.solve import Measured, Measurement, Solved
+from curvcli.analysis.solve import Measured, Measurement
+from curvcli.analysis.solved import Solved
 from curvcli.curvature import resources
 from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
@@ -146,9 +147,10 @@ class _Writer:
             cost=documents.Cost(
                 hvps=round(work.hvps),
                 seconds=time.perf_counter() - work.started,
-                peak_memory_bytes=resources.peak_bytes(work.device),
+                peak_memory_bytes=work.peak or resources.peak_bytes(work.device),
                 device=str(work.device),
                 mode=work.choice.mode,
+                ranks=work.ranks.world,
                 mode_seconds={str(mode): seconds for mode, seconds in work.choice.seconds.items()},
             ),
             versions=documents.Versions.installed(),
@@ -157,7 +159,7 @@ class _Writer:
             report,
             idle=self.preconditioner.idle,
             left_out=len(self.preconditioner.left_out),
-            notes={**provenance.notes, **self.left_out()},
+            notes={**provenance.notes, **work.notes, **self.left_out()},
             given=(*provenance.findings, *self.preconditioner.findings),
             doubts=self.preconditioner.doubts,
             logged_loss=provenance.logged_loss,

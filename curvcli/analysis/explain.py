@@ -16,7 +16,8 @@ from curvcli.analysis.carriers import Carriers, Predictions, Rest, carriers, res
 from curvcli.analysis.checkpoint import Opened, Options, Ready, open_for_analysis
 from curvcli.analysis.document import Provenance, write
 from curvcli.analysis.options import options_of
-from curvcli.analysis.solve import Measured, Measurement, Solved
+from curvcli.analysis.solve import Measured, Measurement
+from curvcli.analysis.solved import Solved
 from curvcli.analysis.stages import Progress, products
 from curvcli.curvature import resources
 from curvcli.curvature.hvp import build

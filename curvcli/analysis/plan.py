@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -107,9 +107,12 @@ def fitted(problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int
         largest=max(nbytes),
         graph=graph,
         logits=_ids(single.batches[0]) * widest(problem.model) * itemsize,
-        rows=len(single.batches),
+        rows=single.shared(problem.ranks).most,
         itemsize=itemsize,
     )
+    # One plan for all processes, by the largest number that one of them has.
+    most_of = {name: int(max(problem.ranks.each(number))) for name, number in asdict(sizes).items()}
+    sizes = Sizes(**most_of)
     found = plan(sizes, limit, largest_batch(problem) if alone else 1, mode, most)
     return cut(problem, found.batch_rows) if alone else problem, found
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, isfinite
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from curvcli.analysis.companions import companions
+from curvcli.analysis.solved import Solved
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
@@ -21,9 +22,9 @@ from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
-from curvcli.curvature.ritz import Extremes, Ritz
+from curvcli.curvature.ranks import agreed
 from curvcli.documents import Companions, LayerCompanions, Update
-from curvcli.errors import OutOfTime
+from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, lookups
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update
@@ -33,48 +34,6 @@ RARE = 10  # a row that the shard looks up fewer times than this, or never, is m
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
 WARM = 4  # products that a depth may take from the vector of the depth above it
 NEAR_START = 1.1  # loss of the network cut to half its depth over the whole's, up to which the cut one means something
-
-
-@dataclass
-class Solved:
-    """An estimate's raw form, and the names that its vector runs over."""
-
-    names: list[str]
-    extremes: Extremes | None
-    inconsistent: bool = False
-    skipped: bool = False
-
-    @property
-    def converged(self) -> bool:
-        """Whether the top value met its tolerance, and no part of these parameters came out above it."""
-        return self.extremes is not None and self.extremes.status == "converged" and not self.inconsistent
-
-    @property
-    def value(self) -> float:
-        """Largest Ritz value, a lower bound of the largest eigenvalue; -inf where there is none."""
-        top = self.extremes.top if self.extremes else None
-        return top.value if top else -inf
-
-    @property
-    def ceiling(self) -> float:
-        """What no eigenvalue lies above; infinite where that is not known."""
-        return self.extremes.ceiling if self.extremes else inf
-
-    def over(self, parts: Sequence[Solved]) -> Solved:
-        """Not below its parts: what is within the certificate is taken over, what is beyond makes it inconsistent."""
-        known = [part for part in parts if part.extremes is not None and not part.inconsistent]
-        top = self.extremes.top if self.extremes else None
-        if self.extremes is None or top is None or self.inconsistent or not known:
-            return self
-        if any(violates(part, self) for part in known):
-            return replace(self, inconsistent=True)
-        value = max(self.value, *(part.value for part in known))
-        raised = Ritz(value, top.residual + value - top.value)
-        return replace(self, extremes=replace(self.extremes, top=raised, ceiling=max(self.ceiling, value)))
-
-    def bare(self) -> Solved:
-        """Without the vector."""
-        return replace(self, extremes=self.extremes and replace(self.extremes, vector=None))
 
 
 @dataclass
@@ -120,6 +79,8 @@ class Measurement:
         self.depths = depths
         self.started = time.perf_counter()
         self.hvps = 0.0
+        self.peak = 0  # bytes, of the process that held most
+        self.notes: dict[str, str] = {}
         layers = len(blocks.modules) if blocks else 0
         self.stages = Stages(progress, products(layers, depths=depths))
         self.names = [n for n in problem.parameters if n in preconditioner.root]
@@ -130,17 +91,22 @@ class Measurement:
         device = next(iter(problem.parameters.values())).device
         resources.reset_peak(device)
         self.stages.enter("choosing how to multiply")
-        if solver.expired:
-            raise OutOfTime
-        free, (trial, graphs) = resources.free_bytes(device), sample(problem)
+        self.solver = solver
+        self.in_time()
+        self.ranks = problem.ranks
+        free, (trial, graphs) = self._free(device), sample(problem)
         self.choice: Choice = choose(trial, mode=mode, memory=free if basis is None else inf, graphs=graphs)
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1
-        self.solver = replace(solver, basis=basis or max(int(resources.free_bytes(device) / 4 / vector), 8))
+        self.solver = replace(solver, basis=basis or max(int(self._free(device) / 4 / vector), 8))
         self.device = device
         # Mean losses of the first batch, of the network cut to half its depth and of the whole; None where neither is asked.
         self.losses: tuple[float, float] | None = None
         self.cuts = self._cuts(truncated)
         self.stages.total = products(layers, depths=depths, truncated=self.cuts)
+
+    def _free(self, device: torch.device) -> float:
+        """Memory that each process can plan with: that of the one that has least."""
+        return min(self.ranks.each(resources.free_bytes(device) / (self.ranks.here if device.type == "cpu" else 1)))
 
     def _cuts(self, truncated: bool | None) -> bool:
         """Whether networks cut short are measured: where that is asked for, or near initialisation."""
@@ -148,34 +114,36 @@ class Measurement:
             return False
         if truncated is not None:
             return truncated
-        first = self.problem.subset([0])
+        first = self.problem.subset(self.problem.given[0])
         half, whole = first.truncated(self.blocks, len(self.layer_names) // 2).mean_loss(), first.mean_loss()
         self.losses = half, whole
         return half <= whole + (NEAR_START - 1) * abs(whole)  # not where it is no number
 
     # --- solving -----------------------------------------------------------------------------
 
-    def operator(self, hvp: HVP, names: Sequence[str], share: float = 1.0) -> PreconditionedHessian:
+    def operator(self, hvp: HVP, names: Sequence[str], share: float = 1.0, of: int = 1) -> PreconditionedHessian:
         """G restricted to `names`, on flat vectors in the order of `names`, with the products of `hvp`.
 
         Args:
             share: of a whole product that one of `hvp` stands for.
+            of: so many processes, whose products are summed: each has its part of the decay.
 
         Raises:
             ValueError: `names` is empty.
         """
         root = self.preconditioner.root.restrict(names)
-        return PreconditionedHessian(_Counting(hvp, self, share), root, self.preconditioner.decay)
+        decay = {name: found / of for name, found in self.preconditioner.decay.items()}
+        return PreconditionedHessian(_Counting(hvp, self, share), root, decay)
 
     def folded(self, hvp: HVP) -> Folded:
         """G of the full model, or of some of its entries, as the mean of those of the shard's folds."""
-        weights = self.problem.weights
-        parts = torch.arange(len(weights)).tensor_split(min(FOLDS, len(weights)))
+        weights, given = self.problem.weights, self.problem.given
         folds: list[tuple[float, Operator]] = []
-        for part in parts:
+        for those in torch.arange(len(given)).tensor_split(min(FOLDS, len(given))):
+            part = [i for which in those.tolist() for i in given[which]]
             share = sum(weights[i] for i in part)
-            folds.append((share, self.operator(hvp.subset(part.tolist()), self.names, share)))
-        return Folded(folds)
+            folds.append((share, self.operator(hvp.subset(part).part(), self.names, share, of=self.ranks.world)))
+        return Folded(folds, self.ranks)
 
     @property
     def coarse(self) -> Lanczos:
@@ -191,8 +159,13 @@ class Measurement:
 
     def in_time(self) -> None:
         """Raises OutOfTime where nothing more may be started."""
-        if self.solver.expired:
+        if self.late:
             raise OutOfTime
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed, by the clock of rank 0."""
+        return self.solver.deadline < inf and agreed(self.solver.expired)[0]
 
     # --- the parts ---------------------------------------------------------------------------
 
@@ -208,6 +181,8 @@ class Measurement:
         self.stages.enter("gradient")
         gradients = gradient(self.problem, self.names)
         loss, looked_up = lookups(self.problem)
+        if not isfinite(loss):
+            raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")
         self.in_time()
         hvp = build(self.problem, self.choice.mode)
         found = self.full(hvp, loss, looked_up)
@@ -229,6 +204,7 @@ class Measurement:
             pass
         self.stages.enter("report")
         self.settle(found)
+        self.peak = int(max(self.ranks.each(resources.peak_bytes(self.device))))
         return self.completed(found)
 
     def settle(self, found: Measured) -> None:
@@ -256,6 +232,8 @@ class Measurement:
         operator = self.folded(hvp)
         full = Solved(self.names, solver.extremes(operator))
         found = Measured(loss, full, _folds(operator))
+        if full.extremes and full.extremes.status == "non-finite":
+            self.notes |= self._overflown(operator)
         rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
         rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
         vector = full.extremes.vector if full.extremes else None
@@ -263,16 +241,25 @@ class Measurement:
         if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
             return found
         mask = torch.cat([_entries(self.problem.parameters[n], rows.get(n)) for n in self.names])
-        if float(vector[~mask].cpu().double().square().sum()) < RARE_MASS:
+        if self.ranks.first([float(vector[~mask].cpu().double().square().sum())])[0] < RARE_MASS:
             return found
         self.stages.enter("full model without rare rows")
-        if self.solver.expired:
+        if self.late:
             return found
         operator = self.folded(hvp)
         found.body = Solved(self.names, self.solver.extremes(operator, support=mask))
         found.rare = {n: int(m.sum()) for n, m in rows.items()}
         found.folds = _folds(operator)
         return found
+
+    def _overflown(self, operator: Folded) -> dict[str, str]:
+        """Whose batches gave a product that is not finite, where there are several processes."""
+        parts = [fold.matvec(operator.vectors[-1]) for _, fold in operator.folds]
+        bad = self.ranks.each(float(not all(bool(torch.isfinite(part).all()) for part in parts)))
+        ranks = [str(rank) for rank, found in enumerate(bad) if found]
+        if len(bad) == 1 or not ranks:
+            return {}
+        return {"rank-overflow": f"a product is not finite in the batches of rank {', '.join(ranks)} of {len(bad)}"}
 
     def parts(self, hvp: HVP, found: Measured) -> None:
         """Embedding, head and what else lies outside the blocks, alone; and each block alone, the rest held still."""
@@ -374,13 +361,8 @@ class _Counting:
     def subset(self, indices: Sequence[int]) -> HVP:
         return _Counting(self.hvp.subset(indices), self.work, self.share)
 
-
-def violates(lower: Solved, upper: Solved) -> bool:
-    """Whether `lower`, over fewer parameters, came out above all that `upper` can be."""
-    if lower.extremes is None or upper.extremes is None or upper.extremes.top is None or lower.inconsistent:
-        return False
-    most = max(upper.value + upper.extremes.top.residual, upper.ceiling if upper.ceiling < inf else upper.value)
-    return lower.value > most + 1e-5 * abs(lower.value)
+    def part(self) -> HVP:
+        return _Counting(self.hvp.part(), self.work, self.share)
 
 
 def _some(solved: Solved | None) -> list[Solved]:

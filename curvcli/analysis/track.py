@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curvcli.analysis.budget import Budget
-from curvcli.analysis.cache import Cache, FileCache, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
+from curvcli.analysis.cache import Cache, FileCache, NoCache, RankedCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.analysis.checkpoint import Opened, architecture_of, open_for_analysis
 from curvcli.analysis.options import Options, options_of
 from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
+from curvcli.curvature.ranks import current
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
-from curvcli.errors import CurvError, InputError, OutOfTime, UsageError
+from curvcli.errors import CurvError, InputError, OutOfTime, RankError, UsageError
 from curvcli.judge.limits import changed
 from curvcli.judge.readings import ReportReadings, incomparable, past
 from curvcli.judge.run import judge_points, run_findings
@@ -118,10 +120,9 @@ def track_run(
         OutOfTime: the budget ran out before anything was measured.
     """
     started = time.monotonic()
-    if any(":" in spec for spec in (options.model or "", options.loss)):
-        cache = NoCache()  # the user's own code may have changed, and nothing in a key would say so
+    cache = _kept(cache, options)
     say = progress or (lambda stage, done: None)
-    found = _in_order(find_checkpoints(path))
+    found = _found(path)
     over = passed_over(path, found)
     every, found = found, the_last(found, last, options)
     points: list[TrackPoint] = []
@@ -135,7 +136,7 @@ def track_run(
             say(f"checkpoint {place + 1} of {len(found)}: {stage}", (place + done) / len(found))
 
         try:
-            with (budget or Budget()).alarm() as disarm:
+            with current().together(), (budget or Budget()).alarm() as disarm:
                 within("reading", 0.0)
                 checkpoint = fetched(checkpoint)  # of a run behind a URL, one at a time
                 unchanged = partial(_is_still, checkpoint, _stamp(checkpoint))
@@ -175,6 +176,21 @@ def track_run(
         seconds=time.monotonic() - started,
         versions=Versions.installed(),
     )
+
+
+def _kept(cache: Cache, options: Options) -> Cache:
+    """The cache, where it can be relied on, and rank 0's for all ranks."""
+    if any(":" in spec for spec in (options.model or "", options.loss)):
+        return NoCache()  # the user's own code may have changed, and nothing in a key would say so
+    return cache if current().world == 1 else RankedCache(cache, current())
+
+
+def _found(path: Path) -> list[Path]:
+    """The run's checkpoints in order: those that rank 0 sees, where there are several. Raises InputError."""
+    ranks = current()
+    with ranks.together():
+        names = [str(place) for place in _in_order(find_checkpoints(path))] if ranks.rank == 0 else []
+    return [Path(name) for name in json.loads(ranks.first_text(json.dumps(names)))]
 
 
 def the_last(found: list[Path], last: int | None, options: Options) -> list[Path]:
@@ -285,6 +301,8 @@ def _point(
 
 
 def _failed(path: Path, error: CurvError) -> TrackPoint:
+    if isinstance(error, RankError):
+        raise error
     return TrackPoint(
         checkpoint=str(path),
         step=step_of(path),

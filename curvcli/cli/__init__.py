@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 
 # Each registers its verbs, in the order of the help.
 from curvcli.cli import analyze, gate, report, track, compare, explain, watch, schedule  # noqa: F401  # isort: skip
+from curvcli.analysis.launch import launched, leads, leave
 from curvcli.cli.app import app, interrupt, readers_may_leave
 
 __all__ = ["app", "main"]
+
+RANKED = ("analyze", "track", "gate")  # what several ranks do together; of anything else rank 0 alone does it
 
 
 def main() -> None:
@@ -22,5 +26,15 @@ def main() -> None:
         signal.signal(signal.SIGINT, interrupt)
     if shutil.get_terminal_size().columns < 80:
         app.rich_markup_mode = None  # the help's panels would cut the names of options
-    with readers_may_leave():
-        app(prog_name="curv")
+    if not launched():
+        with readers_may_leave():
+            app(prog_name="curv")
+        return
+    code = 0
+    try:
+        with readers_may_leave():
+            if leads() or sys.argv[1:2] in ([verb] for verb in RANKED):
+                app(prog_name="curv")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 2
+    leave(code)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from curvcli.analysis.launch import apart, joined, leads
 from curvcli.cli import estimate as estimates
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
@@ -57,28 +58,33 @@ def analyze(
     """
     started = time.monotonic()
     out_of_time = False
-    with exit_codes():
+    with exit_codes(), joined():
         settings = {**options.settings(given), "depths": not no_depths, "truncated": _either(truncated, no_truncated)}
         seconds = options.seconds(budget)
-        check_outputs(output, plot)
+        if leads():
+            check_outputs(output, plot)
         if estimate:
             estimates.check(format.value, {"--output": output, "--plot": plot, "--budget": budget})
-            _estimate(checkpoint, settings, format, quiet, verbose)
+            if leads():
+                _estimate(checkpoint, settings, format, quiet, verbose)
             return
         from curvcli.analysis.budget import measure
 
         with reporting(quiet, verbose) as progress:
-            early = _Early(progress) if format is Format.table else None
+            early = _Early(progress) if format is Format.table and leads() else None
             report, reason = measure(
                 checkpoint, settings, started=started, seconds=seconds, tell=progress,
                 on_verdict=early or told_early(progress),
             )  # fmt: skip
-        if report is None:
+        out_of_time = report is None
+        if not leads():
+            pass
+        elif report is None:
             typer.echo(plain(f"curv: {reason}"), err=True)
-            out_of_time = True
         else:
             _write(report, output, plot)
-            _print(report, format, early.shown if early else None, verbose)
+            with readers_may_leave():
+                _print(report, format, early.shown if early else None, verbose)
     if out_of_time:
         raise typer.Exit(3)
 
@@ -131,7 +137,7 @@ def _either(wanted: bool, unwanted: bool) -> bool | None:
 
 
 def _estimate(checkpoint: Path, settings: dict[str, Any], format: Format, quiet: bool, verbose: bool) -> None:  # noqa: A002
-    with reporting(quiet, verbose) as progress:
+    with apart(), reporting(quiet, verbose) as progress:
         progress("importing torch", 0.0)
         from curvcli.analysis.checkpoint import Options
         from curvcli.analysis.estimate import estimate_checkpoint

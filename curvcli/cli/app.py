@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from curvcli.analysis.launch import leads, told
 from curvcli.errors import CurvError, UsageError, exhausted, plain, shortage
 
 # Larger counts and rates say nothing, and overflow somewhere.
@@ -86,7 +87,7 @@ def exit_codes() -> Iterator[None]:
                 yield
                 return
     except CurvError as error:
-        _fail(f"curv: error: {error}", 2)
+        _failed("error", str(error), error)
     except KeyboardInterrupt:
         _fail("curv: interrupted", 130)
     except Exception as error:
@@ -94,9 +95,9 @@ def exit_codes() -> Iterator[None]:
             raise
         if exhausted(error):
             hint = "use --mode fresh, a smaller --batch-size or fewer --tokens"
-            _fail(f"curv: error: out of memory: {shortage(error)}; {hint}", 2)
+            _failed("error", f"out of memory: {shortage(error)}; {hint}", error)
         text = plain(" ".join(str(error)[:2000].split()))[:300]
-        _fail(f"curv: internal error: {type(error).__name__}: {text}; set CURV_TRACEBACK=1 and report it", 2)
+        _failed("internal error", f"{type(error).__name__}: {text}; set CURV_TRACEBACK=1 and report it", error)
     raise typer.Exit(0)  # the reader of stdout has gone
 
 
@@ -141,6 +142,14 @@ def _interruptible() -> Iterator[None]:
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Ctrl-C outside a verb's own work: while options are parsed, and at the end."""
     raise SystemExit(130)
+
+
+def _failed(kind: str, text: str, error: BaseException) -> None:
+    """One line, where several ranks know of an error from rank 0 alone, and exit code 2."""
+    known, whose = told(error)
+    if known and not leads():
+        raise typer.Exit(2)
+    _fail(f"curv: {kind}: {whose}{text}", 2)
 
 
 def _fail(line: str, code: int) -> None:

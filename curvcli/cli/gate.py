@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from curvcli.analysis.launch import agreed_code, joined, leads
 from curvcli.cli import options
 from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.cli.formats import GateFormat
@@ -109,7 +110,7 @@ def gate(
     """
     started = time.monotonic()
     code = 0
-    with exit_codes():
+    with exit_codes(), joined():
         from curvcli.analysis.gate import gate as judged
         from curvcli.analysis.gate import in_force, is_document
 
@@ -127,12 +128,13 @@ def gate(
 
             from curvcli.render.gate_text import show_rules
 
-            show_rules(found.rules, found.others, Console())
+            if leads():
+                show_rules(found.rules, found.others, Console())
             return
         if subject is None:
             raise UsageError("nothing to judge was given", hint="pass a checkpoint, a run directory or a report")
         outputs = output or []
-        for path in [*outputs, *([report] if report else [])]:
+        for path in [*outputs, *([report] if report else [])] if leads() else []:
             check_outputs(path, None)
         _check_suffixes(outputs)
         seconds = options.seconds(budget)
@@ -143,9 +145,10 @@ def gate(
                 subject, **settings, budget=seconds, report=report, progress=progress, started=started,
                 on_verdict=None if progress is None else told_early(progress), **changed,
             )  # fmt: skip
-        _write(document, outputs)
-        _print(document, format, verbose)
-        code = document.exit_code
+        if leads():
+            _write(document, outputs)
+            _print(document, format, verbose)
+        code = agreed_code(document.exit_code)
     raise typer.Exit(code)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from curvcli.analysis.launch import leads
 from curvcli.errors import plain
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ class Told:
 @contextmanager
 def reporting(quiet: bool, verbose: bool = False) -> Iterator[Told]:
     """What tells of progress, for the length of the context."""
-    if verbose:
-        yield _Log()
-    elif quiet:
+    if (quiet and not verbose) or not leads():
         yield Told()
+    elif verbose:
+        yield _Log()
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

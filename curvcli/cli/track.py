@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from curvcli.analysis.launch import apart, joined, leads
 from curvcli.cli import estimate as estimates
 from curvcli.cli import options
-from curvcli.cli.app import app, check_outputs, exit_codes
+from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.cli.formats import TrackFormat
 from curvcli.cli.progress import reporting
 from curvcli.errors import OutOfTime, plain
@@ -51,10 +52,13 @@ def track(
     """
     started = time.monotonic()
     found: Track | None = None
-    with exit_codes():
+    with exit_codes(), joined():
         settings = options.settings(given)
         seconds = options.seconds(budget)
-        check_outputs(output, plot)
+        if leads():
+            check_outputs(output, plot)
+        if estimate and not leads():
+            return
         if estimate:
             estimates.check(format.value, {"--output": output, "--plot": plot, "--budget": budget})
         with reporting(quiet, verbose) as progress:
@@ -66,7 +70,8 @@ def track(
                 from curvcli.analysis.checkpoint import Options
                 from curvcli.analysis.estimate import estimate_run
 
-                cost = estimate_run(run, Options(**settings), store, last=last, progress=progress)
+                with apart():
+                    cost = estimate_run(run, Options(**settings), store, last=last, progress=progress)
             else:
                 from curvcli.analysis.track import track as tracked
                 from curvcli.render.headline import point_line
@@ -80,9 +85,12 @@ def track(
             typer.echo(plain(f"curv: {store.complaint}"), err=True)
         if estimate:
             estimates.show(cost, format.value)
+        elif not leads():
+            pass
         elif found is not None:
             _write(found, output, plot)
-            _print(found, format, verbose)
+            with readers_may_leave():
+                _print(found, format, verbose)
         else:
             typer.echo(f"curv: the budget of {seconds:g} s ran out, and nothing was measured; raise --budget", err=True)
     if found is None and not estimate:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.operator import Operator
-from curvcli.curvature.ritz import Extremes, Ritz, Status
+from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,15 @@ class Davidson:
             # One vector, as from a warm start that is an eigenvector still, says nothing of the other end, nor that
             # nothing lies above it.
             bottom_done = bottom_done and (space.count > 1 or space.complete or self.bottom_tolerance == float("inf"))
+            over = (top_done and bottom_done) or space.complete or space.products >= self.max_products or self.expired
+            over, top_done = map(bool, operator.space.agree(over, top_done))
             status: Status = "converged" if top_done or space.complete else "max-hvps"
             if space.skew > self.asymmetry * space.norm:
                 status = "asymmetric"
-            if (top_done and bottom_done) or space.complete or space.products >= self.max_products or self.expired:
+            if over:
                 known = bottom.residual <= 0.1 * abs(bottom.value)
-                return Extremes(top, bottom, space.vector(-1), status, space.products, known)
+                found = Extremes(top, bottom, space.vector(-1), status, space.products, known)
+                return agreed(found, operator.space.agree)
             space.improve(0 if top_done else -1)
         return Extremes(None, None, None, space.status, space.products)
 

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.ranks import Ranks
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.errors import OutOfMemoryError, UnsupportedError, exhausted, memory_named, shortage
 
@@ -38,6 +39,44 @@ class HVP(Protocol):
     def subset(self, indices: Sequence[int]) -> HVP:
         """The same for the mean loss over some of the batches."""
         ...
+
+    def part(self) -> HVP:
+        """What the batches of this process add to the products: all, where it is alone."""
+        ...
+
+
+class Summed:
+    """Products that several processes make together, each on its batches.
+
+    Args:
+        hvp: that gives what this process' batches add.
+        ranks: the processes.
+    """
+
+    def __init__(self, hvp: HVP, ranks: Ranks) -> None:
+        self.hvp, self.ranks = hvp, ranks
+
+    def subset(self, indices: Sequence[int]) -> HVP:
+        """The same batches of each process' engine."""
+        return Summed(self.hvp.subset(indices), self.ranks)
+
+    def part(self) -> HVP:
+        """The engine of this process' batches."""
+        return self.hvp
+
+    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Each process' part, summed; the same in all."""
+        found = self.hvp.product(names, tangents)
+        self.ranks.sum_(found)
+        return found
+
+
+class _Engine:
+    """An engine whose products are over the batches of this process alone."""
+
+    def part(self) -> HVP:
+        """Itself."""
+        return self  # type: ignore[return-value]
 
 
 def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None], weight: float) -> None:
@@ -106,7 +145,7 @@ def _add_derivative(
         torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep, allow_unused=True)
 
 
-class KeptGraph:
+class KeptGraph(_Engine):
     """Double backward through a gradient graph that is built once per batch and kept.
 
     Cheapest per product, and holds the activations of every batch. One graph of all parameters
@@ -117,8 +156,8 @@ class KeptGraph:
     def __init__(self, problem: Problem) -> None:
         self.weights = problem.weights
         self.parameters = problem.parameters
-        names = list(self.parameters)
-        self.gradients = [_gradient_edges(problem, i, names) for i in range(len(problem.batches))]
+        names, own = list(self.parameters), set(problem.own)
+        self.gradients = [_gradient_edges(problem, i, names) if i in own else {} for i in range(len(problem.batches))]
 
     def subset(self, indices: Sequence[int]) -> KeptGraph:
         """Shares the graphs of the chosen batches: nothing is computed again."""
@@ -137,7 +176,7 @@ class KeptGraph:
         return list(total.values())
 
 
-class FreshGraph:
+class FreshGraph(_Engine):
     """Double backward, forward and gradient recomputed for every product: one batch in memory at a time."""
 
     def __init__(self, problem: Problem) -> None:
@@ -152,14 +191,14 @@ class FreshGraph:
         """Builds the gradient graph of one batch, walks it backward, and drops it before the next."""
         total = {n: torch.zeros_like(self.parameters[n]) for n in names}
         along = dict(zip(names, tangents, strict=True))
-        for i, weight in enumerate(self.problem.weights):
+        for i in self.problem.own:
             edges = _gradient_edges(self.problem, i, names)
-            _add_derivative(total, weight, self.parameters, edges, along, keep=False)
+            _add_derivative(total, self.problem.weights[i], self.parameters, edges, along, keep=False)
             del edges  # before the next batch's are made
         return list(total.values())
 
 
-class ForwardOverReverse:
+class ForwardOverReverse(_Engine):
     """jvp of the gradient. Fails on models with old custom autograd functions (Bloom, grouped_mm experts)."""
 
     def __init__(self, problem: Problem) -> None:
@@ -177,7 +216,7 @@ class ForwardOverReverse:
         """
         inputs = tuple(self.parameters[n].detach() for n in names)
         total = [torch.zeros_like(p) for p in inputs]
-        for i, weight in enumerate(self.problem.weights):
+        for i in self.problem.own:
 
             def loss(*values: Tensor, batch: object = self.problem.batches[i]) -> Tensor:
                 stand_in = StandIn(self.problem.model, dict(zip(names, values, strict=True)))
@@ -185,7 +224,7 @@ class ForwardOverReverse:
 
             with self.problem.scope(), sdpa_kernel(SDPBackend.MATH):
                 parts = jvp(grad(loss, argnums=tuple(range(len(inputs)))), inputs, tuple(tangents))[1]
-            _accumulate(total, parts, weight)
+            _accumulate(total, parts, self.problem.weights[i])
         return total
 
 
@@ -273,14 +312,14 @@ def choose(
     Args:
         problem: what will be measured, or a part of it that is like the rest: only the first batch is looked at.
         mode: a mode to insist on, or "auto".
-        memory: bytes that kept graphs of all batches may take.
+        memory: bytes that kept graphs of all batches of a process may take.
         graphs: how many of the first batch's they are; by default one for each batch of `problem`.
 
     Raises:
         UnsupportedError: no mode works, or none agrees.
     """
-    first = problem.subset([0])
-    graphs = len(problem.batches) if graphs is None else graphs
+    first = problem.subset([0]).alone()
+    graphs = problem.most if graphs is None else graphs
     names = list(problem.parameters)
     tangents = random_direction(problem)
     seconds: dict[Mode, float] = {}
@@ -321,7 +360,8 @@ def choose(
             refused[candidate] = f"differs from double backward by {difference / max(scale, 1e-30):.1e}"
             del seconds[candidate]
             continue
-        return Choice(candidate, seconds, refused)
+        # Where one process has to take a leaner mode, all do.
+        return Choice(MODES[int(max(problem.ranks.each(MODES.index(candidate))))], seconds, refused)
     if all(why.startswith("out of memory") for why in refused.values()):
         raise OutOfMemoryError("; ".join(f"mode {m} is {why}" for m, why in refused.items()), hint="try --mode fresh")
     raise UnsupportedError(
@@ -352,4 +392,5 @@ def build(problem: Problem, mode: Mode) -> HVP:
         "fresh": FreshGraph,
         "forward": ForwardOverReverse,
     }
-    return engines[mode](problem)
+    engine = engines[mode](problem)
+    return engine if problem.ranks.world == 1 else Summed(engine, problem.ranks)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from curvcli.curvature.space import OneDevice
+from curvcli.curvature.space import space_of
 
 
 class InverseRoot(Protocol):
@@ -162,7 +162,7 @@ class ModelRoot(Mapping[str, InverseRoot]):
         self._shapes = {n: parameters[n].shape for n in roots}
         first = parameters[next(iter(roots))]
         self.sizes = [shape.numel() for shape in self._shapes.values()]
-        self.space = OneDevice(sum(self.sizes), first.dtype, first.device)
+        self.space = space_of(sum(self.sizes), first.dtype, first.device)
 
     def __getitem__(self, name: str) -> InverseRoot:
         return self._roots[name]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.operator import Operator
-from curvcli.curvature.ritz import Extremes, Ritz, Status
+from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,15 @@ class Lanczos:
             ceiling = walk.ceiling(-log(evidence))
             near = top.residual <= self.tolerance * abs(top.value) and ceiling - top.value <= self.margin * abs(top.value)
             waiting = bottom.residual > self.bottom_tolerance * max(abs(bottom.value), abs(top.value) / 2)
-            if (near and not waiting) or walk.complete or walk.products >= most or self.expired:
+            over = (near and not waiting) or walk.complete or walk.products >= most or self.expired
+            near, over = map(bool, operator.space.agree(near, over))
+            if over:
                 # Only now: the first few Ritz values know little of the norm that the skew is held against.
                 crooked = walk.skew > self.asymmetry * walk.norm
                 status: Status = "asymmetric" if crooked else "converged" if near else "max-hvps"
                 known = bottom.residual <= 0.1 * abs(bottom.value)
-                return Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling)
+                found = Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling)
+                return agreed(found, operator.space.agree)
         return Extremes(None, None, None, "non-finite", walk.products)
 
     def _start(self, operator: Operator, warm: Tensor | None, share: float, support: Tensor | None) -> tuple[Tensor, float]:

@@ -13,10 +13,12 @@ from curvcli.curvature import resources
 from curvcli.curvature.hvp import graph_bytes
 from curvcli.curvature.precision import mapped
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.ranks import Ranks
 from curvcli.errors import LEANER, OutOfMemoryError, exhausted, shortage
 
 TRIED = 4  # rows that ways to multiply are tried and tested on: what is wrong with one is wrong on few rows, too
 T = TypeVar("T")
+UNEVEN = 1.2  # the most work of a process over an even share, from which on batches are halved
 Count = Callable[[Any], float]
 
 
@@ -35,7 +37,8 @@ def leanest(problem: Problem, mode: str, measure: Callable[[Problem, Any], T]) -
     said, part = "", problem
     for part, how in _plans(problem, mode):
         try:
-            return measure(part, how)
+            with problem.ranks.together():  # where one process has no memory, all go on with the leaner plan
+                return measure(part, how)
         except Exception as error:  # an allocator's has many classes
             if not exhausted(error):
                 raise
@@ -54,10 +57,33 @@ def cut(problem: Problem, rows: int) -> Problem:
 
 
 def sample(problem: Problem, rows: int = TRIED) -> tuple[Problem, float]:
-    """The first batch, cut to so many rows where they are independent, and how many of it are the whole."""
+    """The first batch, cut to so many rows where they are independent, and how many of it are what a process has."""
     first = problem.subset([0])
     part = cut(first, rows).subset([0])
-    return part, len(problem.batches) * largest_batch(first) / largest_batch(part)
+    return part, problem.most * largest_batch(first) / largest_batch(part)
+
+
+def spread(problem: Problem, ranks: Ranks) -> Problem:
+    """The same mean loss with its batches given to several processes, in halves where that evens out their work.
+
+    Batches remain those of the shard's folds: `origins` says which each is of. Where rows depend on each other they stay
+    whole, and processes may have none.
+    """
+    if ranks.world == 1:
+        return problem
+    found = replace(problem, origins=list(range(len(problem.batches)))).shared(ranks)
+    smaller = _smaller(found)
+    while _uneven(found) > UNEVEN and (part := next(smaller, None)) is not None:
+        found = part
+    return found
+
+
+def _uneven(problem: Problem) -> float:
+    """The largest share of the weight that a process has, over an even one."""
+    load = [0.0] * problem.ranks.world
+    for owner, weight in zip(problem.owners, problem.weights, strict=True):
+        load[owner] += weight
+    return max(load) * problem.ranks.world
 
 
 def largest_batch(problem: Problem) -> int:
@@ -79,6 +105,8 @@ def _smaller(problem: Problem) -> Iterator[Problem]:
     try:
         count = _counting(problem)
     except Exception:  # whatever a loss raises on a part of a batch: it cannot be cut
+        count = None
+    if not all(problem.ranks.each(float(count is not None))):
         return
     while count and (smaller := _halved(problem, count)) is not None:
         problem = smaller
@@ -104,13 +132,18 @@ def _halved(problem: Problem, count: Count) -> Problem | None:
     """The same mean loss over batches of half the rows; None where no batch has more than one."""
     batches: list[Any] = []
     weights: list[float] = []
-    for batch, weight in zip(problem.batches, problem.weights, strict=True):
+    origins: list[int] = []
+    for index, (batch, weight) in enumerate(zip(problem.batches, problem.weights, strict=True)):
         rows = _rows(batch) or 1
         parts = [_cut(batch, 0, rows // 2), _cut(batch, rows // 2, rows)] if rows > 1 else [batch]
         shares = [count(part) / count(batch) for part in parts] if rows > 1 else [1.0]
         batches += [part for part, share in zip(parts, shares, strict=True) if share]
         weights += [weight * share for share in shares if share]
-    return replace(problem, batches=batches, weights=weights) if len(batches) > len(problem.batches) else None
+        origins += [problem.origins[index] for share in shares if share] if problem.origins else []
+    if len(batches) == len(problem.batches):
+        return None
+    found = replace(problem, batches=batches, weights=weights, origins=origins)
+    return found.shared(problem.ranks) if problem.owners else found
 
 
 def _counting(problem: Problem) -> Count | None:

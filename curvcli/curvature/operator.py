@@ -11,6 +11,7 @@ from torch import Tensor
 from curvcli.curvature import resources
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import ModelRoot
+from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.space import OneDevice, Space
 
 LARGE = 2**26  # bytes of a vector from which on free memory is worth the few percent that it costs to ask for it again
@@ -80,11 +81,13 @@ class Folded:
     of the folds' own.
 
     Args:
-        folds: a weight, which sum to 1, and an operator for each; all on one space.
+        folds: a weight, which sum to 1, and an operator for each; all on one space. Where several processes measure
+            together, what this one's batches add to it.
+        ranks: these processes, which sum a product once and not once a fold.
     """
 
-    def __init__(self, folds: Sequence[tuple[float, Operator]]) -> None:
-        self.folds, self.space = folds, folds[0][1].space
+    def __init__(self, folds: Sequence[tuple[float, Operator]], ranks: Ranks = ALONE) -> None:
+        self.folds, self.space, self.ranks = folds, folds[0][1].space, ranks
         self.vectors: list[Tensor] = []  # each (n,), as they were given
         self.columns: list[list[list[float]]] = [[] for _ in folds]
 
@@ -94,9 +97,13 @@ class Folded:
         total = torch.zeros_like(vector)
         for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
             image = operator.matvec(vector)
-            columns.append([float(self.space.inner(v[None], image)[0]) for v in self.vectors])
+            columns.append([float(v @ image) if self.ranks.world > 1 else self._inner(v, image) for v in self.vectors])
             total += weight * image
+        self.ranks.sum_([total])
         return total
+
+    def _inner(self, vector: Tensor, image: Tensor) -> float:
+        return float(self.space.inner(vector[None], image)[0])
 
     def projected(self) -> Tensor:
         """Every fold between the vectors: shape (folds, k, k), float64, symmetric."""
@@ -105,4 +112,5 @@ class Folded:
         for matrix, columns in zip(found, self.columns, strict=True):
             for j, column in enumerate(columns):
                 matrix[: j + 1, j] = matrix[j, : j + 1] = torch.tensor(column, dtype=torch.float64)
+        self.ranks.sum_([found])
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvcli.curvature.precision import Lifted, exact, lift, uses
+from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.untouched import restored
 from curvcli.errors import UnsupportedError, UsageError, exhausted
 
@@ -72,6 +74,9 @@ class Problem:
         loss: `loss(model, batch)` is the mean loss over that batch (a scalar tensor).
         batches: the shard, cut into what one forward pass takes.
         weights: share of each batch in the mean, summing to 1: its token count over the shard's.
+        ranks: the processes that measure it together.
+        owners: the rank that computes each batch; none where each process computes all.
+        origins: the batch, as they were given, that each is a part of; none where each is a whole one.
     """
 
     model: nn.Module
@@ -79,6 +84,9 @@ class Problem:
     batches: Sequence[Any]
     weights: Sequence[float]
     scope: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
+    ranks: Ranks = field(default=ALONE, repr=False)
+    owners: Sequence[int] = ()
+    origins: Sequence[int] = ()
 
     @classmethod
     def create(cls, model: nn.Module, loss: Loss, batches: Sequence[Any], weights: Sequence[float] | None = None) -> Problem:
@@ -119,6 +127,38 @@ class Problem:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     @property
+    def own(self) -> list[int]:
+        """Indices of the batches that this process computes: what it adds to a sum over the shard."""
+        mine = self.ranks.rank
+        return [i for i in range(len(self.batches)) if not self.owners or self.owners[i] == mine]
+
+    @property
+    def most(self) -> int:
+        """How many batches the process computes that has most of them."""
+        return max(Counter(self.owners).values()) if self.owners else len(self.batches)
+
+    @property
+    def given(self) -> list[list[int]]:
+        """Indices of the parts of each batch as they were given: of one that is whole, its own."""
+        found: dict[int, list[int]] = {}
+        for index, origin in enumerate(self.origins or range(len(self.batches))):
+            found.setdefault(origin, []).append(index)
+        return list(found.values())
+
+    def shared(self, ranks: Ranks) -> Problem:
+        """With each batch given to one of these processes, of which each has about as much of the weight."""
+        load = [0.0] * ranks.world
+        owners = [0] * len(self.batches)
+        for index in sorted(range(len(owners)), key=lambda i: -self.weights[i]):
+            owners[index] = load.index(min(load))
+            load[owners[index]] += self.weights[index]
+        return replace(self, ranks=ranks, owners=owners)
+
+    def alone(self) -> Problem:
+        """The same function, which each process computes as a whole for itself."""
+        return replace(self, ranks=ALONE, owners=())
+
+    @property
     def rows(self) -> int:
         """First dimensions of the batches, added up: examples, where nobody said how many predictions."""
         return sum((_rows(batch) or (1,))[0] for batch in self.batches)
@@ -137,13 +177,24 @@ class Problem:
     def mean_loss(self) -> float:
         """Mean loss over the shard."""
         with torch.no_grad():
-            return sum(w * float(self.batch_loss(i)) for i, w in enumerate(self.weights))
+            mine = sum(self.weights[i] * float(self.batch_loss(i)) for i in self.own)
+        if self.ranks.world == 1:
+            return mine
+        total = torch.tensor([mine], dtype=torch.float64)
+        self.ranks.sum_([total])
+        return float(total)
 
     def subset(self, indices: Sequence[int]) -> Problem:
         """The same function on some of the batches, weights renormalised."""
         weights = [self.weights[i] for i in indices]
         total = sum(weights)
-        return replace(self, batches=[self.batches[i] for i in indices], weights=[w / total for w in weights])
+        return replace(
+            self,
+            batches=[self.batches[i] for i in indices],
+            weights=[w / total for w in weights],
+            owners=[self.owners[i] for i in indices] if self.owners else (),
+            origins=[self.origins[i] for i in indices] if self.origins else (),
+        )
 
     def negated(self) -> Problem:
         """Minus the function: what an optimizer that maximises descends."""
@@ -209,17 +260,25 @@ def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
     parameters = problem.parameters
     chosen = [parameters[n] for n in names]
     total = [torch.zeros_like(p) for p in chosen]
-    for i, weight in enumerate(problem.weights):
+    for i in problem.own:
         parts = torch.autograd.grad(problem.batch_loss(i), chosen, allow_unused=True)
         for accumulated, part in zip(total, parts, strict=True):
             if part is not None:
-                accumulated.add_(part, alpha=weight)
-    if not all(torch.isfinite(g).all() for g in total):
+                accumulated.add_(part, alpha=problem.weights[i])
+    bad = problem.ranks.each(float(not _finite(total)))
+    problem.ranks.sum_(total)
+    if any(bad) or (len(bad) > 1 and not _finite(total)):
+        where = ", ".join(str(rank) for rank, found in enumerate(bad) if found)
         raise UnsupportedError(
-            "the gradient of the loss is not finite on this data",
+            "the gradient of the loss is not finite on this data"
+            + (f", in the batches of rank {where}" if where and len(bad) > 1 else ""),
             hint="check the data and the weights: a run in this state has already diverged",
         )
     return total
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def _sharded(model: nn.Module) -> bool:

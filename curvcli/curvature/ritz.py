@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -37,3 +38,22 @@ class Extremes:
     products: int
     bottom_converged: bool = False
     ceiling: float = inf
+
+
+def agreed(found: Extremes, agree: Callable[..., list[float]]) -> Extremes:
+    """A result whose numbers and status are the same in all processes of a space; each keeps its own vector."""
+    if found.top is None or found.bottom is None:
+        return found
+    kinds: tuple[Status, ...] = get_args(Status)
+    top, above, bottom, below, ceiling, kind, known = agree(
+        found.top.value, found.top.residual, found.bottom.value, found.bottom.residual, found.ceiling,
+        kinds.index(found.status), found.bottom_converged,
+    )  # fmt: skip
+    return replace(
+        found,
+        top=Ritz(top, above),
+        bottom=Ritz(bottom, below),
+        ceiling=ceiling,
+        status=kinds[int(kind)],
+        bottom_converged=bool(known),
+    )

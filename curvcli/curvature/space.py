@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.precision import inner, length
+from curvcli.curvature.ranks import Ranks, current
 
 
 class Space(Protocol):
@@ -54,6 +55,10 @@ class Space(Protocol):
 
     def gather(self, vector: Tensor) -> Tensor:
         """The whole vector, of shape (size,)."""
+        ...
+
+    def agree(self, *numbers: float) -> list[float]:
+        """The same numbers, or decisions, in all processes, which may have rounded differently, or read another clock."""
         ...
 
 
@@ -97,3 +102,27 @@ class OneDevice:
     def gather(self, vector: Tensor) -> Tensor:
         """The vector itself, which is whole already; not a copy."""
         return vector
+
+    def agree(self, *numbers: float) -> list[float]:
+        """The numbers themselves."""
+        return list(numbers)
+
+
+@dataclass(frozen=True)
+class Replicated(OneDevice):
+    """The space of vectors of which every process holds the whole, the same but for rounding.
+
+    So each can compute what it needs by itself; only what is decided, and what is given out, has to be the same to the bit.
+    """
+
+    ranks: Ranks
+
+    def agree(self, *numbers: float) -> list[float]:
+        """Rank 0's numbers."""
+        return self.ranks.first(numbers)
+
+
+def space_of(size: int, dtype: torch.dtype, device: torch.device) -> OneDevice:
+    """The space of vectors of one device here: replicated where several processes measure together."""
+    ranks = current()
+    return OneDevice(size, dtype, device) if ranks.world == 1 else Replicated(size, dtype, device, ranks)

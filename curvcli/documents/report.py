@@ -164,7 +164,8 @@ class Update(Document):
     critical_lr: float | None = Field(description="2 g.u / u.Hu")
     ratio: float | None
     status: Literal["ok", "uphill", "concave", "unavailable", "skipped"] = Field(
-        description="uphill: g.u <= 0 on this shard; concave: u.Hu <= 0, no critical lr; unavailable: no momentum or lr; "
+        description="uphill: g.u <= 0 on this shard; concave: u.Hu <= 0, no critical lr; unavailable: no momentum or lr, or "
+        "a product overflowed; "
         "skipped: the time budget ran out first"
     )
 
@@ -243,9 +244,10 @@ class Cost(Document):
 
     hvps: int
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int = Field(description="of the process that held most, where there are several")
     device: str
     mode: str
+    ranks: int = Field(default=1, description="processes that measured it together (torchrun)")
     mode_seconds: dict[str, float] = Field(description="seconds of a product on a few rows, by the modes that were tried")
 
 

@@ -68,10 +68,16 @@ def lookups(problem: Problem) -> tuple[float, Lookups]:
 
     handles = [m.register_forward_hook(hook) for m in problem.model.modules() if isinstance(m, nn.Embedding)]
     try:
-        return problem.mean_loss(), Lookups(counts)
+        loss = problem.mean_loss()
     finally:
         for handle in handles:
             handle.remove()
+    if problem.ranks.world > 1:  # each process has seen its own batches
+        embeddings = {id(m.weight): m.num_embeddings for m in problem.model.modules() if isinstance(m, nn.Embedding)}
+        sums = {key: counts.get(key, torch.zeros(rows, dtype=torch.int64)) for key, rows in embeddings.items()}
+        problem.ranks.sum_(list(sums.values()))
+        counts = {key: found for key, found in sums.items() if bool(found.any())}
+    return loss, Lookups(counts)
 
 
 @dataclass

@@ -226,12 +226,19 @@ def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
     names, tensors = list(parameters), list(parameters.values())
     squares = [torch.zeros_like(p) for p in tensors]
     means = [torch.zeros_like(p) for p in tensors]
-    for i, weight in enumerate(problem.weights):
-        parts = torch.autograd.grad(problem.batch_loss(i), tensors, allow_unused=True)
-        for square, mean, part in zip(squares, means, parts, strict=True):
-            if part is not None:
-                square.add_(part.square(), alpha=weight)
-                mean.add_(part, alpha=weight)
+    own = set(problem.own)
+    for indices in problem.given:  # of a batch in halves, both: the squares of their gradients would be of fewer tokens
+        share = sum(problem.weights[i] for i in indices)
+        gradients = [torch.zeros_like(p) for p in tensors]
+        for i in indices:
+            parts = torch.autograd.grad(problem.batch_loss(i), tensors, allow_unused=True) if i in own else ()
+            for gradient, part in zip(gradients, parts, strict=bool(parts)):
+                if part is not None:
+                    gradient.add_(part, alpha=problem.weights[i] / share)
+        problem.ranks.sum_(gradients)
+        for square, mean, found in zip(squares, means, gradients, strict=True):
+            square.add_(found.square(), alpha=share)
+            mean.add_(found, alpha=share)
     expected = Adam().expected
     state = {n: expected(m, s) for n, m, s in zip(names, means, squares, strict=True)}
     return OptimizerView((Group(tuple(names), options),), state, "AdamW")

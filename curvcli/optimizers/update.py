@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ def next_update(
     # A coupled weight decay is part of the function that the optimizer descends.
     slope = sum(float(((g + d * w) * u).sum()) for g, d, w, u in zip(gradients, decays, weights, step, strict=True))
     bend = sum(float(((h.detach() + d * u) * u).sum()) for h, d, u in zip(image, decays, step, strict=True))
+    if not isfinite(slope + bend):
+        return Update(critical_lr=None, ratio=None, status="unavailable")
     if slope <= 0:
         return Update(critical_lr=None, ratio=None, status="uphill")
     if bend <= 0:

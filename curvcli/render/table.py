@@ -119,6 +119,6 @@ def _foot(report: Report) -> Text:
     cost = report.cost
     return Text(
         f"\n{cost.hvps} Hessian-vector products ({cost.mode}), {cost.seconds:.1f} s, "
-        f"{cost.peak_memory_bytes / 2**30:.1f} GiB, {cost.device}",
+        f"{cost.peak_memory_bytes / 2**30:.1f} GiB, {cost.device}" + (f", {cost.ranks} ranks" if cost.ranks > 1 else ""),
         style="dim",
     )

@@ -364,6 +364,9 @@ class _Counting:
     def subset(self, indices: Sequence[int]) -> HVP:
         return self.hvp.subset(indices)
 
+    def part(self) -> HVP:
+        return self.hvp.part()
+
 
 def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and abs(float(value)) < float("inf") else None

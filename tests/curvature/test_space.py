@@ -66,6 +66,9 @@ class Rows:
     def gather(self, vector: Tensor) -> Tensor:
         return torch.cat(self.meeting.all(self.rank, vector))
 
+    def agree(self, *numbers: float) -> list[float]:
+        return self.meeting.all(self.rank, torch.tensor(numbers, dtype=torch.float64))[0].tolist()
+
 
 class RowsOf:
     """A symmetric matrix of which some rows are held here."""

@@ -1,4 +1,6 @@
-"""Work on two gloo ranks, each a process of its own. Imports nothing heavy, for each rank imports it again."""
+"""Work on gloo ranks, two unless more are asked for, each a process of its own.
+
+Imports nothing heavy, for each rank imports it again."""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ WORLD = 2
 EARLIER = "-earlier"
 
 
-def launch(work: Callable[[int, Path], None], path: Path, *, initialize: bool = True) -> None:
+def launch(work: Callable[[int, Path], None], path: Path, *, initialize: bool = True, world: int = WORLD) -> None:
     """Run `work(rank, path)` on every rank; raises what a rank raised.
 
     Args:
@@ -30,16 +32,16 @@ def launch(work: Callable[[int, Path], None], path: Path, *, initialize: bool = 
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["transformers.models.llama.modeling_llama"])
     with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # which DeepSpeed asks for where transformers imports it
         torch.multiprocessing.start_processes(
-            _rank, args=(work, path, port, initialize), nprocs=WORLD, start_method="forkserver"
+            _rank, args=(work, path, port, initialize, world), nprocs=world, start_method="forkserver"
         )
 
 
-def _rank(rank: int, work: Callable[[int, Path], None], path: Path, port: int, initialize: bool) -> None:
+def _rank(rank: int, work: Callable[[int, Path], None], path: Path, port: int, initialize: bool, world: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     if initialize:
-        dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+        dist.init_process_group("gloo", rank=rank, world_size=world)
     work(rank, path)
     if dist.is_initialized():
         dist.barrier()

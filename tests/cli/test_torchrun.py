@@ -1,0 +1,126 @@
+"""`torchrun -m curvcli`: one report, one exit code, and whatever happens to one rank ends all with one reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from places import ROOT
+
+pytestmark = pytest.mark.slow
+
+COMMAND = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def started(
+    place: Path, *arguments: str, ranks: int = 2, how: tuple[str, ...] = (), **variables: str
+) -> subprocess.Popen[str]:
+    """curv under torchrun, with a cache of its own."""
+    environment = {
+        **os.environ,
+        **variables,
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(place / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "support"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    how = how or ("--standalone",)
+    return subprocess.Popen(
+        [*COMMAND, *how, f"--nproc-per-node={ranks}", "-m", "curvcli", *arguments],
+        cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def ended(job: subprocess.Popen[str]) -> tuple[str, list[str], set[int]]:
+    """What it printed, curv's own lines on stderr, and the exit codes of the ranks that torchrun tells of."""
+    out, err = job.communicate(timeout=240)
+    lines = [line for line in err.splitlines() if line.startswith("curv:")]
+    codes = {int(code) for code in re.findall(r"exitcode *: (-?\d+)", err)}
+    assert bool(codes) == bool(job.returncode), err
+    return out, lines, codes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ranks")
+    tiny.run_of(place, 3, 6)
+    return place
+
+
+def test_two_nodes_measure_what_one_process_does(run: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = ("--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d", "--rdzv-id=curv")
+    command = ["analyze", "run/checkpoint-6", "--no-depths", "-o"]
+    nodes = [started(run, *command, f"node{i}.json", ranks=2, how=(*common, f"--node-rank={i}")) for i in range(2)]
+    told = [ended(job) for job in nodes]
+    assert [codes for _, _, codes in told] == [set(), set()]
+    assert sum("full model" in out for out, _, _ in told) == 1
+    (written,) = run.glob("node*.json")
+    found = json.loads(written.read_text())
+    single = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "curvcli", *command, "one.json", "-q"], cwd=run, env=single, check=True, stdout=-3)
+    one = json.loads((run / "one.json").read_text())
+    assert found["cost"]["ranks"] == 4
+    assert one["verdict"] == found["verdict"]
+    for name in ("rho_low", "rho_high", "standard_error"):
+        assert found["generalisation"][name] == pytest.approx(one["generalisation"][name], rel=1e-4, abs=1e-6)
+    for left, right in zip([one["full"], *one["layers"]], [found["full"], *found["layers"]], strict=True):
+        assert left["eigenvalue"] == pytest.approx(right["eigenvalue"], rel=1e-4)
+        assert (left["status"], left["hvps"]) == (right["status"], right["hvps"])
+
+
+def test_a_gates_exit_code_is_every_ranks(run: Path) -> None:
+    out, lines, codes = ended(started(run, "gate", "run/checkpoint-3", "--max-rho", "1e-9", "-q", "-o", "gate.json"))
+    assert codes == {json.loads((run / "gate.json").read_text())["exit_code"]}
+    assert out.count("run/checkpoint-3") == 1
+    assert not lines
+
+
+def test_a_track_is_kept_by_rank_0_for_all(run: Path) -> None:
+    first = ended(started(run, "track", "run", "-q"))
+    again = ended(started(run, "track", "run", "-q"))
+    assert (first[2], again[2]) == (set(), set())
+    assert "2 measured" in first[0]
+    assert "2 cached" in again[0]
+    assert len(list(run.glob("cache/curv/reports/*.json"))) == 2
+
+
+def test_a_budget_that_is_too_short_ends_all_ranks_with_3(run: Path) -> None:
+    _, lines, codes = ended(started(run, "analyze", "run/checkpoint-6", "--budget", "2", "-q", "-o", "late.json"))
+    assert codes == {3}
+    assert len(lines) == 1
+    assert "the budget of 2 s ran out" in lines[0]
+    assert not list(run.glob("*late.json*"))
+
+
+@pytest.mark.parametrize(
+    ("fail", "said", "codes"),
+    [
+        ("raise,1,3", "rank 1 of 2: --loss failing_loss:loss failed: RuntimeError: a bug of this rank", {2}),
+        ("raise,0,30", "rank 0 of 2: --loss failing_loss:loss failed: RuntimeError: a bug of this rank", {2}),
+        ("nan,1,10", "rank 1 of 2: the gradient of the loss is not finite", {2}),
+        ("memory,1,30", "rank 1 of 2: RuntimeError: ", {2}),
+        ("kill,1,30", "rank 0 of 2 lost the connection to another", {2, -9}),
+        ("kill,0,30", "", {-9}),
+        ("once,1,30", "", set()),
+    ],
+)
+def test_what_happens_to_one_rank_ends_all(fail: str, said: str, codes: set[int], run: Path) -> None:
+    given = ["analyze", "run/checkpoint-6", "--no-depths", "--mode", "fresh", "--loss", "failing_loss:loss", "-q"]
+    began = time.monotonic()
+    _, lines, found = ended(started(run, *given, "-o", f"{fail}.json", FAIL=fail))
+    assert time.monotonic() - began < 90  # start of the processes, work up to the failure, and 30 s
+    assert found <= codes
+    assert bool(found) == bool(codes)
+    assert len(lines) == bool(said)
+    assert not said or said in lines[0]
+    assert bool(list(run.glob(f"*{fail}.json*"))) == (not codes)

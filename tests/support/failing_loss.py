@@ -1,0 +1,28 @@
+"""The loss of a language model, which fails on one rank after some calls: FAIL=how,rank,calls says how."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+from torch import Tensor
+
+calls = 0
+
+
+def loss(model: Any, batch: Tensor) -> Tensor:
+    global calls
+    calls += 1
+    value: Tensor = model(input_ids=batch, labels=batch).loss
+    how, rank, after = os.environ["FAIL"].split(",")
+    if os.environ["RANK"] != rank or calls <= int(after):
+        return value
+    if how == "raise":
+        raise RuntimeError("a bug of this rank")
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "memory" or (how == "once" and calls < int(after) + 3):
+        torch.empty(2**50)
+    return value * float("nan") if how == "nan" else value
