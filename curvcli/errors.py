@@ -57,6 +57,10 @@ class RankError(CurvError):
     """Another process of a measurement on several ranks has broken down or gone: there is nothing to go on with."""
 
 
+class LostError(RankError):
+    """Another process has gone, or is somewhere else: no word of it will come any more."""
+
+
 _NO_MEMORY = ("out of memory", "t allocate memory", "not enough memory", "alloc_failed", "cannot allocate", "bad_alloc")
 
 

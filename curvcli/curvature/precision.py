@@ -98,19 +98,25 @@ def _read(setting: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Lifted:
-    """What `lift` did: the parameters whose precision was raised, by name, and the tensors that copies stand for."""
+    """What `lift` did: the parameters whose precision was raised, by name, and the tensors that copies stand for.
+
+    `whole` says that shards were gathered.
+    """
 
     names: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     originals: Mapping[int, Tensor] = field(default_factory=dict)
+    whole: bool = False
 
     def batch(self, value: Any) -> Any:
         """A batch that a lifted model takes: what is in half precision in float32, in containers of the same types."""
         return mapped(value, lambda t: _copied(t) if t.is_inference() or (self.names and t.dtype in HALVES) else t)
 
 
-def lift(model: nn.Module) -> Lifted:
+def lift(model: nn.Module, *, gather: bool = False) -> Lifted:
     """Put float32 copies in the place of what a model keeps in half precision, and copies of what inference mode made.
+
+    With `gather` whole copies of what is sharded (DTensor), too: all ranks that have a part of it have to call it.
 
     Only members of modules are exchanged, for `untouched.restored` to put back. The parameters themselves, their gradients
     and hooks, and what holds on to them (an optimizer, DistributedDataParallel) are not touched. Tied weights stay tied.
@@ -119,7 +125,9 @@ def lift(model: nn.Module) -> Lifted:
     originals: dict[int, Tensor] = {}
 
     def instead(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not (value.is_inference() or value.dtype in HALVES):
+        if not isinstance(value, Tensor):
+            return value
+        if not (value.is_inference() or value.dtype in HALVES or (gather and hasattr(value, "full_tensor"))):
             return value
         if id(value) not in copies:
             copies[id(value)], originals[id(value)] = _copied(value), value
@@ -136,16 +144,23 @@ def lift(model: nn.Module) -> Lifted:
                 value[:] = [instead(part) for part in value]  # recurrent networks keep their weights in one, too
     raised = {n: p for n, p in before.items() if p.dtype in HALVES}
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in raised.values()})
-    return Lifted(tuple(raised), tuple(kinds), originals)
+    return Lifted(tuple(raised), tuple(kinds), originals, gather)
 
 
 def _copied(value: Tensor) -> Tensor:
-    data = value.detach().float() if value.dtype in HALVES else value.detach().clone()
+    data = value.detach()
+    data = whole(data).float() if data.dtype in HALVES else whole(data).clone()
     if not isinstance(value, nn.Parameter):
         return data
     copy_of = nn.Parameter(data, requires_grad=value.requires_grad)
     vars(copy_of).update(vars(value))  # marks that a model's own code may look for
     return copy_of
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, of one that is sharded (DTensor) its parts of all ranks together, which have to call it alike."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -89,14 +89,25 @@ class Problem:
     origins: Sequence[int] = ()
 
     @classmethod
-    def create(cls, model: nn.Module, loss: Loss, batches: Sequence[Any], weights: Sequence[float] | None = None) -> Problem:
+    def create(
+        cls,
+        model: nn.Module,
+        loss: Loss,
+        batches: Sequence[Any],
+        weights: Sequence[float] | None = None,
+        *,
+        gathered: bool = False,
+    ) -> Problem:
         """Freeze dropout and check the weights.
+
+        Args:
+            gathered: what shards the model does nothing here, and its modules hold whole copies of their parameters.
 
         Raises:
             UsageError: the weights of the batches cannot be told.
             UnsupportedError: the model is sharded.
         """
-        if _sharded(model):
+        if not gathered and sharded(model):
             # Between two steps its parameters may look whole, and differentiating twice then ends the process.
             raise UnsupportedError(
                 "a model under fully_shard has no second derivatives", hint="analyze its checkpoints instead"
@@ -206,7 +217,7 @@ class Problem:
 
 
 @contextmanager
-def measurable(model: nn.Module) -> Iterator[Lifted]:
+def measurable(model: nn.Module, *, gather: bool = False) -> Iterator[Lifted]:
     """No gradient checkpointing, no padding rows and no half precision within; afterwards the modules are as they were.
 
     Within it parameters in half precision are others, float32 copies: what knows them by identity has to be asked before.
@@ -215,7 +226,7 @@ def measurable(model: nn.Module) -> Iterator[Lifted]:
     no function: its derivative is not symmetric, and double backward and forward mode give products that differ.
     """
     with exact(), restored(model):
-        lifted = Lifted() if _sharded(model) else lift(model)
+        lifted = Lifted() if sharded(model) and not gather else lift(model, gather=gather)
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -245,14 +256,15 @@ def check_lifted(problem: Problem, lifted: Lifted) -> None:
         if exhausted(error):
             raise
         raise UnsupportedError(
-            f"weights are in {' and '.join(lifted.dtypes) or 'inference mode'}, and the loss does not run on copies in "
-            f"float32: {str(error)[:200]}",
+            f"weights are in {_kinds(lifted)}, and the loss does not run on copies in float32: {str(error)[:200]}",
             hint=f"leave casts to half precision out of model and loss, or {copy}",
         ) from error
     if uses(value, lifted.originals):
-        raise UnsupportedError(
-            f"the loss uses weights in {' and '.join(lifted.dtypes)} past the modules that hold them", hint=copy
-        )
+        raise UnsupportedError(f"the loss uses weights in {_kinds(lifted)} past the modules that hold them", hint=copy)
+
+
+def _kinds(lifted: Lifted) -> str:
+    return " and ".join([*lifted.dtypes, *["shards"][: lifted.whole]]) or "inference mode"
 
 
 def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
@@ -281,7 +293,7 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
-def _sharded(model: nn.Module) -> bool:
+def sharded(model: nn.Module) -> bool:
     """Whether fully_shard, FullyShardedDataParallel or tensor parallelism holds parameters of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody has used it
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from curvcli.errors import CurvError, OutOfMemoryError, OutOfTime, RankError, UsageError, exhausted, plain
+from curvcli.errors import CurvError, LostError, OutOfMemoryError, OutOfTime, RankError, UsageError, exhausted, plain
 
 SLOTS = 64  # numbers that an exchange carries
 SMALL = 2**16  # entries of a tensor up to which it is summed together with others
@@ -92,7 +92,7 @@ class Processes:
 
     Raises (every method that speaks):
         CurvError: another process has failed, and why. An OutOfMemoryError or OutOfTime where that is what failed there.
-        RankError: another process has a bug, or the connection to it was lost; or they are out of step.
+        RankError: another process has a bug. A LostError where the connection to it was lost, or they are out of step.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -198,7 +198,7 @@ class Processes:
         apart = ((table[:, 1] != table[0, 1]) | (sizes != sizes[0])).nonzero().flatten().tolist()
         if apart:
             raise _mark(
-                RankError(
+                LostError(
                     f"ranks are out of step: rank 0 is at {table[0, 1:4].tolist()}, rank {apart[0]} at "
                     f"{table[apart[0], 1:4].tolist()}",
                     hint="report it; meanwhile measure in one process",
@@ -234,7 +234,7 @@ class Processes:
             if exhausted(error):
                 raise
             raise _mark(
-                RankError(
+                LostError(
                     f"rank {self.rank} of {self.world} lost the connection to another: {str(error).splitlines()[0][:200]}",
                     hint="it ended or was killed; what started the ranks says which",
                 )

@@ -14,6 +14,7 @@ from torch.nn.modules import module as everywhere
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL = tuple(f"_global{name}" for name in _HOOKS)
 # Their hooks are part of the function: weight norm, pruning, router logits that are collected on the way.
+_SHARDING = "torch.distributed."
 _LIBRARIES = ("torch.nn.utils.", "transformers.", "peft.", "accelerate.")
 
 
@@ -48,10 +49,11 @@ def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
 def hushed(model: nn.Module) -> Iterator[list[str]]:
     """Within it no hook of a user fires: on modules, on all modules, or on the parameters' gradients.
 
-    Hooks that a module registered on itself, and those of the libraries that build on them, are part of the model.
+    Hooks that a module registered on itself, and those of the libraries that build on them, are part of the model. Those
+    that shard it (fully_shard) are still, too.
 
     Yields:
-        Names of modules with a forward hook that is still: one that changes what its module gives is not measured.
+        Names of modules with a forward hook of a user that is still: one that changes what its module gives is not measured.
     """
     saved: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
     names: list[str] = []
@@ -60,10 +62,11 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
         foreign = [key for key, hook in (hooks or {}).items() if not own(hook)]
         if hooks is None or not foreign:
             return False
-        saved.append((hooks, dict(hooks)))
+        hooks_before = dict(hooks)
+        saved.append((hooks, hooks_before))
         for key in foreign:
             del hooks[key]
-        return True
+        return any(not _home(hooks_before[key]).startswith(_SHARDING) for key in foreign)
 
     try:
         for attribute in _GLOBAL:
@@ -85,10 +88,14 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
 def _belongs_to(module: nn.Module) -> Callable[[Any], bool]:
     def own(hook: Any) -> bool:
         function = getattr(hook, "func", hook)  # of a partial
-        home = f"{getattr(function, '__module__', '')}."
-        return getattr(function, "__self__", None) is module or home.startswith(_LIBRARIES)
+        return getattr(function, "__self__", None) is module or _home(hook).startswith(_LIBRARIES)
 
     return own
+
+
+def _home(hook: Any) -> str:
+    """The module that a hook is from, with a dot behind it."""
+    return f"{getattr(getattr(hook, 'func', hook), '__module__', '')}."
 
 
 class _Saved:

@@ -68,6 +68,7 @@ class Callbacks:
                 every=self.every,
                 max_hvps=self.max_hvps,
                 log=self.log if primary else None,
+                split=True,  # trainers call back on every rank
             )
         if self.schedule is not None:
             rho_source = self.tracker if self.adaptive else None

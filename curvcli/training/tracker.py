@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction
+from curvcli.curvature.memory import spread
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Loss, Problem, check_lifted, gradient, measurable
+from curvcli.curvature.ranks import within
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.untouched import hushed, undrawn
 from curvcli.documents import Record, StableLr
-from curvcli.errors import CurvError, exhausted
+from curvcli.errors import CurvError, LostError, UsageError, exhausted
 from curvcli.judge.calibration import Bracket, odds, stable_lr, too_early
 from curvcli.judge.limits import certified
 from curvcli.models.attention import attention
@@ -30,9 +32,11 @@ from curvcli.models.blocks import find_blocks
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
 from curvcli.optimizers.update import gradient_quotient, next_update, update_rms
+from curvcli.training.engine import Counting
 from curvcli.training.gradients import SIGMAS, GradientWatch
 from curvcli.training.log import Sink, open_log
 from curvcli.training.shadow import Shadow
+from curvcli.training.together import check_gathered, gathered, ranks_of
 
 if TYPE_CHECKING:
     from curvcli.training.warmup import ArchitectureWarmup
@@ -55,8 +59,8 @@ class CurvatureTracker:
     Whatever fails in it is a record with status "failed" and a reason, and the job goes on.
 
     Args:
-        model: the training model; unwrapped from torch.compile and DistributedDataParallel. On several
-            ranks give every rank the same probe. A sharded model cannot be differentiated twice: "failed".
+        model: the training model; unwrapped from torch.compile and DistributedDataParallel. One under fully_shard is
+            gathered for the measurement, which takes `split`; FSDP1 and tensor parallelism are "failed".
         optimizer: whose state is the preconditioner, and whose learning rates give rho. What it does not hold is left out.
         loss: `loss(model, batch)`, the mean loss of a batch, a scalar.
         probe: frozen batches to measure on; without them the batch given to `step`.
@@ -74,6 +78,8 @@ class CurvatureTracker:
             Weights & Biases run gets the records without being named.
         warmup: leaves its locked parameters out, and logs the active depth.
         seed: of the first random start.
+        split: on several ranks each measures its share of the probe, and all record the same. Every rank has to make the
+            tracker, with the same probe, and to call `step` at the same steps. Without it each measures for itself.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class CurvatureTracker:
         sinks: Sequence[Sink] = (),
         warmup: ArchitectureWarmup | None = None,
         seed: int = 0,
+        split: bool = False,
     ) -> None:
         self.model, self.optimizer, self.loss = _bare(model), optimizer, loss
         self.probe, self.weights = probe, weights
@@ -102,7 +109,9 @@ class CurvatureTracker:
         # The bottom of the spectrum is not looked at: with an infinite tolerance it is always found.
         self.solver = Davidson(tolerance=tolerance, bottom_tolerance=float("inf"), max_products=max(max_hvps, 1), seed=seed)
         self.sinks = [*open_log(log), *sinks]
+        self.ranks = ranks_of(split)
         self.last: Record | None = None
+        self._lost: LostError | None = None
         self.shadow = Shadow()
         self._mode: Mode | None = None
         self._warned = False
@@ -168,41 +177,62 @@ class CurvatureTracker:
 
     def _found(self, step: int, batch: Any) -> _Found:
         """The measurement; with fresh graphs where kept ones run out of memory, from then on."""
-        known = self._known(step)
+        if self._lost is not None:  # the job may still be well; its ranks are not met again by the tracker
+            raise self._lost
         try:
-            with self._untouched(batch) as problem:
-                return self._measure(problem, known, step)
+            with within(self.ranks):
+                if len(set(self.ranks.each(step))) > 1:
+                    raise UsageError("ranks are at different steps", hint="call step on every rank, at the same steps")
+                return self._tried(step, batch)
+        except LostError as error:
+            self._lost = error
+            raise
+
+    def _tried(self, step: int, batch: Any) -> _Found:
+        def attempt() -> _Found:
+            with self.ranks.together(), self._untouched(batch, known.gather) as problem:
+                view = gathered(known.view) if known.gather else known.view
+                return self._measure(problem, replace(known, view=view), step)
+
+        with self.ranks.together():
+            known = self._known(step)
+        try:
+            return attempt()
         except Exception as error:
             if self._mode != "kept" or not exhausted(error):
                 raise
         self._mode = "fresh"
         resources.release(next(self.model.parameters()).device)
-        with self._untouched(batch) as problem:
-            return self._measure(problem, known, step)
+        return attempt()
 
     def _known(self, step: int) -> _Known:
         """What optimizer and warm-up know of the parameters by identity: asked before copies may take their place."""
         view = live(self.optimizer, {n: p for n, p in self.model.named_parameters() if p.requires_grad})
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gather = check_gathered(self.model, held, self.ranks)
         if self.warmup is None:
-            return _Known(view)
-        return _Known(view, self._translate(self.warmup.locked_parameters()), self.warmup.next_parameters(step))
+            return _Known(view, gather=gather)
+        locked, coming = self._translate(self.warmup.locked_parameters()), self.warmup.next_parameters(step)
+        return _Known(view, locked, coming, gather)
 
     @contextmanager
-    def _untouched(self, batch: Any) -> Iterator[Problem]:
+    def _untouched(self, batch: Any, gather: bool) -> Iterator[Problem]:
         """The frozen problem; modules, random numbers and hooks are as the job left them afterwards."""
         batches = self.probe if self.probe is not None else None if batch is None else [batch]
         if not batches:
             raise CurvError("there is nothing to measure on", hint="give a probe, or tracker.step(step, batch=batch)")
         with (
             undrawn(p.device for p in self.model.parameters()),
-            measurable(self.model) as lifted,
+            measurable(self.model, gather=gather) as lifted,
             hushed(self.model) as still,
         ):
             if still and not self._warned:
                 logger.warning("forward hooks do not fire in measurements, nor do they count in them: %s", ", ".join(still))
             self._warned = self._warned or bool(still)
             batches = [lifted.batch(part) for part in batches]
-            problem = Problem.create(self.model, self.loss, batches, self.weights if self.probe is not None else None)
+            weights = self.weights if self.probe is not None else None
+            problem = Problem.create(self.model, self.loss, batches, weights, gathered=lifted.whole)
+            problem = spread(problem, self.ranks)
             if self._mode is None:
                 check_lifted(problem, lifted)
                 if lifted.names:
@@ -221,11 +251,12 @@ class CurvatureTracker:
         if self._mode is None:
             # Not the fastest by the clock, as analyze takes it: a resumed job has to repeat the very same sums.
             room = resources.free_bytes(next(iter(parameters.values())).device)
-            self._mode = "kept" if graph_bytes(problem, cut_short=True) * len(problem.batches) <= room else "fresh"
-            first = problem.subset([0])
+            fits = graph_bytes(problem, cut_short=True) * problem.most <= room
+            self._mode = "kept" if all(problem.ranks.each(fits)) else "fresh"
+            first = problem.subset([0]).alone()
             tangents = random_direction(first)
             check_second_derivative(first, tangents, build(first, "fresh").product(list(parameters), tangents))
-        engine = _Counting(build(problem, self._mode))
+        engine = Counting(build(problem, self._mode))
         names = [n for n in parameters if n in preconditioner.root]
         found, direction = self._top(engine, preconditioner, names, self._direction)
         found = self._calibrated(found, preconditioner, step)
@@ -270,7 +301,7 @@ class CurvatureTracker:
             )
         blocks = find_blocks(self.model) if self.attention else None
         if blocks is not None:
-            seen = attention(blocks.modules, lambda: problem.batch_loss(0))
+            seen = attention(blocks.modules, lambda: [problem.batch_loss(i) for i in problem.given[0]])
             logits = [one.logit for one in seen if one.logit is not None]
             entropies = [one.entropy for one in seen if one.entropy is not None]
             found = replace(found, attention_logit=max(logits, default=None), attention_entropy=min(entropies, default=None))
@@ -326,6 +357,7 @@ class _Known:
     view: OptimizerView
     locked: frozenset[str] = frozenset()
     coming: frozenset[str] = frozenset()
+    gather: bool = False
 
 
 @dataclass(frozen=True)
@@ -349,23 +381,6 @@ class _Found:
     early: bool = False
     stable_lr: StableLr | None = None
     odds: float | None = None
-
-
-class _Counting:
-    """An engine that counts its products."""
-
-    def __init__(self, hvp: HVP) -> None:
-        self.hvp, self.products = hvp, 0
-
-    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
-        self.products += 1
-        return self.hvp.product(names, tangents)
-
-    def subset(self, indices: Sequence[int]) -> HVP:
-        return self.hvp.subset(indices)
-
-    def part(self) -> HVP:
-        return self.hvp.part()
 
 
 def _finite(value: float | None) -> float | None:

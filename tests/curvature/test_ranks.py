@@ -23,7 +23,7 @@ from curvcli.curvature.operator import DenseOperator
 from curvcli.curvature.problem import Problem, gradient
 from curvcli.curvature.ranks import ALONE, SLOTS, Processes, current, shared, within
 from curvcli.curvature.space import OneDevice, Replicated, space_of
-from curvcli.errors import CurvError, InputError, OutOfMemoryError, OutOfTime, RankError
+from curvcli.errors import CurvError, InputError, LostError, OutOfMemoryError, OutOfTime, RankError
 
 
 class Wire:
@@ -171,7 +171,7 @@ def test_ranks_out_of_step_are_an_error_and_no_number() -> None:
 
     for work in (sizes, doings):
         for found in on_ranks(work):
-            assert type(found) is RankError
+            assert type(found) is LostError
             assert "out of step" in str(found)
             assert "rank 1" in str(found)
 
