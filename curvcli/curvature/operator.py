@@ -97,13 +97,10 @@ class Folded:
         total = torch.zeros_like(vector)
         for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
             image = operator.matvec(vector)
-            columns.append([float(v @ image) if self.ranks.world > 1 else self._inner(v, image) for v in self.vectors])
+            columns.append([float(self.space.inner(v[None], image)[0]) for v in self.vectors])
             total += weight * image
         self.ranks.sum_([total])
         return total
-
-    def _inner(self, vector: Tensor, image: Tensor) -> float:
-        return float(self.space.inner(vector[None], image)[0])
 
     def projected(self) -> Tensor:
         """Every fold between the vectors: shape (folds, k, k), float64, symmetric."""

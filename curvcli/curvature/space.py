@@ -1,8 +1,8 @@
 """Vector spaces: all that a solver may ask of vectors, so that how they are stored is another space and no other solver.
 
 A vector is a tensor of the entries that are held here, all of them on one device. In a space that is sharded each process
-holds a part: what is linear acts on the part alone, and only `inner`, `norm`, `finite`, `count` and `gather` have to speak
-with the other processes, which call them in the same order.
+holds a part: what is linear acts on the part alone, and only `inner`, `norm`, `finite`, `count`, `gather` and `agree`
+have to speak with the other processes, which call them in the same order.
 """
 
 from __future__ import annotations
