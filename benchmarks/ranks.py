@@ -30,7 +30,7 @@ WORLDS = (1, 2, 4)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=SAMPLES / "hot" / "checkpoint-60")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--into", type=Path, help="be a rank, and write what it took into this directory")
     options = parser.parse_args()
     if options.into is not None:

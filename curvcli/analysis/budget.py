@@ -17,7 +17,7 @@ from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from curvcli.analysis.launch import leads, speaking, together
+from curvcli.analysis.launch import decides, speaking, together
 from curvcli.errors import OutOfTime, UsageError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _alarm(at: float) -> Iterator[Callable[[], None]]:
     def disarm() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    if at == inf or not leads() or threading.current_thread() is not threading.main_thread():
+    if at == inf or not decides() or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
     before = signal.signal(signal.SIGALRM, ring)

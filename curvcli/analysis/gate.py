@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from curvcli.analysis.budget import measure
 from curvcli.analysis.config import GateTable, find_gate, gate_not_counted
-from curvcli.analysis.launch import leads
+from curvcli.analysis.launch import decides
 from curvcli.analysis.stages import Progress
 from curvcli.documents import Gate, Report, Rule, Track, load_report, load_track, schema_of, write_whole
 from curvcli.documents.columns import rules as known_rules
@@ -98,7 +98,7 @@ def gate(
     if isinstance(judged, Path) and settings.points is not None:
         judged = _tracked(judged, settings.points, options, budget=budget, started=started, progress=progress)
         options, budget = {}, None
-        if isinstance(judged, Track) and report is not None and leads() and (newest := judged.points[-1].report):
+        if isinstance(judged, Track) and report is not None and decides() and (newest := judged.points[-1].report):
             write_whole(Path(report), newest.to_json().encode())
         report = None
     if isinstance(judged, str):
@@ -106,7 +106,7 @@ def gate(
     elif isinstance(judged, Path):
         tell = progress or (lambda stage, done: None)
         found, reason = measure(judged, options, started=started, seconds=budget, tell=tell, on_verdict=on_verdict)
-        if found is not None and report is not None and leads():
+        if found is not None and report is not None and decides():
             write_whole(Path(report), found.to_json().encode())
         readings = NoReadings(reason)
         if found is not None:

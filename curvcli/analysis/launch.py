@@ -73,11 +73,8 @@ def apart() -> Iterator[None]:
 
 def together() -> AbstractContextManager[None]:
     """What fails within it on one rank fails on all, within `joined`."""
-    if not launched():
-        return nullcontext()
-    from curvcli.curvature.ranks import current
-
-    return current().together()
+    ranks = sys.modules.get("curvcli.curvature.ranks")
+    return nullcontext() if ranks is None else ranks.current().together()
 
 
 def told(error: BaseException) -> tuple[bool, str]:
@@ -95,6 +92,12 @@ def agreed_code(code: int) -> int:
     from curvcli.curvature.ranks import current
 
     return int(current().first([code])[0])
+
+
+def decides() -> bool:
+    """Whether this process decides for those that measure together: rank 0 within `joined`, and any that measures alone."""
+    ranks = sys.modules.get("curvcli.curvature.ranks")
+    return ranks is None or bool(ranks.current().rank == 0)
 
 
 def speaking() -> bool:

@@ -27,7 +27,13 @@ def second(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not launch.launched()
-    assert (launch.leads(), launch.rank(), launch.agreed_code(3), launch.speaking()) == (True, "", 3, False)
+    assert (launch.leads(), launch.rank(), launch.agreed_code(3), launch.speaking(), launch.decides()) == (
+        True,
+        "",
+        3,
+        False,
+        True,
+    )
     with launch.joined() as ranks, launch.apart(), launch.together():
         assert ranks is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -152,14 +153,16 @@ def test_what_fails_alike_on_all_is_no_ranks_doing() -> None:
 
 
 def test_none_is_past_the_end_before_all_are_there() -> None:
-    def work(ranks: Processes) -> str:
-        with ranks.together():
-            pass
-        if ranks.rank == 0:
-            raise InputError("later, where nobody waits")
-        return "through"
+    seen: list[str] = []
 
-    assert [str(found) for found in on_ranks(work)] == ["later, where nobody waits", "through", "through"]
+    def work(ranks: Processes) -> None:
+        with ranks.together():
+            time.sleep(0.1 * ranks.rank)
+            seen.append("in")
+        seen.append("out")
+
+    assert on_ranks(work) == [None] * 3
+    assert seen == ["in"] * 3 + ["out"] * 3
 
 
 def test_ranks_out_of_step_are_an_error_and_no_number() -> None:
