@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from curvcli import documents
-from curvcli.analysis.content import content
 from curvcli.analysis.document import Provenance, write
 from curvcli.analysis.plan import GIB, fitted, limit_of
 from curvcli.analysis.solve import Measured, Measurement
@@ -174,7 +173,8 @@ def prepared(
 
         given = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
         check_lifted(given, lifted)
-        same("weights, optimizer state or data", content(given, optimizer))
+        state = optimizer.state if isinstance(optimizer, OptimizerView) else {}
+        same("weights, optimizer state or data", given.parameters, given.batches, state)
         whole = spread(given, current())
         return leanest(whole, mode, measure)
 

@@ -352,8 +352,13 @@ def _batch_size(shard: Shard | Examples, checkpoint: Checkpoint) -> int:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and current().world > 1 and torch.cuda.device_count():
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    if name == "cuda" and (ranks := current()).world > 1:
+        if ranks.here > torch.cuda.device_count():
+            raise UsageError(
+                f"{ranks.here} ranks on this machine, and {torch.cuda.device_count()} GPUs",
+                hint="start as many ranks as there are GPUs, or pass --device cpu",
+            )
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -10,6 +10,7 @@ Nothing is shared unless somebody asked for it with `within`, and without that n
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from curvcli.curvature.content import content
 from curvcli.errors import CurvError, LostError, OutOfMemoryError, OutOfTime, RankError, UsageError, exhausted, plain
 
 SLOTS = 64  # numbers that an exchange carries
@@ -282,12 +284,12 @@ def agreed(*decisions: bool) -> list[bool]:
     return [bool(decision) for decision in current().first([float(decision) for decision in decisions])]
 
 
-def same(what: str, text: str) -> None:
-    """That all processes have the same. Raises UsageError that names one that has not."""
+def same(what: str, *values: Any) -> None:
+    """That all processes have the same tensors in these values. Raises UsageError that names one that has not."""
     ranks = current()
     if ranks.world == 1:
         return
-    digest = float(int.from_bytes(sha256(text.encode()).digest()[:6]))  # 48 bits, which float64 holds
+    digest = float(int.from_bytes(sha256(json.dumps(content(values)).encode()).digest()[:6]))  # 48 bits, which float64 holds
     every = ranks.each(digest)
     other = next((rank for rank, found in enumerate(every) if found != every[0]), None)
     if other is not None:

@@ -20,7 +20,7 @@ from curvcli.curvature.memory import spread
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Loss, Problem, check_lifted, gradient, measurable
-from curvcli.curvature.ranks import within
+from curvcli.curvature.ranks import same, within
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.untouched import hushed, undrawn
 from curvcli.documents import Record, StableLr
@@ -219,6 +219,8 @@ class CurvatureTracker:
     def _untouched(self, batch: Any, gather: bool) -> Iterator[Problem]:
         """The frozen problem; modules, random numbers and hooks are as the job left them afterwards."""
         batches = self.probe if self.probe is not None else None if batch is None else [batch]
+        if self.probe is None and self.ranks.world > 1:
+            raise UsageError("split=True needs a probe", hint="give every rank the same batches as probe=")
         if not batches:
             raise CurvError("there is nothing to measure on", hint="give a probe, or tracker.step(step, batch=batch)")
         with (
@@ -231,6 +233,8 @@ class CurvatureTracker:
             self._warned = self._warned or bool(still)
             batches = [lifted.batch(part) for part in batches]
             weights = self.weights if self.probe is not None else None
+            if self._mode is None:
+                same("batches to measure on", batches)
             problem = Problem.create(self.model, self.loss, batches, weights, gathered=lifted.whole)
             problem = spread(problem, self.ranks)
             if self._mode is None:

@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 
 from curvcli.analysis import launch
+from curvcli.analysis.checkpoint import _device
 from curvcli.cli.app import exit_codes
-from curvcli.errors import CurvError
+from curvcli.curvature.ranks import Alone, within
+from curvcli.errors import CurvError, UsageError
 
 
 @pytest.fixture
@@ -61,6 +64,22 @@ def test_an_error_of_one_rank_alone_is_printed_there_and_one_that_all_know_by_ra
 def test_without_ranks_nothing_of_torch_is_imported() -> None:
     code = "import sys, curvcli.cli, curvcli.analysis.launch as l\nwith l.joined(): assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_rank_takes_its_own_gpu_and_more_ranks_than_gpus_are_refused(
+    second: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: None)
+    pair = Alone()
+    monkeypatch.setattr(pair, "world", 2, raising=False)
+    monkeypatch.setattr(pair, "here", 2, raising=False)
+    with within(pair):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert str(_device("cuda")) == "cuda:1"
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(UsageError, match="2 ranks on this machine, and 1 GPUs"):
+            _device("cuda")
 
 
 def test_progress_is_of_rank_0(second: None) -> None:

@@ -181,5 +181,22 @@ def _apart(rank: int, path: Path) -> None:
         assert step != 1 or "different steps" in (record.message or "")
 
 
+def _probes(rank: int, path: Path) -> None:
+    model = _wrapped("ddp")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    causal(model, batch(0)).backward()
+    optimizer.step()
+    other = CurvatureTracker(model, optimizer, causal, probe=[batch(50 + rank)], split=True).step(0)
+    none = CurvatureTracker(model, optimizer, causal, split=True).step(0, batch=batch(rank))
+    assert other is not None
+    assert none is not None
+    assert "rank 1 of 2 has other batches" in (other.message or "")
+    assert "needs a probe" in (none.message or "")
+
+
+def test_a_probe_of_each_ranks_own_is_refused(tmp_path: Path) -> None:
+    launch(_probes, tmp_path)
+
+
 def test_ranks_at_different_steps_fail_and_do_not_hang(tmp_path: Path) -> None:
     launch(_apart, tmp_path)
