@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from warmup_job import batch, build
 
 from curvcli.curvature.precision import whole
-from curvcli.training import CurvatureTracker
+from curvcli.training import CurvatureTracker, together
 from curvcli.training.locks import local
 
 pytestmark = pytest.mark.slow
@@ -138,6 +139,24 @@ def _refused(rank: int, path: Path) -> None:
         plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
         parallelize_module(layer.mlp, mesh, plan)
     assert "tensor parallelism" in said(model, split=True)
+
+    sharded: Any = _wrapped("resharded")
+    optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-2)
+    causal(sharded, batch(0)).backward()
+    optimizer.step()
+    tracker = CurvatureTracker(sharded, optimizer, causal, probe=PROBE, weights=WEIGHTS, split=True)
+    sharded.unshard()
+    record = tracker.step(0)
+    assert record is not None
+    assert "parameters are gathered" in (record.message or "")
+    sharded.reshard()
+    with patch.object(together, "VECTORS", 10**12):
+        record = tracker.step(1)
+    assert record is not None
+    assert "each rank gathers the whole model" in (record.message or "")
+    record = tracker.step(2)
+    assert record is not None
+    assert record.status in ("converged", "unconverged")
 
 
 def test_what_is_refused_says_why_and_the_job_goes_on(tmp_path: Path) -> None:
