@@ -10,7 +10,7 @@ import shutil
 import signal
 
 # Each registers its verbs, in the order of the help.
-from curvcli.cli import analyze, gate, report, track, compare, explain, watch, schedule  # noqa: F401  # isort: skip
+from curvcli.cli import analyze, demo, doctor, init, gate, report, track, compare, explain, watch, schedule  # noqa: F401  # isort: skip
 from curvcli.cli.app import app, interrupt, readers_may_leave
 
 __all__ = ["app", "main"]

@@ -68,7 +68,7 @@ def analyze(
         from curvcli.analysis.budget import measure
 
         with reporting(quiet, verbose) as progress:
-            early = _Early(progress) if format is Format.table else None
+            early = Early(progress) if format is Format.table else None
             report, reason = measure(
                 checkpoint, settings, started=started, seconds=seconds, tell=progress,
                 on_verdict=early or told_early(progress),
@@ -78,7 +78,7 @@ def analyze(
             out_of_time = True
         else:
             _write(report, output, plot)
-            _print(report, format, early.shown if early else None, verbose)
+            print_report(report, format, early.shown if early else None, verbose)
     if out_of_time:
         raise typer.Exit(3)
 
@@ -106,7 +106,7 @@ def inspect(
             show_facts(found)
 
 
-class _Early:
+class Early:
     """Prints a report's head as soon as it is known; the progress goes on below it."""
 
     def __init__(self, progress: Told) -> None:
@@ -114,6 +114,7 @@ class _Early:
         self.shown: Text | None = None
 
     def __call__(self, report: Report) -> None:
+        """Print the head, once."""
         from rich.console import Console
 
         from curvcli.render.headline import head
@@ -151,7 +152,8 @@ def _write(report: Report, output: Path | None, plot: Path | None) -> None:
         write_whole(plot, draw(report, plot.suffix[1:].lower()))
 
 
-def _print(report: Report, format: Format, begun: Text | None, verbose: bool) -> None:  # noqa: A002
+def print_report(report: Report, format: Format, begun: Text | None, verbose: bool) -> None:  # noqa: A002
+    """What stdout gets of a report; `begun` is the head that stands there already."""
     if format is Format.table:
         from rich.console import Console
 
