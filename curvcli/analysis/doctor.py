@@ -35,7 +35,7 @@ _EXTRAS = (
     ("zstandard", "data compressed with zstd", "pip install 'curvcli[data]'"),
     ("peft", "LoRA adapters", "pip install 'curvcli[peft]'"),
     ("lightning", "the Lightning callback", "pip install 'curvcli[lightning]'"),
-    ("pandas", ".to_frame() in notebooks", "pip install pandas"),
+    ("pandas", ".to_frame() in notebooks", "pip install 'curvcli[notebook]'"),
     ("s3fs", "checkpoints behind s3://", "pip install s3fs"),
     ("gcsfs", "checkpoints behind gs://", "pip install gcsfs"),
 )

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         load_report,
     )
     from curvcli.documents.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
-    from curvcli.documents.schemas import SCHEMAS, json_schema
+    from curvcli.documents.schemas import SCHEMAS, json_schema, load
     from curvcli.documents.track import ActionName, RunName, RunVerdict, Track, TrackPoint, TrainingStep, load_track
 
 __all__ = [
@@ -124,6 +124,7 @@ __all__ = [
     "find_log",
     "first_problem",
     "json_schema",
+    "load",
     "load_comparison",
     "load_explanation",
     "load_gate",
@@ -182,7 +183,7 @@ _MODULES = {
     ),
     "schedule": ("LrKind", "LrSchedule", "Order", "Phase", "Schedule", "ScheduleProvenance", "load_schedule"),
     "track": ("ActionName", "RunName", "RunVerdict", "Track", "TrackPoint", "TrainingStep", "load_track"),
-    "schemas": ("SCHEMAS", "json_schema"),
+    "schemas": ("SCHEMAS", "json_schema", "load"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from curvcli.documents.base import MOST, Document, Finding, Versions, read_document
+from curvcli.documents.shown import Shown
 
 Order = Literal["last", "first", "interleaved"]
 LrKind = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt", "csv"]
@@ -73,7 +74,7 @@ class ScheduleProvenance(Document):
     versions: Versions
 
 
-class Schedule(Document):
+class Schedule(Shown, Document):
     """What `curv schedule` writes. The state of every block is a pure function of the global step.
 
     grow: a locked block is the identity, its output projections zero, until it joins.
