@@ -23,8 +23,22 @@ from torch import nn
 import curvcli
 
 torch.manual_seed(0)
-blocks = [nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(4)]
-model = nn.Sequential(nn.Linear(8, 32), *blocks, nn.Linear(32, 1))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 32), nn.Linear(32, 1)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+model = Net()
 optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 inputs = torch.randn(512, 8)
 batches = [(x, x[:, :1] * x[:, 1:2]) for x in inputs.split(64)]

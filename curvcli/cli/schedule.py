@@ -25,6 +25,7 @@ EXAMPLES = (
     "`curv schedule --from report.json --lr 0.003 --lr-schedule cosine --warmup-steps 100 --total-steps 600`\n\n"
     "`curv schedule --resume sample_checkpoints/hot/checkpoint-60 --lr-schedule cosine --warmup-steps 100 "
     "--total-steps 600`\n\n"
+    "`curv schedule --depth 8 --for sample_checkpoints/hot -o schedule.json`\n\n"
     "`curv schedule verify schedule.json sample_checkpoints/hot`"
 )
 
@@ -91,6 +92,14 @@ def schedule(
         int | None,
         typer.Option(metavar="N", min=1, help="Number of predictions to average over, with --resume CHECKPOINT."),
     ] = None,
+    named: Annotated[
+        Path | None,
+        typer.Option(
+            "--for",
+            metavar="CHECKPOINT",
+            help="Name the blocks of this checkpoint's model and the tensors that rest, for jobs without curv.",
+        ),
+    ] = None,
     output: options.Output = None,
     plot: options.Plot = None,
     format: options.ShortFormatOption = ShortFormat.table,  # noqa: A002
@@ -117,6 +126,10 @@ def schedule(
                 total_steps=total_steps, min_lr_ratio=min_lr_ratio, decay_steps=decay_steps, data=data, tokens=tokens,
                 progress=progress,
             )  # fmt: skip
+        if named is not None:
+            from curvcli.training.naming import with_names_of
+
+            plan = with_names_of(plan, named)
         _write(plan, output, plot, format)
 
 

@@ -52,7 +52,17 @@ if TYPE_CHECKING:
         VerdictName,
         load_report,
     )
-    from curvcli.documents.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
+    from curvcli.documents.schedule import (
+        LockRule,
+        LrKind,
+        LrSchedule,
+        Order,
+        Phase,
+        Resting,
+        Schedule,
+        ScheduleProvenance,
+        load_schedule,
+    )
     from curvcli.documents.schemas import SCHEMAS, json_schema, load
     from curvcli.documents.track import ActionName, RunName, RunVerdict, Track, TrackPoint, TrainingStep, load_track
 
@@ -82,6 +92,7 @@ __all__ = [
     "HeadMass",
     "LayerCompanions",
     "LayerEstimate",
+    "LockRule",
     "Log",
     "LossCourse",
     "LrKind",
@@ -97,6 +108,7 @@ __all__ = [
     "RecordStatus",
     "Removal",
     "Report",
+    "Resting",
     "RowMass",
     "Rule",
     "RuleName",
@@ -181,7 +193,17 @@ _MODULES = {
         "VerdictName",
         "load_report",
     ),
-    "schedule": ("LrKind", "LrSchedule", "Order", "Phase", "Schedule", "ScheduleProvenance", "load_schedule"),
+    "schedule": (
+        "LockRule",
+        "LrKind",
+        "LrSchedule",
+        "Order",
+        "Phase",
+        "Resting",
+        "Schedule",
+        "ScheduleProvenance",
+        "load_schedule",
+    ),
     "track": ("ActionName", "RunName", "RunVerdict", "Track", "TrackPoint", "TrainingStep", "load_track"),
     "schemas": ("SCHEMAS", "json_schema", "load"),
 }

@@ -27,11 +27,22 @@ SCHEMAS: dict[str, type[Document]] = {
 }
 
 
+# Where the schemas are published: docs/reference/schemas, which docs/write_schemas.py writes.
+HOME = "https://raw.githubusercontent.com/OWNER/curv/main/docs/reference/schemas"
+
+
 def json_schema(name: str) -> dict[str, Any]:
-    """JSON Schema of a document by its short name. Raises UsageError for an unknown one."""
+    """JSON Schema of a document by its short name, with the address that it is published at as its id.
+
+    Raises UsageError for an unknown name.
+    """
     if name not in SCHEMAS:
         raise UsageError(f"no document is called {name!r}", hint=f"one of: {', '.join(SCHEMAS)}")
-    return SCHEMAS[name].model_json_schema(by_alias=True, mode="serialization")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"{HOME}/{name}.json",
+        **SCHEMAS[name].model_json_schema(by_alias=True, mode="serialization"),
+    }
 
 
 def load(path: Path | str) -> Document | Log:
