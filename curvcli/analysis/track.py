@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curvcli.analysis.budget import Budget
-from curvcli.analysis.cache import Cache, FileCache, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
+from curvcli.analysis.cache import Cache, FileCache, MemoryCache, NoCache, cache_key, checkpoint_digest, checkpoint_stamp
 from curvcli.analysis.checkpoint import Opened, architecture_of, open_for_analysis
 from curvcli.analysis.options import Options, options_of
 from curvcli.analysis.stages import Progress
@@ -42,6 +42,7 @@ def track(
     on_point: Callable[[TrackPoint], None] | None = None,
     budget: float | None = None,
     started: float | None = None,
+    gone: Sequence[TrackPoint] = (),
     **options: Any,
 ) -> Track:
     """The course of a run over its checkpoints: `curv track` from Python.
@@ -61,6 +62,7 @@ def track(
         budget: seconds for all of it. Checkpoints that are not reached are failed points; what was measured in full is in
             the cache, so that a second call goes on.
         started: instant of `time.monotonic()` at which the budget began, if not now.
+        gone: points of an earlier track whose checkpoints were deleted since, as a job does that keeps a few: they stay.
         **options: how checkpoints are measured, by the names of `curvcli.analysis.options.Options` (data, tokens,
             sequence_length, lr, ...).
 
@@ -81,7 +83,7 @@ def track(
     store: Cache = FileCache() if cache is True else NoCache() if cache is False else cache
     found = track_run(
         Path(run), how, store, last=last, window=window, surge_limit=surge, progress=progress, on_point=on_point,
-        budget=limit,
+        budget=limit, gone=gone,
     )  # fmt: skip
     if cache is True and isinstance(store, FileCache) and store.complaint:
         warnings.warn(store.complaint, RuntimeWarning, stacklevel=2)
@@ -99,6 +101,7 @@ def track_run(
     progress: Progress | None = None,
     on_point: Callable[[TrackPoint], None] | None = None,
     budget: Budget | None = None,
+    gone: Sequence[TrackPoint] = (),
 ) -> Track:
     """Every checkpoint of a run in step order.
 
@@ -112,13 +115,14 @@ def track_run(
         surge_limit: rho over that median above which a point counts as surged.
         on_point: called with each point as soon as it is finished.
         budget: whose deadline is that of the options.
+        gone: as of `track`.
 
     Raises:
         InputError: there is no checkpoint, or none of them could be measured.
         OutOfTime: the budget ran out before anything was measured.
     """
     started = time.monotonic()
-    if any(":" in spec for spec in (options.model or "", options.loss)):
+    if any(":" in spec for spec in (options.model or "", options.loss)) and not isinstance(cache, MemoryCache):
         cache = NoCache()  # the user's own code may have changed, and nothing in a key would say so
     say = progress or (lambda stage, done: None)
     found = _in_order(find_checkpoints(path))
@@ -127,7 +131,9 @@ def track_run(
     points: list[TrackPoint] = []
     log: list[TrainingStep] = []
     shard: tuple[str, int | None] | None = None
+    kept = sorted(gone, key=lambda point: -1 if point.step is None else point.step)
     for i, checkpoint in enumerate(found):
+        points += _until(kept, checkpoint)
 
         def within(stage: str, done: float, place: int = i, call_off: Callable[[], None] = lambda: None) -> None:
             if stage == "report":  # measured: what is left is short, and must not be lost
@@ -154,6 +160,7 @@ def track_run(
             break
         if on_point:
             on_point(points[-1])
+    points += kept
     if all(point.report is None for point in points):
         first = points[0]
         raise InputError(
@@ -175,6 +182,14 @@ def track_run(
         seconds=time.monotonic() - started,
         versions=Versions.installed(),
     )
+
+
+def _until(kept: list[TrackPoint], checkpoint: Path) -> list[TrackPoint]:
+    """Takes those of the points, in step order, that come before a checkpoint by its number."""
+    step = step_of(checkpoint)
+    count = 0 if step is None else sum((point.step or 0) < step for point in kept)
+    taken, kept[:] = kept[:count], kept[count:]
+    return taken
 
 
 def the_last(found: list[Path], last: int | None, options: Options) -> list[Path]:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from curvcli.cli import estimate as estimates
-from curvcli.cli import options
+from curvcli.cli import following, options
+from curvcli.cli import notify as notifier
 from curvcli.cli.app import app, check_outputs, exit_codes
 from curvcli.cli.formats import TrackFormat
 from curvcli.cli.progress import reporting
-from curvcli.errors import OutOfTime, plain
+from curvcli.errors import OutOfTime, UsageError, plain
 
 if TYPE_CHECKING:
     from curvcli.documents import Track
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     epilog="Exit codes: 0 measured, 2 bad usage or input, 3 the budget was too short for any checkpoint.\n\n"
     "Examples:\n\n"
     "`curv track sample_checkpoints/hot --plot hot.png`\n\n"
-    "`curv track 'out/ckpt*.pt' --data train.bin -o track.json && curv gate track.json --max-surge 2`"
+    "`curv track 'out/ckpt*.pt' --data train.bin -o track.json && curv gate track.json --max-surge 2`\n\n"
+    "`curv track run/ --watch -o track.json --notify 'mail -s curv me@example.org'`"
 )
 @options.measuring()
 def track(
@@ -38,6 +40,20 @@ def track(
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Number of certified points that the median is over.")] = 5,
     budget: options.Budget = None,
     estimate: options.Estimate = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on, and measure new checkpoints as they appear, until Ctrl-C.")
+    ] = False,
+    interval: Annotated[
+        float | None, typer.Option(metavar="X", min=0.1, help="Seconds between two looks of --watch.  [default: 30]")
+    ] = None,
+    notify: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TARGET",
+            help="With --watch: command to run or webhook to post to when a gate breaks or a verdict changes; may be "
+            "repeated.",
+        ),
+    ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure every checkpoint, and keep no report.")] = False,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -55,6 +71,17 @@ def track(
         settings = options.settings(given)
         seconds = options.seconds(budget)
         check_outputs(output, plot)
+        if watch:
+            of_no_use: dict[str, object] = {
+                "--budget": budget,
+                "--estimate": estimate or None,
+                "--format": _not_table(format),
+            }
+            _watch(run, settings, of_no_use, interval, notify or [], no_cache, quiet, verbose,
+                   last=last, surge=surge, window=window, output=output, plot=plot)  # fmt: skip
+            return
+        if notify or interval is not None:
+            raise UsageError("--notify and --interval are of --watch", hint="pass --watch, or drop them")
         if estimate:
             estimates.check(format.value, {"--output": output, "--plot": plot, "--budget": budget})
         with reporting(quiet, verbose) as progress:
@@ -87,6 +114,43 @@ def track(
             typer.echo(f"curv: the budget of {seconds:g} s ran out, and nothing was measured; raise --budget", err=True)
     if found is None and not estimate:
         raise typer.Exit(3)
+
+
+def _not_table(format: TrackFormat) -> str | None:  # noqa: A002
+    return None if format is TrackFormat.table else format.value
+
+
+def _watch(
+    run: Path,
+    settings: dict[str, Any],
+    of_no_use: dict[str, object],
+    interval: float | None,
+    targets: list[str],
+    no_cache: bool,
+    quiet: bool,
+    verbose: bool,
+    *,
+    output: Path | None,
+    plot: Path | None,
+    **course: Any,
+) -> None:
+    following.refuse(of_no_use)
+    for target in targets:
+        notifier.check(target)
+    with reporting(quiet, verbose) as progress:
+        progress("importing torch", 0.0)
+        from curvcli.analysis.cache import FileCache
+        from curvcli.analysis.follow import INTERVAL, follow
+
+        looks = follow(
+            run,
+            interval=interval or INTERVAL,
+            cache=None if no_cache else FileCache(),
+            progress=progress,
+            **course,
+            **settings,
+        )
+        following.watched(looks, targets, output, plot, _write, progress)
 
 
 def _write(found: Track, output: Path | None, plot: Path | None) -> None:
