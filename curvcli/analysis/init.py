@@ -110,7 +110,7 @@ def _around(folder: Path, checkpoint: Checkpoint) -> _Found:
 
 
 def _candidates(place: Path) -> Iterator[Path]:
-    """Files of tokens by their names. Text is one where it lies in a folder of data: elsewhere it is anybody's notes."""
+    """Files of tokens by their names. Text is one in a folder of data alone: elsewhere it is notes and logs."""
     for name in _FOLDERS:
         folder = place / name
         try:
@@ -118,7 +118,7 @@ def _candidates(place: Path) -> Iterator[Path]:
         except OSError:
             continue
         for entry in entries:
-            if entry.suffix == ".txt" and not name:
+            if entry.suffix in (".txt", ".jsonl") and not name:
                 continue
             # Weights of old checkpoints and dictionaries of trainers are called .bin too.
             weights = entry.name.startswith(("pytorch_model", "training_args", "optimizer", "adapter_model"))

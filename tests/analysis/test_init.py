@@ -122,6 +122,15 @@ def test_a_run_elsewhere_gets_the_file_and_a_warning(home: Path, tmp_path: Path,
     assert any("count only where curv is run from there" in note for note in found.notes)
 
 
+def test_logs_are_no_data(home: Path) -> None:
+    for place in (home / "run" / "curvature.jsonl", home / "metrics.jsonl", home / "notes.txt"):
+        place.write_text('{"text": "a"}\n')
+    assert "none was found" in initial(Path("run")).text
+    (home / "data").mkdir()
+    shutil.move(home / "metrics.jsonl", home / "data" / "train.jsonl")
+    assert tomllib.loads(initial(Path("run")).text)["data"] == "data/train.jsonl"
+
+
 def test_weights_called_bin_are_no_data(home: Path) -> None:
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.bin"):
         tokens(home / "run" / name)
