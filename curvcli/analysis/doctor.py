@@ -24,7 +24,7 @@ from curvcli.checkpoints.base import Checkpoint
 from curvcli.curvature.resources import free_bytes
 from curvcli.data.shards import find_sources
 from curvcli.documents import Versions
-from curvcli.errors import CurvError, UnsupportedError
+from curvcli.errors import CurvError, UnsupportedError, counted
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.base import Group, OptimizerView
 
@@ -130,7 +130,7 @@ def _machine(device: torch.device) -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU that torch can use"
     threads = torch.get_num_threads()
-    yield Check("device", "ok", f"{device.type}: {name}, {_count(cores or 1, 'core')}, {_count(threads, 'thread')}")
+    yield Check("device", "ok", f"{device.type}: {name}, {counted(cores or 1, 'core')}, {counted(threads, 'thread')}")
     yield Check("free memory", "info", f"{_size(free_bytes(device))} to plan with on {device.type}, 70 % of what is free")
     yield _attention(device)
 
@@ -227,8 +227,8 @@ def _data(checkpoint: Checkpoint, data: Sequence[Path] | None) -> Check:
     least = config.tokens or DEFAULT_TOKENS
     if len(known) == len(sources) and sum(known) < least:
         remedy = "a verdict on few tokens is often unresolved: give more data"
-        return Check("data", "warning", f"{shown}: {sum(known):,} tokens, of {least:,} asked for", remedy)
-    return Check("data", "ok", f"{shown}{f': {sum(known):,} tokens' if known else ''}")
+        return Check("data", "warning", f"{shown}: {counted(sum(known), 'token')}, of {least:,} asked for", remedy)
+    return Check("data", "ok", ": ".join([shown, *([counted(sum(known), "token")] if known else [])]))
 
 
 def _memory(checkpoint: Checkpoint, summary: Mapping[str, object] | None, device: torch.device) -> Check:
@@ -250,10 +250,6 @@ def _wrong(what: str, error: CurvError) -> Check:
 
 def _step(checkpoint: Checkpoint) -> str:
     return f"step {checkpoint.step:,}" if checkpoint.step is not None else "step unknown"
-
-
-def _count(count: int, word: str) -> str:
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def _size(count: float) -> str:

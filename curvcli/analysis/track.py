@@ -20,7 +20,7 @@ from curvcli.analysis.options import Options, options_of
 from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
-from curvcli.errors import CurvError, InputError, OutOfTime, UsageError
+from curvcli.errors import CurvError, InputError, OutOfTime, UsageError, counted
 from curvcli.judge.limits import changed
 from curvcli.judge.readings import ReportReadings, incomparable, past
 from curvcli.judge.run import judge_points, run_findings
@@ -164,7 +164,7 @@ def track_run(
     if all(point.report is None for point in points):
         first = points[0]
         raise InputError(
-            f"none of {len(points)} checkpoints of {path} could be measured; {first.checkpoint}: {first.message}",
+            f"none of {counted(len(points), 'checkpoint')} of {path} could be measured; {first.checkpoint}: {first.message}",
             hint="try one alone with curv analyze",
         )
     others = [(str(place), step_of(place)) for place in every[: len(every) - len(found)]]
@@ -322,9 +322,8 @@ def _findings(points: Sequence[TrackPoint], limit: float) -> list[Finding]:
         if point.source == "failed" and point.message != str(_LATE):
             found.append(Finding(code="not-measured", severity="warning", message=f"{where}: {point.message}"))
     if late := sum(point.message == str(_LATE) for point in points):
-        message = (
-            f"the time budget ran out before {late} of {len(points)} checkpoints: call again to go on, or raise --budget"
-        )
+        of = counted(len(points), "checkpoint")
+        message = f"the time budget ran out before {late} of {of}: call again to go on, or raise --budget"
         found.append(Finding(code="out-of-time", severity="warning", message=message))
     measured = [point.report for point in points if point.report]
     for earlier, later in pairwise(measured):

@@ -101,9 +101,10 @@ def inspect(
 
             typer.echo(dumps(found), nl=False)
         else:
+            from curvcli.cli.screen import terminal
             from curvcli.render.facts import show_facts
 
-            show_facts(found)
+            show_facts(found, terminal())
 
 
 class Early:
@@ -115,13 +116,12 @@ class Early:
 
     def __call__(self, report: Report) -> None:
         """Print the head, once."""
-        from rich.console import Console
-
+        from curvcli.cli.screen import terminal
         from curvcli.render.headline import head
 
         if self.shown is None:  # once: where memory ran out since, it is measured again
             with self.progress.aside(), readers_may_leave():  # who want the documents all the same
-                Console().print(head(report))
+                terminal().print(head(report))
             self.shown = head(report)
 
 
@@ -155,11 +155,10 @@ def _write(report: Report, output: Path | None, plot: Path | None) -> None:
 def print_report(report: Report, format: Format, begun: Text | None, verbose: bool) -> None:  # noqa: A002
     """What stdout gets of a report; `begun` is the head that stands there already."""
     if format is Format.table:
-        from rich.console import Console
-
+        from curvcli.cli.screen import terminal
         from curvcli.render.table import show
 
-        show(report, Console(), begun=begun, verbose=verbose)
+        show(report, terminal(), begun=begun, verbose=verbose)
     else:
         from curvcli.render import TEXT
 

@@ -42,10 +42,9 @@ def doctor(
 
             typer.echo(dumps(found), nl=False)
         else:
-            from rich.console import Console
-
+            from curvcli.cli.screen import terminal
             from curvcli.render.doctor import show
 
-            show(found, Console())
+            show(found, terminal())
     if not able:
         raise typer.Exit(2)

@@ -10,7 +10,7 @@ import typer
 from curvcli.cli import options
 from curvcli.cli.app import BoundedGroup, BoundedTyper, app, check_outputs, exit_codes, readers_may_leave
 from curvcli.cli.formats import ShortFormat
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 
 if TYPE_CHECKING:
     from curvcli.documents import Schedule
@@ -96,7 +96,7 @@ def schedule(
         Path | None,
         typer.Option(
             "--for",
-            metavar="CHECKPOINT",
+            metavar="PATH",
             help="Name the blocks of this checkpoint's model and the tensors that rest, for jobs without curv.",
         ),
     ] = None,
@@ -152,7 +152,8 @@ def verify(
             for problem in found:
                 typer.echo(plain(f"{problem.code}: {problem.message}"))
             if not found:
-                typer.echo(plain(f"{schedule} fits {checkpoint}: {plan.depth} blocks, {len(plan.phases)} phases"))
+                fit = f"{counted(plan.depth, 'block')}, {counted(len(plan.phases), 'phase')}"
+                typer.echo(plain(f"{schedule} fits {checkpoint}: {fit}"))
     if found:
         raise typer.Exit(1)
 
@@ -169,8 +170,7 @@ def _write(plan: Schedule, output: Path | None, plot: Path | None, format: Short
     if format is ShortFormat.json:
         typer.echo(plan.to_json(), nl=False)
     else:
-        from rich.console import Console
-
+        from curvcli.cli.screen import terminal
         from curvcli.render.schedule_table import show
 
-        show(plan, Console())
+        show(plan, terminal())

@@ -49,9 +49,8 @@ def track(
     notify: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TARGET",
-            help="With --watch: command to run or webhook to post to when a gate breaks or a verdict changes; may be "
-            "repeated.",
+            metavar="NAME",
+            help="Command to run or webhook to post to when --watch sees a gate break or a verdict change; may be repeated.",
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure every checkpoint, and keep no report.")] = False,
@@ -166,11 +165,10 @@ def _write(found: Track, output: Path | None, plot: Path | None) -> None:
 
 def _print(found: Track, format: TrackFormat, verbose: bool) -> None:  # noqa: A002
     if format is TrackFormat.table:
-        from rich.console import Console
-
+        from curvcli.cli.screen import terminal
         from curvcli.render.track_table import show
 
-        show(found, Console(), verbose=verbose)
+        show(found, terminal(), verbose=verbose)
     elif format is TrackFormat.csv:
         from curvcli.render.track_table import to_csv
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from curvcli.documents import Gate, Report, Schedule, Track, write_whole
 from curvcli.documents.columns import POINTS, shown
-from curvcli.errors import UnsupportedError, UsageError, plain
+from curvcli.errors import UnsupportedError, UsageError, counted, plain
 from curvcli.render.cells import records
 from curvcli.render.gate_plot import picture as gate_picture
 from curvcli.render.headline import verdict_line
@@ -31,12 +31,12 @@ def line(document: Seen) -> str:
             run, last = run_verdict(document), newest(document)
             says = f"run {run.name}" if run else "no verdict on the run"
             now = f"; newest: {verdict_line(last.report)}" if last and last.report else "; nothing measured"
-            text = f"Track of {document.run}, {_count(len(document.points), 'checkpoint')}: {says}{now}"
+            text = f"Track of {document.run}, {counted(len(document.points), 'checkpoint')}: {says}{now}"
         case Gate():
-            text = f"Gate on {document.subject.path}: {document.outcome}, {_count(len(document.outcomes), 'rule')}"
+            text = f"Gate on {document.subject.path}: {document.outcome}, {counted(len(document.outcomes), 'rule')}"
         case Schedule():
-            unlocks = _count(len(document.phases) - 1, "unlock")
-            text = f"Schedule: {document.mode}, {_count(document.depth, 'block')}, {unlocks}"
+            unlocks = counted(len(document.phases) - 1, "unlock")
+            text = f"Schedule: {document.mode}, {counted(document.depth, 'block')}, {unlocks}"
     return plain(f"<{text}>")
 
 
@@ -83,7 +83,3 @@ def frame(document: Seen) -> Any:
         case Schedule():
             found = [phase.model_dump() for phase in document.phases]
     return DataFrame(found)
-
-
-def _count(count: int, word: str) -> str:
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
