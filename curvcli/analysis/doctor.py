@@ -36,8 +36,8 @@ _EXTRAS = (
     ("peft", "LoRA adapters", "pip install 'curvcli[peft]'"),
     ("lightning", "the Lightning callback", "pip install 'curvcli[lightning]'"),
     ("pandas", ".to_frame() in notebooks", "pip install 'curvcli[notebook]'"),
-    ("s3fs", "checkpoints behind s3://", "pip install s3fs"),
-    ("gcsfs", "checkpoints behind gs://", "pip install gcsfs"),
+    ("s3fs", "checkpoints behind s3://", "pip install 'curvcli[s3]'"),
+    ("gcsfs", "checkpoints behind gs://", "pip install 'curvcli[gcs]'"),
 )
 
 

@@ -43,9 +43,9 @@ class BoundedGroup(TyperGroup):
     def main(self, *given: Any, **settings: Any) -> Any:
         """Run the command line and end the process. Exits with 2 where the words are not understood."""
         if not settings.pop("standalone_mode", True):
-            return super().main(*given, **settings, standalone_mode=False)
+            return super().main(*given, **{**settings, "standalone_mode": False})
         try:
-            code = super().main(*given, **settings, standalone_mode=False)
+            code = super().main(*given, **{**settings, "standalone_mode": False})
         except Exception as error:
             # click's errors, or those of the click that typer brings along: told apart by what they have.
             message = getattr(error, "format_message", None)

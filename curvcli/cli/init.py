@@ -23,7 +23,7 @@ def init(
         Path | None,
         typer.Option(
             "--output", "-o", metavar="FILE",
-            help="Write the configuration here.  [default: curv.toml in the working directory, or in RUN that lies elsewhere]",
+            help="Write the configuration here.  [default: curv.toml in the working directory or, elsewhere, in RUN]",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
