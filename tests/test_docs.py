@@ -131,6 +131,8 @@ def commands(text: str) -> list[list[str]]:
 def run(words: list[str], columns: int = 80) -> str:
     if "--estimate" in words:
         words = [*words, "--tokens", "128"]  # one product is made, which of 32,768 tokens takes seconds
+    if words[0] == "init":
+        words = [*words, "--force"]  # this reader has a configuration
     words = ["cpu" if word == "cuda" and not torch.cuda.is_available() else expandvars(word) for word in words]
     done = CliRunner().invoke(app, words, env={"COLUMNS": str(columns)})
     assert done.exception is None or isinstance(done.exception, SystemExit), (words, done.exception)

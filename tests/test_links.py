@@ -9,7 +9,7 @@ import pytest
 from places import ROOT
 
 LOOSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md")
-PAGES = sorted([*(ROOT / name for name in LOOSE), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*(ROOT / name for name in LOOSE), *(ROOT / "examples").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def prose(text: str) -> str:

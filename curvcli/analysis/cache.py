@@ -75,6 +75,29 @@ class RankedCache:
             self.cache.put(key, report)
 
 
+class MemoryCache:
+    """Keeps reports, and what contents were digested, as long as this process looks at one run.
+
+    Args:
+        behind: a cache that outlives it, asked where this one has nothing; every report goes there too.
+    """
+
+    def __init__(self, behind: Cache | None = None) -> None:
+        self.behind = behind or NoCache()
+        self._reports: dict[str, Report] = {}
+
+    def get(self, key: str) -> Report | None:
+        """The report kept here, or by the cache behind."""
+        if key not in self._reports and (found := self.behind.get(key)) is not None:
+            self._reports[key] = found
+        return self._reports.get(key)
+
+    def put(self, key: str, report: Report) -> None:
+        """Keep a report, here and behind."""
+        self._reports[key] = report
+        self.behind.put(key, report)
+
+
 class FileCache:
     """A directory of reports, the least recently used out first.
 
@@ -178,8 +201,32 @@ def method_digest() -> str:
     return sha256(json.dumps([(str(name), _digest(p)) for name, p in sorted(sources.items())]).encode()).hexdigest()
 
 
+_digests: dict[Path, tuple[list[tuple[str, int, int]], str]] | None = None
+
+
+@contextmanager
+def digests_kept() -> Iterator[None]:
+    """Within, files that have the sizes and times that they had are not read again to be digested: for who looks often."""
+    global _digests
+    before, _digests = _digests, {}
+    try:
+        yield
+    finally:
+        _digests = before
+
+
 def checkpoint_digest(path: Path) -> str:
     """SHA-256 over the names and contents of a checkpoint's files, wherever it lies. Raises OSError."""
+    if _digests is None:
+        return _content_digest(path)
+    stamp = checkpoint_stamp(path)
+    known = _digests.get(path)
+    if known is None or known[0] != stamp:
+        known = _digests[path] = stamp, _content_digest(path)
+    return known[1]
+
+
+def _content_digest(path: Path) -> str:
     digest = hashlib.sha256()
     for name, file in _files_of(path):
         with file.open("rb") as stream:

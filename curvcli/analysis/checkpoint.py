@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, prod
 from pathlib import Path
@@ -230,6 +230,7 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: st
     shard = data or config.data
     sources = find_sources(shard, checkpoint) if shard else ()
     sizes = {t.name: prod(t.shape) for t in checkpoint.tensors}
+    optimizer = checkpoint.optimizer.summary() if checkpoint.optimizer else None
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -241,12 +242,32 @@ def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: st
         "dtypes": sorted({t.dtype for t in checkpoint.tensors}),
         "vocabulary": checkpoint.vocabulary,
         "context": checkpoint.context,
-        "optimizer": checkpoint.optimizer.summary() if checkpoint.optimizer else None,
+        "optimizer": optimizer,
         "configuration": str(file) if file else None,
         "data": [{"path": str(s.path), "kind": s.kind, "tokens": s.tokens} for s in sources],
-        "notes": checkpoint.notes,
+        "notes": {**checkpoint.notes, **_unlike_analyze(checkpoint, optimizer)},
         "findings": {finding.code: finding.message for finding in checkpoint.findings},
     }
+
+
+def _unlike_analyze(checkpoint: Checkpoint, optimizer: Mapping[str, object] | None) -> dict[str, str]:
+    """Where headers say something else than a report of the same checkpoint will, and why."""
+    found: dict[str, str] = {}
+    moved, stored = (optimizer or {}).get("parameters with state"), len(checkpoint.tensors)
+    if isinstance(moved, int) and 0 < moved < stored:
+        found["counts"] = (
+            f"{stored} tensors are stored and {moved} have optimizer state: tied weights are stored by each of their names, "
+            "and buffers and weights that do not train have no state; curv analyze counts each parameter that trains once"
+        )
+    lr = (optimizer or {}).get("lr")
+    if isinstance(lr, (int, float)) and lr == 0:
+        found["learning-rate"] = (
+            f"it is 0 in the optimizer, as a schedule that has ended leaves it: curv analyze takes the last logged one, "
+            f"{checkpoint.last_lr:g}"
+            if checkpoint.last_lr is not None
+            else "it is 0 in the optimizer and the run has no log: pass the one in force to curv analyze with --lr"
+        )
+    return found
 
 
 def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path | Sequence[Path]]:

@@ -15,14 +15,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curvcli.analysis.budget import Budget
-from curvcli.analysis.cache import Cache, FileCache, NoCache, RankedCache, cache_key, checkpoint_digest, checkpoint_stamp
+from curvcli.analysis.cache import (
+    Cache,
+    FileCache,
+    MemoryCache,
+    NoCache,
+    RankedCache,
+    cache_key,
+    checkpoint_digest,
+    checkpoint_stamp,
+)
 from curvcli.analysis.checkpoint import Opened, architecture_of, open_for_analysis
 from curvcli.analysis.options import Options, options_of
 from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
 from curvcli.curvature.ranks import current
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
-from curvcli.errors import CurvError, InputError, OutOfTime, RankError, UsageError
+from curvcli.errors import CurvError, InputError, OutOfTime, RankError, UsageError, counted
 from curvcli.judge.limits import changed
 from curvcli.judge.readings import ReportReadings, incomparable, past
 from curvcli.judge.run import judge_points, run_findings
@@ -44,6 +53,7 @@ def track(
     on_point: Callable[[TrackPoint], None] | None = None,
     budget: float | None = None,
     started: float | None = None,
+    gone: Sequence[TrackPoint] = (),
     **options: Any,
 ) -> Track:
     """The course of a run over its checkpoints: `curv track` from Python.
@@ -63,6 +73,7 @@ def track(
         budget: seconds for all of it. Checkpoints that are not reached are failed points; what was measured in full is in
             the cache, so that a second call goes on.
         started: instant of `time.monotonic()` at which the budget began, if not now.
+        gone: points of an earlier track whose checkpoints were deleted since, as a job does that keeps a few: they stay.
         **options: how checkpoints are measured, by the names of `curvcli.analysis.options.Options` (data, tokens,
             sequence_length, lr, ...).
 
@@ -83,7 +94,7 @@ def track(
     store: Cache = FileCache() if cache is True else NoCache() if cache is False else cache
     found = track_run(
         Path(run), how, store, last=last, window=window, surge_limit=surge, progress=progress, on_point=on_point,
-        budget=limit,
+        budget=limit, gone=gone,
     )  # fmt: skip
     if cache is True and isinstance(store, FileCache) and store.complaint:
         warnings.warn(store.complaint, RuntimeWarning, stacklevel=2)
@@ -101,6 +112,7 @@ def track_run(
     progress: Progress | None = None,
     on_point: Callable[[TrackPoint], None] | None = None,
     budget: Budget | None = None,
+    gone: Sequence[TrackPoint] = (),
 ) -> Track:
     """Every checkpoint of a run in step order.
 
@@ -114,6 +126,7 @@ def track_run(
         surge_limit: rho over that median above which a point counts as surged.
         on_point: called with each point as soon as it is finished.
         budget: whose deadline is that of the options.
+        gone: as of `track`.
 
     Raises:
         InputError: there is no checkpoint, or none of them could be measured.
@@ -128,7 +141,9 @@ def track_run(
     points: list[TrackPoint] = []
     log: list[TrainingStep] = []
     shard: tuple[str, int | None] | None = None
+    kept = sorted(gone, key=lambda point: -1 if point.step is None else point.step)
     for i, checkpoint in enumerate(found):
+        points += _until(kept, checkpoint)
 
         def within(stage: str, done: float, place: int = i, call_off: Callable[[], None] = lambda: None) -> None:
             if stage == "report":  # measured: what is left is short, and must not be lost
@@ -155,10 +170,11 @@ def track_run(
             break
         if on_point:
             on_point(points[-1])
+    points += kept
     if all(point.report is None for point in points):
         first = points[0]
         raise InputError(
-            f"none of {len(points)} checkpoints of {path} could be measured; {first.checkpoint}: {first.message}",
+            f"none of {counted(len(points), 'checkpoint')} of {path} could be measured; {first.checkpoint}: {first.message}",
             hint="try one alone with curv analyze",
         )
     others = [(str(place), step_of(place)) for place in every[: len(every) - len(found)]]
@@ -180,7 +196,8 @@ def track_run(
 
 def _kept(cache: Cache, options: Options) -> Cache:
     """The cache, where it can be relied on, and rank 0's for all ranks."""
-    if any(":" in spec for spec in (options.model or "", options.loss)):
+    own = any(":" in spec for spec in (options.model or "", options.loss))
+    if own and not isinstance(cache, MemoryCache):
         return NoCache()  # the user's own code may have changed, and nothing in a key would say so
     return cache if current().world == 1 else RankedCache(cache, current())
 
@@ -191,6 +208,14 @@ def _found(path: Path) -> list[Path]:
     with ranks.together():
         names = [str(place) for place in _in_order(find_checkpoints(path))] if ranks.rank == 0 else []
     return [Path(name) for name in json.loads(ranks.first_text(json.dumps(names)))]
+
+
+def _until(kept: list[TrackPoint], checkpoint: Path) -> list[TrackPoint]:
+    """Takes those of the points, in step order, that come before a checkpoint by its number."""
+    step = step_of(checkpoint)
+    count = 0 if step is None else sum((point.step or 0) < step for point in kept)
+    taken, kept[:] = kept[:count], kept[count:]
+    return taken
 
 
 def the_last(found: list[Path], last: int | None, options: Options) -> list[Path]:
@@ -325,9 +350,8 @@ def _findings(points: Sequence[TrackPoint], limit: float) -> list[Finding]:
         if point.source == "failed" and point.message != str(_LATE):
             found.append(Finding(code="not-measured", severity="warning", message=f"{where}: {point.message}"))
     if late := sum(point.message == str(_LATE) for point in points):
-        message = (
-            f"the time budget ran out before {late} of {len(points)} checkpoints: call again to go on, or raise --budget"
-        )
+        of = counted(len(points), "checkpoint")
+        message = f"the time budget ran out before {late} of {of}: call again to go on, or raise --budget"
         found.append(Finding(code="out-of-time", severity="warning", message=message))
     measured = [point.report for point in points if point.report]
     for earlier, later in pairwise(measured):

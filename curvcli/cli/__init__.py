@@ -11,7 +11,7 @@ import signal
 import sys
 
 # Each registers its verbs, in the order of the help.
-from curvcli.cli import analyze, gate, report, track, compare, explain, watch, schedule  # noqa: F401  # isort: skip
+from curvcli.cli import analyze, demo, doctor, init, gate, report, track, compare, explain, watch, schedule  # noqa: F401  # isort: skip
 from curvcli.analysis.launch import launched, leads, leave
 from curvcli.cli.app import app, interrupt, readers_may_leave
 

@@ -61,8 +61,7 @@ def analyze(
     with exit_codes(), joined():
         settings = {**options.settings(given), "depths": not no_depths, "truncated": _either(truncated, no_truncated)}
         seconds = options.seconds(budget)
-        if leads():
-            check_outputs(output, plot)
+        check_outputs(output, plot)
         if estimate:
             estimates.check(format.value, {"--output": output, "--plot": plot, "--budget": budget})
             if leads():
@@ -71,7 +70,7 @@ def analyze(
         from curvcli.analysis.budget import measure
 
         with reporting(quiet, verbose) as progress:
-            early = _Early(progress) if format is Format.table and leads() else None
+            early = Early(progress) if format is Format.table and leads() else None
             report, reason = measure(
                 checkpoint, settings, started=started, seconds=seconds, tell=progress,
                 on_verdict=early or told_early(progress),
@@ -84,7 +83,7 @@ def analyze(
         else:
             _write(report, output, plot)
             with readers_may_leave():
-                _print(report, format, early.shown if early else None, verbose)
+                print_report(report, format, early.shown if early else None, verbose)
     if out_of_time:
         raise typer.Exit(3)
 
@@ -107,12 +106,13 @@ def inspect(
 
             typer.echo(dumps(found), nl=False)
         else:
+            from curvcli.cli.screen import terminal
             from curvcli.render.facts import show_facts
 
-            show_facts(found)
+            show_facts(found, terminal())
 
 
-class _Early:
+class Early:
     """Prints a report's head as soon as it is known; the progress goes on below it."""
 
     def __init__(self, progress: Told) -> None:
@@ -120,13 +120,13 @@ class _Early:
         self.shown: Text | None = None
 
     def __call__(self, report: Report) -> None:
-        from rich.console import Console
-
+        """Print the head, once."""
+        from curvcli.cli.screen import terminal
         from curvcli.render.headline import head
 
         if self.shown is None:  # once: where memory ran out since, it is measured again
             with self.progress.aside(), readers_may_leave():  # who want the documents all the same
-                Console().print(head(report))
+                terminal().print(head(report))
             self.shown = head(report)
 
 
@@ -157,13 +157,13 @@ def _write(report: Report, output: Path | None, plot: Path | None) -> None:
         write_whole(plot, draw(report, plot.suffix[1:].lower()))
 
 
-def _print(report: Report, format: Format, begun: Text | None, verbose: bool) -> None:  # noqa: A002
+def print_report(report: Report, format: Format, begun: Text | None, verbose: bool) -> None:  # noqa: A002
+    """What stdout gets of a report; `begun` is the head that stands there already."""
     if format is Format.table:
-        from rich.console import Console
-
+        from curvcli.cli.screen import terminal
         from curvcli.render.table import show
 
-        show(report, Console(), begun=begun, verbose=verbose)
+        show(report, terminal(), begun=begun, verbose=verbose)
     else:
         from curvcli.render import TEXT
 

@@ -39,7 +39,27 @@ class BoundedCommand(TyperCommand):
 
 
 class BoundedGroup(TyperGroup):
-    """The same of a verb that has others below it."""
+    """The same of a verb that has others below it. What is wrong with a command's words is one line, as any error."""
+
+    def main(self, *given: Any, **settings: Any) -> Any:
+        """Run the command line and end the process. Exits with 2 where the words are not understood."""
+        if not settings.pop("standalone_mode", True):
+            return super().main(*given, **{**settings, "standalone_mode": False})
+        try:
+            code = super().main(*given, **{**settings, "standalone_mode": False})
+        except Exception as error:
+            # click's errors, or those of the click that typer brings along: told apart by what they have.
+            message = getattr(error, "format_message", None)
+            if message is None:
+                raise
+            context = getattr(error, "ctx", None)
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(context.get_help() if context else "")
+                sys.exit(2)
+            help_of = f"{context.command_path if context else 'curv'} -h"
+            typer.echo(f"curv: error: {plain(' '.join(message().split())).rstrip('.')}; see {help_of}", err=True)
+            sys.exit(2)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The arguments that are left, as click gives them. Exits with 2 where a number is NaN or above 2**53 in size."""
@@ -175,7 +195,9 @@ def _version(wanted: bool) -> None:
 
 
 def check_outputs(output: Path | None, plot: Path | None) -> None:
-    """Fail before the minute of work, not after it."""
+    """Fail before the minute of work, not after it; of several ranks only the one that writes looks."""
+    if not leads():
+        return
     from curvcli.documents import check_writable
 
     for path in (output, plot):

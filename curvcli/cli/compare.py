@@ -52,9 +52,9 @@ def _print(found: Comparison, format: Format) -> None:  # noqa: A002
     from curvcli.render.compare import show, to_csv, to_markdown
 
     if format is Format.table:
-        from rich.console import Console
+        from curvcli.cli.screen import terminal
 
-        show(found, Console())
+        show(found, terminal())
     elif format is Format.json:
         typer.echo(found.to_json(), nl=False)
     else:

@@ -28,14 +28,14 @@ def show(found: dict[str, Any], format: str) -> None:  # noqa: A002
 
         typer.echo(dumps(found), nl=False)
         return
+    from curvcli.cli.screen import terminal
     from curvcli.render.facts import show_facts
     from curvcli.render.frame import number
 
     memory = {key: _size(size) for key, size in found["memory_bytes"].items()}
     rounded = {key: number(value, 2) if isinstance(value, float) else value for key, value in found.items()}
-    show_facts(
-        {**{key.replace("_", " "): value for key, value in rounded.items() if key != "memory_bytes"}, "memory": memory}
-    )
+    facts = {key.replace("_", " "): value for key, value in rounded.items() if key != "memory_bytes"}
+    show_facts({**facts, "memory": memory}, terminal())
 
 
 def _size(count: int) -> str:

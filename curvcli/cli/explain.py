@@ -54,8 +54,7 @@ def _print(found: Explanation, format: ShortFormat) -> None:  # noqa: A002
     if format is ShortFormat.json:
         typer.echo(found.to_json(), nl=False)
         return
-    from rich.console import Console
-
+    from curvcli.cli.screen import terminal
     from curvcli.render.explain import show
 
-    show(found, Console())
+    show(found, terminal())

@@ -124,12 +124,11 @@ def gate(
         }
         found = in_force(subject, settings)
         if explain:
-            from rich.console import Console
-
+            from curvcli.cli.screen import terminal
             from curvcli.render.gate_text import show_rules
 
             if leads():
-                show_rules(found.rules, found.others, Console())
+                show_rules(found.rules, found.others, terminal())
             return
         if subject is None:
             raise UsageError("nothing to judge was given", hint="pass a checkpoint, a run directory or a report")
@@ -173,11 +172,10 @@ def _print(document: Gate, format: GateFormat, verbose: bool) -> None:  # noqa: 
 
     with readers_may_leave():  # who must not turn a broken rule into exit code 0, nor a passed one into 1
         if format is GateFormat.text:
-            from rich.console import Console
-
+            from curvcli.cli.screen import terminal
             from curvcli.render.gate_text import show
 
-            show(document, Console(), verbose=verbose)
+            show(document, terminal(), verbose=verbose)
         else:
             typer.echo(GATE[format.value].render(document), nl=False)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")

@@ -40,12 +40,13 @@ def reporting(quiet: bool, verbose: bool = False) -> Iterator[Told]:
     elif verbose:
         yield _Log()
     elif sys.stderr.isatty():
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        from curvcli.cli.screen import terminal
 
         stage_column = TextColumn("{task.description}", markup=False)
         columns = (stage_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=terminal(stderr=True), transient=True) as bar:
             yield _Bar(bar, bar.add_task("starting", total=1.0))
     else:
         yield _Lines()

@@ -10,7 +10,7 @@ import typer
 from curvcli.cli import options
 from curvcli.cli.app import BoundedGroup, BoundedTyper, app, check_outputs, exit_codes, readers_may_leave
 from curvcli.cli.formats import ShortFormat
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 
 if TYPE_CHECKING:
     from curvcli.documents import Schedule
@@ -25,6 +25,7 @@ EXAMPLES = (
     "`curv schedule --from report.json --lr 0.003 --lr-schedule cosine --warmup-steps 100 --total-steps 600`\n\n"
     "`curv schedule --resume sample_checkpoints/hot/checkpoint-60 --lr-schedule cosine --warmup-steps 100 "
     "--total-steps 600`\n\n"
+    "`curv schedule --depth 8 --for sample_checkpoints/hot -o schedule.json`\n\n"
     "`curv schedule verify schedule.json sample_checkpoints/hot`"
 )
 
@@ -91,6 +92,14 @@ def schedule(
         int | None,
         typer.Option(metavar="N", min=1, help="Number of predictions to average over, with --resume CHECKPOINT."),
     ] = None,
+    named: Annotated[
+        Path | None,
+        typer.Option(
+            "--for",
+            metavar="PATH",
+            help="Name the blocks of this checkpoint's model and the tensors that rest, for jobs without curv.",
+        ),
+    ] = None,
     output: options.Output = None,
     plot: options.Plot = None,
     format: options.ShortFormatOption = ShortFormat.table,  # noqa: A002
@@ -117,6 +126,10 @@ def schedule(
                 total_steps=total_steps, min_lr_ratio=min_lr_ratio, decay_steps=decay_steps, data=data, tokens=tokens,
                 progress=progress,
             )  # fmt: skip
+        if named is not None:
+            from curvcli.training.naming import with_names_of
+
+            plan = with_names_of(plan, named)
         _write(plan, output, plot, format)
 
 
@@ -139,7 +152,8 @@ def verify(
             for problem in found:
                 typer.echo(plain(f"{problem.code}: {problem.message}"))
             if not found:
-                typer.echo(plain(f"{schedule} fits {checkpoint}: {plan.depth} blocks, {len(plan.phases)} phases"))
+                fit = f"{counted(plan.depth, 'block')}, {counted(len(plan.phases), 'phase')}"
+                typer.echo(plain(f"{schedule} fits {checkpoint}: {fit}"))
     if found:
         raise typer.Exit(1)
 
@@ -156,8 +170,7 @@ def _write(plan: Schedule, output: Path | None, plot: Path | None, format: Short
     if format is ShortFormat.json:
         typer.echo(plan.to_json(), nl=False)
     else:
-        from rich.console import Console
-
+        from curvcli.cli.screen import terminal
         from curvcli.render.schedule_table import show
 
-        show(plan, Console())
+        show(plan, terminal())

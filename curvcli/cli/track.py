@@ -11,7 +11,8 @@ import typer
 
 from curvcli.analysis.launch import apart, joined, leads
 from curvcli.cli import estimate as estimates
-from curvcli.cli import options
+from curvcli.cli import following, options
+from curvcli.cli import notify as notifier
 from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
 from curvcli.cli.formats import TrackFormat
 from curvcli.cli.progress import reporting
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     epilog="Exit codes: 0 measured, 2 bad usage or input, 3 the budget was too short for any checkpoint.\n\n"
     "Examples:\n\n"
     "`curv track sample_checkpoints/hot --plot hot.png`\n\n"
-    "`curv track 'out/ckpt*.pt' --data train.bin -o track.json && curv gate track.json --max-surge 2`"
+    "`curv track 'out/ckpt*.pt' --data train.bin -o track.json && curv gate track.json --max-surge 2`\n\n"
+    "`curv track run/ --watch -o track.json --notify 'mail -s curv me@example.org'`"
 )
 @options.measuring()
 def track(
@@ -39,6 +41,19 @@ def track(
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Number of certified points that the median is over.")] = 5,
     budget: options.Budget = None,
     estimate: options.Estimate = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on, and measure new checkpoints as they appear, until Ctrl-C.")
+    ] = False,
+    interval: Annotated[
+        float | None, typer.Option(metavar="X", min=0.1, help="Seconds between two looks of --watch.  [default: 30]")
+    ] = None,
+    notify: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Command to run or webhook to post to when --watch sees a gate break or a verdict change; may be repeated.",
+        ),
+    ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure every checkpoint, and keep no report.")] = False,
     output: options.Output = None,
     plot: options.Plot = None,
@@ -55,8 +70,15 @@ def track(
     with exit_codes(), joined():
         settings = options.settings(given)
         seconds = options.seconds(budget)
-        if leads():
-            check_outputs(output, plot)
+        check_outputs(output, plot)
+        of_watch = {"--notify": notify, "--interval": interval}
+        following.check(
+            watch, of_watch, {"--budget": budget, "--estimate": estimate or None, "--format": _not_table(format)}
+        )
+        if watch:
+            _watch(run, settings, interval, notify or [], no_cache, quiet, verbose,
+                   last=last, surge=surge, window=window, output=output, plot=plot)  # fmt: skip
+            return
         if estimate and not leads():
             return
         if estimate:
@@ -97,6 +119,41 @@ def track(
         raise typer.Exit(3)
 
 
+def _not_table(format: TrackFormat) -> str | None:  # noqa: A002
+    return None if format is TrackFormat.table else format.value
+
+
+def _watch(
+    run: Path,
+    settings: dict[str, Any],
+    interval: float | None,
+    targets: list[str],
+    no_cache: bool,
+    quiet: bool,
+    verbose: bool,
+    *,
+    output: Path | None,
+    plot: Path | None,
+    **course: Any,
+) -> None:
+    for target in targets:
+        notifier.check(target)
+    with reporting(quiet, verbose) as progress:
+        progress("importing torch", 0.0)
+        from curvcli.analysis.cache import FileCache
+        from curvcli.analysis.follow import INTERVAL, follow
+
+        looks = follow(
+            run,
+            interval=interval or INTERVAL,
+            cache=None if no_cache else FileCache(),
+            progress=progress,
+            **course,
+            **settings,
+        )
+        following.watched(looks, targets, output, plot, _write, progress)
+
+
 def _write(found: Track, output: Path | None, plot: Path | None) -> None:
     from curvcli.documents import write_whole
 
@@ -110,11 +167,10 @@ def _write(found: Track, output: Path | None, plot: Path | None) -> None:
 
 def _print(found: Track, format: TrackFormat, verbose: bool) -> None:  # noqa: A002
     if format is TrackFormat.table:
-        from rich.console import Console
-
+        from curvcli.cli.screen import terminal
         from curvcli.render.track_table import show
 
-        show(found, Console(), verbose=verbose)
+        show(found, terminal(), verbose=verbose)
     elif format is TrackFormat.csv:
         from curvcli.render.track_table import to_csv
 

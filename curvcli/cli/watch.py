@@ -57,8 +57,7 @@ def watch(
 
 
 def _one_frame(path: Path, tail: int, plot: Path | None) -> None:
-    from rich.console import Console
-
+    from curvcli.cli.screen import terminal
     from curvcli.documents import find_log, load_records, write_whole
     from curvcli.render.watch import screen
 
@@ -70,17 +69,17 @@ def _one_frame(path: Path, tail: int, plot: Path | None) -> None:
 
         write_whole(plot, plot_log(log, plot.suffix[1:].lower()))
     # No colour system: no escape reaches a file or a pager.
-    console = Console(color_system=None)
+    console = terminal(color_system=None)
     console.print(screen(log, console, tail=tail))
 
 
 def _live(path: Path, tail: int, interval: float) -> None:
-    from rich.console import Console
     from rich.live import Live
 
+    from curvcli.cli.screen import terminal
     from curvcli.render.watch import screen
 
-    console = Console()
+    console = terminal()
     # A terminal must get its own screen back, whatever ends the watcher.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     last: Log | None = None

@@ -52,8 +52,18 @@ if TYPE_CHECKING:
         VerdictName,
         load_report,
     )
-    from curvcli.documents.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
-    from curvcli.documents.schemas import SCHEMAS, json_schema
+    from curvcli.documents.schedule import (
+        LockRule,
+        LrKind,
+        LrSchedule,
+        Order,
+        Phase,
+        Resting,
+        Schedule,
+        ScheduleProvenance,
+        load_schedule,
+    )
+    from curvcli.documents.schemas import SCHEMAS, json_schema, load
     from curvcli.documents.track import ActionName, RunName, RunVerdict, Track, TrackPoint, TrainingStep, load_track
 
 __all__ = [
@@ -82,6 +92,7 @@ __all__ = [
     "HeadMass",
     "LayerCompanions",
     "LayerEstimate",
+    "LockRule",
     "Log",
     "LossCourse",
     "LrKind",
@@ -97,6 +108,7 @@ __all__ = [
     "RecordStatus",
     "Removal",
     "Report",
+    "Resting",
     "RowMass",
     "Rule",
     "RuleName",
@@ -124,6 +136,7 @@ __all__ = [
     "find_log",
     "first_problem",
     "json_schema",
+    "load",
     "load_comparison",
     "load_explanation",
     "load_gate",
@@ -180,9 +193,19 @@ _MODULES = {
         "VerdictName",
         "load_report",
     ),
-    "schedule": ("LrKind", "LrSchedule", "Order", "Phase", "Schedule", "ScheduleProvenance", "load_schedule"),
+    "schedule": (
+        "LockRule",
+        "LrKind",
+        "LrSchedule",
+        "Order",
+        "Phase",
+        "Resting",
+        "Schedule",
+        "ScheduleProvenance",
+        "load_schedule",
+    ),
     "track": ("ActionName", "RunName", "RunVerdict", "Track", "TrackPoint", "TrainingStep", "load_track"),
-    "schemas": ("SCHEMAS", "json_schema"),
+    "schemas": ("SCHEMAS", "json_schema", "load"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from curvcli.documents import columns
 from curvcli.documents.base import Document, Finding, read_document
 from curvcli.documents.report import VerdictName
+from curvcli.documents.shown import Shown
 from curvcli.documents.track import RunVerdict
 
 
@@ -69,7 +70,7 @@ class Subject(Document):
     points: int = Field(default=1, description="of a run that were held against the rules, the newest ones")
 
 
-class Gate(Document):
+class Gate(Shown, Document):
     """What `curv gate` decided; document "curv.gate/1"."""
 
     schema_: Literal["curv.gate/1"] = Field(default="curv.gate/1", alias="schema")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from curvcli.documents.base import Document, Finding, Versions, read_document
+from curvcli.documents.shown import Shown
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
 VerdictName = Literal["stable", "edge", "hot", "unstable", "early", "unresolved"]
@@ -280,7 +281,7 @@ class LossCourse(Document):
         return self.name in ("wrecked", "collapsed")
 
 
-class Report(Document):
+class Report(Shown, Document):
     """What `curv analyze` found; document "curv.report/1"."""
 
     schema_: Literal["curv.report/1"] = Field(default="curv.report/1", alias="schema")

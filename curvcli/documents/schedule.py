@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from curvcli.documents.base import MOST, Document, Finding, Versions, read_document
+from curvcli.documents.resting import BLOCK_PATTERN, OUTPUT_PATTERN, POST_NORMS
+from curvcli.documents.shown import Shown
 
 Order = Literal["last", "first", "interleaved"]
 LrKind = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt", "csv"]
@@ -73,11 +75,43 @@ class ScheduleProvenance(Document):
     versions: Versions
 
 
-class Schedule(Document):
+class Resting(Document):
+    """A parameter that has one value in all its entries while its block is locked, so that the block is the identity."""
+
+    name: str = Field(description="in the model, as named_parameters() has it")
+    block: Annotated[int, Field(ge=0, le=DEEPEST)]
+    value: float = Field(description="0; -1 for a norm whose gain is 1 + weight")
+
+
+class LockRule(Document):
+    """What `blocks` and `resting` follow from, by names alone: regular expressions as Python and ECMAScript have them.
+
+    A norm that stands behind a projection rests in the projection's place, at the value at which its output is 0. Which that
+    is depends on its arithmetic, and no pattern says it: `resting` does.
+    """
+
+    block: str = Field(
+        default=BLOCK_PATTERN,
+        description="of a parameter's name in the model; groups 1 to 3 are its stack, the index of its block and its name "
+        "within; of several stacks the one with `depth` blocks and most weights counts",
+    )
+    output: str = Field(default=OUTPUT_PATTERN, description="searched in a name within a block: it rests at 0, in mode grow")
+    post_norms: list[tuple[str, str]] = Field(
+        default=list(POST_NORMS),
+        description="children of a block: where it has both of a pair, these rest instead, and `output` does not count",
+    )
+
+
+class Schedule(Shown, Document):
     """What `curv schedule` writes. The state of every block is a pure function of the global step.
 
-    grow: a locked block is the identity, its output projections zero, until it joins.
-    freeze: a locked block keeps its weights and takes no update.
+    A locked block takes no update: none of its parameters has a gradient when the optimizer steps, nor counts in a clipped
+    norm. The blocks that are locked at a step are those that `active` of the phase in force leaves out; everything outside
+    of blocks trains.
+
+    grow: at the first phase's step the parameters in `resting` of the locked blocks are set to their value, which makes such
+    a block the identity, until it joins.
+    freeze: a locked block keeps its weights.
     """
 
     schema_: Literal["curv.schedule/1"] = Field(default="curv.schedule/1", alias="schema")
@@ -86,6 +120,12 @@ class Schedule(Document):
     order: Order = Field(description='which blocks are locked at first; "first" is in old documents only')
     blocks: list[str] | None = Field(description="module path of each block; null where only the depth was known")
     lock: Literal["zero-output", "no-update"] = Field(description="how a block is locked: grow, freeze")
+    resting: list[Resting] | None = Field(
+        default=None,
+        description="of every block, in mode grow; null where no model was asked (then `rule` says it), and in mode "
+        "freeze, where nothing rests",
+    )
+    rule: LockRule | None = Field(default=None, description="null in documents of older versions")
     margin: float | None = Field(description="largest rho that the prediction allows; null without a measurement")
     lr_schedule: LrSchedule | None
     phases: Annotated[list[Phase], Field(min_length=1)]
@@ -115,6 +155,8 @@ class Schedule(Document):
             before, last = active, phase.step
         if self.blocks is not None and len(self.blocks) != self.depth:
             raise ValueError(f"{len(self.blocks)} block paths for depth {self.depth}")
+        if self.resting and (self.mode == "freeze" or {rest.block for rest in self.resting} != everything):
+            raise ValueError(f"what rests is not of the {self.depth} blocks of a schedule that grows")
         return self
 
     def phase_at(self, step: int) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from curvcli.documents.base import Document
+from curvcli.documents.base import Document, read_document, schema_of
 from curvcli.documents.compare import Comparison
 from curvcli.documents.explain import Explanation
 from curvcli.documents.gate import Gate
+from curvcli.documents.log import Log, find_log, load_records
 from curvcli.documents.record import Record
 from curvcli.documents.report import Report
 from curvcli.documents.schedule import Schedule
 from curvcli.documents.track import Track
-from curvcli.errors import UsageError
+from curvcli.errors import InputError, UsageError
 
 SCHEMAS: dict[str, type[Document]] = {
     "report": Report,
@@ -25,8 +27,43 @@ SCHEMAS: dict[str, type[Document]] = {
 }
 
 
+# Where the schemas are published: docs/reference/schemas, which docs/write_schemas.py writes.
+HOME = "https://raw.githubusercontent.com/OWNER/curv/main/docs/reference/schemas"
+
+
 def json_schema(name: str) -> dict[str, Any]:
-    """JSON Schema of a document by its short name. Raises UsageError for an unknown one."""
+    """JSON Schema of a document by its short name, with the address that it is published at as its id.
+
+    Raises UsageError for an unknown name.
+    """
     if name not in SCHEMAS:
         raise UsageError(f"no document is called {name!r}", hint=f"one of: {', '.join(SCHEMAS)}")
-    return SCHEMAS[name].model_json_schema(by_alias=True, mode="serialization")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"{HOME}/{name}.json",
+        **SCHEMAS[name].model_json_schema(by_alias=True, mode="serialization"),
+    }
+
+
+def load(path: Path | str) -> Document | Log:
+    """Read any document that curv wrote: a report, track, comparison, explanation, gate or schedule, or a job's log.
+
+    Args:
+        path: of the file; of a directory, the curvature.jsonl in it.
+
+    Returns:
+        The document as its class, by the schema that it names; of a log its records, newest last.
+
+    Raises:
+        InputError: it is larger than any document, no JSON, or none that this version knows.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".jsonl":
+        if (found := find_log(path)) is None:
+            raise InputError(f"{path} holds no curvature.jsonl", hint="name a document, or the log of a job")
+        return load_records(found)
+    name = schema_of(path)
+    kind = {f"curv.{short}/1": kind for short, kind in SCHEMAS.items()}.get(name or "")
+    if kind is None or name is None:
+        raise InputError(f"{path} names the schema {name!r:.80}", hint=f"known: {', '.join(f'curv.{n}/1' for n in SCHEMAS)}")
+    return read_document(kind, path, name, "write it anew with the verb that made it")

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from curvcli.documents.base import Document, Finding, Versions, read_document
 from curvcli.documents.report import LossCourse, Report
+from curvcli.documents.shown import Shown
 
 
 class TrackPoint(Document):
@@ -63,7 +64,7 @@ class RunVerdict(Document):
     restart_lr: float | None = Field(default=None, description="highest learning rate to go on with, where it has to change")
 
 
-class Track(Document):
+class Track(Shown, Document):
     """What `curv track` found; document "curv.track/1". Points are in step order."""
 
     schema_: Literal["curv.track/1"] = Field(default="curv.track/1", alias="schema")

@@ -7,7 +7,7 @@ begin a line of its own. Escaping is that of the runner's own toolkit (actions/t
 from __future__ import annotations
 
 from curvcli.documents import Gate
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 
 
 def github(gate: Gate) -> str:
@@ -20,7 +20,7 @@ def github(gate: Gate) -> str:
         level = "error" if outcome.outcome == "broken" else unresolved
         title = escape_property(f"curv gate: {outcome.rule} {outcome.outcome}")
         lines.append(f"::{level} title={title}::{escape_data(plain(f'{gate.subject.path}: {outcome.message}'))}")
-    lines.append(f"curv gate: {gate.outcome}, {len(gate.outcomes)} rules, exit code {gate.exit_code}")
+    lines.append(f"curv gate: {gate.outcome}, {counted(len(gate.outcomes), 'rule')}, exit code {gate.exit_code}")
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from curvcli.documents import Gate, Outcome, Rule
 from curvcli.documents.columns import ruled
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 from curvcli.render.frame import number
 from curvcli.render.style import COLOURS, said
 from curvcli.render.table import finding_lines
@@ -28,7 +28,7 @@ def show(gate: Gate, console: Console, *, verbose: bool = True) -> None:
     if subject.checkpoint not in (None, subject.path):
         head.append(f"\nof {plain(subject.checkpoint or '')}", style="")
     facts = [f"step {subject.step:,}"] if subject.step is not None else []
-    facts += [f"{subject.tokens:,} tokens"] if subject.tokens is not None else []
+    facts += [counted(subject.tokens, "token")] if subject.tokens is not None else []
     facts += [f"verdict {said(subject.verdict)}"]
     facts += [f"largest stable lr {subject.stable_lr:.2g}"] if subject.stable_lr is not None else []
     facts += [f"run {subject.run.name}"] if subject.run is not None else []
@@ -41,7 +41,7 @@ def show(gate: Gate, console: Console, *, verbose: bool = True) -> None:
     head.append(f" {gate.outcome.upper()} ", style=f"bold reverse {colour}")
     count = sum(outcome.outcome == gate.outcome for outcome in gate.outcomes)
     taken = "" if gate.outcome != "unresolved" or gate.unresolved == "report" else f", taken as {gate.unresolved}"
-    head.append(f"  {count} of {len(gate.outcomes)} rules{taken}, exit code {gate.exit_code}\n", style="")
+    head.append(f"  {count} of {counted(len(gate.outcomes), 'rule')}{taken}, exit code {gate.exit_code}\n", style="")
     console.print(head, _table(gate.outcomes), Text(""), sep="\n")
     for outcome in gate.outcomes:
         console.print(Text.assemble((f"{outcome.rule}: ", COLOURS[outcome.outcome]), plain(outcome.message)))

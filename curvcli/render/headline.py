@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from curvcli.documents import Report, TrackPoint
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 from curvcli.judge.limits import certified
 from curvcli.render.cells import summary
 from curvcli.render.frame import number
@@ -21,7 +21,8 @@ def head(report: Report) -> Text:
     text.append(plain(checkpoint.path), style="bold")
     step = f"step {checkpoint.step:,}, " if checkpoint.step is not None else ""
     text.append(
-        f"\n{step}{checkpoint.parameters:,} parameters, {report.data.tokens:,} tokens, loss {report.data.loss:.3f}\n"
+        f"\n{step}{counted(checkpoint.parameters, 'parameter')}, {counted(report.data.tokens, 'token')}, "
+        f"loss {report.data.loss:.3f}\n"
     )
     lr = f"lr {number(optimizer.lr)}" if optimizer.lr is not None else "no lr"
     state = {"checkpoint": "", "estimated": ", preconditioner estimated", "none": ", no preconditioner"}

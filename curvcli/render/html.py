@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from curvcli.documents import Document, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
+from curvcli.documents import Document, Gate, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
 from curvcli.documents.columns import PARTS, POINTS, Column, Part, parts, shown
 from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
@@ -22,7 +22,7 @@ from curvcli.render.frame import number
 from curvcli.render.largest_lr import told
 from curvcli.render.plot import picture
 from curvcli.render.series import heat, report_series
-from curvcli.render.style import RUN_LIKE, said, variables
+from curvcli.render.style import GATE_LIKE, RUN_LIKE, said, variables
 from curvcli.render.track_plot import heat_map, steps
 from curvcli.render.track_points import axis, newest, rows, run_verdict
 
@@ -42,7 +42,21 @@ def page(path: Path) -> str:
     return render(load(path))
 
 
-def report_page(report: Report) -> str:
+def top(document: Report | Track | Gate | Schedule) -> str:
+    """The top of a document's page, verdict and findings, as a fragment of HTML with its own style and no script."""
+    match document:
+        case Report():
+            text = report_page(document, layout="fragment.html")
+        case Track():
+            text = track_page(document, layout="fragment.html")
+        case Schedule():
+            text = schedule_page(document, layout="fragment.html")
+        case Gate():
+            text = _render("gate_top.html", document=document, layout="fragment.html", gate=document, gate_like=GATE_LIKE)
+    return text
+
+
+def report_page(report: Report, layout: str = "base.html") -> str:
     """Verdict, findings, next steps, curves over depth, where the sharpest direction lives, numbers, provenance."""
     chart = None
     if any(ys for _, ys in report_series(report).values()):
@@ -51,6 +65,7 @@ def report_page(report: Report) -> str:
     return _render(
         "report.html",
         document=report,
+        layout=layout,
         report=report,
         steps=advice(report),
         chart=chart,
@@ -75,12 +90,12 @@ def estimates(report: Report, *, curves: bool = True) -> Table:
     return Table(columns, [part_cells(part, columns) for part in found])
 
 
-def schedule_page(schedule: Schedule) -> str:
+def schedule_page(schedule: Schedule, layout: str = "base.html") -> str:
     """When which block joins, findings, provenance."""
-    return _render("schedule.html", document=schedule, schedule=schedule)
+    return _render("schedule.html", document=schedule, layout=layout, schedule=schedule)
 
 
-def track_page(track: Track) -> str:
+def track_page(track: Track, layout: str = "base.html") -> str:
     """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
     last, found, cells = newest(track), rows(track), heat(track)
     columns = present(shown(POINTS, "page"), [row.measured for row in found])
@@ -89,6 +104,7 @@ def track_page(track: Track) -> str:
     return _render(
         "track.html",
         document=track,
+        layout=layout,
         track=track,
         newest=last,
         run=run_verdict(track),
@@ -134,9 +150,19 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         policy=policy,
         style=Markup(style),  # noqa: S704  (a file of this package)
         script=Markup(script),  # noqa: S704  (a file of this package)
+        fragment_style=Markup(_fragment_style()),  # noqa: S704  (the same)
         schema=document.model_dump(by_alias=True)["schema"],
         **values,
     )
+
+
+def _fragment_style() -> str:
+    """The style of what stands in somebody else's page: nothing outside of it is touched."""
+    marks = "".join(
+        f".curv .{name} {{ border-color: var(--{name}); }} .curv .{name} strong {{ color: var(--{name}); }}\n"
+        for name in ("stable", "edge", "hot", "unstable", "early", "unresolved")
+    )
+    return variables().replace(":root", ".curv") + _asset("fragment.css") + marks
 
 
 def _plain(value: object) -> object:

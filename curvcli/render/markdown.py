@@ -8,7 +8,7 @@ from typing import Any
 
 from curvcli.documents import Report
 from curvcli.documents.columns import PARTS, Column, Part, parts, shown
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 from curvcli.render.cells import summary, written
 from curvcli.render.frame import number
 from curvcli.render.largest_lr import action, told
@@ -26,7 +26,8 @@ def markdown(report: Report) -> str:
         f"## curv: {said(report.verdict)}",
         "",
         f"{escape(report.checkpoint.path)}, step {'unknown' if step is None else step}, {escape(report.optimizer.name)}, "
-        f"lr {number(report.optimizer.lr)}, preconditioner {report.optimizer.preconditioner}, {report.data.tokens:,} tokens",
+        f"lr {number(report.optimizer.lr)}, preconditioner {report.optimizer.preconditioner}, "
+        f"{counted(report.data.tokens, 'token')}",
         "",
         *(f"- **{escape(finding.code)}** ({finding.severity}): {escape(finding.message)}" for finding in report.findings),
         *[f"- {escape(label)}: {escape(value)}" for label, value in summary(report)],

@@ -53,6 +53,9 @@ class Picture:
             draw(self)
             self.figure.align_ylabels()
 
+    def __repr__(self) -> str:
+        return f"<Picture: {self.heading}>"
+
     def label(self, artist: Artist, labels: Sequence[str]) -> None:
         """What the artist's marks say when pointed at on a page, one by one."""
         gid = f"labelled{len(self._labels)}"
@@ -78,6 +81,10 @@ class Picture:
             else:
                 self.figure.suptitle(self.heading, x=0.01, ha="left", fontweight="bold", fontsize=11)
         return self._bytes(suffix, {})
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return self.save("png")
 
     def embed(self, name: str, says: str) -> Markup:
         """The picture as an <svg> of a page, of the class and with ids that begin with `name`."""

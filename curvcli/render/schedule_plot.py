@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from curvcli.documents import Schedule
+from curvcli.errors import counted
 from curvcli.render.picture import Picture
 from curvcli.render.series import Series, schedule_series
 from curvcli.render.style import light
@@ -16,9 +17,14 @@ HEIGHTS = {"depth": 2.2, "lr": 1.3, "rho": 1.9}
 
 def plot(schedule: Schedule, suffix: str) -> bytes:
     """The picture as the bytes of a file of that format (png, svg or pdf)."""
+    return picture(schedule).save(suffix)
+
+
+def picture(schedule: Schedule) -> Picture:
+    """Blocks that train, the learning rate and the predicted rho, where they are known, over steps."""
     data = schedule_series(schedule)
-    heading = f"{schedule.mode}, {schedule.depth} blocks, {len(schedule.phases) - 1} unlocks"
-    return Picture(lambda drawn: _draw(drawn, schedule, data), [HEIGHTS[name] for name in data], heading).save(suffix)
+    heading = f"{schedule.mode}, {counted(schedule.depth, 'block')}, {counted(len(schedule.phases) - 1, 'unlock')}"
+    return Picture(lambda drawn: _draw(drawn, schedule, data), [HEIGHTS[name] for name in data], heading)
 
 
 def _draw(drawn: Picture, schedule: Schedule, data: dict[str, Series]) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvcli.documents import LrSchedule, Schedule
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 from curvcli.render.frame import number
 from curvcli.render.table import finding_line
 
@@ -48,7 +48,7 @@ def ranges(blocks: Sequence[int]) -> str:
 def _head(schedule: Schedule) -> Text:
     several = len(schedule.phases) > 1
     how = f"in {len(schedule.phases)} phases, {ORDERS[schedule.order]}" if several else "in one phase: all of them train"
-    text = Text(f"{schedule.mode} {schedule.depth} blocks {how}", style="bold")
+    text = Text(f"{schedule.mode} {counted(schedule.depth, 'block')} {how}", style="bold")
     text.append(f"\n{LOCKED[schedule.mode]}; embedding, head and final norm always train", style="not bold")
     if schedule.lr_schedule:
         text.append(f"\n{_rates(schedule.lr_schedule)}", style="not bold")
@@ -63,7 +63,7 @@ def _head(schedule: Schedule) -> Text:
 
 
 def _rates(lr: LrSchedule) -> str:
-    parts = [f"lr {lr.kind}, peak {number(lr.peak, 3)}, warm-up {lr.warmup_steps:,} steps"]
+    parts = [f"lr {lr.kind}, peak {number(lr.peak, 3)}, warm-up {counted(lr.warmup_steps, 'step')}"]
     if lr.decay_steps is not None:
         parts.append(f"decay {lr.decay_steps:,}")
     if lr.total_steps is not None:

@@ -49,6 +49,7 @@ RUN_LIKE = {
     "early": "unresolved",
 }  # fmt: skip
 
+GATE_LIKE = {"passed": "stable", "broken": "unstable", "unresolved": "unresolved"}
 
 # A verdict's name where people read it.
 SAID = {"hot": "probably too hot", "early": "too early"}

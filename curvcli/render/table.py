@@ -11,7 +11,7 @@ from rich.text import Text
 
 from curvcli.documents import Estimate, Finding, Report
 from curvcli.documents.columns import PARTS, Column, Part, parts, shown
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 from curvcli.judge.limits import certified, classify
 from curvcli.render import headline
 from curvcli.render.cells import present, written
@@ -118,7 +118,7 @@ def finding_line(finding: Finding) -> Text:
 def _foot(report: Report) -> Text:
     cost = report.cost
     return Text(
-        f"\n{cost.hvps} Hessian-vector products ({cost.mode}), {cost.seconds:.1f} s, "
+        f"\n{counted(cost.hvps, 'Hessian-vector product')} ({cost.mode}), {cost.seconds:.1f} s, "
         f"{cost.peak_memory_bytes / 2**30:.1f} GiB, {cost.device}" + (f", {cost.ranks} ranks" if cost.ranks > 1 else ""),
         style="dim",
     )

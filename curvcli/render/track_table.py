@@ -8,7 +8,7 @@ from rich.text import Text
 
 from curvcli.documents import Report, Track
 from curvcli.documents.columns import POINTS, Column, Measurement, shown
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 from curvcli.judge.limits import certified
 from curvcli.render.cells import present, written
 from curvcli.render.csv import write
@@ -160,4 +160,4 @@ def _notes(found: list[Row], track: Track) -> list[Text]:
 
 
 def _foot(track: Track) -> Text:
-    return Text(f"\n{track.hvps:,} Hessian-vector products, {track.seconds:.1f} s", style="dim")
+    return Text(f"\n{counted(track.hvps, 'Hessian-vector product')}, {track.seconds:.1f} s", style="dim")

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curvcli.documents import Log, Record
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 from curvcli.judge.verdict import verdict_of
 from curvcli.render.fit import LOG_ABOVE, Points, fitting, thin
@@ -98,7 +98,7 @@ def header(log: Log) -> Text:
         _troubles(text, log)
         return text
     last = log.records[-1]
-    text.append(f"step {last.step:,}, {len(log.records):,} records", style="")
+    text.append(f"step {last.step:,}, {counted(len(log.records), 'record')}", style="")
     if log.age is None:
         text.append(", the file is gone", style="yellow")
     else:
@@ -134,7 +134,7 @@ def _troubles(text: Text, log: Log) -> None:
         text.append(f"\n{log.damaged:,} damaged {lines}, the last: {plain(log.damage or '')}", style="yellow")
     notes = []
     if log.superseded:
-        notes.append(f"{log.superseded:,} records superseded after a resume")
+        notes.append(f"{counted(log.superseded, 'record')} superseded after a resume")
     if log.replaced:
         notes.append(f"the file was replaced {log.replaced} {'time' if log.replaced == 1 else 'times'}, read anew")
     if log.half:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from curvcli.documents import (
     Finding,
+    LockRule,
     LrSchedule,
     Phase,
     Report,
@@ -290,6 +291,7 @@ def _shared(measured: Measured, margin: float, lr: LrSchedule) -> dict[str, Any]
         "depth": measured.report.checkpoint.layers,
         "order": "last",
         "blocks": [layer.name for layer in measured.report.layers],
+        "rule": LockRule(),
         "margin": margin,
         "lr_schedule": lr,
         "provenance": measured.provenance(),

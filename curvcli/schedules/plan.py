@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
-from curvcli.documents import Finding, LrSchedule, Phase, Schedule, ScheduleProvenance, Versions
+from curvcli.documents import Finding, LockRule, LrSchedule, Phase, Schedule, ScheduleProvenance, Versions
 from curvcli.errors import UsageError
 from curvcli.schedules.lr import lr_at
 
@@ -61,6 +61,7 @@ def grow(
         order=order,
         blocks=None,
         lock="zero-output",
+        rule=LockRule(),
         margin=None,
         lr_schedule=lr,
         phases=phases(active, parts, steps=steps, interval=interval, lr=lr),

@@ -10,6 +10,7 @@ RMSNorm's derivative is weight / sqrt(eps): there the norm's gain rests instead.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,31 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.curvature.problem import Blocks
+from curvcli.documents.resting import OUTPUT_PATTERN, POST_NORMS
 from curvcli.errors import UnsupportedError
 
-# Last component of a projection that writes to the residual stream, in transformers, nanoGPT, Llama's
-# original code and torchtitan. "dense" is one only inside an attention (NeoX, Bloom, Falcon).
-OUTPUTS = frozenset(
-    (
-        "o_proj",
-        "out_proj",
-        "c_proj",
-        "down_proj",
-        "output_linear",
-        "dense_4h_to_h",
-        "fc2",
-        "fc_out",
-        "wo",
-        "w2",
-        "o",
-        "proj_out",
-    )
-)
-# Norms behind the projections, as (attention's, MLP's); a block has all of one pair or none counts.
-POST_NORMS = (
-    ("post_attention_layernorm", "post_feedforward_layernorm"),
-    ("post_self_attn_layernorm", "post_mlp_layernorm"),
-)
+_OUTPUT = re.compile(OUTPUT_PATTERN)
 
 
 @dataclass(frozen=True)
@@ -144,21 +124,13 @@ def _known(block: nn.Module, index: int) -> list[tuple[str, nn.Parameter, float]
     for pair in POST_NORMS:
         if all(name in children for name in pair):
             return [(f"{name}.{n}", p, rest) for name in pair for n, p, rest in _gain(children[name])]
-    found = [(n, p, 0.0) for n, p in block.named_parameters() if _is_output(n)]
+    found = [(n, p, 0.0) for n, p in block.named_parameters() if _OUTPUT.search(n)]
     if not any(p.dim() >= 2 for _, p, _ in found):
         raise UnsupportedError(
             f"no output projection is known in block {index}, a {type(block).__name__}",
             hint="name the modules that write to its residual stream: outputs=['attn.proj', 'mlp.fc2']",
         )
     return found
-
-
-def _is_output(path: str) -> bool:
-    parts = path.split(".")
-    if parts[-1] in ("weight", "bias"):
-        parts.pop()
-    last = parts[-1].removesuffix("_bias")
-    return last in OUTPUTS or (last == "dense" and any("attention" in p or "attn" in p for p in parts[:-1]))
 
 
 def _gain(norm: nn.Module) -> list[tuple[str, nn.Parameter, float]]:

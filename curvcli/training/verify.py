@@ -14,6 +14,7 @@ from curvcli.data.tasks import causal_loss
 from curvcli.documents import Finding, Schedule
 from curvcli.errors import CurvError
 from curvcli.models.blocks import find_blocks
+from curvcli.training.naming import with_names
 from curvcli.training.warmup import ArchitectureWarmup
 
 
@@ -69,13 +70,18 @@ def structure_problems(schedule: Schedule, checkpoint: Checkpoint, model: nn.Mod
             )
         ]
     pairs = zip(schedule.blocks or names, names, strict=True)
-    return [
+    found = [
         _problem(
             "other-block", f"block {i} is {said} in the schedule and {name} in the model; make it from this model's report"
         )
         for i, (said, name) in enumerate(pairs)
         if said != name
     ]
+    if not found and schedule.resting is not None and schedule.resting != with_names(schedule, model).resting:
+        found.append(
+            _problem("other-resting", "the tensors that rest are others in this model; make the schedule anew with --for")
+        )
+    return found
 
 
 def lock_problems(schedule: Schedule, model: nn.Module, loss: Callable[[], Tensor], *, step: int) -> list[Finding]:

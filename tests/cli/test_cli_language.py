@@ -67,6 +67,8 @@ def test_one_option_has_one_help_and_placeholder_in_every_verb() -> None:
     # --output and --plot of these say what they write there, --lr and --tokens of a plan mean another thing.
     own = {
         ("watch", "--interval"),
+        ("track", "--interval"),
+        ("init", "--output"),
         ("report", "--output"),
         ("watch", "--plot"),
         ("schedule", "--lr"),
@@ -82,7 +84,7 @@ def test_one_option_has_one_help_and_placeholder_in_every_verb() -> None:
 
 
 def test_every_verb_with_output_for_programs_has_format() -> None:
-    printing = {"analyze", "inspect", "gate", "track", "compare", "explain", "schedule"}
+    printing = {"analyze", "inspect", "demo", "doctor", "gate", "track", "compare", "explain", "schedule"}
     assert {verb for verb, command in VERBS.items() if any("--format" in p.opts for p in command.params)} == printing
 
 

@@ -28,6 +28,9 @@ FEW = "--tokens 64 --max-hvps 3 --device cpu --mode kept"
 LINES = {
     f"analyze {{run}}/checkpoint-3 --no-depths {FEW} --format csv -q": 0,
     "inspect {samples}/calm --json": 0,
+    "demo -o {assets}": 2,
+    "doctor --data": 2,
+    "init {assets}/none": 2,
     f"track {{run}} --last 1 {FEW} --format csv -q": 0,
     "compare {assets}/calm-60.gate.report.json {assets}/hot-60.gate.report.json": 0,
     "explain {assets}/none": 2,
