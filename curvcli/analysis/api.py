@@ -11,8 +11,9 @@ from torch import nn
 
 from curvcli import documents
 from curvcli.analysis.document import Provenance, write
+from curvcli.analysis.measured import Measured
 from curvcli.analysis.plan import GIB, fitted, limit_of
-from curvcli.analysis.solve import Measured, Measurement
+from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.lanczos import Lanczos

@@ -15,8 +15,9 @@ from curvcli.analysis.api import prepared
 from curvcli.analysis.carriers import Carriers, Predictions, Rest, carriers, rests
 from curvcli.analysis.checkpoint import Opened, Options, Ready, open_for_analysis
 from curvcli.analysis.document import Provenance, write
+from curvcli.analysis.measured import Measured, Solved
 from curvcli.analysis.options import options_of
-from curvcli.analysis.solve import Measured, Measurement, Solved
+from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress, products
 from curvcli.curvature import resources
 from curvcli.curvature.hvp import build

@@ -91,7 +91,8 @@ def polar(matrices: Tensor) -> Tensor:
     """
     if min(matrices.shape[-2:]) <= DENSE:
         u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-        return u @ vh
+        factor: Tensor = u @ vh
+        return factor
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
     size = torch.linalg.matrix_norm(x, keepdim=True)

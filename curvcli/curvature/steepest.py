@@ -53,10 +53,10 @@ class Sharpest:
 class FrankWolfe:
     """Frank-Wolfe with exact line search on d'Hd over a product of balls; one product a step.
 
-    The vertex s for which <s, Hd> is largest, and H s, tell d'Hd all along the segment from d to s, whose best point is taken:
-    so the value never falls, whatever the signs of H's eigenvalues. Where H is positive along the segment the best point is s
-    itself, and the step is the power step d <- polar(Hd) (or sign). From an interior start that H curves down at, it
-    converges to a stationary point (Lacoste-Julien, arXiv 1607.00345).
+    The vertex s for which <s, Hd> is largest, and H s, tell d'Hd all along the segment from d to s, whose best point is
+    taken: so the value never falls, whatever the signs of H's eigenvalues. Where H is positive along the segment the best
+    point is s itself, and the step is the power step d <- polar(Hd) (or sign). It converges to a stationary point
+    (Lacoste-Julien, arXiv 1607.00345).
 
     Args:
         tolerance: improvement by a step, over the value, below which a start has settled.
@@ -67,6 +67,11 @@ class FrankWolfe:
     tolerance: float = 1e-2
     max_products: int = 24
     deadline: float = inf
+
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() >= self.deadline
 
     def sharpest(self, product: Product, balls: Sequence[Ball], starts: Mapping[str, Sequence[Tensor]]) -> Sharpest:
         """The sharpest direction found from any of the starts.
@@ -99,12 +104,7 @@ class FrankWolfe:
 
     def _climb(self, climb: _Climb, most: int) -> None:
         """Steps until it has settled or has taken so many products in all."""
-        while (
-            isfinite(climb.value)
-            and climb.products < most
-            and climb.improvement > self.tolerance
-            and time.monotonic() < self.deadline
-        ):
+        while isfinite(climb.value) and climb.products < most and climb.improvement > self.tolerance and not self.expired:
             climb.step()
 
 

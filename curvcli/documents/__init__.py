@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     )
     from curvcli.documents.schedule import LrKind, LrSchedule, Order, Phase, Schedule, ScheduleProvenance, load_schedule
     from curvcli.documents.schemas import SCHEMAS, json_schema
+    from curvcli.documents.steepest import ModelSteepest, Steepest, SteepestReading, SteepestStatus
     from curvcli.documents.track import ActionName, RunName, RunVerdict, Track, TrackPoint, TrainingStep, load_track
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "LrKind",
     "LrSchedule",
     "Mass",
+    "ModelSteepest",
     "Optimizer",
     "Order",
     "Outcome",
@@ -109,6 +111,9 @@ __all__ = [
     "Side",
     "StableLr",
     "Status",
+    "Steepest",
+    "SteepestReading",
+    "SteepestStatus",
     "Subject",
     "TokenKind",
     "TokenShare",
@@ -181,6 +186,7 @@ _MODULES = {
         "load_report",
     ),
     "schedule": ("LrKind", "LrSchedule", "Order", "Phase", "Schedule", "ScheduleProvenance", "load_schedule"),
+    "steepest": ("ModelSteepest", "Steepest", "SteepestReading", "SteepestStatus"),
     "track": ("ActionName", "RunName", "RunVerdict", "Track", "TrackPoint", "TrainingStep", "load_track"),
     "schemas": ("SCHEMAS", "json_schema"),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature import balls
-from curvcli.curvature.balls import MaxNorm, Spectral, polar
+from curvcli.curvature.balls import Ball, MaxNorm, Spectral, polar
 from curvcli.curvature.steepest import FrankWolfe, distance, joint_dual
 
 
@@ -71,7 +71,8 @@ def test_the_spectral_norm_against_a_closed_form(shape: tuple[int, int]) -> None
 
 def test_a_joint_ball_of_both_kinds_and_radii_against_rank_one() -> None:
     """(a'd)^2 over the ball is the dual norm of a, squared: blocks that couple count together."""
-    shapes, kinds = [(4, 3), (5,), (2, 2, 3)], [Spectral(0.5), MaxNorm(2.0), Spectral(1.0)]
+    shapes = [(4, 3), (5,), (2, 2, 3)]
+    kinds: list[Ball] = [Spectral(0.5), MaxNorm(2.0), Spectral(1.0)]
     parts = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     flat = torch.cat([p.flatten() for p in parts])
     dual = 0.5 * float(torch.linalg.matrix_norm(parts[0], "nuc")) + 2 * float(parts[1].abs().sum())
