@@ -10,6 +10,7 @@ from curvcli.documents import Report, Track
 from curvcli.documents.columns import POINTS, Column, Measurement, shown
 from curvcli.errors import plain
 from curvcli.judge.limits import certified
+from curvcli.judge.steepest import alone
 from curvcli.render.cells import present, written
 from curvcli.render.csv import write
 from curvcli.render.fit import fitting
@@ -69,9 +70,12 @@ def _head(track: Track) -> Text:
     report = last.report
     text.append(f" {said(report.verdict).upper()} ", style=f"bold reverse {COLOURS[report.verdict]}")
     value = f"rho {number(report.judged.rho, 3)}" if report.judged.rho is not None else "no rho"
+    if report.steepest is not None and report.steepest.z is not None:
+        z = f"Z {number(report.steepest.z, 3)}"
+        value = z if alone(report) else f"{value}, {z}"
     text.append(f"  {value}", style="bold")
     text.append(f"  at {plain(last.checkpoint) if last.step is None else f'step {last.step:,}'}", style="not bold")
-    if not certified(report.judged):
+    if not certified(report.judged) and not alone(report):
         text.append(f"  {report.judged.status}: not to be relied on", style="not bold yellow")
     if last is not track.points[-1]:
         text.append("\n the newest checkpoint could not be measured: see below", style="not bold yellow")
