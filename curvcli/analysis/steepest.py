@@ -180,9 +180,10 @@ class Norms:
     def __init__(self, found: InNorm | None, preconditioner: Preconditioner, optimizer: Optimizer, step: int | None) -> None:
         self.found, self.balls = found, preconditioner.balls
         self.model = found.full if found else None
-        if self.model and too_early(step, optimizer.step, optimizer.betas, optimizer.momentum):
-            early = read(self.model.z, self.model.status, early=True)
-            self.model = self.model.model_copy(update={"reading": early})
+        if self.model and preconditioner.doubts:
+            self.model = self.model.model_copy(update={"reading": "unresolved"})
+        elif self.model and too_early(step, optimizer.step, optimizer.betas, optimizer.momentum):
+            self.model = self.model.model_copy(update={"reading": read(self.model.z, self.model.status, early=True)})
 
     @property
     def full(self) -> Steepest | None:

@@ -55,8 +55,8 @@ def explain(
     # A network that is lost comes first, unless curvature has an error of its own to say.
     lost = of_loss[:1] if report.course and report.course.lost and report.verdict == "unresolved" else []
     found = [*of_loss[len(lost) :], *found]
-    first = lost or [(None if doubts else headline(report)) or _headline(report, doubts)]
-    found += [finding for finding in steepest_findings(report) if finding not in first]
+    first = lost or [headline(report, doubts) or _headline(report, doubts)]
+    found += [finding for finding in steepest_findings(report, doubts) if finding not in first]
     return [*first, *sorted(found, key=lambda f: order[f.severity])]
 
 

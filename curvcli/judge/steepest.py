@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from curvcli.documents import Finding, ModelSteepest, Report, Severity, SteepestReading, SteepestStatus
 from curvcli.judge.limits import certified, classify
 
@@ -54,8 +56,12 @@ def part_is_stable(report: Report) -> bool:
     return all(end is not None and classify(end) == "stable" for end in ends)
 
 
-def steepest_findings(report: Report) -> list[Finding]:
-    """What Z is and says, first; and what it is not good for."""
+def steepest_findings(report: Report, doubts: Sequence[str] = ()) -> list[Finding]:
+    """What Z is and says, first; and what it is not good for.
+
+    Args:
+        doubts: the optimizer's options and state that may change its update.
+    """
     found = report.steepest
     if found is None:
         return []
@@ -67,7 +73,10 @@ def steepest_findings(report: Report) -> list[Finding]:
         "edge": "it can go on so for long, and has no reserve against a larger learning rate",
         "below": "S is a lower bound, and with noise in its gradients training settles at 0.2 to 0.7",
         "early": f"the momentum is that of a few gradients, and {z} says nothing yet",
-        "unresolved": "no reading",
+        "unresolved": f"the optimizer has {', '.join(doubts[:4])}, which may change its update; pass --optimizer "
+        f"{report.optimizer.name.split()[0].lower()} if it does not"
+        if doubts
+        else "no reading",
     }[found.reading]
     severity: Severity = "warning" if found.reading in ("past", "unresolved") else "info"
     of = "" if not found.rest else f" of the {found.parameters:,} parameters that {report.optimizer.name.split()[0]} moves"
@@ -89,11 +98,11 @@ def steepest_findings(report: Report) -> list[Finding]:
     return findings
 
 
-def headline(report: Report) -> Finding | None:
+def headline(report: Report, doubts: Sequence[str] = ()) -> Finding | None:
     """The first finding where rho is not, or is that of a part and says too little; None where rho's own does."""
     if alone(report):
-        return steepest_findings(report)[0]
-    if not part_is_stable(report) or report.steepest is None:
+        return steepest_findings(report, doubts)[0]
+    if doubts or not part_is_stable(report) or report.steepest is None:
         return None
     return Finding(
         code="unresolved-part",

@@ -76,7 +76,9 @@ class Muon(Rule):
     def matches(self, view: OptimizerView) -> bool:
         """Whether a group says that it orthogonalises: `use_muon`, `ns_steps`, an algorithm of that name."""
         known = view.keys <= self.extra
-        return known and any(_says(group) or any(_flag(view.state.get(n, {})) for n in group.names) for group in view.groups)
+        return known and any(
+            orthogonalises(group) or any(_flag(view.state.get(n, {})) for n in group.names) for group in view.groups
+        )
 
     def needed(self, group: Group, state: State) -> frozenset[str]:
         """The momentum of a matrix, or Adam's moments."""
@@ -157,10 +159,13 @@ def _normalised(group: Group, state: State) -> bool:
     said = [group.options[key] for key in _FLAGS if isinstance(group.options.get(key), str)]
     if said:
         return any(word.lower() in ("muon", "normuon") for word in said)
-    return "exp_avg_sq" not in state
+    # What keeps a momentum alone and has options of SGD's or Lion's is no part of Muon.
+    other = any(group.options.get(key) is not None for key in ("dampening", "betas"))
+    return "exp_avg_sq" not in state and not other
 
 
-def _says(group: Group) -> bool:
+def orthogonalises(group: Group) -> bool:
+    """Whether a group's options say that it is Muon's. Raises InputError where one is damaged."""
     options = group.options
     said = any(isinstance(options.get(key), str) and options[key].lower() in ("muon", "normuon") for key in _FLAGS)
     return said or options.get("ns_steps") is not None or group.flag("use_muon")
