@@ -95,7 +95,7 @@ class _Writer:
         loss = -found.loss if self.preconditioner.ascends else found.loss
         data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
         optimizer = _optimizer(self.preconditioner, provenance.lr_source)
-        norm = Norms(found.norm, work.preconditioner, optimizer, checkpoint.step)
+        norm = Norms(found.norm, work.preconditioner, optimizer, sizes=numel, step=checkpoint.step)
         partial = bool(work.preconditioner.balls)
         estimate = documents.Estimate(**self.entry(found.full, norm.full))
         prefix = work.blocks.prefix if work.blocks else ""

@@ -169,17 +169,36 @@ class Steep:
         )
 
 
+def _skipped(preconditioner: Preconditioner, sizes: Mapping[str, int]) -> ModelSteepest:
+    """In place of a whole that was not measured."""
+    signs = any(isinstance(ball, MaxNorm) for ball in preconditioner.balls.values())
+    return ModelSteepest(
+        sharpness=None, dual_norm=None, z=None, hvps=0, status="skipped", norm="max" if signs else "spectral",
+        lr=preconditioner.ball_lr, tensors=len(preconditioner.balls), parameters=sum(sizes[n] for n in preconditioner.balls),
+        rest=sum(preconditioner.root.sizes), spread=None, improvement=None, reading="unresolved",
+    )  # fmt: skip
+
+
 class Norms:
     """What was measured in the optimizer's norm as the report's entries have it: "skipped" where it was not reached.
 
     Args:
         found: None where nothing was measured.
+        sizes: entries of what moves, by name.
         step: of the checkpoint.
     """
 
-    def __init__(self, found: InNorm | None, preconditioner: Preconditioner, optimizer: Optimizer, step: int | None) -> None:
+    def __init__(
+        self,
+        found: InNorm | None,
+        preconditioner: Preconditioner,
+        optimizer: Optimizer,
+        *,
+        sizes: Mapping[str, int],
+        step: int | None,
+    ) -> None:
         self.found, self.balls = found, preconditioner.balls
-        self.model = found.full if found else None
+        self.model = found.full if found else _skipped(preconditioner, sizes) if self.balls else None
         if self.model and preconditioner.doubts:
             self.model = self.model.model_copy(update={"reading": "unresolved"})
         elif self.model and too_early(step, optimizer.step, optimizer.betas, optimizer.momentum):

@@ -149,12 +149,10 @@ class ReportReadings:
     def z(self) -> Reading:
         """Z of the parameters that have a norm. It is a lower bound: what holds is that it is no less."""
         found = self.report.steepest
-        if found is None:
+        if found is None or found.z is None or found.reading in ("early", "unresolved"):
             return Reading(
-                "Z", reason="no parameter is moved along a norm's steepest direction, as by Muon or Lion; use rho"
+                "Z", reason=words(found) if found else "no parameter has a norm, as Muon's and Lion's have; use rho"
             )
-        if found.z is None or found.reading in ("early", "unresolved"):
-            return Reading("Z", found.z, reason=words(found))
         return Reading("Z", found.z, found.z, found.z, note="; a lower bound")
 
     def lr_ratio(self) -> Reading:

@@ -225,6 +225,9 @@ def _action(name: RunName, good: Place | None, limit: float | None, newest: Repo
         return "lower the lr", f"it was too hot for too long: for the next run, lower the peak of the learning rate{most}"
     if name == "early":
         return "watch", f"go on, and measure again after step {calibration().early_steps}"
+    if name == "unresolved" and alone(newest):
+        past = newest.steepest is not None and newest.steepest.reading == "past"
+        return "watch", "watch the loss" + (", and lower the learning rate if it rises" if past else "")
     if name == "unresolved":
         return "watch", "watch the loss: curvature is not resolved, and the findings say what would resolve it"
     rho = newest.judged.rho

@@ -119,4 +119,5 @@ def _unresolved(found: ModelSteepest) -> str:
         "flat": "no positive curvature was found in that norm",
         "no-gradient": "the gradient is 0 on this shard",
         "non-finite": "a product with the Hessian is not finite",
-    }.get(found.status, "no learning rate is known" if found.lr is None else found.status)
+        "skipped": "it was not measured",
+    }.get(found.status, "no learning rate is known" if found.lr is None else "its update is not known in full")

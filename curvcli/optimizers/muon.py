@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from torch import Tensor
@@ -162,6 +162,23 @@ def _normalised(group: Group, state: State) -> bool:
     # What keeps a momentum alone and has options of SGD's or Lion's is no part of Muon.
     other = any(group.options.get(key) is not None for key in ("dampening", "betas"))
     return "exp_avg_sq" not in state and not other
+
+
+def beside(views: Sequence[OptimizerView]) -> OptimizerView:
+    """Muon's view and those of Adams that move the other parameters, as one. Raises UnsupportedError for others."""
+    names = [view.name or "one of unknown name" for view in views]
+    if not set(names) & Muon.names or set(names) - Muon.names - Adam.names:
+        raise UnsupportedError(
+            f"there are {len(views)} optimizers ({', '.join(names)})",
+            hint="pass one, or Muon and the AdamW of the other parameters",
+        )
+    return OptimizerView(
+        tuple(group for view in views for group in view.groups),
+        {name: entry for view in views for name, entry in view.state.items()},
+        next(name for name in names if name in Muon.names),
+        vouched=all(view.vouched for view in views),
+        findings=tuple(finding for view in views for finding in view.findings),
+    )
 
 
 def orthogonalises(group: Group) -> bool:

@@ -19,6 +19,7 @@ from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State
 from curvcli.optimizers.bitsandbytes import unseen
 from curvcli.optimizers.given import lead as lead_of
+from curvcli.optimizers.muon import beside
 from curvcli.optimizers.options import scrutinise
 
 Kind = Literal["checkpoint", "estimated", "none"]
@@ -297,11 +298,26 @@ def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
     return OptimizerView((Group(tuple(names), options),), state, "AdamW")
 
 
-def live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> OptimizerView:
-    """View of an optimizer in memory, by the identity of its parameters.
+def live(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], parameters: Mapping[str, Tensor]
+) -> OptimizerView:
+    """View of an optimizer in memory, by the identity of its parameters; of Muon and Adam beside each other, as one.
 
     torch's own classes are what they say, and read no options of a group but their own.
+
+    Raises:
+        UnsupportedError: there are several optimizers, and not Muon and Adam.
+        UsageError: there is none.
     """
+    if not isinstance(optimizer, Sequence):
+        return _live(optimizer, parameters)
+    views = [_live(each, parameters) for each in optimizer]
+    if not views:
+        raise UsageError("an empty list of optimizers was given", hint="pass the optimizer, or None")
+    return views[0] if len(views) == 1 else beside(views)
+
+
+def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> OptimizerView:
     names = {id(p): n for n, p in parameters.items()}
     mode = getattr(optimizer, "adam_w_mode", None)  # apex' and DeepSpeed's fused Adam, which say it nowhere else
     extra = {} if mode is None else {"adam_w_mode": bool(mode)}

@@ -98,6 +98,9 @@ def _run(track: Track) -> list[Text]:
 def _columns(found: list[Row]) -> list[Column[Measurement]]:
     """Numbers first, then words."""
     columns = present(shown(POINTS, "table"), [row.measured for row in found])
+    reports = [row.report for row in found if row.report is not None]
+    if reports and all(alone(report) for report in reports):
+        columns = [column for column in columns if column.key not in ("rho", "lambda")]
     return sorted(columns, key=lambda column: column.kind == "word")
 
 
@@ -112,7 +115,7 @@ def _table(found: list[Row], console: Console) -> Table:
         table.add_column(column.label, justify="left" if column.kind == "word" else "right", no_wrap=True)
     used = sum(1 + max(len(title), *(len(row[title]) for row in cells)) for title in titles)
     width = min(40, console.width - used - 1)
-    values = [row.rho for row in found if row.rho is not None]
+    values = [value for row in found if (value := _size(row)) is not None]
     bars = width >= 8 and bool(values)
     if bars:
         table.add_column("", no_wrap=True)
@@ -124,12 +127,18 @@ def _table(found: list[Row], console: Console) -> Table:
 
 
 def _bar(row: Row, limit: float, width: int, console: Console) -> Text:
-    if row.rho is None:
+    value = _size(row)
+    if value is None:
         return Text("")
-    if not row.certified:
+    if not row.certified and row.rho is not None:
         return Text("?", style="yellow")
-    drawn = bar(row.rho, limit, width, 1.0, console)
-    return drawn[:-1] + Text(">", style="bold red") if row.rho > limit else drawn
+    drawn = bar(value, limit, width, 1.0, console)
+    return drawn[:-1] + Text(">", style="bold red") if value > limit else drawn
+
+
+def _size(row: Row) -> float | None:
+    """rho, or Z where no parameter has a rho."""
+    return row.z if row.report is not None and alone(row.report) else row.rho
 
 
 def _cell(column: Column[Measurement], row: Row) -> str:
