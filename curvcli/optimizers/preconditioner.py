@@ -330,7 +330,7 @@ def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) ->
     )
     state = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names and entry}
     kind = type(optimizer)
-    return OptimizerView(groups, state, kind.__name__, vouched=kind.__module__.startswith("torch.optim."))
+    return OptimizerView(groups, state, kind.__name__, vouched=f"{kind.__module__}.".startswith("torch.optim."))
 
 
 def _said(view: OptimizerView, frozen: set[str], ascends: bool) -> list[Finding]:
