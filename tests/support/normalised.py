@@ -66,7 +66,7 @@ class MuonWithAuxAdam(torch.optim.Optimizer):
         p.sub_(state["exp_avg"] / (1 - first ** state["step"]) / root, alpha=group["lr"])
 
 
-def split(model: torch.nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def split(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """The matrices inside a model's layers, and the other parameters."""
     named = list(model.named_parameters())
     inside = [p for n, p in named if "layers." in n and p.dim() == 2]
