@@ -27,9 +27,12 @@ class Lion(Rule):
         return "Lion"
 
     def matches(self, view: OptimizerView) -> bool:
-        """Whether one average of gradients is all the state there is, and every group has its betas."""
+        """Whether one average of gradients is all the state there is, and every group has its betas and no eps.
+
+        What has one divides by a second moment, and Adam's state that lost it is not Lion's.
+        """
         only = "exp_avg" in view.keys and view.keys <= self.state | self.extra
-        return only and all("betas" in group.options for group in view.groups)
+        return only and all("betas" in g.options and {"eps", "amsgrad"}.isdisjoint(g.options) for g in view.groups)
 
     def ball(self, group: Group, state: State, weight: Tensor) -> MaxNorm:
         """The max-norm's, of radius 1. Raises UnsupportedError where entries are scaled by their sign."""

@@ -256,8 +256,9 @@ def test_pictures_and_tables_show_what_there_is(lion: SimpleNamespace, hybrid: S
         for step in (10, 20)
     ]  # fmt: skip
     track = Track(
-        run="r", points=points, surge_limit=2.0, window=5, findings=[], hvps=1, seconds=1.0, versions=lion.report.versions
-    )
+        run="r", points=points, log=[], surge_limit=2.0, window=5, findings=[], hvps=1, seconds=1.0,
+        versions=lion.report.versions,
+    )  # fmt: skip
     data = track_series(track)
     assert data["z"] == ([10, 20], [lion.report.steepest.z] * 2)
     assert steps(track).save("svg")

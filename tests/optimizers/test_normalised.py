@@ -79,7 +79,8 @@ def test_moonlight_keeps_all_in_one_group() -> None:
 
 def test_groups_learning_rates_are_in_the_radii_and_a_frozen_group_is_left_out() -> None:
     a, b, c = (nn.Parameter(torch.zeros(4)) for _ in range(3))
-    optimizer = Lion([{"params": [a]}, {"params": [b], "lr": 0.3}, {"params": [c], "lr": 0.0}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": [a]}, {"params": [b], "lr": 0.3}, {"params": [c], "lr": 0.0}]
+    optimizer = Lion(groups, lr=0.1)
     for p in (a, b, c):
         p.grad = torch.ones(4)
     optimizer.step()
