@@ -8,7 +8,7 @@ from curvcli.documents import Finding, ModelSteepest, Report, Severity, Steepest
 from curvcli.judge.limits import certified, classify
 
 # Full-batch Muon and Lion on convex quadratics settle at medians from 0.60 (momentum 0.9, exact polar factors) to 1.34
-# (torch.optim.Muon, whose polar factors are shorter than 1): docs/explanation/method.md#normalised.
+# (torch.optim.Muon, whose polar factors are shorter than 1): docs/explanation/method.md#normalised-optimizers.
 EDGE_FROM, EDGE_TO = 0.6, 1.4
 
 
