@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import io
+from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
 from normalised import Lion, split
+from rich.console import Console
 
 import curvcli
-from curvcli.documents import Record
+from curvcli.documents import Follower, Record
+from curvcli.render.watch import curve, screen
 from curvcli.training import CurvatureTracker
 
 
@@ -93,3 +97,20 @@ def test_an_option_that_is_not_known_takes_z_away() -> None:
     assert record is not None
     assert record.sharpness is not None
     assert record.z is None
+
+
+def test_watch_shows_z_where_there_is_no_rho(tmp_path: Path) -> None:
+    net, batches = models.Net(seed=2, blocks=2, width=4), models.data()
+    (optimizer,) = made("Lion", net)
+    tracker = CurvatureTracker(
+        net, optimizer, models.loss, probe=batches, weights=models.weights(batches), log=tmp_path / "a.jsonl"
+    )
+    records = job(net, [optimizer], tracker, batches)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(screen(Follower(tmp_path / "a.jsonl").poll(), console, tail=3))
+    text = console.export_text()
+    assert f"Z {records[-1].z:.3g}"[:5] in text
+    assert "Z over steps, edge 1" in text
+    assert "lambda" not in text
+    (drawn,) = curve(tuple(records)).runs
+    assert [y for _, y in drawn] == [record.z for record in records]
