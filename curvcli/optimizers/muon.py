@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.optimizers.adam import Adam
-from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State, scalar
+from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Options, Rule, State, scalar
 
 _VARIANTS = frozenset({"NorMuon", "SingleDeviceNorMuon", "NorMuonWithAuxAdam", "SingleDeviceNorMuonWithAuxAdam", "MuonH"})
 _FLAGS = ("algorithm", "kind", "optimizer", "optim")  # options whose value may be "muon"
@@ -40,7 +41,7 @@ class Muon(Rule):
 
     names = _VARIANTS | {
         "Muon", "SingleDeviceMuon", "MuonWithAuxAdam", "SingleDeviceMuonWithAuxAdam", "DistMuon", "DistributedMuon",
-        "MuonAdamW",
+        "MuonAdamW", "DistMuonAdamW",
     }  # fmt: skip
     extra = frozenset({"momentum_buffer", "second_momentum_buffer", "use_muon"}) | Adam.state | Adam.extra
     counts = frozenset({"step", "use_muon"})
@@ -179,6 +180,27 @@ def beside(views: Sequence[OptimizerView]) -> OptimizerView:
         vouched=all(view.vouched for view in views),
         findings=tuple(finding for view in views for finding in view.findings),
     )
+
+
+def unstacked(groups: Sequence[tuple[Sequence[Any], Options]], state: Mapping[Any, State]) -> Mapping[Any, State]:
+    """State by parameter where nanochat's MuonAdamW keeps that of a group on top of each other, with its first parameter.
+
+    Args:
+        groups: what each group's parameters are called, in order, and its options.
+        state: by the same names.
+    """
+    found = dict(state)
+    for names, options in groups:
+        if "kind" not in options or not names or not orthogonalises(Group((), options)):
+            continue
+        entry = found.get(names[0], {})
+        stacks = {key: value for key, value in entry.items() if isinstance(value, Tensor) and value.dim() > 2}
+        alone = not any(name in found for name in names[1:])
+        if not alone or not stacks or any(len(stack) != len(names) for stack in stacks.values()):
+            continue
+        rest = {key: value for key, value in entry.items() if key not in stacks}
+        found |= {name: {**rest, **{key: stack[k] for key, stack in stacks.items()}} for k, name in enumerate(names)}
+    return found
 
 
 def orthogonalises(group: Group) -> bool:

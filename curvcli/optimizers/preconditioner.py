@@ -19,7 +19,7 @@ from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State
 from curvcli.optimizers.bitsandbytes import unseen
 from curvcli.optimizers.given import lead as lead_of
-from curvcli.optimizers.muon import beside
+from curvcli.optimizers.muon import beside, unstacked
 from curvcli.optimizers.options import scrutinise
 
 Kind = Literal["checkpoint", "estimated", "none"]
@@ -329,6 +329,7 @@ def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) ->
         for group in optimizer.param_groups
     )
     state = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names and entry}
+    state = dict(unstacked([(group.names, group.options) for group in groups], state))
     kind = type(optimizer)
     return OptimizerView(groups, state, kind.__name__, vouched=f"{kind.__module__}.".startswith("torch.optim."))
 

@@ -131,6 +131,11 @@ def test_a_product_that_overflows_is_a_status(after: int) -> None:
     assert (found.value, found.direction, found.status) == (None, None, "non-finite")
 
 
+def test_a_start_that_is_no_number_is_a_status() -> None:
+    start = {"momentum": [torch.full((3, 2), float("nan"), dtype=torch.float64)]}
+    assert FrankWolfe().sharpest(lambda d: [t + 1 for t in d], [Spectral()], start).status == "non-finite"
+
+
 def test_large_matrices_stay_in_the_ball(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balls, "DENSE", 8)
     for shape in ((20, 30), (30, 20), (2, 20, 30)):

@@ -204,3 +204,49 @@ def test_variants_of_muon_are_marked_and_a_momentum_of_sgds_is_no_part_of_it() -
     with pytest.raises(InputError, match="v has no 'exp_avg'"):
         prepare(both, {"w": torch.zeros(3, 2), "v": torch.zeros(2)})
     assert Muon().needed(sgd, {}) == Adam.state
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """State as nanochat's MuonAdamW lays it out: of all matrices of a group on top of each other, with the first."""
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter]) -> None:
+        muon = {
+            "params": matrices,
+            "kind": "muon",
+            "lr": 0.02,
+            "momentum": 0.95,
+            "ns_steps": 5,
+            "beta2": 0.9,
+            "weight_decay": 0.0,
+        }
+        adam = {"params": others, "kind": "adamw", "lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+        super().__init__([adam, muon], {})
+        for place, p in enumerate(others):
+            self.state[p] = {"step": 3, "exp_avg": drawn(*p.shape, seed=place), "exp_avg_sq": drawn(*p.shape).square() + 1}
+        count, (rows, columns) = len(matrices), matrices[0].shape
+        self.state[matrices[0]] = {
+            "momentum_buffer": drawn(count, rows, columns, seed=9), "second_momentum_buffer": torch.ones(count, rows, 1)
+        }  # fmt: skip
+
+    def step(self, closure: Any = None) -> Any:
+        raise NotImplementedError
+
+
+def test_state_on_top_of_each_other_is_taken_apart() -> None:
+    net = models.Net(seed=2, blocks=2, width=4)
+    matrices, others = split(net)
+    parameters = dict(net.named_parameters())
+    optimizer = MuonAdamW(matrices, others)
+    found = prepare(live(optimizer, parameters), parameters)
+    assert (len(found.balls), found.doubts, found.moving) == (len(matrices), (), set(parameters))
+    assert [f.code for f in found.findings] == ["muon-scale", "muon-variant"]
+    assert found.direction is not None
+    buffer = optimizer.state[matrices[0]]["momentum_buffer"]
+    for place, matrix in enumerate(matrices):
+        name = next(n for n, p in parameters.items() if p is matrix)
+        u, _, vh = torch.linalg.svd(buffer[place])
+        assert found.lr is not None
+        torch.testing.assert_close(found.direction[name], u @ vh * 0.02 / found.lr)
+    optimizer.state[matrices[0]]["momentum_buffer"] = buffer[:-1]
+    with pytest.raises(InputError, match="shape"):
+        prepare(live(optimizer, parameters), parameters)
