@@ -14,8 +14,11 @@ from rich.console import Console
 from torch import Tensor
 
 import curvcli
+from curvcli.analysis.measured import InNorm
 from curvcli.analysis.steepest import Steep
-from curvcli.documents import Report, Rule, Track, TrackPoint
+from curvcli.curvature.balls import MaxNorm
+from curvcli.curvature.steepest import FrankWolfe
+from curvcli.documents import Report, Rule, Steepest, Track, TrackPoint
 from curvcli.errors import CurvError, OutOfTime
 from curvcli.judge.compare import compare
 from curvcli.judge.gate import judge as judge_rules
@@ -270,3 +273,23 @@ def test_pictures_and_tables_show_what_there_is(lion: SimpleNamespace, hybrid: S
     console = Console(width=80, record=True, file=io.StringIO())
     show(lion.report, console)
     assert "lambda" not in console.export_text()
+
+
+def test_what_a_part_reaches_the_whole_does_too(lion: SimpleNamespace) -> None:
+    """A direction of a part, with 0 elsewhere, is one of the whole's ball: a whole that came out lower had not settled."""
+    found = lion.report.steepest.model_copy(update={"sharpness": 1.0, "z": 0.1, "status": "settled"})
+    low, high = (Steepest(sharpness=s, dual_norm=1.0, z=0.1, hvps=1, status="settled") for s in (1.0, 1.5))
+    steep = Steep.__new__(Steep)
+    steep.names, steep.outer, steep.inner, steep.solver = ["a", "b", "c"], ["a"], [["b"], ["c"]], FrankWolfe()
+    steep.balls, steep.gradients = dict.fromkeys("abc", MaxNorm()), dict.fromkeys("abc", torch.ones(2))
+    steep.preconditioner = SimpleNamespace(ball_lr=0.1)  # type: ignore[assignment]
+    steep.found = InNorm(found, ends=None, layers=[low, high], restricted={0: None, 1: low})
+    steep.settle()
+    assert steep.found.full.sharpness == 1.5
+    assert steep.found.full.z == pytest.approx(0.1 * 1.5 / (2 * 6))
+    assert (steep.found.full.status, steep.found.full.reading) == ("unsettled", "unresolved")
+    assert steep.found.restricted[1] == low  # which has not the sharp layer
+    steep.found = InNorm(found, layers=[high, low], restricted={1: low})
+    steep.settle()
+    assert steep.found.restricted[1] is not None
+    assert steep.found.restricted[1].z == pytest.approx(0.1 * 1.5 / (2 * 4))

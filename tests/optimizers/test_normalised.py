@@ -196,6 +196,12 @@ def test_refused_with_the_reason(options: dict, state: dict, name: str | None, e
         prepare(view, {"w": torch.zeros(3, 2)})
 
 
+def test_a_vector_is_no_matrix() -> None:
+    view = OptimizerView((Group(("w",), {**MUON, "use_muon": True}),), {"w": {"momentum_buffer": torch.ones(3)}})
+    with pytest.raises(InputError, match=r"moves a parameter of shape \(3,\), which is no matrix"):
+        prepare(view, {"w": torch.zeros(3)})
+
+
 def test_variants_of_muon_are_marked_and_a_momentum_of_sgds_is_no_part_of_it() -> None:
     view = OptimizerView((Group(("w",), MUON),), {"w": {**ONE, "second_momentum_buffer": torch.ones(3, 1)}}, "NorMuon")
     assert [f.code for f in prepare(view, {"w": torch.zeros(3, 2)}).findings] == ["muon-scale", "muon-variant"]

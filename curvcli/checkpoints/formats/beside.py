@@ -67,8 +67,7 @@ def merged(documents: Mapping[str, Any], path: Path) -> Any:
         raise several(documents, path)
     if all(each is not None for each in named):
         parts = [check_document(each, path) for each in named]
-        if len(entries := {n: e for _, state in parts for n, e in state.items()}) < sum(len(state) for _, state in parts):
-            raise several(documents, path)
+        entries = {name: entry for _, state in parts for name, entry in state.items()}
         return {"param_groups": [group for groups, _ in parts for group in groups], "state": entries}
     # Each counts its parameters from 0.
     places = [{index: (k, index) for group in groups for index in group["params"]} for k, (groups, _) in enumerate(parts)]
