@@ -233,6 +233,13 @@ def test_a_resumed_run_freezes_by_z_and_a_fresh_one_is_not_planned_from_it(lion:
     plan = curvcli.schedule(resume=report, lr=LR, margin=2 * max(v for v in z.values() if v), total_steps=100)
     assert {"planned-by-z", "nothing-to-freeze"} <= {f.code for f in plan.findings}
     assert plan.phases[0].predicted_rho == pytest.approx(z[2])
+    first = report.cumulative.restricted[1]
+    assert first.steepest is not None
+    skipped = first.model_copy(update={"steepest": first.steepest.model_copy(update={"z": None, "status": "skipped"})})
+    curve = [report.cumulative.restricted[0], skipped, report.cumulative.restricted[2]]
+    lacking = report.model_copy(update={"cumulative": report.cumulative.model_copy(update={"restricted": curve})})
+    with pytest.raises(CurvError, match="no converged restricted rho at depth 1"):
+        curvcli.schedule(resume=lacking, lr=LR, margin=2.0, total_steps=100)
     with pytest.raises(CurvError, match="Lion, which has no rho, and Z is not measured of a network cut short"):
         curvcli.schedule(report=report, lr=LR)
 

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 import curvcli
 from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.formats.beside import merged
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.optimizers.preconditioner import live, prepare
@@ -137,6 +138,8 @@ def test_a_parameter_in_two_optimizers_and_state_in_no_group_are_errors(tmp_path
     rest["param_groups"][0]["param_names"][0] = first
     stray = muon.state_dict()
     stray["state"][999] = stray["state"][0]
+    joined = merged({"adam": adam.state_dict(), "muon": stray}, tmp_path)
+    assert len(joined["state"]) == len(adam.state) + len(stray["state"])
     for states in ([rest, twice], [adam.state_dict(), stray]):
         torch.save({"model": model.state_dict(), "optimizers": states}, tmp_path / "a.pt")
         checkpoint = open_checkpoint(tmp_path / "a.pt", NET)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def job(
     records = []
     for step in range(1, 5):
         for optimizer in optimizers:
-            models.train(net, optimizer, batches, steps=3)
+            models.train(net, optimizer, batches, steps=10)
         records.append(tracker.step(step) if tracker else None)
     return records
 
@@ -114,3 +115,18 @@ def test_watch_shows_z_where_there_is_no_rho(tmp_path: Path) -> None:
     assert "lambda" not in text
     (drawn,) = curve(tuple(records)).runs
     assert [y for _, y in drawn] == [record.z for record in records]
+
+
+def test_blocks_to_come_fail_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a normalised optimizer no gradient tells what a locked block's state will be: nothing is foreseen."""
+    net, batches = models.Net(seed=2, blocks=2, width=4), models.data()
+    (optimizer,) = made("Lion", net)
+    models.train(net, optimizer, batches, steps=3)
+    tracker = CurvatureTracker(net, optimizer, models.loss, probe=batches, weights=models.weights(batches))
+    known = tracker._known(1)
+    coming = frozenset(n for n, _ in net.named_parameters() if n.startswith("layers.1."))
+    monkeypatch.setattr(tracker, "_known", lambda step: replace(known, coming=coming))
+    record = tracker.step(1)
+    assert record is not None
+    assert record.status != "failed", record.message
+    assert tracker.rho_with(coming) is None
