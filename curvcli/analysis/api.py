@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
 from curvcli import documents
 from curvcli.analysis.document import Provenance, write
+from curvcli.analysis.measured import Measured
 from curvcli.analysis.plan import GIB, fitted, limit_of
-from curvcli.analysis.solve import Measured, Measurement
+from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.lanczos import Lanczos
@@ -28,6 +29,7 @@ from curvcli.optimizers.given import scaled
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, prepare
 
 T = TypeVar("T")
+Live: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def analyze(
     model: nn.Module,
     loss: Loss,
     batches: Sequence[Any],
-    optimizer: torch.optim.Optimizer | OptimizerView | Estimated | None = None,
+    optimizer: Live | OptimizerView | Estimated | None = None,
     *,
     weights: Sequence[float] | None = None,
     layers: nn.ModuleList | nn.Sequential | None = None,
@@ -123,7 +125,7 @@ def prepared(
     model: nn.Module,
     loss: Loss,
     batches: Sequence[Any],
-    optimizer: torch.optim.Optimizer | OptimizerView | Estimated | None,
+    optimizer: Live | OptimizerView | Estimated | None,
     finish: Callable[[Measurement, dict[str, str]], T],
     *,
     solver: Lanczos,
@@ -148,7 +150,9 @@ def prepared(
     """
     limit = limit_of(memory)
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
-    if isinstance(optimizer, torch.optim.Optimizer):  # it knows the parameters by identity: before copies take their place
+    if isinstance(
+        optimizer, (torch.optim.Optimizer, Sequence)
+    ):  # it knows the parameters by identity: before copies take their place
         optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
     say = progress or (lambda stage, done: None)
     with measurable(module) as lifted:

@@ -24,7 +24,7 @@ def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tupl
 
     Args:
         hvp: that counts.
-        gradients: of the mean loss, for `work.names`.
+        gradients: of the mean loss, for `work.moving`.
 
     Raises:
         OutOfTime: the deadline has passed; a product is not begun.
@@ -43,7 +43,7 @@ def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tupl
             attention_logit=seen[i].logit if seen else None,
             attention_entropy=seen[i].entropy if seen else None,
             spectral_norm=largest_spectral_norm(module),
-            update_rms=update_rms(work.preconditioner, work.layer_names[i]),
+            update_rms=update_rms(work.preconditioner, work.layer_moving[i]),
         )
         for i, module in enumerate(modules)
     ]
@@ -52,7 +52,7 @@ def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tupl
         gradient_norm=norm(gradients),
         gradient_quotient=raw,
         preconditioned_quotient=weighted,
-        update_rms=update_rms(work.preconditioner, work.names),
+        update_rms=update_rms(work.preconditioner, work.moving),
     )
     return whole, layers
 
@@ -60,12 +60,16 @@ def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tupl
 def quotients(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[float | None, float | None]:
     """Curvature along the gradient, as it is and as the optimizer sees it: g'Hg / g'g, and w'Gw / w'w for w = P^(-1/2) g.
 
-    None where the gradient is 0, or a value is not finite. No Rayleigh quotient of G lies above lambda.
+    None where the gradient is 0, or a value is not finite. The second is of the parameters that are preconditioned, None
+    without one. No Rayleigh quotient of G lies above lambda.
     """
     names, root = work.names, work.preconditioner.root
     work.in_time()
-    raw = gradient_quotient(hvp, names, gradients)
+    raw = gradient_quotient(hvp, work.moving, gradients)
+    if not names:
+        return raw, None
     work.in_time()
+    gradients = [g for n, g in zip(work.moving, gradients, strict=True) if n in root]
     # P^(-1) g, and 0 where nothing moves.
     steps = [root[n].apply(root[n].apply(g)) for n, g in zip(names, gradients, strict=True)]
     decays = [work.preconditioner.decay.get(n, 0.0) for n in names]

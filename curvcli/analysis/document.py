@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from curvcli import documents
-from curvcli.analysis.solve import Measured, Measurement
-from curvcli.analysis.solved import Solved
+from curvcli.analysis.measured import Measured, Solved
+from curvcli.analysis.solve import Measurement
+from curvcli.analysis.steepest import Norms
 from curvcli.curvature import resources
 from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
@@ -58,8 +59,12 @@ class _Writer:
         self.preconditioner, self.problem, self.names = work.preconditioner, work.problem, work.names
         self.whole = True
 
-    def entry(self, solved: Solved) -> dict[str, Any]:
+    def entry(self, solved: Solved, steepest: documents.Steepest | None = None) -> dict[str, Any]:
         """The fields of an Estimate; values that mean nothing stay null."""
+        return {**self.values(solved), "steepest": steepest}
+
+    def values(self, solved: Solved) -> dict[str, Any]:
+        """Those of the eigensolver."""
         extremes = solved.extremes
         empty = dict.fromkeys(documents.Estimate.model_fields)
         if extremes is None:
@@ -85,29 +90,36 @@ class _Writer:
         self.whole = provenance.data is None
         layers, update = found.layers, found.update
         parameters = self.problem.parameters
-        numel = {n: parameters[n].numel() for n in self.names}
+        numel = {n: parameters[n].numel() for n in work.moving}
         checkpoint = (provenance.checkpoint or _in_memory)(sum(numel.values()), len(layers))
         loss = -found.loss if self.preconditioner.ascends else found.loss
         data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
         optimizer = _optimizer(self.preconditioner, provenance.lr_source)
-        estimate = documents.Estimate(**self.entry(found.full))
+        norm = Norms(found.norm, work.preconditioner, optimizer, sizes=numel, step=checkpoint.step)
+        partial = bool(work.preconditioner.balls)
+        estimate = documents.Estimate(**self.entry(found.full, norm.full))
         prefix = work.blocks.prefix if work.blocks else ""
         ends = None
         if found.ends is not None:
-            size = sum(numel[n] for n in found.ends.names)
-            ends = documents.PartEstimate(**self.entry(found.ends), name=documents.ENDS, parameters=size)
+            size = sum(numel[n] for n in work.outer_moving)
+            ends = documents.PartEstimate(
+                **self.entry(found.ends, norm.ends(work.outer_moving)), name=documents.ENDS, parameters=size
+            )
         layer_entries = [
             documents.LayerEstimate(
-                **self.entry(s),
+                **self.entry(s, norm.layer(i, work.layer_moving[i])),
                 index=i,
                 name=f"{prefix}.{i}",
-                parameters=sum(numel[n] for n in s.names),
+                parameters=sum(numel[n] for n in work.layer_moving[i]),
                 companions=found.beside[i] if found.beside else None,
             )
             for i, s in enumerate(layers)
         ]
         curves = documents.Cumulative(
-            restricted=[documents.DepthEstimate(**self.entry(s), depth=k) for k, s in found.restricted.items()],
+            restricted=[
+                documents.DepthEstimate(**self.entry(s, norm.depth(k, len(layers))), depth=k)
+                for k, s in found.restricted.items()
+            ],
             truncated=[documents.DepthEstimate(**self.entry(s), depth=k) for k, s in enumerate(found.truncated)],
         )
         body = None
@@ -121,6 +133,7 @@ class _Writer:
             step=checkpoint.step,
             parameters=checkpoint.parameters,
             doubts=bool(self.preconditioner.doubts),
+            partial=partial,
         )
         attribution, participation = self.attribution(found.full)
         course = loss_course(provenance.log, shard_loss=loss, unigram=data.unigram_loss, step=checkpoint.step)
@@ -139,7 +152,10 @@ class _Writer:
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=doubted(judge(body or estimate, generalisation, early=told.early, odds=told.odds), course),
+            verdict=doubted(
+                judge(body or estimate, generalisation, early=told.early, odds=told.odds, partial=partial), course
+            ),
+            steepest=norm.model,
             stable_lr=told.stable_lr,
             odds=told.odds,
             findings=[],

@@ -15,16 +15,16 @@ from curvcli.analysis.api import prepared
 from curvcli.analysis.carriers import Carriers, Predictions, Rest, carriers, rests
 from curvcli.analysis.checkpoint import Opened, Options, Ready, open_for_analysis
 from curvcli.analysis.document import Provenance, write
+from curvcli.analysis.measured import Measured, Solved
 from curvcli.analysis.options import options_of
-from curvcli.analysis.solve import Measured, Measurement
-from curvcli.analysis.solved import Solved
+from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress, products
 from curvcli.curvature import resources
 from curvcli.curvature.hvp import build
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.data.examples import IGNORED
 from curvcli.data.words import Words, words_of
-from curvcli.errors import memory_named
+from curvcli.errors import UnsupportedError, memory_named
 from curvcli.models.blocks import display
 from curvcli.models.roles import Roles
 from curvcli.models.rows import lookups, row_kinds
@@ -80,6 +80,11 @@ class _Explainer:
         self.words: Words = words_of(opened.checkpoint)
         self.negated = work.preconditioner.ascends
         self.hvps = 0.0
+        if not work.names:
+            raise UnsupportedError(
+                f"{work.preconditioner.name} has no lambda, whose eigenvector this explains: its step is steepest in a norm",
+                hint="curv analyze measures sharpness in that norm; --optimizer none explains the loss's own curvature",
+            )
         work.stages.total = products(0)
 
     def explanation(self) -> documents.Explanation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import inf, isfinite
 from typing import Literal
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from curvcli.analysis.companions import companions
-from curvcli.analysis.solved import Solved
+from curvcli.analysis.measured import Measured, Solved
 from curvcli.analysis.stages import Progress, Stages, products
+from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.folds import Folds
@@ -23,7 +24,6 @@ from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
-from curvcli.documents import Companions, LayerCompanions, Update
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, lookups
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -34,29 +34,6 @@ RARE = 10  # a row that the shard looks up fewer times than this, or never, is m
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
 WARM = 4  # products that a depth may take from the vector of the depth above it
 NEAR_START = 1.1  # loss of the network cut to half its depth over the whole's, up to which the cut one means something
-
-
-@dataclass
-class Measured:
-    """What was found so far.
-
-    `body` is the full model without the embedding rows that the shard hardly looks up, where they carry the top direction;
-    `rare` counts them by name. `folds` are of the body where there is one, else of the full model; None where the shard is
-    one batch. `ends` are the parameters outside the layers, as one part; None where there are no layers.
-    """
-
-    loss: float
-    full: Solved
-    folds: Folds | None = None
-    body: Solved | None = None
-    rare: dict[str, int] = field(default_factory=dict)
-    update: Update = field(default_factory=lambda: Update(critical_lr=None, ratio=None, status="skipped"))
-    ends: Solved | None = None
-    companions: Companions | None = None
-    beside: list[LayerCompanions] = field(default_factory=list)
-    layers: list[Solved] = field(default_factory=list)
-    restricted: dict[int, Solved] = field(default_factory=dict)
-    truncated: list[Solved] = field(default_factory=list)
 
 
 class Measurement:
@@ -82,12 +59,17 @@ class Measurement:
         self.peak = 0  # bytes, of the process that held most
         self.notes: dict[str, str] = {}
         layers = len(blocks.modules) if blocks else 0
-        self.stages = Stages(progress, products(layers, depths=depths))
-        self.names = [n for n in problem.parameters if n in preconditioner.root]
+        norm = bool(preconditioner.balls)
+        self.stages = Stages(progress, products(layers, depths=depths, norm=norm))
+        # What moves, and of it what lambda and rho are of: the rest has a norm instead of a P.
+        self.moving = [n for n in problem.parameters if n in preconditioner.moving]
+        self.names = [n for n in self.moving if n in preconditioner.root]
         of_block = [{id(p) for p in block.parameters()} for block in (blocks.modules if blocks else ())]
-        self.layer_names = [[n for n in self.names if id(problem.parameters[n]) in ids] for ids in of_block]
-        inside = {n for names in self.layer_names for n in names}
-        self.outer = [n for n in self.names if n not in inside]
+        self.layer_moving = [[n for n in self.moving if id(problem.parameters[n]) in ids] for ids in of_block]
+        self.layer_names = [[n for n in names if n in preconditioner.root] for names in self.layer_moving]
+        inside = {n for names in self.layer_moving for n in names}
+        self.outer_moving = [n for n in self.moving if n not in inside]
+        self.outer = [n for n in self.outer_moving if n in preconditioner.root]
         device = next(iter(problem.parameters.values())).device
         resources.reset_peak(device)
         self.stages.enter("choosing how to multiply")
@@ -102,7 +84,7 @@ class Measurement:
         # Mean losses of the first batch, of the network cut to half its depth and of the whole; None where neither is asked.
         self.losses: tuple[float, float] | None = None
         self.cuts = self._cuts(truncated)
-        self.stages.total = products(layers, depths=depths, truncated=self.cuts)
+        self.stages.total = products(layers, depths=depths, truncated=self.cuts, norm=norm)
 
     def _free(self, device: torch.device) -> float:
         """Memory that each process can plan with: that of the one that has least."""
@@ -110,7 +92,7 @@ class Measurement:
 
     def _cuts(self, truncated: bool | None) -> bool:
         """Whether networks cut short are measured: where that is asked for, or near initialisation."""
-        if not (self.depths and self.layer_names and self.blocks and self.blocks.truncation):
+        if not (self.names and self.depths and self.layer_names and self.blocks and self.blocks.truncation):
             return False
         if truncated is not None:
             return truncated
@@ -179,7 +161,7 @@ class Measurement:
         """
         self.in_time()
         self.stages.enter("gradient")
-        gradients = gradient(self.problem, self.names)
+        gradients = gradient(self.problem, self.moving)
         loss, looked_up = lookups(self.problem)
         if not isfinite(loss):
             raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")
@@ -187,23 +169,28 @@ class Measurement:
         hvp = build(self.problem, self.choice.mode)
         found = self.full(hvp, loss, looked_up)
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
+        steep: Steep | None = None
         try:
             self.in_time()
             self.stages.enter("next update")
             counted = _Counting(hvp, self, 1.0)
-            found.update = next_update(self.problem, self.preconditioner, counted, self.names, gradients)
+            found.update = next_update(self.problem, self.preconditioner, counted, self.moving, gradients)
+            steep = Steep.of(self, counted, gradients)
+            found.norm = steep.found if steep else None
             on_full(self.completed(found))
             found.companions, found.beside = companions(self, counted, gradients)
             del gradients
-            self.parts(hvp, found)
+            self.parts(hvp, found, steep)
             if self.depths and self.layer_names:
-                self.curve(hvp, found)
+                self.curve(hvp, found, steep)
                 del hvp  # its graphs make room for those of the shortened networks
                 self.shortened(found)
         except OutOfTime:  # what was finished has been added one by one
             pass
         self.stages.enter("report")
         self.settle(found)
+        if steep:
+            steep.settle()
         self.peak = int(max(self.ranks.each(resources.peak_bytes(self.device))))
         return self.completed(found)
 
@@ -261,23 +248,27 @@ class Measurement:
             return {}
         return {"rank-overflow": f"a product is not finite in the batches of rank {', '.join(ranks)} of {len(bad)}"}
 
-    def parts(self, hvp: HVP, found: Measured) -> None:
+    def parts(self, hvp: HVP, found: Measured, steep: Steep | None) -> None:
         """Embedding, head and what else lies outside the blocks, alone; and each block alone, the rest held still."""
         if not self.layer_names:
             return
         self.stages.enter("embedding, head")
         # Depth 0 of the curve, too.
         found.ends = self.solve(hvp, self.outer, self.coarse).bare()
+        if steep:
+            steep.ends(self.outer_moving)
         for i, names in enumerate(self.layer_names):
             self.stages.enter(f"layer {i}")
             found.layers.append(self.solve(hvp, names, self.coarse).bare())
+            if steep:
+                steep.layer(self.layer_moving[i])
 
     @property
     def sharp(self) -> Lanczos:
         """The solver of restricted depths, whose ceilings bound the depths below them."""
         return replace(self.solver, margin=3 * self.solver.tolerance)
 
-    def curve(self, hvp: HVP, found: Measured) -> None:
+    def curve(self, hvp: HVP, found: Measured, steep: Steep | None) -> None:
         """Embedding, head and the first k blocks of the intact network, from the full model down.
 
         Eigenvalues can only fall with the depth (Cauchy interlacing), so what bounds a depth from above bounds those below
@@ -292,6 +283,8 @@ class Measurement:
             if solved is None:
                 solved = self.solve(hvp, self.upto(depth), self.sharp)
             found.restricted[depth] = solved.bare()
+            if steep:
+                steep.depth(depth)
             above = solved if solved.extremes and solved.extremes.vector is not None else above
 
     def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved | None:

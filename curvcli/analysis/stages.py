@@ -8,19 +8,20 @@ Progress = Callable[[str, float], None]
 
 # Products of the full model that a stage takes, by the first word of its name, as measured on the samples: a layer's own
 # products are cheaper ones. Others are one each.
-COST = {"full": 10.0, "embedding,": 6.0, "layer": 5.0, "restricted": 3.0, "truncated": 5.0}
+COST = {"full": 10.0, "embedding,": 6.0, "layer": 5.0, "restricted": 3.0, "truncated": 5.0, "sharpness": 24.0}
 ONCE = ("choosing how to multiply", "gradient", "full model", "next update", "report")
 
 
-def products(layers: int, *, depths: bool = True, truncated: bool = False) -> float:
+def products(layers: int, *, depths: bool = True, truncated: bool = False, norm: bool = False) -> float:
     """What an analysis takes, in products of the full model, by what it takes on the samples.
 
     Args:
         layers: how many the network has.
         depths: whether the curve of restricted depths is measured.
         truncated: whether that of the networks cut short is.
+        norm: whether sharpness in the optimizer's norm is.
     """
-    found = sum(_cost(stage) for stage in ONCE)
+    found = sum(_cost(stage) for stage in ONCE) + (_cost("sharpness") if norm else 0.0)
     if layers:
         found += _cost("embedding, head") + layers * _cost("layer")
         found += (layers - 1) * _cost("restricted") if depths else 0.0

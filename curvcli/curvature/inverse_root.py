@@ -151,16 +151,14 @@ class ModelRoot(Mapping[str, InverseRoot]):
     """P^(-1/2) of a whole model, one block for each parameter, on flat vectors: the parameters' tensors end to end.
 
     Args:
-        roots: by name, in the order of the flat vector.
+        roots: by name, in the order of the flat vector. None where no parameter is preconditioned.
         parameters: by name: whose shapes, precision and device vectors have. All of one precision, on one device.
     """
 
     def __init__(self, roots: Mapping[str, InverseRoot], parameters: Mapping[str, Tensor]) -> None:
-        if not roots:
-            raise ValueError("an operator needs at least one parameter")
         self._roots = dict(roots)
         self._shapes = {n: parameters[n].shape for n in roots}
-        first = parameters[next(iter(roots))]
+        first = parameters[next(iter(roots or parameters))]
         self.sizes = [shape.numel() for shape in self._shapes.values()]
         self.space = space_of(sum(self.sizes), first.dtype, first.device)
 
@@ -179,8 +177,14 @@ class ModelRoot(Mapping[str, InverseRoot]):
         return tuple(self._roots)
 
     def restrict(self, names: Sequence[str]) -> ModelRoot:
-        """Of some parameters alone, in the order given."""
+        """Of some parameters alone, in the order given. Raises ValueError where none are."""
+        if not names:
+            raise ValueError("an operator needs at least one parameter")
         return ModelRoot({n: self._roots[n] for n in names}, self._empty())
+
+    def none(self) -> ModelRoot:
+        """Of no parameter, in the same precision on the same device."""
+        return ModelRoot({}, {"": torch.empty((), dtype=self.space.dtype, device=self.space.device)})
 
     def joined(self, roots: Mapping[str, InverseRoot], parameters: Mapping[str, Tensor]) -> ModelRoot:
         """With more parameters, which take the place of those of the same name."""

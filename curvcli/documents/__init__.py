@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         load_schedule,
     )
     from curvcli.documents.schemas import SCHEMAS, json_schema, load
+    from curvcli.documents.steepest import ModelSteepest, Steepest, SteepestReading, SteepestStatus
     from curvcli.documents.track import ActionName, RunName, RunVerdict, Track, TrackPoint, TrainingStep, load_track
 
 __all__ = [
@@ -98,6 +99,7 @@ __all__ = [
     "LrKind",
     "LrSchedule",
     "Mass",
+    "ModelSteepest",
     "Optimizer",
     "Order",
     "Outcome",
@@ -121,6 +123,9 @@ __all__ = [
     "Side",
     "StableLr",
     "Status",
+    "Steepest",
+    "SteepestReading",
+    "SteepestStatus",
     "Subject",
     "TokenKind",
     "TokenShare",
@@ -204,6 +209,7 @@ _MODULES = {
         "ScheduleProvenance",
         "load_schedule",
     ),
+    "steepest": ("ModelSteepest", "Steepest", "SteepestReading", "SteepestStatus"),
     "track": ("ActionName", "RunName", "RunVerdict", "Track", "TrackPoint", "TrainingStep", "load_track"),
     "schemas": ("SCHEMAS", "json_schema", "load"),
 }

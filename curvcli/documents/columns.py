@@ -194,6 +194,16 @@ def _beside(name: str) -> Callable[[Part], Value]:
     return lambda part: getattr(getattr(part.estimate, "companions", None), name, None)
 
 
+def _steep(name: str) -> Callable[[Part], Value]:
+    """Of sharpness in the optimizer's norm, where the part has it."""
+    return lambda part: getattr(part.estimate.steepest, name, None)
+
+
+def _whole_steep(name: str) -> Callable[[Measurement], Value]:
+    """Of the whole model's sharpness in the optimizer's norm."""
+    return _of(lambda report: getattr(report.steepest, name, None))
+
+
 def _with(name: str) -> Callable[[Measurement], Value]:
     """Of the whole model's companions."""
     return _of(lambda report: getattr(report.companions, name, None))
@@ -214,6 +224,10 @@ PARTS: tuple[Column[Part], ...] = (
         "rho", "rho", lambda p: p.estimate.rho, digits=3, rank=40, leaves=None, solved=True,
         rule=GateRule("max-layer-rho", "parts", "Largest rho of any layer alone.", what="rho of layers"),
     ),
+    Column("sharpness_in_norm", "S", _steep("sharpness"), rank=44, absent=("table",), optional=True),
+    Column("z", "Z", _steep("z"), digits=3, rank=45, leaves=1, optional=True),
+    Column("dual_norm", "dual norm", _steep("dual_norm"), absent=_PEOPLE),
+    Column("norm_status", "norm's status", _steep("status"), kind="word", absent=_PEOPLE),
     Column("residual", "residual", lambda p: p.estimate.residual, digits=2, rank=50, absent=("table",)),
     Column(
         "most_negative", "most negative", lambda p: p.estimate.most_negative, digits=3, rank=60, absent=("table",),
@@ -267,6 +281,18 @@ POINTS: tuple[Column[Measurement], ...] = (
     ),
     Column("residual", "residual", _of(lambda r: r.judged.residual), digits=2, absent=_PEOPLE),
     Column("threshold", "threshold", _of(lambda r: r.optimizer.threshold), rank=65, absent=_ELSEWHERE),
+    Column(
+        "z", "Z", _whole_steep("z"), digits=3, rank=66, leaves=None, optional=True, absent=_TOLD,
+        rule=GateRule(
+            "max-z", "full model", "Largest Z of the parameters that Muon, Lion or the like moves; Z is a lower bound.",
+            what="Z",
+        ),
+    ),
+    Column("sharpness_in_norm", "S", _whole_steep("sharpness"), optional=True, absent=_ELSEWHERE),
+    Column("dual_norm", "dual norm", _whole_steep("dual_norm"), optional=True, absent=_ELSEWHERE),
+    Column("norm_spread", "spread of starts", _whole_steep("spread"), digits=2, optional=True, absent=_ELSEWHERE),
+    Column("norm_status", "norm's status", _whole_steep("status"), kind="word", absent=_PEOPLE),
+    Column("norm_reading", "reading", _whole_steep("reading"), kind="word", absent=_PEOPLE),
     Column(
         "update_ratio", "lr/critical", _of(lambda r: r.update.ratio), digits=3, rank=70, leaves=4,
         absent=_TOLD,

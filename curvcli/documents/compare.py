@@ -23,6 +23,7 @@ class Side(Document):
     update_ratio: float | None
     verdict: VerdictName
     tokens: int
+    z: float | None = Field(default=None, description="of the parameters whose step is steepest in a norm; null without one")
     stable_lr: float | None = Field(default=None, description="the largest stable learning rate; null where none is known")
 
 
@@ -38,6 +39,8 @@ class Change(Document):
     ratio: float | None = Field(description="second lambda over first; null where one is missing or not positive")
     low: float | None = Field(description="lower end of the ratio's bracket, from both residuals")
     high: float | None
+    first_z: float | None = Field(default=None, description="Z of the first; null where it has no norm")
+    second_z: float | None = None
     rho_ratio: float | None = Field(description="second rho over first: the learning rate counts too")
     message: str | None = Field(description="why there is no ratio")
 

@@ -15,7 +15,8 @@ RecordStatus = Literal["converged", "unconverged", "non-finite", "asymmetric", "
 class Record(Document):
     """Curvature of the training model after one optimizer step; a JSONL file has one a line.
 
-    Values are null where `status` says that none could be had. "failed" carries its reason in `message`.
+    Values are null where `status` says that none could be had. "failed" carries its reason in `message`. Where no parameter
+    has a lambda, as under Lion, `status` is that of sharpness in the optimizer's norm.
     """
 
     schema_: Literal["curv.curvature/1"] = Field(default="curv.curvature/1", alias="schema")
@@ -39,6 +40,11 @@ class Record(Document):
     gradient_quotient: float | None = Field(default=None, description="g'Hg / g'g on the probe, where it is asked for")
     attention_logit: float | None = Field(default=None, description="largest of any layer, where it is asked for")
     attention_entropy: float | None = Field(default=None, description="smallest mean of a layer, where it is asked for")
+    sharpness: float | None = Field(
+        default=None, description="S in the norm that the optimizer's step is steepest in (Muon, Lion), a lower bound"
+    )
+    dual_norm: float | None = Field(default=None, description="of the gradient on the probe, in that norm's dual")
+    z: float | None = Field(default=None, description="lr S / (2 dual norm); 1 is the edge of normalised descent")
     active_depth: int | None = Field(description="blocks that train, under architecture warm-up")
     hvps: Annotated[int, Field(ge=0)]
     seconds: float = Field(description="that the measurement took")

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from curvcli.documents.base import Document, Finding, Versions, read_document
 from curvcli.documents.shown import Shown
+from curvcli.documents.steepest import ModelSteepest, Steepest
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
 VerdictName = Literal["stable", "edge", "hot", "unstable", "early", "unresolved"]
@@ -39,6 +40,10 @@ class Estimate(Document):
     ceiling: float | None = Field(
         default=None,
         description="no eigenvalue lies above it, but for a chance of 1 in 1,000; null in documents of older versions",
+    )
+    steepest: Steepest | None = Field(
+        default=None,
+        description="sharpness in the optimizer's norm; null where no parameter has one, or it was not asked for",
     )
 
     @field_validator("most_negative_status")
@@ -319,6 +324,9 @@ class Report(Shown, Document):
     findings: list[Finding]
     course: LossCourse | None = Field(
         default=None, description="of the loss up to here; null without a log and a unigram loss, and in older documents"
+    )
+    steepest: ModelSteepest | None = Field(
+        default=None, description="of Muon, Lion and what else steps along the steepest direction of a norm; else null"
     )
     cost: Cost
     versions: Versions

@@ -224,19 +224,21 @@ def calibrated(
     step: int | None,
     parameters: int,
     doubts: bool = False,
+    partial: bool = False,
 ) -> Calibrated:
     """Whether it is too early to tell, the chance of a bad end and the largest stable learning rate.
 
     Args:
         step: of the checkpoint.
         doubts: the optimizer's update is not known in full, so its rho is not either.
+        partial: rho is that of some parameters with the others held still, as in none of the runs.
     """
     if judged.rho is None or optimizer.threshold is None or doubts:
         return Calibrated()
     if too_early(step, optimizer.step, optimizer.betas, optimizer.momentum):
         return Calibrated(early=True)
     rho = bracket_of(judged, generalisation, optimizer.threshold)
-    if rho is None or optimizer.preconditioner == "estimated" or not optimizer.lr:
+    if rho is None or optimizer.preconditioner == "estimated" or not optimizer.lr or partial:
         return Calibrated()
     found = stable_lr(optimizer.lr, rho, optimizer.name)
     if found is not None:

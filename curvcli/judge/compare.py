@@ -43,6 +43,7 @@ def _side(report: Report, name: str) -> Side:
         verdict=report.verdict,
         tokens=report.data.tokens,
         stable_lr=report.stable_lr.value if report.stable_lr else None,
+        z=report.steepest.z if report.steepest else None,
     )
 
 
@@ -67,6 +68,8 @@ def _change(part: str, name: str, a: Estimate, b: Estimate) -> Change:
             "second": sides[1][0] if sides[1] else None,
             "first_rho": a.rho if sides[0] else None,
             "second_rho": b.rho if sides[1] else None,
+            "first_z": a.steepest.z if a.steepest else None,
+            "second_z": b.steepest.z if b.steepest else None,
             "ratio": ratio,
             "low": low,
             "high": high,

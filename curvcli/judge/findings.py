@@ -17,6 +17,7 @@ from curvcli.documents import (
 from curvcli.judge.calibration import settled_after
 from curvcli.judge.course import course_findings
 from curvcli.judge.limits import STABLE_BELOW, certified, classify
+from curvcli.judge.steepest import headline, steepest_findings
 
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
 # for those of different things (docs/findings.md).
@@ -54,7 +55,8 @@ def explain(
     # A network that is lost comes first, unless curvature has an error of its own to say.
     lost = of_loss[:1] if report.course and report.course.lost and report.verdict == "unresolved" else []
     found = [*of_loss[len(lost) :], *found]
-    first = lost or [_headline(report, doubts)]
+    first = lost or [headline(report, doubts) or _headline(report, doubts)]
+    found += [finding for finding in steepest_findings(report, doubts) if finding not in first]
     return [*first, *sorted(found, key=lambda f: order[f.severity])]
 
 
@@ -333,6 +335,8 @@ def _quality(report: Report) -> list[Finding]:
                 f"{skipped[0]} the first; raise --budget",
             )
         )
+    # What has no parameter with a lambda is empty, and no failure, where the optimizer's norm is what others have.
+    parts = [(name, e) for name, e in parts if report.steepest is None or e.status != "empty"]
     weak = [name for name, e in parts if e.status not in ("converged", "skipped")]
     if weak:
         found.append(

@@ -16,6 +16,7 @@ from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
 from curvcli.documents.columns import parts as parts_of
 from curvcli.judge.limits import certified
 from curvcli.judge.run import judge_run, judge_track
+from curvcli.judge.steepest import alone, words
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class ReportReadings:
     def rho(self) -> Reading:
         """rho of the full model on the data."""
         full, held = self.report.judged, self.report.generalisation
-        if reason := _reason(full) or self._no_rho(self.report) or _early(self.report):
+        if reason := _why(self.report, full) or _early(self.report):
             return Reading("rho", full.rho, reason=reason)
         if self.report.optimizer.preconditioner == "estimated":
             return Reading("rho", full.rho, reason="the second moment is estimated, and rho's scale with it")
@@ -104,7 +105,7 @@ class ReportReadings:
     def _part(self, part: Part, note: str) -> Reading:
         estimate, name = part.estimate, part.name
         what = f"rho of {name}"
-        if reason := _reason(estimate) or self._no_rho(self.report) or _early(self.report):
+        if reason := _why(self.report, estimate) or _early(self.report):
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         threshold = self.report.optimizer.threshold
         low, high = _on_shard(estimate.rho, estimate.residual, threshold)
@@ -145,6 +146,15 @@ class ReportReadings:
         }
         return Reading("update ratio", reason=reasons.get(update.status, "the report has none"))
 
+    def z(self) -> Reading:
+        """Z of the parameters that have a norm. It is a lower bound: what holds is that it is no less."""
+        found = self.report.steepest
+        if found is None or found.z is None or found.reading in ("early", "unresolved"):
+            return Reading(
+                "Z", reason=words(found) if found else "no parameter has a norm, as Muon's and Lion's have; use rho"
+            )
+        return Reading("Z", found.z, found.z, found.z, note="; a lower bound")
+
     def lr_ratio(self) -> Reading:
         """The learning rate over the largest stable one, within the ends that this has."""
         report, what = self.report, "lr over the largest stable one"
@@ -152,7 +162,7 @@ class ReportReadings:
         if found is not None:
             lr = found.ratio * found.value
             return Reading(what, found.ratio, 0.0 if found.high is None else lr / found.high, lr / found.low)
-        if reason := _reason(report.judged) or self._no_rho(report) or _early(report):
+        if reason := _why(report, report.judged) or _early(report):
             return Reading(what, reason=reason)
         flat = report.judged.rho is not None and report.judged.rho <= 0
         return Reading(
@@ -173,7 +183,7 @@ class ReportReadings:
     def _over_history(self, what: str) -> Reading:
         """rho over the median of what it was; the corners of both brackets."""
         report = self.report
-        if reason := _reason(report.full) or self._no_rho(report):
+        if reason := _why(report, report.full):
             return Reading(what, reason=reason)
         if len(self.history) < 2:
             return Reading(what, reason="fewer than two certified points stand before it")
@@ -254,17 +264,13 @@ class ReportReadings:
             return Reading(what, reason=lost)
         return Reading(what, course.rise, course.rise, course.rise)
 
-    @staticmethod
-    def _no_rho(report: Report) -> str:
-        threshold = report.optimizer.threshold
-        return "" if threshold is not None and threshold > 0 and report.judged.rho is not None else _NO_RHO
-
 
 # Rules on what needs more than the number and its own bracket: another report, the held-out data, reasons of its own.
 _OWN: dict[str, Callable[[ReportReadings], Sequence[Reading]]] = {
     "max-rho": lambda readings: [readings.rho()],
     "max-layer-rho": ReportReadings.layers,
     "max-lr-ratio": lambda readings: [readings.lr_ratio()],
+    "max-z": lambda readings: [readings.z()],
     "max-update-ratio": lambda readings: [readings.update_ratio()],
     "max-surge": lambda readings: [readings.surge()],
     "max-regression": lambda readings: [readings.regression()],
@@ -350,6 +356,15 @@ class NoReadings:
 
 
 _NO_RHO = "no learning rate was known or no optimizer taken, so rho does not exist; pass --lr, or leave --optimizer none out"
+
+
+def _why(report: Report, estimate: Estimate) -> str:
+    """Why the rho of an estimate must not be relied on; empty where it may be."""
+    if alone(report):
+        return f"{report.optimizer.name} has no rho; hold Z with --max-z"
+    threshold = report.optimizer.threshold
+    known = threshold is not None and threshold > 0 and report.judged.rho is not None
+    return _reason(estimate) or ("" if known else _NO_RHO)
 
 
 def _reason(estimate: Estimate) -> str:

@@ -12,6 +12,7 @@ from curvcli.documents import ActionName, Finding, LossCourse, Report, RunName, 
 from curvcli.judge.calibration import calibration
 from curvcli.judge.course import Logged, loss_course
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
+from curvcli.judge.steepest import alone, words
 
 DECADES, NO_BETTER = 2.0, 0.98  # lambda falls by so many while the loss on the shard keeps over this share of what it was
 USES_CONTEXT = 0.9  # of the tokens' entropy: a network below that is no collapsed one
@@ -139,6 +140,9 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
         at = "" if worst.checkpoint.step is None else f" at step {worst.checkpoint.step:,}"
         reason = f"{len(past)} of {len(late)} checkpoints lay past the edge, the worst with rho {_rho(worst):.3g}{at}"
         return "hot", past[0].checkpoint.step, [f"{reason}{_loss_says(course)}"]
+    if newest.verdict == "unresolved" and newest.steepest is not None and alone(newest):
+        z = "no Z" if newest.steepest.z is None else f"Z is {newest.steepest.z:.3g}"
+        return "unresolved", None, [f"{z}, {words(newest.steepest)}: no verdict{_loss_says(course)}"]
     if newest.verdict == "unresolved":
         return "unresolved", None, [f"the newest checkpoint's verdict is unresolved{_loss_says(course)}"]
     return "healthy", None, [f"rho is {_rho(newest):.3g} at the newest checkpoint{_loss_says(course)}"]
@@ -221,6 +225,9 @@ def _action(name: RunName, good: Place | None, limit: float | None, newest: Repo
         return "lower the lr", f"it was too hot for too long: for the next run, lower the peak of the learning rate{most}"
     if name == "early":
         return "watch", f"go on, and measure again after step {calibration().early_steps}"
+    if name == "unresolved" and alone(newest):
+        past = newest.steepest is not None and newest.steepest.reading == "past"
+        return "watch", "watch the loss" + (", and lower the learning rate if it rises" if past else "")
     if name == "unresolved":
         return "watch", "watch the loss: curvature is not resolved, and the findings say what would resolve it"
     rho = newest.judged.rho

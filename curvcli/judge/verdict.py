@@ -8,19 +8,27 @@ from curvcli.judge.limits import certified, classify
 
 
 def judge(
-    judged: Estimate, generalisation: Generalisation, *, early: bool = False, odds: float | None = None
+    judged: Estimate,
+    generalisation: Generalisation,
+    *,
+    early: bool = False,
+    odds: float | None = None,
+    partial: bool = False,
 ) -> VerdictName:
     """Verdict on the full model, or on its body where rare rows are left out; unresolved where more data could change it.
 
     Args:
         early: the optimizer is young, and no rho says anything yet.
         odds: chance of a bad end at this rho; None where it is not known.
+        partial: rho is that of some parameters, and the others, whose step is steepest in a norm, have none: that some are
+            stable says nothing of all, and that they are not does.
     """
     if early:
         return "early"
     if not certified(judged) or generalisation.rho_low is None or generalisation.rho_high is None:
         return "unresolved"
-    return verdict_at(generalisation.rho_low, generalisation.rho_high, odds)
+    found = verdict_at(generalisation.rho_low, generalisation.rho_high, odds)
+    return "unresolved" if partial and found == "stable" else found
 
 
 def verdict_at(low: float, high: float, odds: float | None) -> VerdictName:

@@ -28,6 +28,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "curvcli.optimizers.adafactor:Adafactor": ("Adafactor",),
     "curvcli.optimizers.schedule_free:ScheduleFreeAdamW": ("AdamWScheduleFree",),
     "curvcli.optimizers.schedule_free:ScheduleFreeSGD": ("SGDScheduleFree",),
+    "curvcli.optimizers.lion:Lion": ("Lion",),
+    "curvcli.optimizers.muon:Muon": ("Muon",),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvcli.curvature.balls import Ball
 from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
@@ -54,7 +55,7 @@ class Group:
         value = self.options.get(key)
         if value is None:
             return default
-        number = _scalar(value)
+        number = scalar(value)
         if number not in (0, 1):
             raise InputError(f"optimizer option {key!r} is {str(value)[:40]}, neither on nor off", hint=_override(key))
         return bool(number)
@@ -110,7 +111,7 @@ class OptimizerView:
     @property
     def step(self) -> int | None:
         """Steps taken, or None where the optimizer does not count them."""
-        counted = [_scalar(entry.get("step")) for entry in self.state.values()]
+        counted = [scalar(entry.get("step")) for entry in self.state.values()]
         return max((int(step) for step in counted if abs(step) < float("inf")), default=None)
 
 
@@ -163,6 +164,10 @@ class Rule:
         """The optimizer's name in torch.optim, for the report."""
         return view.name or min(self.names)
 
+    def needed(self, group: Group, state: State) -> frozenset[str]:
+        """The entries that a parameter has to have, where those are not the same for all."""
+        return self.state
+
     def matches(self, view: OptimizerView) -> bool:
         """Whether state without a class's name is of this family. Of several that match the one with most state is taken."""
         return bool(self.state) and self.state <= view.keys
@@ -170,6 +175,14 @@ class Rule:
     def preconditioner(self, group: Group, state: State) -> InverseRoot:
         """P of one parameter by its inverse root, without the learning rate: the update is -lr P^(-1) m."""
         raise NotImplementedError
+
+    def ball(self, group: Group, state: State, weight: Tensor) -> Ball | None:
+        """The unit ball of the norm in which the optimizer's normalised step is steepest, without the learning rate.
+
+        None where the step is preconditioned instead. A parameter with one has no P and no threshold of lambda: its edge
+        is that of sharpness in this norm (`curvature.steepest`).
+        """
+        return None
 
     def transfer(self, group: Group, state: State) -> float:
         """Momentum filter's transfer function at z = -1, g(-1)."""
@@ -204,7 +217,7 @@ class Rule:
         return False
 
     def momentum(self, group: Group, state: State) -> Tensor | None:
-        """m such that the update is -lr P^(-1) m; None where the gradient itself is used."""
+        """m such that the update is -lr P^(-1) m, or steepest along m; None where the gradient itself is used."""
         return None
 
     def expected(self, mean: Tensor, square: Tensor) -> State | None:
@@ -243,7 +256,7 @@ def moment(state: State, key: str) -> Tensor:
 def steps(state: State) -> float:
     """Steps that a parameter took, 1 or more. Raises InputError where the state does not say."""
     value = state.get("step")
-    number = _scalar(value)
+    number = scalar(value)
     if not 1 <= number < float("inf"):
         raise InputError(
             f"the optimizer counts {'no' if value is None else str(value)[:40]} steps, so its bias correction is unknown",
@@ -254,13 +267,13 @@ def steps(state: State) -> float:
 
 def product(state: State, key: str) -> float:
     """A running product of numbers below 1. Raises InputError where the state has none."""
-    number = _scalar(state.get(key))
+    number = scalar(state.get(key))
     if not 0 <= number < 1:
         raise InputError(f"optimizer state {key!r} is {str(state.get(key))[:40]}", hint="use another checkpoint")
     return number
 
 
-def _scalar(value: Any) -> float:
+def scalar(value: Any) -> float:
     """A number, NaN where it is none."""
     try:
         return float(value)

@@ -1,4 +1,4 @@
-"""State as bitsandbytes stores it, as torch names it: its moments of 32 bits, and of 8 bits in blocks."""
+"""State as others store it, as torch names it: bitsandbytes' moments of 32 bits and of 8 bits in blocks, Moonlight's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ _NESTED = "__bnb_optimizer_quant_state__"
 _MOMENTS = {"exp_avg": ("state1", None), "exp_avg_sq": ("state2", None)}
 # AdEMAMix keeps its two averages on top of each other.
 _STACKED = {"exp_avg": ("state1", 0), "exp_avg_slow": ("state1", 1), "exp_avg_sq": ("state2", None)}
+# Of the parameters that follow AdamW inside Moonlight's Muon.
+_NUMBERED = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
 _SCALES = frozenset({"qmap1", "qmap2", "absmax1", "absmax2"})
 _BLOCKS = (256, 2048)  # of releases from 0.44 on, and of those before: what is quantised has 4,096 entries or more
 
@@ -26,6 +28,8 @@ def as_torch(entry: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[st
         options: of its group; three betas are AdEMAMix's.
     """
     entry = _flat(entry)
+    if set(entry) >= set(_NUMBERED):
+        return {_NUMBERED.get(key, key): entry[key] for key in entry}
     if not {"state1", "state2"} <= set(entry):
         return entry
     scales = {key for key in entry if key.startswith(("absmax", "qmap", "max", "new_max"))}

@@ -57,7 +57,7 @@ def _check_state(view: OptimizerView, rule: Rule, group: Group, doubts: dict[str
         entry = view.state.get(name)
         if entry is None:
             continue
-        if missing := sorted(rule.state - set(entry)):
+        if missing := sorted(rule.needed(group, entry) - set(entry)):
             if mixed := sorted(set(entry) - known):
                 raise UnsupportedError(
                     f"the optimizer's groups keep different state ({', '.join(mixed)} of {name}, without {missing[0]}): "

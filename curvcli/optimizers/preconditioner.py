@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from curvcli.curvature.balls import Ball
 from curvcli.curvature.inverse_root import InverseRoot, ModelRoot, Multiple
 from curvcli.curvature.problem import Problem
 from curvcli.documents import Finding
@@ -18,6 +19,7 @@ from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State
 from curvcli.optimizers.bitsandbytes import unseen
 from curvcli.optimizers.given import lead as lead_of
+from curvcli.optimizers.muon import beside, unstacked
 from curvcli.optimizers.options import scrutinise
 
 Kind = Literal["checkpoint", "estimated", "none"]
@@ -32,11 +34,17 @@ class Preconditioner:
     the mix of groups: that eigenvalue is rho. `root` is that of T_p P_p / T with T, `threshold`,
     that of the largest group, so that operator eigenvalues are lambda and rho = lambda / threshold.
 
+    Parameters whose normalised step is steepest in a norm (Muon's matrices, all of Lion's) have a ball of it instead, and no
+    part in P, lambda and rho: those are of the other parameters, with these held still.
+
     Attributes:
-        root: inverse root of the preconditioner, of the parameters that move.
+        root: inverse root of the preconditioner, of the parameters that move and have no ball.
+        balls: by name, with the radius of lr_p/lr steps, lr being `ball_lr`; empty for most optimizers.
+        ball_lr: learning rate of the largest group among them, None when unknown or where there are none.
         decay: coupled weight decay by name, which belongs to the Hessian.
-        direction: the optimizer's own step direction lr_p/lr P^(-1) m by name, or None without state.
-        threshold: of lambda; None without a learning rate.
+        direction: the optimizer's own step direction lr_p/lr P^(-1) m by name, or lr_p/lr times the steepest one along m;
+            None without state.
+        threshold: of lambda, of the largest group with a P; None without a learning rate, or such a group.
         lr: learning rate of the largest group that moves, None when unknown.
         idle: dimensions along which nothing moves: of a diagonal P, entries that never got a gradient (second moment
             exactly 0).
@@ -60,11 +68,22 @@ class Preconditioner:
     ascends: bool = False
     doubts: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    balls: Mapping[str, Ball] = field(default_factory=dict)
+    ball_lr: float | None = None
+
+    @property
+    def moving(self) -> frozenset[str]:
+        """The parameters that move, in P's metric or in a norm."""
+        return frozenset(self.root) | frozenset(self.balls)
 
     def without(self, names: Collection[str]) -> Preconditioner:
         """With these parameters held still. Raises ValueError where none is left."""
-        left = [n for n in self.root if n not in names]
-        return replace(self, root=self.root.restrict(left)) if len(left) < len(self.root) else self
+        if not self.moving & set(names):
+            return self
+        left, balls = [n for n in self.root if n not in names], {n: b for n, b in self.balls.items() if n not in names}
+        if not left and not balls:
+            raise ValueError("an operator needs at least one parameter")
+        return replace(self, root=self.root.restrict(left) if left else self.root.none(), balls=balls)
 
 
 def identity(parameters: Mapping[str, Tensor]) -> Preconditioner:
@@ -86,13 +105,16 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     view = rule.completed(view, parameters)
     frozen = _frozen(view, parameters)
     members = _members(view, parameters, frozen, rule)
-    largest = lead_of(view, {name: parameters[name] for name, _ in members})
-    lead_name, lead = next((name, group) for name, group in members if group is largest)
-    lr = rule.lr(lead, view.state.get(lead_name, {})) if lead.options.get("lr") is not None else None
+    balls, ball_lr = _balls(rule, view, members, parameters)
+    lead_name, lead = _lead(view, members, parameters)
+    lr = _rate(rule, view, lead_name, lead)
     ascends = _ascends([group for _, group in members])
     if ascends and not view.vouched:
         doubts = (*doubts, "option maximize=True, of a loss that may be minus the one measured")
-    reference = _threshold(rule, view, lead_name, lead) if lr is not None else None
+    preconditioned = [(name, group) for name, group in members if name not in balls]
+    reference = (
+        _threshold(rule, view, *_lead(view, preconditioned, parameters)) if lr is not None and preconditioned else None
+    )
     roots: dict[str, InverseRoot] = {}
     direction: dict[str, Tensor] = {}
     decay: dict[str, float] = {}
@@ -100,6 +122,11 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     preconditions = False
     for name, group in members:
         entry, parameter = view.state.get(name, {}), parameters[name]
+        if name in balls:
+            if lr is not None and (m := rule.momentum(group, entry)) is not None:
+                ball = balls[name].scaled((ball_lr or lr) / lr)
+                direction[name] = ball.steepest(m.to(parameter))
+            continue
         root = _root(rule, group, entry, name, parameter)
         relative = _threshold(rule, view, name, group) / reference if reference is not None else 1.0
         plain = isinstance(root, Multiple)
@@ -118,7 +145,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         m = rule.momentum(group, entry) if entry else None
         if m is not None and lr is not None:
             direction[name] = root.solve(m.to(parameter)) * (rule.lr(group, entry) / lr)
-    if not roots:
+    if not roots and not balls:
         raise InputError(
             "the second moment of every weight is 0",
             hint="the optimizer state is damaged or was saved before its first step: use another checkpoint",
@@ -128,17 +155,51 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         name=rule.name(view),
         root=ModelRoot(roots, parameters),
         decay=decay,
-        direction=direction if len(direction) == len(roots) and kind == "checkpoint" else None,
+        direction=direction if len(direction) == len(roots) + len(balls) and kind == "checkpoint" else None,
         threshold=reference,
         lr=lr,
         options=lead.options,
         step=view.step if kind == "checkpoint" else None,
         idle=idle,
-        left_out=tuple(n for n in parameters if n not in roots and n not in frozen),
+        left_out=tuple(n for n in parameters if n not in roots and n not in balls and n not in frozen),
         ascends=ascends,
         doubts=doubts,
         findings=(*view.findings, *_said(view, frozen, ascends), *_quantised(view), *rule.findings(view)),
+        balls=balls,
+        ball_lr=ball_lr,
     )
+
+
+def _lead(view: OptimizerView, members: Sequence[tuple[str, Group]], parameters: Mapping[str, Tensor]) -> tuple[str, Group]:
+    """A parameter and the group of the largest one among these, which are not none."""
+    largest = lead_of(view, {name: parameters[name] for name, _ in members})
+    return next((name, group) for name, group in members if group is largest)
+
+
+def _rate(rule: Rule, view: OptimizerView, name: str, group: Group) -> float | None:
+    return rule.lr(group, view.state.get(name, {})) if group.options.get("lr") is not None else None
+
+
+def _balls(
+    rule: Rule, view: OptimizerView, members: Sequence[tuple[str, Group]], parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Ball], float | None]:
+    """The balls of the parameters whose step is steepest in a norm, and the learning rate that their radii are over.
+
+    Raises UsageError where one of their learning rates is not above 0.
+    """
+    found = {name: rule.ball(group, view.state.get(name, {}), parameters[name]) for name, group in members}
+    own = [(name, group) for name, group in members if found[name] is not None]
+    if not own:
+        return {}, None
+    lr = _rate(rule, view, *_lead(view, own, parameters))
+    balls: dict[str, Ball] = {}
+    for name, group in own:
+        rate, ball = _rate(rule, view, name, group), found[name]
+        if rate is not None and not rate > 0:
+            raise UsageError(f"the learning rate of a parameter group is {rate}", hint="pass the one in force with --lr")
+        if ball is not None:
+            balls[name] = ball.scaled(rate / lr) if rate is not None and lr is not None else ball
+    return balls, lr
 
 
 def _frozen(view: OptimizerView, parameters: Mapping[str, Tensor]) -> set[str]:
@@ -244,11 +305,26 @@ def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
     return OptimizerView((Group(tuple(names), options),), state, "AdamW")
 
 
-def live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> OptimizerView:
-    """View of an optimizer in memory, by the identity of its parameters.
+def live(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], parameters: Mapping[str, Tensor]
+) -> OptimizerView:
+    """View of an optimizer in memory, by the identity of its parameters; of Muon and Adam beside each other, as one.
 
     torch's own classes are what they say, and read no options of a group but their own.
+
+    Raises:
+        UnsupportedError: there are several optimizers, and not Muon and Adam.
+        UsageError: there is none.
     """
+    if not isinstance(optimizer, Sequence):
+        return _live(optimizer, parameters)
+    views = [_live(each, parameters) for each in optimizer]
+    if not views:
+        raise UsageError("an empty list of optimizers was given", hint="pass the optimizer, or None")
+    return views[0] if len(views) == 1 else beside(views)
+
+
+def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> OptimizerView:
     names = {id(p): n for n, p in parameters.items()}
     mode = getattr(optimizer, "adam_w_mode", None)  # apex' and DeepSpeed's fused Adam, which say it nowhere else
     extra = {} if mode is None else {"adam_w_mode": bool(mode)}
@@ -260,8 +336,9 @@ def live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> 
         for group in optimizer.param_groups
     )
     state = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names and entry}
+    state = dict(unstacked([(group.names, group.options) for group in groups], state))
     kind = type(optimizer)
-    return OptimizerView(groups, state, kind.__name__, vouched=kind.__module__.startswith("torch.optim."))
+    return OptimizerView(groups, state, kind.__name__, vouched=f"{kind.__module__}.".startswith("torch.optim."))
 
 
 def _said(view: OptimizerView, frozen: set[str], ascends: bool) -> list[Finding]:

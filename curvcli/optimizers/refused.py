@@ -62,9 +62,19 @@ REFUSED: list[Refused] = [
         ),
         "what its average weighs and how its gradients are scaled is not known; not supported",
     ),
-    Refused("Muon", ("muon",), lambda s: bool(s.values("ns_steps") or s.on("use_muon") or s.says("muon")), _NO_THRESHOLD),
+    Refused(
+        "a variant of Muon",
+        ("muon",),
+        lambda s: s.keys >= {"momentum", "variance"} and s.says("muon"),  # Dion's own, and what it says of Adam beside it
+        "what it does to an orthogonalised update, or where it keeps its momentum, is not known; not supported",
+    ),
     Refused("Dion", ("dion",), lambda s: s.says("dion"), _NO_THRESHOLD),
-    Refused("Lion", ("lion",), lambda s: s.keys == {"exp_avg"} or s.says("lion"), _NO_THRESHOLD),
+    Refused(
+        "a variant of Lion",
+        ("lion",),
+        lambda s: s.says("lion"),
+        "where it keeps its momentum, or what else it does to it, is not known; not supported",
+    ),
     Refused("Rprop", ("rprop",), lambda s: "prev" in s.keys, _NO_THRESHOLD),
     Refused(
         "CAME",

@@ -6,6 +6,14 @@ from curvcli.documents import Record, Report, StableLr
 from curvcli.judge.calibration import settled_after
 from curvcli.judge.limits import STABLE_BELOW, certified
 
+# What a reading of Z asks for, where no verdict asks for anything.
+_READ = {
+    "past": "watch the loss of the next steps, and lower the learning rate if it rises",
+    "edge": "go on, and do not raise the learning rate",
+    "below": "go on; nothing proves that a larger learning rate would be stable",
+    "early": "wait until the momentum is more than that of a few gradients, then measure again",
+}
+
 
 def lr_line(found: StableLr, lr: float | None) -> str:
     """As "largest stable lr 0.021 (0.008 to 0.09 in 90 % of ramps); you are at 0.03"."""
@@ -48,6 +56,8 @@ def action(report: Report) -> str:
         return "lower the learning rate" + (f" to about {rate:.2g}" if rate is not None else "")
     if report.verdict == "edge":
         return "go on, and do not raise the learning rate"
+    if report.verdict == "unresolved" and report.steepest is not None and report.steepest.reading in _READ:
+        return _READ[report.steepest.reading]
     return "go on" if report.verdict == "stable" else "no verdict: see the first finding"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.ticker import MaxNLocator
 
 from curvcli.documents import Report
+from curvcli.judge.steepest import alone
 from curvcli.render.frame import number
 from curvcli.render.picture import FORMATS, Picture, readable_log
 from curvcli.render.series import ENDS_AT, report_series
@@ -56,7 +57,12 @@ def _draw(drawn: Picture, report: Report) -> None:
         axes.axhline(threshold, color=light("limit"), linestyle="--", linewidth=1.4, zorder=2, label=label)
     axes.set_xlim(-0.95, max(report.checkpoint.layers, 1) + 0.5)
     axes.set_xlabel("depth (blocks from the embedding up)")
-    axes.set_ylabel("lambda, top eigenvalue of the\npreconditioned Hessian")
+    what = (
+        "S, sharpness in the norm\nof the optimizer's step"
+        if alone(report)
+        else "lambda, top eigenvalue of the\npreconditioned Hessian"
+    )
+    axes.set_ylabel(what)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     readable_log(axes.yaxis)
     axes.grid(axis="y")

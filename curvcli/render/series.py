@@ -10,6 +10,7 @@ from math import nan
 
 from curvcli.documents import Estimate, Record, Report, Schedule, Track
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
+from curvcli.judge.steepest import alone
 from curvcli.render.fit import thin
 from curvcli.render.frame import number
 from curvcli.render.track_points import Row, axis, part_names, rows
@@ -43,11 +44,19 @@ class Heat:
 
 
 def report_series(report: Report) -> dict[str, Series]:
-    """What is drawn: depth and positive converged lambda of each curve. A log axis has no place for others."""
+    """What is drawn: depth and positive converged lambda of each curve. A log axis has no place for others.
+
+    Sharpness in the optimizer's norm where no parameter has a lambda.
+    """
 
     def pick(items: list[tuple[float, Estimate]]) -> Series:
-        kept = [(x, e.eigenvalue) for x, e in items if certified(e) and e.eigenvalue and e.eigenvalue > 0]
+        kept = [(x, y) for x, e in items if (y := drawn(e)) is not None and y > 0]
         return [x for x, _ in kept], [y for _, y in kept]
+
+    def drawn(estimate: Estimate) -> float | None:
+        if alone(report):
+            return estimate.steepest.sharpness if estimate.steepest else None
+        return estimate.eigenvalue if certified(estimate) else None
 
     return {
         "embedding, head alone": pick([(ENDS_AT, e) for e in (report.outside,) if e]),
@@ -148,6 +157,7 @@ def track_series(track: Track) -> dict[str, Series]:
         "lambda": line(lambda row: row.eigenvalue),
         "lambda?": pick(lambda row: row.eigenvalue, lambda row: not row.certified),
         "threshold": pick(lambda row: row.threshold),
+        "z": ([place for place, _ in found], [nan if row.z is None else row.z for _, row in found]),
         "ratio": ([place for place, _ in found], [nan if row.ratio is None else row.ratio for _, row in found]),
         "lr": _unzip(rates) if rates else pick(lambda row: row.lr),
         "loss": _unzip(losses) if losses else pick(lambda row: row.point.training_loss),
@@ -158,10 +168,12 @@ def told(row: Row) -> str:
     """A checkpoint's numbers in a line."""
     if row.report is None:
         return f"{row.label}: could not be measured"
-    text = f"{row.label}: rho {number(row.rho, 3)}, lambda {number(row.eigenvalue)}, {row.verdict}"
+    z = "" if row.z is None else f"Z {number(row.z, 3)}, "
+    rho = "" if z and row.rho is None else f"rho {number(row.rho, 3)}, lambda {number(row.eigenvalue)}, "
+    text = f"{row.label}: {z}{rho}{row.verdict}"
     if row.low is not None and row.high is not None:
         text += f"; between {number(row.low, 3)} and {number(row.high, 3)} on the data behind the shard"
-    if not row.certified:
+    if not row.certified and not alone(row.report):
         text += f"; {row.report.judged.status}, not to be relied on"
     if row.ratio is not None:
         text += f"; lr {number(row.ratio, 3)} of its critical"

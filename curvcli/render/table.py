@@ -13,6 +13,7 @@ from curvcli.documents import Estimate, Finding, Report
 from curvcli.documents.columns import PARTS, Column, Part, parts, shown
 from curvcli.errors import counted, plain
 from curvcli.judge.limits import certified, classify
+from curvcli.judge.steepest import alone
 from curvcli.render import headline
 from curvcli.render.cells import present, written
 from curvcli.render.style import COLOURS
@@ -39,7 +40,7 @@ def show(report: Report, console: Console, *, begun: Text | None = None, verbose
 def _layers(report: Report, console: Console) -> Table:
     found = [part for part in parts(report) if part.kind in ("ends", "layer")]
     found += [part for part in parts(report) if part.kind in ("body", "full")]
-    columns = present(shown(PARTS, "table"), found)
+    columns = _shown(report, found)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     for column in columns:
         if column.key == "name":
@@ -47,8 +48,8 @@ def _layers(report: Report, console: Console) -> Table:
         else:
             table.add_column(column.label, justify="left" if column.kind == "word" else "right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    use_rho = report.judged.rho is not None
-    values = [_size(part.estimate, use_rho) for part in found]
+    use_rho = report.judged.rho is not None or alone(report)
+    values = [_size(part.estimate, use_rho) if not alone(report) else _z(part.estimate) for part in found]
     # The bar's end is the threshold unless something is past it: then the tick at 1 shows how far.
     limit = max([*(v for v in values if v is not None), 1.0 if use_rho else 0.0]) or 1.0
     # Names, parameters, lambda and rho take about 52 columns; what else there is takes its own.
@@ -58,6 +59,11 @@ def _layers(report: Report, console: Console) -> Table:
         cells = [_cell(column, part) for column in columns]
         table.add_row(*cells, bar(value, limit, width, 1.0 if use_rho else None, console))
     return table
+
+
+def _shown(report: Report, found: list[Part]) -> list[Column[Part]]:
+    """The table's columns; without lambda and rho where no parameter has one, and Z is what there is."""
+    return [c for c in present(shown(PARTS, "table"), found) if not alone(report) or c.key not in ("eigenvalue", "rho")]
 
 
 def _cell(column: Column[Part], part: Part) -> Text:
@@ -80,6 +86,10 @@ def bar(value: float | None, limit: float, width: int, edge: float | None, conso
     return drawn
 
 
+def _z(estimate: Estimate) -> float | None:
+    return estimate.steepest.z if estimate.steepest else None
+
+
 def _size(estimate: Estimate, use_rho: bool) -> float | None:
     return estimate.rho if use_rho else estimate.eigenvalue
 
@@ -90,7 +100,7 @@ def _depths(report: Report) -> list[Text | Table]:
     curves = {kind: [part for part in parts(report) if part.kind == kind] for kind in ("restricted", "truncated")}
     curves = {kind: curve for kind, curve in curves.items() if curve}
     both = [part for curve in curves.values() for part in curve]
-    columns = [c for c in present(shown(PARTS, "table"), both) if c.key not in ("name", "parameters")]
+    columns = [c for c in _shown(report, both) if c.key not in ("name", "parameters")]
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("depth", justify="right")
     for kind in curves:

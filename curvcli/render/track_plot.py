@@ -26,11 +26,14 @@ LONGEST = 60  # characters of the list of surges
 # Name, series that it shows, height in inches. A panel without a value is left out.
 PANELS = (
     ("rho", ("rho", "rho?", "failed"), 2.6),
+    ("Z", ("z",), 1.6),
     ("lambda", ("lambda", "lambda?"), 2.0),
     ("lr over\ncritical lr", ("ratio",), 1.2),
     ("learning\nrate", ("lr",), 1.0),
     ("training\nloss", ("loss",), 1.2),
 )
+# Panels of a ratio to an edge at 1 that no bracket belongs to, and the series that each shows.
+RATIOS = {"Z": "z", "lr over\ncritical lr": "ratio"}
 
 
 def plot_track(track: Track, suffix: str) -> bytes:
@@ -58,10 +61,10 @@ def _steps(drawn: Picture, track: Track, data: dict[str, Series], names: Sequenc
             _rho(drawn, axes, data, labels, size)
         elif name == "lambda":
             _lambda(drawn, axes, data, labels, size)
-        elif name == PANELS[2][0]:
-            _ratio(drawn, axes, data, labels, size)
+        elif name in RATIOS:
+            _ratio(drawn, axes, data[RATIOS[name]], labels, size)
         else:
-            _logged(drawn, axes, data["lr" if name == PANELS[3][0] else "loss"], len(track.points), size)
+            _logged(drawn, axes, data["lr" if name.endswith("rate") else "loss"], len(track.points), size)
     bottom = drawn.axes[-1]
     bottom.set_xlabel(axis(track))
     bottom.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
@@ -115,12 +118,12 @@ def _lambda(drawn: Picture, axes: Axes, data: dict[str, Series], labels: dict[fl
     _doubtful(drawn, axes, data["lambda?"], labels, size)
 
 
-def _ratio(drawn: Picture, axes: Axes, data: dict[str, Series], labels: dict[float, str], size: float) -> None:
-    top = 1.15 * max([y for y in data["ratio"][1] if y == y])
-    axes.set_ylim(min([0.0, *(y for y in data["ratio"][1] if y == y)]), top if top > 0 else 1.0)
+def _ratio(drawn: Picture, axes: Axes, line: Series, labels: dict[float, str], size: float) -> None:
+    top = 1.15 * max([y for y in line[1] if y == y])
+    axes.set_ylim(min([0.0, *(y for y in line[1] if y == y)]), top if top > 0 else 1.0)
     if top > 1:
         axes.axhline(1, color=light("limit"), linestyle="--", linewidth=1.2)
-    _line(drawn, axes, data["ratio"], labels, size)
+    _line(drawn, axes, line, labels, size)
 
 
 def _logged(drawn: Picture, axes: Axes, line: Series, points: int, size: float) -> None:
@@ -199,6 +202,8 @@ def _heading(track: Track) -> str:
     if last is None or last.report is None:
         return "nothing was measured"
     rho = f", rho {number(last.report.judged.rho, 3)}" if last.report.judged.rho is not None else ""
+    if last.report.steepest is not None and last.report.steepest.z is not None:
+        rho += f", Z {number(last.report.steepest.z, 3)}"
     step = f", step {last.step:,}" if last.step is not None else ""
     run = run_verdict(track)
     where = f" since step {run.step:,}" if run and run.step is not None else ""

@@ -20,6 +20,7 @@ class Row:
         certified: whether lambda and rho of the full model converged.
         low, high: the bracket of rho on the data behind the shard.
         ratio: learning rate over the critical one of the next update.
+        z: of the parameters whose step is steepest in a norm; None where none has one.
     """
 
     point: TrackPoint
@@ -32,6 +33,7 @@ class Row:
     high: float | None = None
     ratio: float | None = None
     lr: float | None = None
+    z: float | None = None
 
     @property
     def report(self) -> Report | None:
@@ -100,4 +102,5 @@ def _row(point: TrackPoint, place: int | None) -> Row:
         high=values["rho_high"],
         ratio=values["update_ratio"],
         lr=values["lr"],
+        z=values["z"],
     )

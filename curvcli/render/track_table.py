@@ -10,6 +10,7 @@ from curvcli.documents import Report, Track
 from curvcli.documents.columns import POINTS, Column, Measurement, shown
 from curvcli.errors import counted, plain
 from curvcli.judge.limits import certified
+from curvcli.judge.steepest import alone
 from curvcli.render.cells import present, written
 from curvcli.render.csv import write
 from curvcli.render.fit import fitting
@@ -69,9 +70,12 @@ def _head(track: Track) -> Text:
     report = last.report
     text.append(f" {said(report.verdict).upper()} ", style=f"bold reverse {COLOURS[report.verdict]}")
     value = f"rho {number(report.judged.rho, 3)}" if report.judged.rho is not None else "no rho"
+    if report.steepest is not None and report.steepest.z is not None:
+        z = f"Z {number(report.steepest.z, 3)}"
+        value = z if alone(report) else f"{value}, {z}"
     text.append(f"  {value}", style="bold")
     text.append(f"  at {plain(last.checkpoint) if last.step is None else f'step {last.step:,}'}", style="not bold")
-    if not certified(report.judged):
+    if not certified(report.judged) and not alone(report):
         text.append(f"  {report.judged.status}: not to be relied on", style="not bold yellow")
     if last is not track.points[-1]:
         text.append("\n the newest checkpoint could not be measured: see below", style="not bold yellow")
@@ -94,6 +98,9 @@ def _run(track: Track) -> list[Text]:
 def _columns(found: list[Row]) -> list[Column[Measurement]]:
     """Numbers first, then words."""
     columns = present(shown(POINTS, "table"), [row.measured for row in found])
+    reports = [row.report for row in found if row.report is not None]
+    if reports and all(alone(report) for report in reports):
+        columns = [column for column in columns if column.key not in ("rho", "lambda")]
     return sorted(columns, key=lambda column: column.kind == "word")
 
 
@@ -108,7 +115,7 @@ def _table(found: list[Row], console: Console) -> Table:
         table.add_column(column.label, justify="left" if column.kind == "word" else "right", no_wrap=True)
     used = sum(1 + max(len(title), *(len(row[title]) for row in cells)) for title in titles)
     width = min(40, console.width - used - 1)
-    values = [row.rho for row in found if row.rho is not None]
+    values = [value for row in found if (value := _size(row)) is not None]
     bars = width >= 8 and bool(values)
     if bars:
         table.add_column("", no_wrap=True)
@@ -120,12 +127,18 @@ def _table(found: list[Row], console: Console) -> Table:
 
 
 def _bar(row: Row, limit: float, width: int, console: Console) -> Text:
-    if row.rho is None:
+    value = _size(row)
+    if value is None:
         return Text("")
-    if not row.certified:
+    if not row.certified and row.rho is not None:
         return Text("?", style="yellow")
-    drawn = bar(row.rho, limit, width, 1.0, console)
-    return drawn[:-1] + Text(">", style="bold red") if row.rho > limit else drawn
+    drawn = bar(value, limit, width, 1.0, console)
+    return drawn[:-1] + Text(">", style="bold red") if value > limit else drawn
+
+
+def _size(row: Row) -> float | None:
+    """rho, or Z where no parameter has a rho."""
+    return row.z if row.report is not None and alone(row.report) else row.rho
 
 
 def _cell(column: Column[Measurement], row: Row) -> str:

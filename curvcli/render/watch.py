@@ -21,14 +21,14 @@ from curvcli.render.series import unlocks
 from curvcli.render.style import COLOURS, said
 
 # Columns of the table, and the order in which a narrow terminal loses them.
-TITLES = ("step", "loss", "lr", "lambda", "rho", "residual", "update", "depth", "HVPs", "seconds", "status")
+TITLES = ("step", "loss", "lr", "lambda", "rho", "Z", "residual", "update", "depth", "HVPs", "seconds", "status")
 LEAST_NEEDED = ("residual", "HVPs", "seconds", "update", "lambda", "lr", "depth", "loss")
 _ASCII = str.maketrans("┌┐└┘─│├┤┬┴┼", "++++-|+++++")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn of rho over steps.
+    """What is drawn of rho over steps, or of Z where no record has a rho.
 
     `runs` are unbroken stretches of converged values; `doubtful` values are not converged and not to be
     relied on; at the steps in `missing` there was no value. On a logarithmic axis `below` counts the values
@@ -45,25 +45,32 @@ class Curve:
 
 def curve(records: tuple[Record, ...]) -> Curve:
     """The curve of a log."""
-    values = [r.rho for r in records if r.rho is not None]
+    by_z = shows_z(records)
+    points = [(r, r.z if by_z else r.rho) for r in records]
+    values = [value for _, value in points if value is not None]
     logarithmic = bool(values) and max(values) > LOG_ABOVE
     runs: list[Points] = [[]]
     doubtful: Points = []
     missing: list[int] = []
     below = 0
-    for record in records:
-        if record.rho is None:
+    for record, value in points:
+        if value is None:
             missing.append(record.step)
             runs.append([])
-        elif logarithmic and record.rho <= 0:
+        elif logarithmic and value <= 0:
             below += 1
             runs.append([])
-        elif not certified(record):
-            doubtful.append((record.step, record.rho))
+        elif not (certified(record) or by_z):
+            doubtful.append((record.step, value))
             runs.append([])
         else:
-            runs[-1].append((record.step, record.rho))
+            runs[-1].append((record.step, value))
     return Curve([run for run in runs if run], doubtful, missing, unlocks(records), logarithmic, below)
+
+
+def shows_z(records: tuple[Record, ...]) -> bool:
+    """Whether Z is what there is to show: some record has one, and none a rho."""
+    return any(r.z is not None for r in records) and all(r.rho is None for r in records)
 
 
 def screen(log: Log, console: Console, *, tail: int, height: int | None = None) -> RenderableType:
@@ -118,6 +125,9 @@ def header(log: Log) -> Text:
         if last.early:
             text.append("\n the optimizer is young: rho says nothing yet", style="yellow")
         text.append("".join(f"\n {line}" for line in record_lines(last)))
+    elif last.z is not None:
+        text.append(f"  Z {number(last.z, 3)}", style="bold")
+        text.append("  (edge 1; a lower bound, and below the edge it proves nothing)", style="dim")
     else:
         reason = f": {plain(last.message)}" if last.message else ""
         text.append(f"  no rho, {last.status}{reason}", style="yellow")
@@ -172,7 +182,7 @@ def draw(records: tuple[Record, ...], width: int, lines: int, utf8: bool = True)
     marks = sorted({round(first + (last - first) * part / 4) for part in range(5)})
     plotext.xticks(marks, [f"{mark:,}" for mark in marks])
     picture = plotext.build().rstrip("\n")
-    caption = Text("rho over steps, edge 1", style="dim")
+    caption = Text(f"{'Z' if shows_z(records) else 'rho'} over steps, edge 1", style="dim")
     if data.unlocks:
         step, depth = data.unlocks[-1]
         unlocked = "1 unlock" if len(data.unlocks) == 1 else f"{len(data.unlocks)} unlocks"
@@ -201,7 +211,8 @@ def _axis(values: list[float], logarithmic: bool) -> tuple[float, float, list[fl
 def table(records: tuple[Record, ...], width: int) -> Table:
     """The records that are given, in the columns that fit."""
     cells = [_row(record) for record in records]
-    titles = fitting(cells, width, TITLES, LEAST_NEEDED)
+    absent = {"lambda", "rho", "residual"} if shows_z(records) else {"Z"} if all(r.z is None for r in records) else set()
+    titles = fitting(cells, width, [title for title in TITLES if title not in absent], LEAST_NEEDED)
     drawn = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1), collapse_padding=True)
     for title in titles:
         drawn.add_column(title, justify="left" if title == "status" else "right", no_wrap=True)
@@ -219,6 +230,7 @@ def _row(record: Record) -> dict[str, str]:
         "lr": number(record.lr, 3),
         "lambda": number(record.eigenvalue),
         "rho": number(record.rho, 3),
+        "Z": number(record.z, 3),
         "residual": number(record.residual, 2),
         "update": number(record.update_ratio, 3),
         "depth": "-" if record.active_depth is None else str(record.active_depth),

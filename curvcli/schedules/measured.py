@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curvcli.documents import (
+    DepthEstimate,
     Finding,
     LockRule,
     LrSchedule,
@@ -82,7 +83,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Curve:
-    """rho by number of active blocks at one learning rate, all of it converged."""
+    """rho by number of active blocks at one learning rate, all of it converged; Z where it is larger or there is no rho."""
 
     rho: dict[int, float]
     lr: float
@@ -108,16 +109,34 @@ def read_curve(measured: Measured, kind: Literal["restricted", "truncated"], lea
     bad: list[str] = []
     for k in range(least, depth + 1):
         estimate = found.get(k)
-        if estimate is None or estimate.rho is None or not certified(estimate):
+        value = _edge(estimate) if estimate else None
+        if estimate is None or value is None:
             bad.append(f"{k} ({estimate.status if estimate and not certified(estimate) else 'missing'})")
         else:
-            rho[k] = estimate.rho
+            rho[k] = value
+    if bad and kind == "truncated" and report.steepest is not None:
+        raise InputError(
+            f"{measured.name} is of {report.optimizer.name}, which has no rho, and Z is not measured of a network cut short",
+            hint="plan from --depth alone, or from a run's checkpoint with --resume",
+        )
     if bad:
         raise InputError(
             f"{measured.name} has no converged {kind} rho at depth {', '.join(bad[:6])}{' ...' if len(bad) > 6 else ''}",
             hint="analyze again with a larger --max-hvps" if found else _MISSING[kind],
         )
     return Curve(rho, lr)
+
+
+def _edge(estimate: DepthEstimate) -> float | None:
+    """rho, or Z of the parameters whose step is steepest in a norm where it is larger; both are 1 at their edge.
+
+    None where one that there should be is not known. 0 where nothing moves.
+    """
+    norm, empty = estimate.steepest, estimate.status == "empty"
+    rho = 0.0 if empty and norm is not None else estimate.rho if certified(estimate) else None
+    if norm is None or rho is None or norm.status == "flat":
+        return rho
+    return None if norm.z is None else max(rho, norm.z)
 
 
 def grow_from(
@@ -313,7 +332,15 @@ def _held(measured: Measured) -> Finding:
 
 
 def _bearing(measured: Measured) -> list[Finding]:
-    return [finding for finding in measured.report.findings if finding.code in BEARING]
+    found = [finding for finding in measured.report.findings if finding.code in BEARING]
+    norm = measured.report.steepest
+    if norm is None:
+        return found
+    message = (
+        "what is planned is Z, a lower bound, of the parameters that have no rho, or rho of the others where it is larger; "
+        "a Z under the margin proves no stability"
+    )
+    return [_finding("planned-by-z", "warning", message), *found]
 
 
 def _rounded_down(value: float) -> str:

@@ -14,6 +14,7 @@ Sink = Callable[[Record], None]
 # What is drawn over steps; the rest of a record is in the JSONL file.
 SCALARS = (
     "eigenvalue", "rho", "residual", "update_ratio", "update_rms", "gradient_norm", "gradient_sigmas", "gradient_quotient",
+    "z", "sharpness", "dual_norm",
     "attention_logit", "attention_entropy", "active_depth", "hvps", "seconds",
 )  # fmt: skip
 

@@ -22,6 +22,7 @@ from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Loss, Problem, check_lifted, gradient, measurable
 from curvcli.curvature.ranks import same, within
 from curvcli.curvature.selftest import check_second_derivative
+from curvcli.curvature.steepest import FrankWolfe
 from curvcli.curvature.untouched import hushed, undrawn
 from curvcli.documents import Record, StableLr
 from curvcli.errors import CurvError, LostError, UsageError, exhausted
@@ -36,6 +37,7 @@ from curvcli.training.engine import Counting
 from curvcli.training.gradients import SIGMAS, GradientWatch
 from curvcli.training.log import Sink, open_log
 from curvcli.training.shadow import Shadow
+from curvcli.training.steepest import in_norm
 from curvcli.training.together import check_gathered, gathered, ranks_of
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class CurvatureTracker:
         model: the training model; unwrapped from torch.compile and DistributedDataParallel. One under fully_shard is
             gathered for the measurement, which takes `split`; FSDP1 and tensor parallelism are "failed".
         optimizer: whose state is the preconditioner, and whose learning rates give rho. What it does not hold is left out.
+            Muon and the Adam of the other parameters, as a list. Of Muon and Lion records have Z instead of rho.
         loss: `loss(model, batch)`, the mean loss of a batch, a scalar.
         probe: frozen batches to measure on; without them the batch given to `step`.
         weights: predictions in each probe batch, where batches differ in size.
@@ -85,7 +88,7 @@ class CurvatureTracker:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         loss: Loss,
         *,
         probe: Sequence[Any] | None = None,
@@ -141,7 +144,7 @@ class CurvatureTracker:
         record = Record(
             step=step,
             loss=_finite(loss),
-            lr=_finite(max((float(g["lr"]) for g in self.optimizer.param_groups if g["lr"] is not None), default=None)),
+            lr=_finite(max((float(g["lr"]) for g in self._groups if g["lr"] is not None), default=None)),
             active_depth=self.warmup.active_depth if self.warmup else None,
             seconds=time.perf_counter() - started,
             **found.__dict__,
@@ -153,6 +156,11 @@ class CurvatureTracker:
             except Exception as error:
                 logger.warning("curvature of step %d could not be logged: %s", step, error)
         return record
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        several = self.optimizer if isinstance(self.optimizer, Sequence) else [self.optimizer]
+        return [group for optimizer in several for group in optimizer.param_groups]
 
     def rho_with(self, names: frozenset[str]) -> float | None:
         """rho over what trains and the named parameters, by the last measurement; None without a certified one."""
@@ -208,7 +216,7 @@ class CurvatureTracker:
     def _known(self, step: int) -> _Known:
         """What optimizer and warm-up know of the parameters by identity: asked before copies may take their place."""
         view = live(self.optimizer, {n: p for n, p in self.model.named_parameters() if p.requires_grad})
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held = [p for group in self._groups for p in group["params"]]
         gather = check_gathered(self.model, held, self.ranks)
         if self.warmup is None:
             return _Known(view, gather=gather)
@@ -247,7 +255,7 @@ class CurvatureTracker:
         parameters = problem.parameters
         if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
             return _Found(status="non-finite", message="a weight of the model is NaN or inf")
-        if not any(group["lr"] is None or float(group["lr"]) > 0 for group in self.optimizer.param_groups):
+        if not any(group["lr"] is None or float(group["lr"]) > 0 for group in self._groups):
             return _Found(message="the learning rate is 0: no step is taken, and there is no edge")
         preconditioner = prepare(known.view, parameters).without(known.locked)
         if preconditioner.ascends:
@@ -262,13 +270,19 @@ class CurvatureTracker:
             check_second_derivative(first, tangents, build(first, "fresh").product(list(parameters), tangents))
         engine = Counting(build(problem, self._mode))
         names = [n for n in parameters if n in preconditioner.root]
-        found, direction = self._top(engine, preconditioner, names, self._direction)
+        found, direction = self._top(engine, preconditioner, names, self._direction) if names else (_Found(), None)
         found = self._calibrated(found, preconditioner, step)
+        if preconditioner.balls:
+            solver = FrankWolfe(self.solver.tolerance, self.solver.max_products)
+            fields, sharpest = in_norm(problem, engine, preconditioner, self._direction, solver)
+            status = found.status if names else fields["status"]
+            found, direction = replace(found, **{**fields, "status": status}), {**(direction or {}), **sharpest}
         if direction is not None:
             self._direction = direction
-        if found.eigenvalue is not None:
-            found = self._beside(problem, engine, preconditioner, names, found)
-        if known.coming:
+        if found.eigenvalue is not None or found.sharpness is not None:
+            moving = [n for n in parameters if n in preconditioner.moving]
+            found = self._beside(problem, engine, preconditioner, moving, found)
+        if known.coming and not preconditioner.balls:  # of which no gradient tells what the state will be
             self._look_ahead(problem, engine, preconditioner, known)
         return replace(found, hvps=engine.products)
 
@@ -280,7 +294,8 @@ class CurvatureTracker:
             return found
         if too_early(step, preconditioner.step, options.get("betas"), options.get("momentum")):
             return replace(found, early=True)
-        if not certified(found) or residual is None or not threshold or not lr or rho <= 0:
+        partial = bool(preconditioner.balls)  # of which no run of the calibration was
+        if not certified(found) or residual is None or not threshold or not lr or rho <= 0 or partial:
             return found
         limit = stable_lr(lr, Bracket(rho, rho, rho + residual / threshold), preconditioner.name)
         return replace(found, stable_lr=limit, odds=odds(rho, preconditioner.name))
@@ -379,6 +394,9 @@ class _Found:
     gradient_quotient: float | None = None
     attention_logit: float | None = None
     attention_entropy: float | None = None
+    sharpness: float | None = None
+    dual_norm: float | None = None
+    z: float | None = None
     hvps: int = 0
     status: Any = "failed"
     message: str | None = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
 from curvcli import analyze
-from curvcli.analysis.solved import Solved, violates
+from curvcli.analysis.measured import Solved, violates
 from curvcli.curvature.ritz import Extremes, Ritz
 from curvcli.documents import Report
 

@@ -5,8 +5,11 @@ Expected values were measured on this problem with an independent script, 6,000 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from normalised import Lion
 from torch import nn
 
 from curvcli import analyze
@@ -38,3 +41,32 @@ def test_plateau(case: str) -> None:
             rhos.append(analyze(model, loss, [(inputs, targets)], optimizer).full.rho)
     median = sorted(rhos)[len(rhos) // 2]
     assert low * 0.95 <= median <= high * 1.05, rhos
+
+
+NORMALISED: dict[str, Any] = {
+    "lion": (lambda m, r: [Lion([*m, *r], lr=3e-4)], 0.95, 1.1),
+    "muon": (lambda m, r: [torch.optim.Muon(m, lr=1e-2, weight_decay=0.0), torch.optim.AdamW(r, lr=1e-3)], 0.9, 1.4),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NORMALISED)
+def test_plateau_of_z(case: str) -> None:
+    """The same network under optimizers without a rho: Z ends near 1 (arXiv 2603.05002)."""
+    make, low, high = NORMALISED[case]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    inputs, targets = torch.randn(256, 32), torch.eye(10)[torch.randint(10, (256,))]
+    optimizers = make(*([p for p in model.parameters() if (p.dim() == 2) is matrix] for matrix in (True, False)))
+    loss = lambda m, b: nn.functional.mse_loss(m(b[0]), b[1])  # noqa: E731
+    values = []
+    for step in range(1500):
+        model.zero_grad()
+        loss(model, (inputs, targets)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        if step >= 1200 and step % 50 == 0:
+            found = analyze(model, loss, [(inputs, targets)], optimizers, depths=False).steepest
+            assert found is not None
+            values.append(found.z or 0.0)
+    assert low <= sorted(values)[len(values) // 2] <= high, values

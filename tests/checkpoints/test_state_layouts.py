@@ -137,14 +137,20 @@ def test_muon_with_an_auxiliary_adam_is_never_read_as_adam(flag: dict[str, Any])
     adam = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0, **dict.fromkeys(flag, False)}
     muon = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "betas": None, **flag}
     state: dict[str, dict[str, Any]] = {
-        "a": {"momentum_buffer": torch.ones(4)},
+        "a": {"momentum_buffer": torch.ones(4, 3)},
         "b": {"step": 3, "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)},
     }
-    view = OptimizerView((Group(("a",), muon), Group(("b",), adam)), state)
-    said = "Muon" if flag else "several optimizers in one"
+    view, parameters = (
+        OptimizerView((Group(("a",), muon), Group(("b",), adam)), state),
+        {"a": torch.ones(4, 3), "b": torch.ones(2)},
+    )
     for attempt in (lambda: view, lambda: override(view, betas=(0.9, 0.95))):
-        with pytest.raises(UnsupportedError, match=said):
-            prepare(attempt(), {"a": torch.ones(4), "b": torch.ones(2)})
+        if flag:
+            found = prepare(attempt(), parameters)
+            assert (list(found.balls), list(found.root), found.name) == (["a"], ["b"], "Muon with AdamW")
+        else:
+            with pytest.raises(UnsupportedError, match="several optimizers in one"):
+                prepare(attempt(), parameters)
 
 
 def test_the_auxiliary_adam_alone_is_adam() -> None:

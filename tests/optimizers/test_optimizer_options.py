@@ -272,8 +272,6 @@ def test_a_doubt_leaves_the_report_without_verdict_and_bracket() -> None:
         ({"caution": False}, {}, "NAdamW"),
         ({"grad_averaging": True, "bias_correction": True}, {}, "LAMB"),
         ({"lookahead_k": 6}, {}, "Lookahead"),
-        ({"use_muon": True, "betas": None}, {}, "Muon"),
-        ({"algorithm": "muon"}, {}, "Muon"),
         ({"weight_sum": 3.0}, {}, "schedule-free"),
         ({}, {"exp_avg_var": torch.ones(2)}, "AdaBelief"),
         ({}, {"mystery": torch.ones(2)}, "keeps no 'mystery'"),

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from curvcli.checkpoints.base import OptimizerFile, unusable, warning
-from curvcli.checkpoints.state.mapping import check_document
+from curvcli.checkpoints.state.mapping import by_name, check_document
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.files.names import averaged, of_average, unwrapped
 from curvcli.optimizers.base import Group, OptimizerView
+from curvcli.optimizers.muon import orthogonalises
 from curvcli.optimizers.refused import refuse
 
 _OPTIMIZER = re.compile(r"(?:^|[-_.\d])optim(?:izer)?s?(?:_states?|_state_dict)?(?=[-_.\d]|$)", re.IGNORECASE)
@@ -49,6 +50,42 @@ def optimizers_in(document: Any) -> dict[str, Any]:
         elif isinstance(value, (dict, list, tuple)) and value and _OPTIMIZER.search(str(key)):
             found[str(key)] = value
     return found
+
+
+def merged(documents: Mapping[str, Any], path: Path) -> Any:
+    """The one optimizer, or Muon for some parameters and Adam for the others as one with both's groups.
+
+    Raises UnsupportedError where there are several of another kind.
+    """
+    if len(documents) == 1:
+        return next(iter(documents.values()))
+    parts = [check_document(document, path) for document in documents.values()]
+    muon = [any(orthogonalises(Group((), group)) for group in groups) for groups, _ in parts]
+    adam = [bool(state) and all("exp_avg_sq" in entry for entry in state.values()) for _, state in parts]
+    named = [by_name(groups, state) for groups, state in parts]
+    if not any(muon) or not all(one or other for one, other in zip(muon, adam, strict=True)):
+        raise several(documents, path)
+    if all(each is not None for each in named):
+        parts = [check_document(each, path) for each in named]
+        entries = {name: entry for _, state in parts for name, entry in state.items()}
+        return {"param_groups": [group for groups, _ in parts for group in groups], "state": entries}
+    # Each counts its parameters from 0.
+    places = [{index: (k, index) for group in groups for index in group["params"]} for k, (groups, _) in enumerate(parts)]
+    number = {place: at for at, place in enumerate(place for each in places for place in each.values())}
+    count = len(number)
+    return {
+        "param_groups": [
+            {**group, "params": [number[k, index] for index in group["params"]]}
+            for k, (groups, _) in enumerate(parts)
+            for group in groups
+        ],
+        # What stands in no group keeps a number of its own, for the mapping to refuse.
+        "state": {
+            number.get((k, index), count + at): entry
+            for k, (_, state) in enumerate(parts)
+            for at, (index, entry) in enumerate(state.items())
+        },
+    }
 
 
 def several(documents: Mapping[str, Any], path: Path) -> UnsupportedError:

@@ -15,10 +15,10 @@ from curvcli.checkpoints.base import Checkpoint, Logged, OptimizerFile, unusable
 from curvcli.checkpoints.formats.beside import (
     averaged_weights,
     averages_of,
+    merged,
     of_another,
     optimizer_files,
     optimizers_in,
-    several,
     unread,
 )
 from curvcli.checkpoints.formats.optimizer_file import OPTIMIZER_FILE, read_optimizer
@@ -125,9 +125,7 @@ def optimizer_beside(path: Path) -> tuple[OptimizerFile | None, list[Path]]:
     if known[:1] == [path / OPTIMIZER_FILE]:
         return read_optimizer(known[0]), known[:1]
     if len(numbered) > 1 and "optimizer.pt" not in {p.name for p in known}:
-        names = ", ".join(p.name for p in numbered)
-        what = f"{path} has the state of {len(numbered)} optimizers ({names}), and a threshold is one optimizer's"
-        return unusable(numbered[0], what, hint="pass --optimizer none, or save one optimizer"), numbered
+        return _several(path, numbered), numbered
     if not known and len(found) != 1:
         if not found:
             return None, []
@@ -141,17 +139,25 @@ def optimizer_beside(path: Path) -> tuple[OptimizerFile | None, list[Path]]:
     ), [file]
 
 
+def _several(path: Path, files: list[Path]) -> OptimizerFile:
+    """Optimizers in a file each, as accelerate numbers them."""
+
+    def view(model: nn.Module) -> OptimizerView:
+        document = merged({file.name: _only(load_pickle(file), file) for file in files}, path)
+        return map_state(document, model, (trainer_order, matrix_order, single_order), path=path, partial=True)
+
+    return OptimizerFile(files[0], view, lambda: {"optimizers": len(files)})
+
+
 def _view(file: Path, model: nn.Module) -> OptimizerView:
     orders = (trainer_order, matrix_order, single_order)
     return map_state(_only(load_pickle(file), file), model, orders, path=file, partial=True)
 
 
 def _only(document: Any, file: Path) -> Any:
-    """The one optimizer of a file. Raises UnsupportedError where it has several."""
+    """The one optimizer of a file. Raises UnsupportedError where it has several, and not Muon and Adam."""
     found = optimizers_in(document)
-    if len(found) > 1:
-        raise several(found, file)
-    return next(iter(found.values()), document)
+    return merged(found, file) if found else document
 
 
 def _shards(index: Path) -> dict[Path, list[TensorInfo]]:

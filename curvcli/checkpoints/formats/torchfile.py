@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvcli.checkpoints.base import Checkpoint
-from curvcli.checkpoints.formats.beside import optimizers_in, several
+from curvcli.checkpoints.formats.beside import merged, optimizers_in
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, assemble
 from curvcli.checkpoints.formats.nanogpt import NanoGPTReader
 from curvcli.checkpoints.state.mapping import (
@@ -109,10 +109,7 @@ def _optimizer(whole: dict[str, Any], stored: list[str], path: Path) -> NamedOpt
 
     def view(model: nn.Module, names: Mapping[str, str]) -> OptimizerView:
         documents = optimizers_in(_whole(load_pickle(path)))
-        if len(documents) > 1:
-            raise several(documents, path)
-        where, document = next(iter(documents.items()))
-        view = named(document, stored, model, names, path)
+        where, view = next(iter(documents)), named(merged(documents, path), stored, model, names, path)
         return coupled(view) if where.endswith(".DecoupledAdamW") else view
 
     only = next(iter(found.values())) if len(found) == 1 else None

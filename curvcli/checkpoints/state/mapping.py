@@ -15,6 +15,7 @@ from curvcli.files.names import unwrapped
 from curvcli.optimizers import shaped_otherwise
 from curvcli.optimizers.base import Group, OptimizerView, State
 from curvcli.optimizers.bitsandbytes import as_torch
+from curvcli.optimizers.muon import unstacked
 from curvcli.optimizers.refused import refuse
 
 Order = Callable[[nn.Module], list[list[str]]]
@@ -239,7 +240,7 @@ def map_named(
         UnsupportedError: the optimizer is one that no number is given for.
     """
     groups, stored_state = check_document(document, path)
-    state = _as_torch(groups, stored_state)
+    state = dict(unstacked([(g["params"], g) for g in groups], _as_torch(groups, stored_state)))
     refuse(OptimizerView(tuple(Group((), g) for g in groups), state))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     owner = {id(p): n for n, p in parameters.items()}

@@ -1,12 +1,14 @@
-"""One solve's raw result, and what its parts say of it."""
+"""What the solves found: raw values, before they are a document."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 
+from curvcli.curvature.folds import Folds
 from curvcli.curvature.ritz import Extremes, Ritz
+from curvcli.documents import Companions, LayerCompanions, ModelSteepest, Steepest, Update
 
 
 @dataclass
@@ -49,6 +51,41 @@ class Solved:
     def bare(self) -> Solved:
         """Without the vector."""
         return replace(self, extremes=self.extremes and replace(self.extremes, vector=None))
+
+
+@dataclass
+class InNorm:
+    """Sharpness in the optimizer's norm: of all that have one, of parts, and over depth; None where none of a part has."""
+
+    full: ModelSteepest
+    ends: Steepest | None = None
+    layers: list[Steepest | None] = field(default_factory=list)
+    restricted: dict[int, Steepest | None] = field(default_factory=dict)
+
+
+@dataclass
+class Measured:
+    """What was found so far.
+
+    `body` is the full model without the embedding rows that the shard hardly looks up, where they carry the top direction;
+    `rare` counts them by name. `folds` are of the body where there is one, else of the full model; None where the shard is
+    one batch. `ends` are the parameters outside the layers, as one part; None where there are no layers. `norm` is of the
+    parameters whose step is steepest in a norm, which the others are not of; None where there is none.
+    """
+
+    loss: float
+    full: Solved
+    folds: Folds | None = None
+    body: Solved | None = None
+    rare: dict[str, int] = field(default_factory=dict)
+    update: Update = field(default_factory=lambda: Update(critical_lr=None, ratio=None, status="skipped"))
+    ends: Solved | None = None
+    companions: Companions | None = None
+    beside: list[LayerCompanions] = field(default_factory=list)
+    layers: list[Solved] = field(default_factory=list)
+    restricted: dict[int, Solved] = field(default_factory=dict)
+    truncated: list[Solved] = field(default_factory=list)
+    norm: InNorm | None = None
 
 
 def violates(lower: Solved, upper: Solved) -> bool:
