@@ -61,9 +61,10 @@ class ArchitectureWarmup:
         patience: updates with a positive learning rate after which a block that joined must have moved.
 
     Raises:
-        UsageError: the schedule does not fit the model; a block that is to be locked could not join, since its outputs
-            require no gradient, or is not in the optimizers. From `step`: steps that go back, parameters that were
-            replaced, locked weights that moved. From an optimizer's step: one that was not given trains locked weights.
+        UsageError: the schedule does not fit the model; the rho_source measures by a budget; a block that is to be locked
+            could not join, since its outputs require no gradient, or is not in the optimizers. From `step`: steps that go
+            back, parameters that were replaced, locked weights that moved. From an optimizer's step: one that was not given
+            trains locked weights.
         UnsupportedError: no output projections are known for these blocks, or a locked block shares its weights.
         DeadBlockError: from the optimizer's step, when a block that joined does not move.
     """
@@ -87,6 +88,11 @@ class ArchitectureWarmup:
             raise UsageError(
                 f"the schedule is for depth {self.schedule.depth}, the model has {depth} blocks",
                 hint=f"make one with curv schedule --depth {depth}" if depth else "pass layers=model.layers",
+            )
+        if getattr(rho_source, "budget", None) is not None:
+            raise UsageError(
+                "adaptive mode needs measurements at fixed steps: by a clock, a resumed job would decide otherwise",
+                hint="give the tracker every=, and not max_overhead=",
             )
         self.growing = self.schedule.mode == "grow"
         self.blocks, self.locks = blocks, find_locks(blocks, outputs, resting=self.growing)
