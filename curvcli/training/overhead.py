@@ -75,7 +75,7 @@ class Budget:
         self.share, self.most, self.ledger = share, most, ledger
         self.available, self.batches = max(batches, 1), 1
         self.measured = 0
-        self._trial: float | None = None  # seconds of a product of the first measurement, what is around it included
+        self._trial: float | None = None  # seconds of the first measurement, what is done once included
         self._costs: deque[float] = deque(maxlen=SETTLING)  # seconds a batch of the later ones
         self._since = 0.0  # seconds trained when the last measurement ended
 
@@ -95,7 +95,7 @@ class Budget:
 
     def cost(self, batches: int) -> float:
         """Seconds that a measurement on so many batches is expected to take."""
-        each = median(self._costs) if self._costs else (self._trial or 0.0) * self.most / 2
+        each = median(self._costs) if self._costs else self._trial or 0.0
         return each * batches
 
     def paid(self, seconds: float, products: int) -> None:
@@ -107,7 +107,7 @@ class Budget:
         self.measured += 1
         self._since = self.ledger.trained
         if self._trial is None:
-            self._trial = seconds / max(products, 1)
+            self._trial = seconds
         elif products:
             self._costs.append(seconds / self.batches)
         self._choose()
