@@ -259,7 +259,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> None:
         axes.axvspan(0, OPEN, color=colours["gates"], alpha=0.06)
         axes.axhline(1, color="#c0392b", linewidth=0.8)
         axes.set_yscale("log")
-        axes.set_xlabel("step of the ramp; the learning rate rises tenfold every 80")
+        axes.set_xlabel("step; the learning rate rises tenfold every 80")
         axes.set_title(f"{family}, seed 0", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)

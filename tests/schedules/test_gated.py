@@ -59,8 +59,7 @@ def test_a_document_that_says_something_else(change: dict[str, Any], said: str) 
 
 
 def test_from_python_and_the_command_line(tmp_path: Path) -> None:
-    rates = {"lr": 1e-3, "warmup_steps": 5, "total_steps": 200}
-    plan = curvcli.schedule(depth=8, lock="residual-gate", gate_steps=80, **rates)
+    plan = curvcli.schedule(depth=8, lock="residual-gate", gate_steps=80, lr=1e-3, warmup_steps=5, total_steps=200)
     assert (plan.gates, plan.lr_schedule.peak) == ([10 * k for k in range(1, 9)], 1e-3)
     done = curv("schedule", "--depth", "8", "--lock", "residual-gate", "--gate-steps", "80", "-o", tmp_path / "s.json")
     assert done.returncode == 0
