@@ -260,3 +260,29 @@ def test_callbacks_have_a_budget_where_nothing_else_is_said() -> None:
     assert made(max_overhead=0.02) == (None, 0.02)
     assert made(every=7) == (7, None)
     assert made(adaptive=True) == (10, None)
+
+
+def test_several_ranks_measure_together_at_fixed_steps_and_by_a_budget_on_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 0)
+    made: list[dict[str, Any]] = []
+
+    def tracker(*_: Any, **options: Any) -> None:
+        made.append(options)
+
+    monkeypatch.setattr("curvcli.training.callbacks.CurvatureTracker", tracker)
+    of = Job()
+    for options in ({}, {"max_overhead": 0.1}, {"every": 3}):
+        Callbacks(probe=[batch(1)], **options).begin(of.model, of.optimizer, 0)
+    assert [(o["every"], o["max_overhead"], o["split"]) for o in made] == [
+        (10, None, True),
+        (None, 0.1, False),
+        (3, None, True),
+    ]
+
+
+def test_a_budget_and_ranks_that_measure_together_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curvcli.training.tracker.ranks_of", lambda split: type("Two", (), {"world": 2})())
+    with pytest.raises(UsageError, match="no clock in common"):
+        tracker(Job(), max_overhead=0.05, split=True)
