@@ -172,6 +172,8 @@ class Schedule(Shown, Document):
             raise ValueError("gates belong to lock residual-gate, and to it alone")
         if self.gates is None:
             return
+        if self.resting:
+            raise ValueError("nothing rests behind gates")
         if len(self.gates) != self.depth:
             raise ValueError(f"{len(self.gates)} gates for depth {self.depth}")
         if self.mode != "grow" or len(self.phases) != 1 or len(self.phases[0].active) != self.depth:

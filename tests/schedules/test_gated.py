@@ -18,6 +18,7 @@ from curvcli.errors import UsageError
 from curvcli.render.schedule_plot import plot
 from curvcli.render.series import schedule_series
 from curvcli.schedules import gated
+from curvcli.training.naming import with_names
 from curvcli.training.verify import lock_problems, phase_problems
 
 
@@ -46,6 +47,7 @@ def test_impossible_plans() -> None:
         ({"lock": "zero-output"}, "gates belong to lock residual-gate"),
         ({"gates": [1, 2]}, "2 gates for depth 3"),
         ({"gates": [1, 2, -3]}, "greater than or equal to 0"),
+        ({"resting": [{"name": "a", "block": 0, "value": 0.0}]}, "nothing rests behind gates"),
         ({"mode": "freeze"}, "the mode is grow, and all blocks train in one phase"),
     ],
 )
@@ -103,6 +105,8 @@ def test_verify() -> None:
         return model(input_ids=ids, labels=ids).loss
 
     assert lock_problems(plan, model, loss, step=0) == []
+    named = with_names(plan, model)
+    assert (named.resting, named.blocks) == (None, ["model.layers.0", "model.layers.1"])
     short = curvcli.schedule(depth=2, lock="residual-gate", gate_steps=100, lr=1.0, warmup_steps=0, total_steps=101)
     assert phase_problems(short) == []
     late = short.model_copy(update={"gates": [50, 101]})
