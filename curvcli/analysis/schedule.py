@@ -11,10 +11,11 @@ from typing import Any
 from curvcli.analysis.options import options_of
 from curvcli.documents import Finding, LrSchedule, Report, Schedule
 from curvcli.errors import UsageError
-from curvcli.schedules import INTERVAL, WARMUP, Measured, freeze, grow, grow_from, lr_at
+from curvcli.schedules import INTERVAL, WARMUP, Measured, freeze, gated, grow, grow_from, lr_at
 from curvcli.schedules import lr_schedule as made
 
 ORDERS = ("last", "interleaved")
+LOCKS = ("zero-output", "residual-gate")
 
 
 def schedule(
@@ -28,6 +29,8 @@ def schedule(
     groups: int | None = None,
     interval: int = INTERVAL,
     hold: int | None = None,
+    lock: str | None = None,
+    gate_steps: int | None = None,
     lr: float | None = None,
     lr_schedule: str | None = None,
     warmup_steps: int | None = None,
@@ -54,6 +57,8 @@ def schedule(
         groups: how many groups the others join in, 4 by default.
         interval: steps between two groups, where the clock decides.
         hold: with `resume` at a constant learning rate, steps to the first group; by default `interval`.
+        lock: from depth alone, how blocks are locked: "zero-output" (default), or "residual-gate".
+        gate_steps: with residual gates, the step at which the last one is open; 3,500 by default.
         lr: peak learning rate; by default what gives the report's, and a finding says so.
         lr_schedule: "constant" (default), "linear", "cosine", "wsd", "inverse-sqrt", or the path of a .csv with step, lr.
         warmup_steps: of the learning rate, 2,000 by default, with `resume` 0.
@@ -79,9 +84,12 @@ def schedule(
     limit = {} if margin is None else {"margin": margin}
     pace = {"groups": groups, "interval": interval}
     sample: dict[str, object] = {"--data": data, "--tokens": tokens}
+    gates: dict[str, object] = {"--lock": lock, "--gate-steps": gate_steps}
+    if lock not in (None, *LOCKS):
+        raise UsageError(f"--lock {lock} is not planned", hint=f"pass {' or '.join(LOCKS)}")
     if resume is not None:
         is_report = isinstance(resume, Report) or Path(resume).suffix == ".json"
-        refuse("a plan for --resume", {"--from": report, "--start": start})
+        refuse("a plan for --resume", {"--from": report, "--start": start, **gates})
         refuse(f"the report {_name(resume)}", sample if is_report else {})
         _only_last(order, "the restricted curve that --resume measures")
 
@@ -90,12 +98,17 @@ def schedule(
 
         plan = _freeze(measured, rates, **limit, hold=hold, **pace)
     elif report is not None:
-        refuse("a plan with --from", {"--start": start, "--hold": hold, **sample})
+        refuse("a plan with --from", {"--start": start, "--hold": hold, **sample, **gates})
         _only_last(order, "the truncated curve that --from reads")
         plan = _grow_from(_read(report), rates, **limit, **pace)
     elif depth is not None:
         refuse("a plan from --depth alone", {"--margin": margin, "--hold": hold, **sample})
-        plan = _grow(depth, rates, start=start, order=order or "last", **pace)
+        if lock == "residual-gate":
+            refuse("a plan of residual gates", {"--start": start, "--groups": groups, "--order": order})
+            plan = _grow(depth, rates, open_at=gate_steps)
+        else:
+            refuse("a plan without --lock residual-gate", {"--gate-steps": gate_steps})
+            plan = _grow(depth, rates, start=start, order=order or "last", **pace)
     else:
         raise UsageError(
             "nothing to plan from",
@@ -149,11 +162,17 @@ class _Rates:
 
 
 def _grow(depth: int, rates: _Rates, **options: Any) -> Schedule:
+    gates = "open_at" in options
     if rates.peak is None and rates.kind is None:
         refuse("a plan without a learning rate", {"--min-lr-ratio": rates.min_ratio, "--decay-steps": rates.decay_steps})
         warmup = WARMUP if rates.warmup_steps is None else rates.warmup_steps
+        if gates:
+            refuse("a plan of residual gates without a learning rate", {"--warmup-steps": rates.warmup_steps})
+            return gated(depth, total_steps=rates.total_steps, **options)
         return grow(depth, warmup_steps=warmup, total_steps=rates.total_steps, **options)
     lr = rates.schedule(peak=rates.peak, warmup_steps=WARMUP)
+    if gates:
+        return gated(depth, total_steps=lr.total_steps, lr=lr, **options)
     return grow(depth, warmup_steps=lr.warmup_steps, total_steps=lr.total_steps, lr=lr, **options)
 
 

@@ -42,7 +42,7 @@ def schema(
     document: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="Kind of document: report, track, compare, explain, schedule, curvature or gate."
+            metavar="NAME", help="Kind of document: report, track, compare, explain, schedule, curvature, alert or gate."
         ),
     ],
 ) -> None:

@@ -67,6 +67,17 @@ def schedule(
             metavar="N", min=1, help="Steps to the first group, with --resume at constant lr.  [default: --interval]"
         ),
     ] = None,
+    lock: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How blocks are locked, with --depth: zero-output or residual-gate.  [default: zero-output]",
+        ),
+    ] = None,
+    gate_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Step at which the last residual gate is open.  [default: 3500]"),
+    ] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Peak learning rate.  [default: the report's]")] = None,
     lr_schedule: Annotated[
         str | None,
@@ -122,9 +133,9 @@ def schedule(
         with reporting(quiet or quick) as progress:
             plan = planned(
                 depth, report=report, resume=resume, margin=margin, order=order, start=start, groups=groups,
-                interval=interval, hold=hold, lr=lr, lr_schedule=lr_schedule, warmup_steps=warmup_steps,
-                total_steps=total_steps, min_lr_ratio=min_lr_ratio, decay_steps=decay_steps, data=data, tokens=tokens,
-                progress=progress,
+                interval=interval, hold=hold, lock=lock, gate_steps=gate_steps, lr=lr, lr_schedule=lr_schedule,
+                warmup_steps=warmup_steps, total_steps=total_steps, min_lr_ratio=min_lr_ratio, decay_steps=decay_steps,
+                data=data, tokens=tokens, progress=progress,
             )  # fmt: skip
         if named is not None:
             from curvcli.training.naming import with_names_of

@@ -251,7 +251,8 @@ def measured(model: nn.Module) -> nn.Module:
     return found
 
 
-def _sync(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for what was asked of a device, so that a clock tells what it took."""
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).synchronize(device)
     elif device.type == "mps":
@@ -260,10 +261,10 @@ def _sync(device: torch.device) -> None:
 
 def timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> tuple[list[Tensor], float]:
     """A product and the seconds that it took."""
-    _sync(tangents[0].device)
+    synchronize(tangents[0].device)
     start = time.perf_counter()
     found = engine.product(names, tangents)
-    _sync(tangents[0].device)
+    synchronize(tangents[0].device)
     return found, time.perf_counter() - start
 
 

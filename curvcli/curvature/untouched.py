@@ -49,8 +49,8 @@ def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
 def hushed(model: nn.Module) -> Iterator[list[str]]:
     """Within it no hook of a user fires: on modules, on all modules, or on the parameters' gradients.
 
-    Hooks that a module registered on itself, and those of the libraries that build on them, are part of the model. Those
-    that shard it (fully_shard) are still, too.
+    Hooks that a module registered on itself, those of the libraries that build on them, and those of an object that says so
+    (`part_of_model`) are part of the model. Those that shard it (fully_shard) are still, too.
 
     Yields:
         Names of modules with a forward hook of a user that is still: one that changes what its module gives is not measured.
@@ -88,7 +88,8 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
 def _belongs_to(module: nn.Module) -> Callable[[Any], bool]:
     def own(hook: Any) -> bool:
         function = getattr(hook, "func", hook)  # of a partial
-        return getattr(function, "__self__", None) is module or _home(hook).startswith(_LIBRARIES)
+        owner = getattr(function, "__self__", None)
+        return owner is module or getattr(owner, "part_of_model", False) is True or _home(hook).startswith(_LIBRARIES)
 
     return own
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from curvcli.documents.alert import Alert, AlertAction, LevelName, load_alert
     from curvcli.documents.base import Document, Finding, Severity, Versions, dumps, first_problem, read_document, schema_of
     from curvcli.documents.compare import Change, Comparison, Side, load_comparison
     from curvcli.documents.explain import (
@@ -72,6 +73,8 @@ __all__ = [
     "LOG_NAME",
     "SCHEMAS",
     "ActionName",
+    "Alert",
+    "AlertAction",
     "Attribution",
     "BodyEstimate",
     "Change",
@@ -93,6 +96,7 @@ __all__ = [
     "HeadMass",
     "LayerCompanions",
     "LayerEstimate",
+    "LevelName",
     "LockRule",
     "Log",
     "LossCourse",
@@ -142,6 +146,7 @@ __all__ = [
     "first_problem",
     "json_schema",
     "load",
+    "load_alert",
     "load_comparison",
     "load_explanation",
     "load_gate",
@@ -155,6 +160,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "alert": ("Alert", "AlertAction", "LevelName", "load_alert"),
     "base": ("Document", "Finding", "Severity", "Versions", "dumps", "first_problem", "read_document", "schema_of"),
     "compare": ("Change", "Comparison", "Side", "load_comparison"),
     "explain": (

@@ -45,9 +45,21 @@ class Record(Document):
     )
     dual_norm: float | None = Field(default=None, description="of the gradient on the probe, in that norm's dual")
     z: float | None = Field(default=None, description="lr S / (2 dual norm); 1 is the edge of normalised descent")
+    spectral_norm: float | None = Field(
+        default=None,
+        description="largest of a block's weight matrices, where it is asked for; null where one is not known",
+    )
     active_depth: int | None = Field(description="blocks that train, under architecture warm-up")
     hvps: Annotated[int, Field(ge=0)]
     seconds: float = Field(description="that the measurement took")
+    overhead: float | None = Field(
+        default=None,
+        description="seconds spent measuring over those spent training since the job began or was resumed; null in its "
+        "first record, and in records of older versions",
+    )
+    probe_batches: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="batches of the probe that were measured; a budget chooses how many"
+    )
     status: RecordStatus
     message: str | None = None
     early: bool = Field(default=False, description="the optimizer is young: rho means nothing yet, whatever it is")

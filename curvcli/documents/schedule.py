@@ -110,7 +110,8 @@ class Schedule(Shown, Document):
     of blocks trains.
 
     grow: at the first phase's step the parameters in `resting` of the locked blocks are set to their value, which makes such
-    a block the identity, until it joins.
+    a block the identity, until it joins. With lock residual-gate all blocks train from the start, and a block that takes x
+    gives x + alpha (block(x) - x), alpha by `gates`.
     freeze: a locked block keeps its weights.
     """
 
@@ -119,13 +120,19 @@ class Schedule(Shown, Document):
     depth: Annotated[int, Field(gt=0, le=DEEPEST)]
     order: Order = Field(description='which blocks are locked at first; "first" is in old documents only')
     blocks: list[str] | None = Field(description="module path of each block; null where only the depth was known")
-    lock: Literal["zero-output", "no-update"] = Field(description="how a block is locked: grow, freeze")
+    lock: Literal["zero-output", "no-update", "residual-gate"] = Field(
+        description="how a block is locked: grow, freeze; or, growing too, behind a gate that opens as the run goes on"
+    )
     resting: list[Resting] | None = Field(
         default=None,
-        description="of every block, in mode grow; null where no model was asked (then `rule` says it), and in mode "
-        "freeze, where nothing rests",
+        description="of every block, in mode grow; null where no model was asked (then `rule` says it), in mode freeze and "
+        "with residual-gate, where nothing rests",
     )
-    rule: LockRule | None = Field(default=None, description="null in documents of older versions")
+    rule: LockRule | None = Field(default=None, description="null in documents of older versions, and with residual-gate")
+    gates: list[Step] | None = Field(
+        default=None,
+        description="of residual-gate: step at which each block's is open, alpha = min(step / it, 1); 0 is no gate",
+    )
     margin: float | None = Field(description="largest rho that the prediction allows; null without a measurement")
     lr_schedule: LrSchedule | None
     phases: Annotated[list[Phase], Field(min_length=1)]
@@ -153,11 +160,28 @@ class Schedule(Shown, Document):
             if not number and unlock:
                 raise ValueError(f"{where} is the first and unlocks {sorted(unlock)}")
             before, last = active, phase.step
+        self._check_gates()
         if self.blocks is not None and len(self.blocks) != self.depth:
             raise ValueError(f"{len(self.blocks)} block paths for depth {self.depth}")
         if self.resting and (self.mode == "freeze" or {rest.block for rest in self.resting} != everything):
             raise ValueError(f"what rests is not of the {self.depth} blocks of a schedule that grows")
         return self
+
+    def _check_gates(self) -> None:
+        if (self.lock == "residual-gate") != (self.gates is not None):
+            raise ValueError("gates belong to lock residual-gate, and to it alone")
+        if self.gates is None:
+            return
+        if self.resting:
+            raise ValueError("nothing rests behind gates")
+        if len(self.gates) != self.depth:
+            raise ValueError(f"{len(self.gates)} gates for depth {self.depth}")
+        if self.mode != "grow" or len(self.phases) != 1 or len(self.phases[0].active) != self.depth:
+            raise ValueError("with lock residual-gate the mode is grow, and all blocks train in one phase")
+
+    def alphas_at(self, step: int) -> list[float]:
+        """What each block's residual is multiplied by at a global step: min(step / its gate, 1), and 1 without gates."""
+        return [min(step / gate, 1.0) if gate else 1.0 for gate in self.gates or [0] * self.depth]
 
     def phase_at(self, step: int) -> int:
         """Index of the phase in force at a global step (the first before its own step, too)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from curvcli.documents.alert import Alert
 from curvcli.documents.base import Document, read_document, schema_of
 from curvcli.documents.compare import Comparison
 from curvcli.documents.explain import Explanation
@@ -24,6 +25,7 @@ SCHEMAS: dict[str, type[Document]] = {
     "track": Track,
     "compare": Comparison,
     "explain": Explanation,
+    "alert": Alert,
 }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from curvcli.documents import Record, Report, StableLr
 from curvcli.judge.calibration import settled_after
-from curvcli.judge.limits import STABLE_BELOW, certified
+from curvcli.judge.level import lower_lr
+from curvcli.judge.limits import certified
 
 # What a reading of Z asks for, where no verdict asks for anything.
 _READ = {
@@ -63,10 +64,7 @@ def action(report: Report) -> str:
 
 def lower_to(report: Report) -> float | None:
     """Where to lower the learning rate to: the low end of the largest stable one, else where rho would be stable."""
-    lr, rho, stable = report.optimizer.lr, report.judged.rho, report.stable_lr
-    if stable is not None and lr is not None and stable.low < lr:
-        return stable.low
-    return lr * STABLE_BELOW / rho if lr and rho and rho > 0 else None
+    return lower_lr(report.optimizer.lr, report.judged.rho, report.stable_lr)
 
 
 def _settled(report: Report) -> str:

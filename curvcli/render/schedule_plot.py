@@ -23,7 +23,8 @@ def plot(schedule: Schedule, suffix: str) -> bytes:
 def picture(schedule: Schedule) -> Picture:
     """Blocks that train, the learning rate and the predicted rho, where they are known, over steps."""
     data = schedule_series(schedule)
-    heading = f"{schedule.mode}, {counted(schedule.depth, 'block')}, {counted(len(schedule.phases) - 1, 'unlock')}"
+    how = "residual gates" if schedule.gates else counted(len(schedule.phases) - 1, "unlock")
+    heading = f"{schedule.mode}, {counted(schedule.depth, 'block')}, {how}"
     return Picture(lambda drawn: _draw(drawn, schedule, data), [HEIGHTS[name] for name in data], heading)
 
 
@@ -50,11 +51,15 @@ def _draw(drawn: Picture, schedule: Schedule, data: dict[str, Series]) -> None:
 
 def _depth(axes: Axes, schedule: Schedule, drawn: Series) -> None:
     steps, depths = drawn
-    axes.step(steps, depths, where="post", color=light("measured"), linewidth=1.8)
-    axes.fill_between(steps, depths, step="post", color=light("measured"), alpha=0.12)
+    if schedule.gates:
+        axes.plot(steps, depths, color=light("measured"), linewidth=1.8)
+        axes.fill_between(steps, depths, color=light("measured"), alpha=0.12)
+    else:
+        axes.step(steps, depths, where="post", color=light("measured"), linewidth=1.8)
+        axes.fill_between(steps, depths, step="post", color=light("measured"), alpha=0.12)
     axes.set_ylim(0, schedule.depth * 1.12)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("blocks that train")
+    axes.set_ylabel("sum of alphas" if schedule.gates else "blocks that train")
     unlocks = schedule.phases[1:]
     # One line of text: labels at the unlocks themselves overlap where a steep decay lets them follow closely.
     text = "   ".join(f"+{len(phase.unlock)} at {phase.step:,}" for phase in unlocks)

@@ -48,8 +48,12 @@ def ranges(blocks: Sequence[int]) -> str:
 def _head(schedule: Schedule) -> Text:
     several = len(schedule.phases) > 1
     how = f"in {len(schedule.phases)} phases, {ORDERS[schedule.order]}" if several else "in one phase: all of them train"
+    locked = LOCKED[schedule.mode]
+    if schedule.gates:
+        how = f"behind residual gates: the first is open at step {schedule.gates[0]:,}, the last at {schedule.gates[-1]:,}"
+        locked = "what a block adds is multiplied by step / its gate's step, at most 1"
     text = Text(f"{schedule.mode} {counted(schedule.depth, 'block')} {how}", style="bold")
-    text.append(f"\n{LOCKED[schedule.mode]}; embedding, head and final norm always train", style="not bold")
+    text.append(f"\n{locked}; embedding, head and final norm always train", style="not bold")
     if schedule.lr_schedule:
         text.append(f"\n{_rates(schedule.lr_schedule)}", style="not bold")
     if schedule.margin is not None:

@@ -71,16 +71,19 @@ def schedule_series(schedule: Schedule) -> dict[str, Series]:
 
     rho follows the learning rate inside a phase, as the prediction does, and jumps where blocks join.
     """
-    first, last = schedule.phases[0].step, schedule.phases[-1].step
+    first, last = schedule.phases[0].step, max([schedule.phases[-1].step, *(schedule.gates or ())])
     lr = schedule.lr_schedule
     # Without a known end, a fifth of the time so far is enough to show the last phase.
     end = lr.total_steps - 1 if lr and lr.total_steps else last + max(1, (last - first) // 5)
     if lr:
         end = max(end, lr.warmup_steps + 1)
     changes = {step for phase in schedule.phases[1:] for step in (phase.step - 1, phase.step)}
+    changes.update(schedule.gates or ())
     grid = {first + i * (end - first) // SCHEDULE_POINTS for i in range(SCHEDULE_POINTS + 1)}
     steps = sorted(step for step in {*grid, *changes, *([lr.warmup_steps] if lr else [])} if first <= step <= end)
-    found: dict[str, Series] = {"depth": (steps, [float(schedule.depth - len(schedule.locked_at(step))) for step in steps])}
+    # What is behind gates counts by how far they are open.
+    depths = [sum(schedule.alphas_at(step)) - len(schedule.locked_at(step)) for step in steps]
+    found: dict[str, Series] = {"depth": (steps, depths)}
     if lr is None:
         return found
     rates = [lr_at(lr, step) for step in steps]

@@ -14,6 +14,7 @@ from curvcli.documents import Log, Record
 from curvcli.errors import counted, plain
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 from curvcli.judge.verdict import verdict_of
+from curvcli.render.beside import companions_line, cost_line, level_line
 from curvcli.render.fit import LOG_ABOVE, Points, fitting, thin
 from curvcli.render.frame import number
 from curvcli.render.largest_lr import record_lines
@@ -134,8 +135,16 @@ def header(log: Log) -> Text:
         known = [r for r in log.records if r.rho is not None and certified(r)]
         if known:
             text.append(f"\n the last one was {number(known[-1].rho, 3)} at step {known[-1].step:,}")
+    _beside(text, last)
     _troubles(text, log)
     return text
+
+
+def _beside(text: Text, record: Record) -> None:
+    if level := level_line(record):
+        text.append(f"\n {level}", style="bold red" if level.startswith("ERROR") else "yellow")
+    for line in filter(None, (companions_line(record), cost_line(record))):
+        text.append(f"\n {line}", style="dim")
 
 
 def _troubles(text: Text, log: Log) -> None:

@@ -65,14 +65,46 @@ def grow(
         margin=None,
         lr_schedule=lr,
         phases=phases(active, parts, steps=steps, interval=interval, lr=lr),
-        findings=[
-            Finding(
-                code="not-measured",
-                severity="info",
-                message="planned from depth alone: nothing was measured, and nothing says that it fits this model; "
-                "pass --from report.json to plan from its curvature",
-            )
-        ],
+        findings=[_unmeasured("nothing says that it fits this model; pass --from report.json to plan from its curvature")],
+        provenance=ScheduleProvenance(report=None, report_sha256=None, checkpoint=None, versions=Versions.installed()),
+    )
+
+
+def gated(
+    depth: int, *, open_at: int | None = None, total_steps: int | None = None, lr: LrSchedule | None = None
+) -> Schedule:
+    """Residual gates that open in proportion to depth, after arXiv 2603.05369: all blocks train from the start.
+
+    Args:
+        depth: blocks of the model.
+        open_at: step at which the last gate is open; default where `grow`'s last group joins by default.
+        total_steps: steps of the run, where known; every gate has to be open before.
+        lr: only written into the document.
+
+    Raises:
+        UsageError: `open_at` leaves no step to a gate, or lies past the end of the run.
+    """
+    open_at = WARMUP + (GROUPS - 1) * INTERVAL if open_at is None else open_at
+    if open_at < depth:
+        raise UsageError(
+            f"{depth} gates cannot open one after the other by step {open_at}", hint=f"pass --gate-steps of at least {depth}"
+        )
+    if total_steps is not None and open_at >= total_steps:
+        raise UsageError(
+            f"the last gate would be open at step {open_at}, and the run ends at {total_steps}",
+            hint="pass a smaller --gate-steps",
+        )
+    return Schedule(
+        mode="grow",
+        depth=depth,
+        order="last",
+        blocks=None,
+        lock="residual-gate",
+        gates=[open_at * (index + 1) // depth for index in range(depth)],
+        margin=None,
+        lr_schedule=lr,
+        phases=phases(range(depth), [], steps=[0], interval=0, lr=lr),
+        findings=[_unmeasured("nothing says that gates help this model")],
         provenance=ScheduleProvenance(report=None, report_sha256=None, checkpoint=None, versions=Versions.installed()),
     )
 
@@ -143,3 +175,8 @@ def phases(
             )
         )
     return found
+
+
+def _unmeasured(what: str) -> Finding:
+    message = f"planned from depth alone: nothing was measured, and {what}"
+    return Finding(code="not-measured", severity="info", message=message)

@@ -15,6 +15,10 @@ from curvcli.errors import UsageError
 from curvcli.training.tracker import CurvatureTracker
 from curvcli.training.warmup import ArchitectureWarmup
 
+_TRACKERS = {
+    "tolerance", "update_ratio", "gradient_quotient", "attention", "spectral_norms", "sinks", "alerts", "reaction", "seed",
+}  # fmt: skip
+
 
 class Callbacks:
     """What a callback holds.
@@ -23,11 +27,19 @@ class Callbacks:
         schedule: a curv.schedule/1 document or its path; None for the tracker alone.
         probe: frozen batches to measure curvature on; None for architecture warm-up alone.
         loss: `loss(model, batch)`, the mean loss of a batch; for transformers models their own.
-        every: measure every so many steps.
+        every: measure every so many steps, whatever that costs; in adaptive mode 10 by default.
+        max_overhead: instead of `every`: seconds of measuring for each second of training, at most; 0.05 where neither is
+            given, and on several ranks `every` 10. The tracker chooses how often, and how many batches of the probe; of
+            several ranks the first alone measures by it.
         max_hvps: products that one measurement may take.
         log: JSONL file for the records; `curv watch` shows it.
         adaptive: let the measured rho decide when a phase begins, within the schedule's bounds.
         outputs: as ArchitectureWarmup's.
+        more: CurvatureTracker's, by name: tolerance, update_ratio, gradient_quotient, attention, spectral_norms, sinks,
+            alerts, reaction, seed.
+
+    Raises:
+        UsageError: arguments that contradict each other.
     """
 
     def __init__(
@@ -36,18 +48,29 @@ class Callbacks:
         *,
         probe: Sequence[Any] | None = None,
         loss: Loss | None = None,
-        every: int = 10,
+        every: int | None = None,
+        max_overhead: float | None = None,
         max_hvps: int = 20,
         log: Path | str | None = None,
         adaptive: bool = False,
         outputs: Sequence[str] | None = None,
+        **more: Any,
     ) -> None:
         if schedule is None and probe is None:
             raise UsageError("there is nothing to do", hint="pass a schedule, a probe to measure on, or both")
         if adaptive and (schedule is None or probe is None):
             raise UsageError("adaptive mode needs a schedule and a probe", hint="pass both")
         self.schedule, self.probe, self.loss = schedule, probe, loss or own_loss
-        self.every, self.max_hvps, self.log = every, max_hvps, log
+        if adaptive and max_overhead is not None:
+            raise UsageError("adaptive mode measures at fixed steps", hint="pass every=, and not max_overhead=")
+        if every is not None and max_overhead is not None:
+            raise UsageError("every and max_overhead both say when to measure", hint="pass one of them")
+        if unknown := sorted(set(more) - _TRACKERS):
+            raise UsageError(f"there is no option {unknown[0]}", hint=f"one of: {', '.join(sorted(_TRACKERS))}")
+        self._said = every is not None or max_overhead is not None
+        self.every = 10 if adaptive and every is None else every
+        self.max_overhead = 0.05 if self.every is None and max_overhead is None else max_overhead
+        self.max_hvps, self.log, self.more = max_hvps, log, more
         self.adaptive, self.outputs = adaptive, outputs
         self.warmup: ArchitectureWarmup | None = None
         self.tracker: CurvatureTracker | None = None
@@ -56,6 +79,9 @@ class Callbacks:
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Before the first forward pass, weights and optimizer as they will be trained on."""
         self.end()
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if several and not self._said:
+            self.every, self.max_overhead = 10, None  # ranks that measure together have no clock in common
         if self.probe is not None:
             device = next(model.parameters()).device
             probe = [_on(device, batch) for batch in self.probe]
@@ -66,9 +92,11 @@ class Callbacks:
                 self.loss,
                 probe=probe,
                 every=self.every,
+                max_overhead=self.max_overhead,
                 max_hvps=self.max_hvps,
                 log=self.log if primary else None,
-                split=True,  # trainers call back on every rank
+                split=self.max_overhead is None,  # trainers call back on every rank; a budget is the first one's own
+                **self.more,
             )
         if self.schedule is not None:
             rho_source = self.tracker if self.adaptive else None

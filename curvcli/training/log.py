@@ -1,4 +1,4 @@
-"""Where records of a tracker go: a JSONL file, TensorBoard, Weights & Biases."""
+"""Where records of a tracker go: a JSONL file, TensorBoard, Weights & Biases, MLflow, trackio."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Sink = Callable[[Record], None]
 # What is drawn over steps; the rest of a record is in the JSONL file.
 SCALARS = (
     "eigenvalue", "rho", "residual", "update_ratio", "update_rms", "gradient_norm", "gradient_sigmas", "gradient_quotient",
-    "z", "sharpness", "dual_norm",
-    "attention_logit", "attention_entropy", "active_depth", "hvps", "seconds",
+    "z", "sharpness", "dual_norm", "attention_logit", "attention_entropy", "spectral_norm", "active_depth", "hvps",
+    "seconds", "overhead",
 )  # fmt: skip
 
 
@@ -66,6 +66,36 @@ def wandb(record: Record) -> None:
     if run is not None:
         # Without a step: wandb drops what goes back, and the trainer may have logged a later one.
         run.log({**scalars(record), "curvature/step": record.step})
+
+
+def mlflow(run_id: str | None = None) -> Sink:
+    """Scalars under curvature/ to a run of MLflow, the active one by default, without waiting for its server."""
+
+    def write(record: Record) -> None:
+        import mlflow
+
+        run = active_run(mlflow, run_id)
+        mlflow.log_metrics(scalars(record), step=record.step, run_id=run, synchronous=False)
+
+    return write
+
+
+def active_run(mlflow: Any, run_id: str | None) -> str:
+    """The run that is meant. Raises RuntimeError where there is none: MLflow itself would begin one."""
+    if run_id:
+        return run_id
+    run = mlflow.active_run()
+    if run is None:
+        raise RuntimeError("MLflow has no active run")
+    return str(run.info.run_id)
+
+
+def trackio(record: Record) -> None:
+    """Scalars under curvature/ to the active run of trackio. Raises RuntimeError, as trackio does, where there is none."""
+    import trackio
+
+    # Without a step: the job logs under steps of its own, and trackio counts.
+    trackio.log({**scalars(record), "curvature/step": record.step})
 
 
 def scalars(record: Record) -> dict[str, float]:

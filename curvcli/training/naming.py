@@ -14,7 +14,7 @@ from curvcli.training.locks import find_locks
 
 
 def with_names(schedule: Schedule, model: nn.Module) -> Schedule:
-    """The schedule with `blocks` and, where it grows, `resting`: what `ArchitectureWarmup` does to this model, by name.
+    """The schedule with `blocks` and, where it grows by zero outputs, `resting`: what is done to this model, by name.
 
     Names are those of `named_parameters()` without the parts of torch.compile's and DistributedDataParallel's wrappers.
 
@@ -30,7 +30,7 @@ def with_names(schedule: Schedule, model: nn.Module) -> Schedule:
             hint=f"make one with curv schedule --depth {depth}" if depth else "train it without a schedule",
         )
     resting = None
-    if schedule.mode == "grow":
+    if schedule.lock == "zero-output":
         names = {id(parameter): display(name) for name, parameter in model.named_parameters()}
         resting = [
             Resting(name=names[id(parameter)], block=lock.index, value=value)

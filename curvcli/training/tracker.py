@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
-from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction
+from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction, synchronize
 from curvcli.curvature.memory import spread
+from curvcli.curvature.norms import largest_spectral_norm
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Loss, Problem, check_lifted, gradient, measurable
@@ -24,18 +24,19 @@ from curvcli.curvature.ranks import same, within
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.steepest import FrankWolfe
 from curvcli.curvature.untouched import hushed, undrawn
-from curvcli.documents import Record, StableLr
+from curvcli.documents import Record
 from curvcli.errors import CurvError, LostError, UsageError, exhausted
-from curvcli.judge.calibration import Bracket, odds, stable_lr, too_early
 from curvcli.judge.limits import certified
 from curvcli.models.attention import attention
 from curvcli.models.blocks import find_blocks
-from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
 from curvcli.optimizers.update import gradient_quotient, next_update, update_rms
+from curvcli.training.alerts import Alarm, Alerts, wandb
 from curvcli.training.engine import Counting
+from curvcli.training.found import Found, Known, bare, bare_names, calibrated, finite, groups_of, rank
 from curvcli.training.gradients import SIGMAS, GradientWatch
 from curvcli.training.log import Sink, open_log
+from curvcli.training.overhead import Ledger, budget_of
 from curvcli.training.shadow import Shadow
 from curvcli.training.steepest import in_norm
 from curvcli.training.together import check_gathered, gathered, ranks_of
@@ -61,14 +62,18 @@ class CurvatureTracker:
     Whatever fails in it is a record with status "failed" and a reason, and the job goes on.
 
     Args:
-        model: the training model; unwrapped from torch.compile and DistributedDataParallel. One under fully_shard is
+        model: the training model; bare_names from torch.compile and DistributedDataParallel. One under fully_shard is
             gathered for the measurement, which takes `split`; FSDP1 and tensor parallelism are "failed".
         optimizer: whose state is the preconditioner, and whose learning rates give rho. What it does not hold is left out.
             Muon and the Adam of the other parameters, as a list. Of Muon and Lion records have Z instead of rho.
         loss: `loss(model, batch)`, the mean loss of a batch, a scalar.
         probe: frozen batches to measure on; without them the batch given to `step`.
         weights: predictions in each probe batch, where batches differ in size.
-        every: measure when the step is a multiple of it.
+        every: measure when the step is a multiple of it, whatever that costs; 1 without it and without `max_overhead`.
+        max_overhead: instead of `every`: seconds of measuring for each second of training, at most, as 0.05. It chooses how
+            often is measured and on how many of the probe's batches, by what both were measured to take; so give the probe
+            as several batches. Records say both. Of several ranks the first alone measures, and the others wait for it
+            where they meet it next.
         tolerance: residual over lambda at which an estimate has converged. The value's relative error
             is of the order of its square over the relative spectral gap.
         max_hvps: products that one estimate may take; it is "unconverged" where these do not do.
@@ -76,13 +81,21 @@ class CurvatureTracker:
             out of the run's range: the six-sigma rule on the log of its norm.
         gradient_quotient: with it, the curvature along the gradient, g'Hg/g'g (one product more).
         attention: the largest attention logit and the smallest mean entropy of a layer (a forward pass of the first batch).
+        spectral_norms: the largest spectral norm of a weight matrix of a block.
         log: a JSONL file that records are appended to (documents "curv.curvature/1"); `curv watch` shows it.
         sinks: called with each record, e.g. `curvcli.training.log.tensorboard(writer)`. An active
-            Weights & Biases run gets the records without being named.
+            Weights & Biases run gets the records, and alerts, without being named.
+        alerts: called when a record's level rises, e.g. `curvcli.training.alerts.webhook(url)`; on the first rank alone.
+        reaction: a JSON file that holds the newest record's level and what to do, replaced whole, for
+            `curvcli.training.read_reaction`.
         warmup: leaves its locked parameters out, and logs the active depth.
         seed: of the first random start.
         split: on several ranks each measures its share of the probe, and all record the same. Every rank has to make the
             tracker, with the same probe, and to call `step` at the same steps. Without it each measures for itself.
+
+    Raises:
+        UsageError: `every` and `max_overhead` are both given, `max_overhead` is not above 0 or comes with a split over
+            several ranks, or the reaction file exists and is none.
     """
 
     def __init__(
@@ -93,26 +106,38 @@ class CurvatureTracker:
         *,
         probe: Sequence[Any] | None = None,
         weights: Sequence[float] | None = None,
-        every: int = 1,
+        every: int | None = None,
+        max_overhead: float | None = None,
         tolerance: float = 1e-2,
         max_hvps: int = 20,
         update_ratio: bool = True,
         gradient_quotient: bool = False,
         attention: bool = False,
+        spectral_norms: bool = False,
         log: Path | str | None = None,
         sinks: Sequence[Sink] = (),
+        alerts: Sequence[Alarm] = (),
+        reaction: Path | str | None = None,
         warmup: ArchitectureWarmup | None = None,
         seed: int = 0,
         split: bool = False,
     ) -> None:
-        self.model, self.optimizer, self.loss = _bare(model), optimizer, loss
+        self.model, self.optimizer, self.loss = bare(model), optimizer, loss
         self.probe, self.weights = probe, weights
-        self.every, self.update_ratio, self.warmup = max(every, 1), update_ratio, warmup
-        self.gradient_quotient, self.attention, self.gradients = gradient_quotient, attention, GradientWatch()
+        self.every, self.update_ratio, self.warmup = max(every or 1, 1), update_ratio, warmup
+        self.gradient_quotient, self.attention, self.spectral_norms = gradient_quotient, attention, spectral_norms
+        self.gradients, self.ledger = GradientWatch(), Ledger()
+        self.budget = budget_of(every, max_overhead, len(probe or ()), max_hvps, self.ledger)
         # The bottom of the spectrum is not looked at: with an infinite tolerance it is always found.
         self.solver = Davidson(tolerance=tolerance, bottom_tolerance=float("inf"), max_products=max(max_hvps, 1), seed=seed)
         self.sinks = [*open_log(log), *sinks]
         self.ranks = ranks_of(split)
+        if self.budget is not None and self.ranks.world > 1:
+            raise UsageError(
+                "ranks that measure together have no clock in common", hint="give every=, and not max_overhead="
+            )
+        primary = rank() == 0
+        self.alerts = Alerts((wandb, *alerts) if primary else (), Path(reaction) if reaction and primary else None)
         self.last: Record | None = None
         self._lost: LostError | None = None
         self.shadow = Shadow()
@@ -132,35 +157,51 @@ class CurvatureTracker:
         Returns:
             The record, or None where it was not this step's turn.
         """
-        if step % self.every:
+        self.ledger.enter()
+        if not self._turn(step):
             return None
-        started = time.perf_counter()
+        synchronize(next(self.model.parameters()).device)
+        self.ledger.rest()  # what a device had still to do was training
         try:
             found = self._found(step, batch)
         except Exception as error:  # a callback may not end the job, whatever the model or a kernel raises
             logger.warning("curvature at step %d failed: %s", step, error)
             said = "out of memory" if exhausted(error) else type(error).__name__
-            found = _Found(status="failed", message=f"{said}: {' '.join(str(error).split())}"[:300])
+            found = Found(status="failed", message=f"{said}: {' '.join(str(error).split())}"[:300])
+        seconds = self.ledger.charge()
         record = Record(
             step=step,
-            loss=_finite(loss),
-            lr=_finite(max((float(g["lr"]) for g in self._groups if g["lr"] is not None), default=None)),
+            loss=finite(loss),
+            lr=finite(max((float(g["lr"]) for g in groups_of(self.optimizer) if g["lr"] is not None), default=None)),
             active_depth=self.warmup.active_depth if self.warmup else None,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
+            overhead=self.ledger.share,
+            probe_batches=len(self._batches()) or None,
             **found.__dict__,
         )
+        if self.budget is not None:
+            self.budget.paid(seconds, found.hvps)
         self.last = record
         for sink in self.sinks:
             try:
                 sink(record)
             except Exception as error:
                 logger.warning("curvature of step %d could not be logged: %s", step, error)
+        if rank() == 0:
+            self.alerts.see(record)
+        self.ledger.charge()
         return record
 
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        several = self.optimizer if isinstance(self.optimizer, Sequence) else [self.optimizer]
-        return [group for optimizer in several for group in optimizer.param_groups]
+    def _turn(self, step: int) -> bool:
+        """Whether to measure after this step, on this rank."""
+        if self.budget is None:
+            return step % self.every == 0
+        return rank() == 0 and self.budget.due
+
+    def _batches(self) -> Sequence[Any]:
+        """What of the probe is measured."""
+        probe = self.probe or ()
+        return probe if self.budget is None else probe[: self.budget.batches]
 
     def rho_with(self, names: frozenset[str]) -> float | None:
         """rho over what trains and the named parameters, by the last measurement; None without a certified one."""
@@ -173,6 +214,7 @@ class CurvatureTracker:
             "shadow": self.shadow.state_dict(),
             "ahead": [sorted(self._ahead[0]), self._ahead[1]],
             "gradients": list(self.gradients.norms),
+            "budget": self.budget.state_dict() if self.budget else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,8 +224,10 @@ class CurvatureTracker:
         self.shadow.load_state_dict(state["shadow"], device)
         self._ahead = (frozenset(state["ahead"][0]), state["ahead"][1])
         self.gradients = GradientWatch(state.get("gradients", ()))
+        if self.budget is not None:
+            self.budget.load_state_dict(state.get("budget", {}))
 
-    def _found(self, step: int, batch: Any) -> _Found:
+    def _found(self, step: int, batch: Any) -> Found:
         """The measurement; with fresh graphs where kept ones run out of memory, from then on."""
         if self._lost is not None:  # the job may still be well; its ranks are not met again by the tracker
             raise self._lost
@@ -196,8 +240,8 @@ class CurvatureTracker:
             self._lost = error
             raise
 
-    def _tried(self, step: int, batch: Any) -> _Found:
-        def attempt() -> _Found:
+    def _tried(self, step: int, batch: Any) -> Found:
+        def attempt() -> Found:
             with self.ranks.together(), self._untouched(batch, known.gather) as problem:
                 view = gathered(known.view) if known.gather else known.view
                 return self._measure(problem, replace(known, view=view), step)
@@ -213,20 +257,20 @@ class CurvatureTracker:
         resources.release(next(self.model.parameters()).device)
         return attempt()
 
-    def _known(self, step: int) -> _Known:
+    def _known(self, step: int) -> Known:
         """What optimizer and warm-up know of the parameters by identity: asked before copies may take their place."""
         view = live(self.optimizer, {n: p for n, p in self.model.named_parameters() if p.requires_grad})
-        held = [p for group in self._groups for p in group["params"]]
+        held = [p for group in groups_of(self.optimizer) for p in group["params"]]
         gather = check_gathered(self.model, held, self.ranks)
         if self.warmup is None:
-            return _Known(view, gather=gather)
-        locked, coming = self._translate(self.warmup.locked_parameters()), self.warmup.next_parameters(step)
-        return _Known(view, locked, coming, gather)
+            return Known(view, gather=gather)
+        locked, coming = bare_names(self.warmup.locked_parameters()), self.warmup.next_parameters(step)
+        return Known(view, locked, coming, gather)
 
     @contextmanager
     def _untouched(self, batch: Any, gather: bool) -> Iterator[Problem]:
         """The frozen problem; modules, random numbers and hooks are as the job left them afterwards."""
-        batches = self.probe if self.probe is not None else None if batch is None else [batch]
+        batches = self._batches() if self.probe is not None else None if batch is None else [batch]
         if self.probe is None and self.ranks.world > 1:
             raise UsageError("split=True needs a probe", hint="give every rank the same batches as probe=")
         if not batches:
@@ -240,7 +284,7 @@ class CurvatureTracker:
                 logger.warning("forward hooks do not fire in measurements, nor do they count in them: %s", ", ".join(still))
             self._warned = self._warned or bool(still)
             batches = [lifted.batch(part) for part in batches]
-            weights = self.weights if self.probe is not None else None
+            weights = self.weights[: len(batches)] if self.weights is not None and self.probe is not None else None
             if self._mode is None:
                 same("batches to measure on", batches)
             problem = Problem.create(self.model, self.loss, batches, weights, gathered=lifted.whole)
@@ -251,32 +295,33 @@ class CurvatureTracker:
                     logger.info("%d weights in %s are measured in float32", len(lifted.names), " and ".join(lifted.dtypes))
             yield problem
 
-    def _measure(self, problem: Problem, known: _Known, step: int) -> _Found:
+    def _measure(self, problem: Problem, known: Known, step: int) -> Found:
         parameters = problem.parameters
         if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
-            return _Found(status="non-finite", message="a weight of the model is NaN or inf")
-        if not any(group["lr"] is None or float(group["lr"]) > 0 for group in self._groups):
-            return _Found(message="the learning rate is 0: no step is taken, and there is no edge")
+            return Found(status="non-finite", message="a weight of the model is NaN or inf")
+        if not any(group["lr"] is None or float(group["lr"]) > 0 for group in groups_of(self.optimizer)):
+            return Found(message="the learning rate is 0: no step is taken, and there is no edge")
         preconditioner = prepare(known.view, parameters).without(known.locked)
         if preconditioner.ascends:
             problem = problem.negated()
         if self._mode is None:
             # Not the fastest by the clock, as analyze takes it: a resumed job has to repeat the very same sums.
             room = resources.free_bytes(next(iter(parameters.values())).device)
-            fits = graph_bytes(problem, cut_short=True) * problem.most <= room
+            most = problem.most if self.budget is None else self.budget.available  # it may come to measure on all of them
+            fits = graph_bytes(problem, cut_short=True) * most <= room
             self._mode = "kept" if all(problem.ranks.each(fits)) else "fresh"
             first = problem.subset([0]).alone()
             tangents = random_direction(first)
             check_second_derivative(first, tangents, build(first, "fresh").product(list(parameters), tangents))
         engine = Counting(build(problem, self._mode))
         names = [n for n in parameters if n in preconditioner.root]
-        found, direction = self._top(engine, preconditioner, names, self._direction) if names else (_Found(), None)
-        found = self._calibrated(found, preconditioner, step)
+        found, direction = self._top(engine, preconditioner, names, self._direction) if names else (Found(), None)
+        found = calibrated(found, preconditioner, step)
         if preconditioner.balls:
             solver = FrankWolfe(self.solver.tolerance, self.solver.max_products)
             fields, sharpest = in_norm(problem, engine, preconditioner, self._direction, solver)
-            status = found.status if names else fields["status"]
-            found, direction = replace(found, **{**fields, "status": status}), {**(direction or {}), **sharpest}
+            fields |= {"status": found.status} if names else {}
+            found, direction = replace(found, **fields), {**(direction or {}), **sharpest}
         if direction is not None:
             self._direction = direction
         if found.eigenvalue is not None or found.sharpness is not None:
@@ -286,23 +331,9 @@ class CurvatureTracker:
             self._look_ahead(problem, engine, preconditioner, known)
         return replace(found, hvps=engine.products)
 
-    def _calibrated(self, found: _Found, preconditioner: Preconditioner, step: int) -> _Found:
-        """Whether it is too early to tell, and else the largest stable learning rate and the odds."""
-        rho, residual, lr = found.rho, found.residual, preconditioner.lr
-        threshold, options = preconditioner.threshold, preconditioner.options
-        if rho is None:
-            return found
-        if too_early(step, preconditioner.step, options.get("betas"), options.get("momentum")):
-            return replace(found, early=True)
-        partial = bool(preconditioner.balls)  # of which no run of the calibration was
-        if not certified(found) or residual is None or not threshold or not lr or rho <= 0 or partial:
-            return found
-        limit = stable_lr(lr, Bracket(rho, rho, rho + residual / threshold), preconditioner.name)
-        return replace(found, stable_lr=limit, odds=odds(rho, preconditioner.name))
-
     def _beside(
-        self, problem: Problem, engine: HVP, preconditioner: Preconditioner, names: list[str], found: _Found
-    ) -> _Found:
+        self, problem: Problem, engine: HVP, preconditioner: Preconditioner, names: list[str], found: Found
+    ) -> Found:
         """With the cheap numbers that stand beside rho."""
         found = replace(found, update_rms=update_rms(preconditioner, names))
         if self.update_ratio:
@@ -318,18 +349,21 @@ class CurvatureTracker:
                 gradient_outlier=None if sigmas is None else sigmas > SIGMAS,
                 gradient_quotient=gradient_quotient(engine, names, gradients) if self.gradient_quotient else None,
             )
-        blocks = find_blocks(self.model) if self.attention else None
-        if blocks is not None:
+        blocks = find_blocks(self.model) if self.attention or self.spectral_norms else None
+        if blocks is not None and self.spectral_norms:
+            norms = [largest_spectral_norm(module) for module in blocks.modules]
+            found = replace(found, spectral_norm=None if None in norms else max(n for n in norms if n is not None))
+        if blocks is not None and self.attention:
             seen = attention(blocks.modules, lambda: [problem.batch_loss(i) for i in problem.given[0]])
             logits = [one.logit for one in seen if one.logit is not None]
             entropies = [one.entropy for one in seen if one.entropy is not None]
             found = replace(found, attention_logit=max(logits, default=None), attention_entropy=min(entropies, default=None))
         return found
 
-    def _look_ahead(self, problem: Problem, engine: HVP, preconditioner: Preconditioner, known: _Known) -> None:
+    def _look_ahead(self, problem: Problem, engine: HVP, preconditioner: Preconditioner, known: Known) -> None:
         """rho with the next group's blocks: their second moments, which no optimizer has yet, are shadowed."""
         self._ahead = (known.coming, None)
-        inside = [n for n in problem.parameters if n in self._translate(known.coming)]
+        inside = [n for n in problem.parameters if n in bare_names(known.coming)]
         roots = self.shadow.roots(known.view, problem, inside)
         if roots is None:
             return
@@ -341,15 +375,16 @@ class CurvatureTracker:
 
     def _top(
         self, engine: HVP, preconditioner: Preconditioner, names: list[str], near: Mapping[str, Tensor]
-    ) -> tuple[_Found, dict[str, Tensor] | None]:
+    ) -> tuple[Found, dict[str, Tensor] | None]:
         root = preconditioner.root.restrict(names)
         operator = PreconditionedHessian(engine, root, preconditioner.decay)
         start = [root.lower(near)] if near else []
-        extremes = self.solver.extremes(operator, start)
+        most = self.solver.max_products if self.budget is None else min(self.solver.max_products, self.budget.products)
+        extremes = replace(self.solver, max_products=most).extremes(operator, start)
         if extremes.top is None or extremes.vector is None:
-            return _Found(status="non-finite", message="a Hessian-vector product overflowed"), None
+            return Found(status="non-finite", message="a Hessian-vector product overflowed"), None
         if extremes.status == "asymmetric":
-            return _Found(
+            return Found(
                 status="asymmetric", message="products fail u.Gv = v.Gu: a kernel is differentiable once only"
             ), None
         top = extremes.top
@@ -362,55 +397,4 @@ class CurvatureTracker:
         status = "converged" if extremes.status == "converged" else "unconverged"
         doubts = ", ".join(preconditioner.doubts[:4])
         said = f"no rho: the optimizer has {doubts}, which may change its update" if doubts else None
-        return _Found(eigenvalue=top.value, rho=rho, residual=top.residual, status=status, message=said), direction
-
-    def _translate(self, names: frozenset[str]) -> frozenset[str]:
-        """Names in the wrapped model as names in the bare one."""
-        return frozenset(".".join(part for part in n.split(".") if part not in ("_orig_mod", "module")) for n in names)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """The optimizer's state by name, the names of what is locked, and those, in the wrapped model, of what joins next."""
-
-    view: OptimizerView
-    locked: frozenset[str] = frozenset()
-    coming: frozenset[str] = frozenset()
-    gather: bool = False
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What a measurement found, as the record's fields."""
-
-    eigenvalue: float | None = None
-    rho: float | None = None
-    residual: float | None = None
-    update_ratio: float | None = None
-    update_rms: float | None = None
-    gradient_norm: float | None = None
-    gradient_sigmas: float | None = None
-    gradient_outlier: bool | None = None
-    gradient_quotient: float | None = None
-    attention_logit: float | None = None
-    attention_entropy: float | None = None
-    sharpness: float | None = None
-    dual_norm: float | None = None
-    z: float | None = None
-    hvps: int = 0
-    status: Any = "failed"
-    message: str | None = None
-    early: bool = False
-    stable_lr: StableLr | None = None
-    odds: float | None = None
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and abs(float(value)) < float("inf") else None
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    module = getattr(model, "_orig_mod", model)
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        module = module.module
-    return getattr(module, "_orig_mod", module)
+        return Found(eigenvalue=top.value, rho=rho, residual=top.residual, status=status, message=said), direction

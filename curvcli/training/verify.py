@@ -52,6 +52,14 @@ def phase_problems(schedule: Schedule) -> list[Finding]:
                     "make the schedule again with this --total-steps",
                 )
             )
+    if total is not None and schedule.gates and max(schedule.gates) >= total:
+        found.append(
+            _problem(
+                "past-the-end",
+                f"the last gate is open at step {max(schedule.gates)}, after the run's {total} steps; "
+                "make the schedule again with this --total-steps",
+            )
+        )
     return found
 
 
@@ -88,7 +96,8 @@ def lock_problems(schedule: Schedule, model: nn.Module, loss: Callable[[], Tenso
     """Blocks that could not learn, and blocks that could not be locked.
 
     A block that trains at `step` and gets no gradient is dead. Where the schedule grows, the blocks that it
-    locks first are made identities, which changes the model, and a forward pass must go through them unchanged.
+    locks first are made identities, which changes the model, and a forward pass must go through them unchanged; or through
+    its gates.
 
     Args:
         model: with the checkpoint's weights, in depth as the schedule has it.

@@ -20,6 +20,7 @@ from curvcli.errors import UsageError
 from curvcli.judge.limits import STABLE_BELOW
 from curvcli.models.blocks import find_blocks, locate
 from curvcli.training.alive import DeadBlockError, Stillness, Watch
+from curvcli.training.gates import Gate
 from curvcli.training.identity import prove
 from curvcli.training.locks import check_shared, find_locks
 from curvcli.training.updates import bare, follow, following, has_stepped, held, unfollow
@@ -61,9 +62,10 @@ class ArchitectureWarmup:
         patience: updates with a positive learning rate after which a block that joined must have moved.
 
     Raises:
-        UsageError: the schedule does not fit the model; a block that is to be locked could not join, since its outputs
-            require no gradient, or is not in the optimizers. From `step`: steps that go back, parameters that were
-            replaced, locked weights that moved. From an optimizer's step: one that was not given trains locked weights.
+        UsageError: the schedule does not fit the model; the rho_source measures by a budget; a block that is to be locked
+            could not join, since its outputs require no gradient, or is not in the optimizers. From `step`: steps that go
+            back, parameters that were replaced, locked weights that moved. From an optimizer's step: one that was not given
+            trains locked weights.
         UnsupportedError: no output projections are known for these blocks, or a locked block shares its weights.
         DeadBlockError: from the optimizer's step, when a block that joined does not move.
     """
@@ -88,7 +90,14 @@ class ArchitectureWarmup:
                 f"the schedule is for depth {self.schedule.depth}, the model has {depth} blocks",
                 hint=f"make one with curv schedule --depth {depth}" if depth else "pass layers=model.layers",
             )
-        self.growing = self.schedule.mode == "grow"
+        if rho_source is not None and self.schedule.gates:
+            raise UsageError("gates open by the step alone", hint="drop rho_source or adaptive=True")
+        if getattr(rho_source, "budget", None) is not None:
+            raise UsageError(
+                "adaptive mode needs measurements at fixed steps: by a clock, a resumed job would decide otherwise",
+                hint="give the tracker every=, and not max_overhead=",
+            )
+        self.growing = self.schedule.lock == "zero-output"
         self.blocks, self.locks = blocks, find_locks(blocks, outputs, resting=self.growing)
         self.model, self.optimizers, self.rho_source, self.patience = model, bare(optimizer), rho_source, patience
         self.margin = margin or self.schedule.margin or STABLE_BELOW
@@ -102,6 +111,7 @@ class ArchitectureWarmup:
         self._watches: list[Watch] = []
         self._still: dict[int, Stillness] = {}
         self._hooked: set[int] = set()
+        self.gates: list[Gate] = []
         self._check_outputs()
         self._handles: list[Any] = []
         self._hook_gradients()
@@ -113,8 +123,9 @@ class ArchitectureWarmup:
 
     @property
     def active_depth(self) -> int:
-        """Blocks that train."""
-        return self.schedule.depth - len(self.locked)
+        """Blocks that train; of gates, those that are open."""
+        closed = sum(gate.value < 1 for gate in self.gates)
+        return self.schedule.depth - len(self.locked) - closed
 
     def step(self, step: int) -> None:
         """Say which global step comes: locks and unlocks what the schedule wants for its update.
@@ -141,6 +152,7 @@ class ArchitectureWarmup:
         joining = sorted(self.locked - wanted)
         if self.current is None:
             self._still = {i: Stillness(self.locks[i]) for i in wanted}
+        self._gate(step)
         self.locked, self.current = wanted, step
         if joining:
             logger.info("step %d: blocks %s join, %d of %d train", step, joining, self.active_depth, self.schedule.depth)
@@ -175,9 +187,12 @@ class ArchitectureWarmup:
 
     def detach(self) -> None:
         """Let go of model and optimizers; nothing is locked any longer. A new warm-up on the model does so, too."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self.gates):
             handle.remove()
+        if half := [gate.index for gate in self.gates if gate.value < 1]:
+            logger.warning("gates of blocks %s were not open: without them the model is another function", half)
         self._handles.clear()
+        self.gates.clear()
         unfollow(self)
         self._attached, self.locked = False, frozenset()
 
@@ -210,6 +225,17 @@ class ArchitectureWarmup:
                     f"block {index} is locked at step {step} and its {moved[0]} is not at rest",
                     hint="load the checkpoint's weights first, and use the schedule that the run began with",
                 )
+
+    def _gate(self, step: int) -> None:
+        """Set each block's gate for a step; open ones are taken away, so that the model is itself again, to the bit."""
+        alphas = self.schedule.alphas_at(step)
+        if self.current is None:
+            self.gates = [Gate(lock.index, lock.block) for lock in self.locks if alphas[lock.index] < 1]
+        for gate in self.gates:
+            gate.set(alphas[gate.index])
+            if gate.value >= 1:
+                gate.remove()
+        self.gates = [gate for gate in self.gates if gate.value < 1]
 
     def _wanted(self, step: int) -> frozenset[int]:
         if self.rho_source is None:

@@ -17,6 +17,7 @@ from curvcli.documents import (
     Document,
     Finding,
     json_schema,
+    load_alert,
     load_comparison,
     load_explanation,
     load_gate,
@@ -35,10 +36,11 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "compare": load_comparison,
     "explain": load_explanation,
     "curvature": load_records,
+    "alert": load_alert,
 }
 # By the version that wrote them. The loose ones are older than the oldest of these: one report has no `ends`.
 WRITTEN = [*sorted((ASSETS / "documents").rglob("*.json*")), *sorted(ASSETS.glob("*.json"))]
-YOUNGER = {"0.1.0": {"explain"}}  # kinds that the version did not have
+YOUNGER = {"0.1.0": {"explain", "alert"}}  # kinds that the version did not have
 VERSIONS = sorted((ASSETS / "documents").iterdir())
 
 

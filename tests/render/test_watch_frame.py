@@ -118,3 +118,21 @@ def test_series_of_the_picture() -> None:
     for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
         assert plot_log(Log(Path("x"), exists=True, records=records), suffix).startswith(start)
     assert plot_log(Log(Path("x"), exists=True), "png").startswith(b"\x89PNG")
+
+
+def test_level_companions_and_cost_are_shown() -> None:
+    more = {
+        "gradient_norm": 2.134, "gradient_sigmas": 7.12, "gradient_outlier": True, "update_rms": 0.97,
+        "gradient_quotient": 33.0, "attention_logit": 12.5, "attention_entropy": 0.31, "spectral_norm": 4.2,
+        "overhead": 0.0481, "probe_batches": 2,
+    }  # fmt: skip
+    text = header(Log(Path("x"), exists=True, records=(record(0, 2.0, **more),), age=3.0)).plain
+    assert "\n ERROR: rho is 2: unstable; the gradient's norm is 7.1 standard deviations above" in text
+    assert "own; lower the lr to 0.0004\n" in text
+    assert "\n gradient 2.13 (+7.1 sd), update RMS 0.970, g'Hg/g'g 33.0, attention logit 12.5, attention entropy" in text
+    assert "spectral norm 4.20\n" in text
+    assert "\n measuring takes 4.8 % of the training's time, on 2 batches of the probe" in text
+    calm = header(Log(Path("x"), exists=True, records=(record(0, 0.5),), age=3.0)).plain
+    assert not any(word in calm for word in ("INFO", "gradient", "measuring"))
+    failed = header(Log(Path("x"), exists=True, records=(record(0, None, message="oom \x1b[2J"),), age=3.0)).plain
+    assert "\n WARN: oom ?[2J" in failed

@@ -36,3 +36,9 @@ def schedule(
             ).model_dump(),
         }
     )
+
+
+def gated(*gates: int) -> Schedule:
+    """Residual gates that are open at these steps, one a block."""
+    plain = schedule(len(gates), (0, range(len(gates))))
+    return Schedule.model_validate({**plain.model_dump(), "lock": "residual-gate", "gates": list(gates)})

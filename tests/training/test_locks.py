@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from curvcli.curvature.problem import Blocks
 from curvcli.errors import UnsupportedError
 from curvcli.models.blocks import find_blocks
+from curvcli.training.gates import Gate
 from curvcli.training.locks import find_locks
 
 SMALL: dict[str, Any] = {
@@ -84,6 +85,32 @@ def test_locked_is_bit_equal_to_the_shallow_model(name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         if parameter_name in norms and id(parameter) not in at_rest:
             assert torch.equal(parameter, norms[parameter_name])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_gate_that_is_shut_leaves_the_block_out_and_an_open_one_changes_nothing(name: str) -> None:
+    model = build(name).eval()
+    blocks = blocks_of(model)
+    gates = [Gate(i, block) for i, block in enumerate(blocks.modules) if i]
+    with torch.no_grad():
+        for gate in gates:
+            gate.set(0.0)
+        shut = logits(model)
+        for gate in gates:
+            gate.set(1.0)
+        wide = logits(model)
+        for gate in gates:
+            gate.set(0.5)
+        half = logits(model)
+        for gate in gates:
+            gate.remove()
+        whole = logits(model)
+        with blocks.truncated(1):
+            shallow = logits(model)
+    assert torch.equal(shut, shallow)
+    assert torch.equal(wide, whole)
+    assert not torch.equal(half, whole)
+    assert not torch.equal(shut, whole)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -112,6 +112,16 @@ def test_attention_where_it_is_asked_for() -> None:
     seen = attention(list(model.model.layers), lambda: model(input_ids=ids))
     assert record.attention_logit == pytest.approx(max(one.logit or 0 for one in seen), rel=1e-5)
     assert record.attention_entropy == pytest.approx(min(one.entropy or 9 for one in seen), rel=1e-5)
+    assert record.spectral_norm is None
+    weighed = CurvatureTracker(model, optimizer, loss, probe=[ids], spectral_norms=True).step(0)
+    assert weighed is not None
+    norms = [
+        float(torch.linalg.matrix_norm(p.detach(), 2))
+        for layer in model.model.layers
+        for p in layer.parameters()
+        if p.dim() == 2
+    ]
+    assert weighed.spectral_norm == pytest.approx(max(norms), rel=1e-5)
     bare = _tracked(attention=True)[3].step(0)
     assert bare is not None
     assert (bare.attention_logit, bare.attention_entropy) == (None, None), "it has none"
