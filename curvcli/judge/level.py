@@ -35,7 +35,9 @@ def alert_of(record: Record) -> Alert:
         return _alert(record, "WARN", _joined(edge, said))
     if record.status in _BROKEN:
         return _alert(record, "WARN", record.message or f"the measurement is {record.status}")
-    return _alert(record, "INFO", verdict if record.rho is None else f"rho is {record.rho:.3g}: {verdict}")
+    rho = "" if record.rho is None else f"rho is {record.rho:.3g}: {verdict}"
+    z = "" if record.z is None else f"Z is {record.z:.3g}"
+    return _alert(record, "INFO", _joined(rho, z) or verdict)
 
 
 def lower_lr(lr: float | None, rho: float | None, stable: StableLr | None) -> float | None:
