@@ -209,6 +209,7 @@ def test_its_removal_is_the_removal_of_its_curvature(found: Explanation, culprit
     assert sequences.estimate.eigenvalue < found.estimate.eigenvalue / 3
 
 
+@pytest.mark.slow
 def test_the_verdict_is_said_to_be_of_a_few(found: Explanation, culprit: Path) -> None:
     assert found.estimate.eigenvalue is not None
     assert found.removals[0].estimate.eigenvalue is not None

@@ -167,6 +167,7 @@ def test_no_checkpoint_brings_the_rules_it_is_judged_by(away: Path, name: str) -
     assert (table.model_dump()["max_rho"], file) == (1e-9, own.resolve())
 
 
+@pytest.mark.slow
 @NAMES
 def test_data_and_gate_in_one_file(small: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example of docs/gate.md."""

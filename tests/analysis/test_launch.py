@@ -41,6 +41,7 @@ def test_one_process_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ranks is None
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_come_are_one_line(second: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(launch, "COME", 1)

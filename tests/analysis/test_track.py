@@ -80,6 +80,7 @@ def test_a_second_call_measures_nothing(tracked: tuple[Track, Path], calm: Path)
     assert [p.report for p in again.points] == [p.report for p in track.points]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_same_numbers(tracked: tuple[Track, Path], calm: Path, tmp_path: Path) -> None:
     """The first checkpoint alone, as a killed call leaves it; then the whole run."""
     cache = FileCache(tmp_path)

@@ -32,6 +32,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nested", "torchtitan", "FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_two_ranks_are_the_gathered_state(layout: str, ranks: Path) -> None:
     gathered = torch.load(ranks / "gathered.pt", weights_only=True)
@@ -127,6 +128,7 @@ def test_trainer_under_fsdp(tmp_path: Path) -> None:
     same_weights(open_checkpoint(sharded.path).model(), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RANKED if name.startswith("FSDP")])
 def test_damaged_at_random(name: str, ranks: Path, tmp_path: Path) -> None:
     """One of each damage; test_fuzz.py does many."""

@@ -357,6 +357,7 @@ def test_inside_a_trainers_checkpoint(tmp_path: Path) -> None:
     assert "no optimizer file of rank 0" in one_line([str(run / "checkpoint-2"), "--data", str(tmp_path / "ids.npy")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RANKED if name.startswith("DeepSpeed")])
 def test_damaged_at_random(name: str, runs: Path, tmp_path: Path) -> None:
     """One of each damage; test_fuzz.py does many."""

@@ -111,6 +111,7 @@ def _ranks(path: Path, ranks: int = 64) -> None:
 
 
 # The limits are those of issue and documentation, in seconds of the processor (the machine may be busy) and bytes.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "seconds", "memory"), [(_shards, 3, 500e6), pytest.param(_ranks, 12, 600e6, marks=pytest.mark.slow)]
 )

@@ -84,6 +84,7 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_plain_sharded_directory_estimates_the_second_moment(llama: Path) -> None:
     assert (llama / "model.safetensors.index.json").exists()
     np.save(llama / "ids.npy", np.random.default_rng(0).integers(0, 64, 2000))

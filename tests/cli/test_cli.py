@@ -132,6 +132,7 @@ def test_bad_usage_is_two() -> None:
     assert said[0].startswith("curv: error: ")
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_130_and_leaves_nothing(samples: Path, tmp_path: Path) -> None:
     arguments = ["analyze", str(samples / "hot"), "--tokens", "32768", "-o", str(tmp_path / "r.json")]
     # A shell's background job ignores SIGINT and its children inherit that: a terminal's foreground does not.

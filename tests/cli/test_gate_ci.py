@@ -126,6 +126,7 @@ def test_the_action_fails_with_two_where_curv_cannot_run(runner: Path) -> None:
     assert "curv: error: /nowhere does not exist" in done.stderr
 
 
+@pytest.mark.slow
 def test_hostile_inputs_stay_arguments(runner: Path) -> None:
     evil = '$(touch "$HOME/fired"); `touch $HOME/fired` "; touch $HOME/fired; #'
     for name in ("path", "max_rho", "baseline", "data", "budget"):

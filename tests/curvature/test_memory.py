@@ -107,6 +107,7 @@ def whole() -> tuple[nn.Module, list[Any]]:
     return net, [a, b]  # 16 and 32 rows
 
 
+@pytest.mark.slow
 def test_batches_are_cut_until_they_fit() -> None:
     net, batches = whole()
     fits = most_rows(9)

@@ -293,6 +293,7 @@ def test_a_dataset_whose_json_is_of_another_form(tmp_path: Path, checkpoint: Che
         read_shard(tmp_path / "d", checkpoint, tokens=96, sequence_length=16)
 
 
+@pytest.mark.slow
 def test_a_row_of_millions_of_ids_in_a_kilobyte(tmp_path: Path, checkpoint: Checkpoint) -> None:
     ids = pa.array(np.zeros(2**25, dtype=np.int8))
     rows = pa.ListArray.from_arrays(pa.array([0, len(ids)], pa.int32()), ids)

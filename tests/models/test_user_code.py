@@ -142,6 +142,7 @@ def test_a_module_that_fails_itself_is_blamed(own: Path) -> None:
     assert "ModuleNotFoundError: No module named 'absent_dependency'" in refused("weights", *DATA, "--model", "mynets2:tiny")
 
 
+@pytest.mark.slow
 def test_modules_of_the_working_directory(own: Path) -> None:
     """In a process of its own, whose path does not begin with the working directory, as that of `curv` does not."""
 

@@ -150,6 +150,7 @@ def test_the_map_has_a_cell_per_value_in_the_class_of_its_rho() -> None:
     assert a[1] < b[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [s if s == "svg" else pytest.param(s, marks=pytest.mark.slow) for s in FORMATS])
 def test_odd_documents_have_pictures(suffix: str, report: Report) -> None:
     hot = asset("hot")

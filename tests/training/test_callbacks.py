@@ -77,6 +77,7 @@ def test_trainer_with_the_tracker_trains_the_same(tmp_path: Path) -> None:
     assert records[1].loss == watched.state.log_history[2]["loss"]
 
 
+@pytest.mark.slow
 def test_trainer_repeats_adaptive_decisions(tmp_path: Path) -> None:
     options = {"probe": probe(), "every": 1, "adaptive": True}
     first, second = (CurvCallback(ADAPTIVE, **options) for _ in range(2))
@@ -104,6 +105,7 @@ def test_a_callback_without_work_is_refused() -> None:
         CurvCallback(GROW, adaptive=True)
 
 
+@pytest.mark.slow
 def test_lightning_killed_across_an_unlock(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="pip install 'curvcli[lightning]'")
     from lightning.pytorch import LightningModule
