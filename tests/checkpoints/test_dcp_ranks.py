@@ -48,6 +48,7 @@ def test_two_ranks_are_the_gathered_state(layout: str, ranks: Path) -> None:
         assert checkpoint.step == STEPS
 
 
+@pytest.mark.slow
 def test_pieces_that_ranks_cannot_halve(ranks: Path) -> None:
     entries = read_metadata(ranks / "odd")
     assert {entry.key: len(entry.chunks) for entry in entries} == {

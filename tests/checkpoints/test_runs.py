@@ -79,6 +79,7 @@ def test_a_half_written_checkpoint_is_skipped_and_named(kind: str, run: Path) ->
 OPTIONS = Options(tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
 
 
+@pytest.mark.slow
 def test_everyone_says_so(run: Path, tmp_path: Path) -> None:
     import numpy as np
 

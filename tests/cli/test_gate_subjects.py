@@ -38,6 +38,7 @@ def test_a_checkpoint_is_measured_and_its_report_kept(tmp_path: Path) -> None:
     assert json.loads(again.stdout)["outcomes"] == gate["outcomes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_tiny_budget_is_kept_and_leaves_the_gate_unresolved(samples: Path, tmp_path: Path, budget: int) -> None:
     """In a process of its own, whose start counts too."""
