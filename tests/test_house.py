@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,24 @@ def test_no_file_is_long_and_no_room_is_half_the_house() -> None:
     assert not [str(path) for path, count in lines.items() if count > 400]
     for room in ROOMS:
         assert sum(count for path, count in lines.items() if _room(path) == room) <= sum(lines.values()) / 5, room
+
+
+def test_no_modules_import_each_other() -> None:
+    """Not in a circle of any length, types included; a package's `__init__`, which hands names on, is left out."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
+    imports = {
+        name: {
+            found
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for found in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            if found in files
+        }
+        for name, path in files.items()
+        if path.name != "__init__.py"
+    }
+    sorter = TopologicalSorter(imports)
+    sorter.prepare()  # raises CycleError, which names the circle
 
 
 def test_tests_lie_in_the_rooms_that_they_test() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from curvcli.analysis.measured import Ongoing
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.norms import largest_spectral_norm
 from curvcli.curvature.precision import norm
@@ -15,11 +15,8 @@ from curvcli.errors import exhausted
 from curvcli.models.attention import Attention, attention
 from curvcli.optimizers.update import gradient_quotient, inner, over, update_rms
 
-if TYPE_CHECKING:
-    from curvcli.analysis.solve import Measurement
 
-
-def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[Companions, list[LayerCompanions]]:
+def companions(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[Companions, list[LayerCompanions]]:
     """Of the whole model and of each layer: two products, and a forward pass of the first batch.
 
     Args:
@@ -57,7 +54,7 @@ def companions(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tupl
     return whole, layers
 
 
-def quotients(work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[float | None, float | None]:
+def quotients(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[float | None, float | None]:
     """Curvature along the gradient, as it is and as the optimizer sees it: g'Hg / g'g, and w'Gw / w'w for w = P^(-1/2) g.
 
     None where the gradient is 0, or a value is not finite. The second is of the parameters that are preconditioned, None

@@ -1,14 +1,41 @@
-"""What the solves found: raw values, before they are a document."""
+"""What the solves found: raw values, before they are a document; and what is known while they go on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Protocol
 
+from curvcli.analysis.stages import Stages
 from curvcli.curvature.folds import Folds
+from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ritz import Extremes, Ritz
 from curvcli.documents import Companions, LayerCompanions, ModelSteepest, Steepest, Update
+from curvcli.optimizers.preconditioner import Preconditioner
+
+
+class Ongoing(Protocol):
+    """A measurement in progress, as those see it who measure one thing more in it.
+
+    Attributes:
+        moving: names of the parameters that move; `names` are those of them that have a P, and so lambda and rho.
+        layer_moving: those that move, by layer.
+    """
+
+    problem: Problem
+    preconditioner: Preconditioner
+    blocks: Blocks | None
+    solver: Lanczos
+    stages: Stages
+    moving: list[str]
+    names: list[str]
+    layer_moving: list[list[str]]
+
+    def in_time(self) -> None:
+        """Raises OutOfTime where nothing more may be started."""
+        ...
 
 
 @dataclass

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from curvcli.analysis.measured import InNorm
+from curvcli.analysis.measured import InNorm, Ongoing
 from curvcli.curvature.balls import MaxNorm
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.steepest import FrankWolfe, Sharpest, distance, joint_dual
@@ -18,9 +18,6 @@ from curvcli.errors import OutOfTime
 from curvcli.judge.calibration import too_early
 from curvcli.judge.steepest import read
 from curvcli.optimizers.preconditioner import Preconditioner
-
-if TYPE_CHECKING:
-    from curvcli.analysis.solve import Measurement
 
 PART, DEPTH = 5, 3  # products of a part alone, and of a depth, which starts from the whole's direction
 
@@ -50,7 +47,7 @@ class Steep:
         self.found = InNorm(self.whole())
 
     @classmethod
-    def of(cls, work: Measurement, hvp: HVP, gradients: Sequence[Tensor]) -> Steep | None:
+    def of(cls, work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> Steep | None:
         """Of a measurement whose gradients are for `work.moving`; None where no parameter has a ball. Raises OutOfTime.
 
         Args:
