@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from browser import Browser, troubles
+from logs import record
 from pages import HOSTILE, SCHEDULE, Text, decided
 from places import ASSETS
 from schedules import schedule
 from tracks import asset, course, long, track
 
-from curvcli.documents import Comparison, Report, Schedule, load_report
+from curvcli.documents import Comparison, Log, Report, Schedule, load_report
 from curvcli.judge.compare import compare
 from curvcli.render.compare_plot import growth
 from curvcli.render.compare_plot import picture as comparison_picture
@@ -23,6 +24,7 @@ from curvcli.render.gate_plot import picture as gate_picture
 from curvcli.render.html import comparison_page, gate_page, page, report_page, schedule_page, top, track_page
 from curvcli.render.picture import NARROW, WIDE, Picture, foot
 from curvcli.render.plot import picture
+from curvcli.render.plot_log import picture as log_picture
 from curvcli.render.schedule_plot import picture as schedule_picture
 from curvcli.render.series import heat, near_start, newest_columns, part_brackets
 from curvcli.render.track_plot import MOST_NARROW, heat_map, steps
@@ -108,6 +110,7 @@ PICTURES: dict[str, Callable[[float], Picture]] = {
     "schedule": lambda width: schedule_picture(planned(), width=width),
     "bare schedule": lambda width: schedule_picture(schedule(4, (0, [0, 1]), (5, range(4))), width=width),
     "gate": lambda width: gate_picture(decided(), width=width),
+    "log": lambda width: log_picture(Log(Path("x"), exists=True, records=tuple(map(record, range(6)))), width=width),
     "compare": lambda width: comparison_picture(compared(), width=width),
 }
 
