@@ -235,6 +235,8 @@ def test_growth_is_that_of_rho_with_the_bracket_moved_by_the_learning_rates() ->
     html = comparison_page(nothing)
     assert "<svg" not in html
     assert "it is skipped" in html
+    assert "why no ratio" in html
+    assert "why no ratio" not in html_of("compare")
 
 
 def test_nothing_of_a_gate_or_a_comparison_is_markup() -> None:
