@@ -18,7 +18,8 @@ from curvcli.cli.app import app, check_outputs, exit_codes
 )
 def report(
     document: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Document that curv analyze, track or schedule wrote with -o.")
+        Path,
+        typer.Argument(metavar="FILE", help="Document that curv analyze, track, schedule, gate or compare wrote with -o."),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the page (HTML) here.  [default: stdout]")

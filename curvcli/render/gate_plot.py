@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from curvcli.documents import Gate, Outcome
-from curvcli.render.picture import Picture, readable_log
+from curvcli.render.picture import WIDE, Picture, readable_log
 from curvcli.render.style import GATE_LIKE, light
 
 
-def picture(gate: Gate) -> Picture:
+def picture(gate: Gate, *, width: float = WIDE) -> Picture:
     """A line a rule, on a logarithmic axis on which 1 is the limit. Rules without a number or a limit are named alone."""
-    return Picture(lambda drawn: _draw(drawn, gate), [0.5 + 0.4 * len(gate.outcomes)], f"gate {gate.outcome}")
+    heights = [0.5 + 0.4 * len(gate.outcomes)]
+    return Picture(lambda drawn: _draw(drawn, gate), heights, f"gate {gate.outcome}", width=width)
 
 
 def ratios(outcome: Outcome) -> tuple[float | None, float | None, float | None]:
@@ -34,9 +35,11 @@ def _draw(drawn: Picture, gate: Gate) -> None:
         if value is not None:
             axes.plot([value], [place], "o", color=colour, markersize=6)
     axes.axvline(1, color=light("limit"), linestyle="--", linewidth=1.2)
-    names = [f"{o.rule}{' (a lower limit)' if o.rule.startswith('min-') else ''}: {o.outcome}" for o in gate.outcomes]
+    gap = "\n" if drawn.narrow else " "
+    names = [f"{o.rule}{' (lower limit)' if o.rule.startswith('min-') else ''}:{gap}{o.outcome}" for o in gate.outcomes]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel("value over its limit")
+    axes.set_xlabel("value over its limit (dashed: the limit)")
+    axes.set_ylabel("rule")
     readable_log(axes.xaxis)
     axes.grid(axis="x")

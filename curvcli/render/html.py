@@ -13,18 +13,42 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from curvcli.documents import Document, Gate, Report, Schedule, Track, load_report, load_schedule, load_track, schema_of
+from curvcli.documents import (
+    Comparison,
+    Document,
+    Gate,
+    Report,
+    Schedule,
+    Track,
+    load_comparison,
+    load_gate,
+    load_report,
+    load_schedule,
+    load_track,
+    schema_of,
+)
 from curvcli.documents.columns import PARTS, POINTS, Column, Part, parts, shown
 from curvcli.errors import InputError, plain
 from curvcli.render.advice import advice, track_advice
 from curvcli.render.cells import Cell, part_cells, point_cells, present, summary
+from curvcli.render.compare_plot import growth
+from curvcli.render.compare_plot import picture as comparison_picture
+from curvcli.render.explain import LEAST
 from curvcli.render.frame import number
+from curvcli.render.gate_plot import picture as gate_picture
+from curvcli.render.gate_plot import ratios
 from curvcli.render.largest_lr import told
+from curvcli.render.picture import NARROW, WIDE, Picture
 from curvcli.render.plot import picture
+from curvcli.render.schedule_plot import picture as schedule_picture
+from curvcli.render.schedule_table import ORDERS, ranges
 from curvcli.render.series import heat, report_series
 from curvcli.render.style import GATE_LIKE, RUN_LIKE, said, variables
 from curvcli.render.track_plot import heat_map, steps
 from curvcli.render.track_points import axis, newest, rows, run_verdict
+
+# Layouts: a page, and the top of one in somebody else's page, which shows no chart.
+WHOLE, TOP = "base.html", "fragment.html"
 
 
 def page(path: Path) -> str:
@@ -46,22 +70,22 @@ def top(document: Report | Track | Gate | Schedule) -> str:
     """The top of a document's page, verdict and findings, as a fragment of HTML with its own style and no script."""
     match document:
         case Report():
-            text = report_page(document, layout="fragment.html")
+            text = report_page(document, layout=TOP)
         case Track():
-            text = track_page(document, layout="fragment.html")
+            text = track_page(document, layout=TOP)
         case Schedule():
-            text = schedule_page(document, layout="fragment.html")
+            text = schedule_page(document, layout=TOP)
         case Gate():
-            text = _render("gate_top.html", document=document, layout="fragment.html", gate=document, gate_like=GATE_LIKE)
+            text = gate_page(document, layout=TOP)
     return text
 
 
-def report_page(report: Report, layout: str = "base.html") -> str:
+def report_page(report: Report, layout: str = WHOLE) -> str:
     """Verdict, findings, next steps, curves over depth, where the sharpest direction lives, numbers, provenance."""
     chart = None
-    if any(ys for _, ys in report_series(report).values()):
+    if layout == WHOLE and any(ys for _, ys in report_series(report).values()):
         says = "lambda over depth on a logarithmic axis; the same numbers are in the table below"
-        chart = picture(report).embed("depths", says)
+        chart = _charts("depths", says, lambda width: picture(report, width=width))
     return _render(
         "report.html",
         document=report,
@@ -90,16 +114,41 @@ def estimates(report: Report, *, curves: bool = True) -> Table:
     return Table(columns, [part_cells(part, columns) for part in found])
 
 
-def schedule_page(schedule: Schedule, layout: str = "base.html") -> str:
+def schedule_page(schedule: Schedule, layout: str = WHOLE) -> str:
     """When which block joins, findings, provenance."""
-    return _render("schedule.html", document=schedule, layout=layout, schedule=schedule)
+    says = "blocks that train, learning rate and predicted rho over steps; the phases are in the table above"
+    chart = None
+    if layout == WHOLE:
+        chart = _charts("plan", says, lambda width: schedule_picture(schedule, width=width))
+    return _render(
+        "schedule.html", document=schedule, layout=layout, schedule=schedule, chart=chart, orders=ORDERS
+    )  # fmt: skip
 
 
-def track_page(track: Track, layout: str = "base.html") -> str:
+def gate_page(gate: Gate, layout: str = WHOLE) -> str:
+    """What was decided, each rule with its number, bracket and limit, and what judged."""
+    says = "each rule's number with its bracket over its limit, on a logarithmic axis; the table above has the numbers"
+    chart = None
+    if layout == WHOLE and any(value is not None for outcome in gate.outcomes for value in ratios(outcome)):
+        chart = _charts("rules", says, lambda width: gate_picture(gate, width=width))
+    return _render("gate.html", document=gate, layout=layout, gate=gate, gate_like=GATE_LIKE, chart=chart)
+
+
+def comparison_page(found: Comparison, layout: str = WHOLE) -> str:
+    """Both checkpoints, findings, and how many times each part's lambda and rho have grown."""
+    says = "rho and lambda of the second over those of the first, a line a part; the table below has the numbers"
+    chart = None
+    if layout == WHOLE and any(growth(change) for change in found.changes):
+        chart = _charts("changes", says, lambda width: comparison_picture(found, width=width))
+    norm = any(value is not None for c in found.changes for value in (c.first_z, c.second_z))
+    return _render("compare.html", document=found, layout=layout, compared=found, chart=chart, norm=norm)
+
+
+def track_page(track: Track, layout: str = WHOLE) -> str:
     """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
     last, found, cells = newest(track), rows(track), heat(track)
     columns = present(shown(POINTS, "page"), [row.measured for row in found])
-    says = f"rho, lambda, learning rate and loss over {axis(track)}s; the numbers are in the table of checkpoints"
+    over = f"rho, lambda, learning rate and loss over {axis(track)}s; the numbers are in the table of checkpoints"
     rho_says = "rho of embedding and head, and of each layer alone, a column per checkpoint"
     return _render(
         "track.html",
@@ -112,8 +161,8 @@ def track_page(track: Track, layout: str = "base.html") -> str:
         newest_label=next((row.label for row in found if row.point is last), ""),
         steps=track_advice(track),
         axis=axis(track),
-        curves=steps(track).embed("steps", says) if last else None,
-        heat=heat_map(cells).embed("heat", rho_says) if cells else None,
+        curves=_charts("steps", over, lambda width: steps(track, width=width)) if last and layout == WHOLE else None,
+        heat=_charts("heat", rho_says, lambda width: heat_map(cells, width=width)) if cells and layout == WHOLE else None,
         rows=found,
         point_columns=columns,
         cells=[point_cells(row, columns) for row in found],
@@ -123,10 +172,18 @@ def track_page(track: Track, layout: str = "base.html") -> str:
 
 # A document's page: how it is read, how it is drawn. A further document is a further line.
 PAGES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], str]]] = {
+    "curv.compare/1": (load_comparison, comparison_page),
+    "curv.gate/1": (load_gate, gate_page),
     "curv.report/1": (load_report, report_page),
     "curv.schedule/1": (load_schedule, schedule_page),
     "curv.track/1": (load_track, track_page),
 }
+
+
+def _charts(name: str, says: str, draw: Callable[[float], Picture]) -> Markup:
+    """A picture twice, for wide pages and for narrow ones: the style shows one of them, at a size that can be read."""
+    wide, narrow = draw(WIDE).embed(name, says), draw(NARROW).embed(f"{name}-narrow", says)
+    return Markup('<div class="on-wide">{}</div><div class="on-narrow">{}</div>').format(wide, narrow)
 
 
 def _render(template: str, *, document: Document, **values: object) -> str:
@@ -138,7 +195,8 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, said=said, told=told)
+    environment.filters.update(number=number, said=said, told=told, ranges=ranges)
+    environment.globals.update(least=LEAST)
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")
     # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.

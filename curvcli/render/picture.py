@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
-from math import log10
+from math import ceil, floor, log10
 from typing import Any
 
 from markupsafe import Markup
@@ -20,7 +20,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from curvcli.render.style import light
 from curvcli.render.svg import embedded
 
+LONGEST_BESIDE, ROW = 26, 0.17  # of a narrow picture's legend: characters of labels in two columns, inches a line
 FORMATS = ("png", "svg", "pdf")
+WIDE, NARROW = 8.0, 4.7  # inches; on a page as wide as a phone's, the wide one's text would be too small to read
 EDGE = "edge of stability, rho = 1; threshold of lambda"
 # No date and no chance in the file: the same document gives the same picture.
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -35,19 +37,23 @@ _STYLE: dict[Any, Any] = {
 
 
 class Picture:
-    """A figure 8 inches wide: panels one below the other over a common axis.
+    """A figure of panels one below the other over a common axis.
 
     Args:
         draw: puts what is shown into the panels. It runs in this project's style, whatever the reader's own is.
         heights: of the panels, in inches.
         heading: what stands above the picture in a file; a page has said it already.
+        width: in inches, WIDE or NARROW.
     """
 
-    def __init__(self, draw: Callable[[Picture], None], heights: Sequence[float], heading: str) -> None:
+    def __init__(
+        self, draw: Callable[[Picture], None], heights: Sequence[float], heading: str, *, width: float = WIDE
+    ) -> None:
         self.heading = heading
+        self.narrow = width < WIDE
         self._labels: dict[str, Sequence[str]] = {}
         with rc_context(_STYLE):
-            self.figure = Figure(figsize=(8, sum(heights) + 0.6), layout="constrained")
+            self.figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
             panels = self.figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
             self.axes: list[Axes] = list(panels[:, 0])
             draw(self)
@@ -71,6 +77,10 @@ class Picture:
 
     def legend_of(self, handles: Sequence[Artist], labels: Sequence[str], columns: int) -> None:
         """A legend of these."""
+        if self.narrow:
+            columns = min(columns, 1 if max(map(len, labels), default=0) > LONGEST_BESIDE else 2)
+            more = max(0, ceil(len(labels) / columns) - 2)
+            self.figure.set_figheight(self.figure.get_figheight() + ROW * more)
         self.figure.legend(handles, labels, loc="outside upper left", ncols=columns, alignment="left")
 
     def save(self, suffix: str) -> bytes:
@@ -111,6 +121,12 @@ def readable_log(axis: Axis) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _round(value)))
     axis.set_minor_locator(NullLocator())
+
+
+def foot(least: float) -> float:
+    """Where bars on a logarithmic axis begin: the next of 1, 2 and 5 times a power of ten, well below the least of them."""
+    power = 10.0 ** floor(log10(least / 1.2))
+    return power * max(step for step in (1, 2, 5) if step == 1 or step * power <= least / 1.2)
 
 
 def _round(value: float) -> str:

@@ -6,14 +6,19 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from curvcli.documents import Log
 from curvcli.render.frame import number
-from curvcli.render.picture import EDGE, Picture, readable_log
+from curvcli.render.picture import EDGE, WIDE, Picture, readable_log
 from curvcli.render.series import log_series, unlocks
 from curvcli.render.style import light
 
 
 def plot_log(log: Log, suffix: str) -> bytes:
     """The picture as the bytes of a file of that format (png, svg or pdf)."""
-    return Picture(lambda drawn: _draw(drawn, log), [2.8, 2.0, 1.1, 1.5], _heading(log)).save(suffix)
+    return picture(log).save(suffix)
+
+
+def picture(log: Log, *, width: float = WIDE) -> Picture:
+    """rho, lambda with its threshold, learning rate and loss over steps, unlocks as vertical lines."""
+    return Picture(lambda drawn: _draw(drawn, log), [2.8, 2.0, 1.1, 1.5], _heading(log), width=width)
 
 
 def _draw(drawn: Picture, log: Log) -> None:
@@ -41,7 +46,7 @@ def _draw(drawn: Picture, log: Log) -> None:
             color=light("unlock"),
         )  # fmt: skip
     loss.set_xlabel("step (vertical lines: unlocks, with the number of blocks that train)" if joined else "step")
-    loss.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    loss.xaxis.set_major_locator(MaxNLocator(nbins=4 if drawn.narrow else 8, integer=True))
     loss.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     drawn.legend(3)
 

@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from curvcli.documents import Schedule
 from curvcli.errors import counted
-from curvcli.render.picture import Picture
+from curvcli.render.picture import WIDE, Picture
 from curvcli.render.series import Series, schedule_series
 from curvcli.render.style import light
 
@@ -20,20 +20,21 @@ def plot(schedule: Schedule, suffix: str) -> bytes:
     return picture(schedule).save(suffix)
 
 
-def picture(schedule: Schedule) -> Picture:
+def picture(schedule: Schedule, *, width: float = WIDE) -> Picture:
     """Blocks that train, the learning rate and the predicted rho, where they are known, over steps."""
     data = schedule_series(schedule)
     how = "residual gates" if schedule.gates else counted(len(schedule.phases) - 1, "unlock")
     heading = f"{schedule.mode}, {counted(schedule.depth, 'block')}, {how}"
-    return Picture(lambda drawn: _draw(drawn, schedule, data), [HEIGHTS[name] for name in data], heading)
+    heights = [HEIGHTS[name] for name in data]
+    return Picture(lambda drawn: _draw(drawn, schedule, data), heights, heading, width=width)
 
 
 def _draw(drawn: Picture, schedule: Schedule, data: dict[str, Series]) -> None:
     axes = dict(zip(data, drawn.axes, strict=True))
-    _depth(axes["depth"], schedule, data["depth"])
+    _depth(axes["depth"], schedule, data["depth"], LONGEST // (2 if drawn.narrow else 1))
     if "lr" in data:
         axes["lr"].plot(*data["lr"], color=light("logged"))
-        axes["lr"].set_ylabel("learning rate")
+        axes["lr"].set_ylabel("learning\nrate")
         axes["lr"].set_ylim(bottom=0)
     if "rho" in data:
         _rho(axes["rho"], schedule, data["rho"])
@@ -42,14 +43,15 @@ def _draw(drawn: Picture, schedule: Schedule, data: dict[str, Series]) -> None:
             panel.axvline(phase.step, color=light("soft"), linewidth=0.7, linestyle=":", zorder=1)
         panel.grid(axis="y")
     bottom = drawn.axes[-1]
-    bottom.set_xlabel("step")
+    bottom.set_xlabel("step (dotted lines: blocks join)" if len(schedule.phases) > 1 else "step")
+    bottom.xaxis.set_major_locator(MaxNLocator(nbins=4 if drawn.narrow else 8, integer=True))
     bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     bottom.set_xlim(data["depth"][0][0], data["depth"][0][-1])
     if "rho" in data:
         drawn.legend(3)
 
 
-def _depth(axes: Axes, schedule: Schedule, drawn: Series) -> None:
+def _depth(axes: Axes, schedule: Schedule, drawn: Series, longest: int) -> None:
     steps, depths = drawn
     if schedule.gates:
         axes.plot(steps, depths, color=light("measured"), linewidth=1.8)
@@ -63,7 +65,7 @@ def _depth(axes: Axes, schedule: Schedule, drawn: Series) -> None:
     unlocks = schedule.phases[1:]
     # One line of text: labels at the unlocks themselves overlap where a steep decay lets them follow closely.
     text = "   ".join(f"+{len(phase.unlock)} at {phase.step:,}" for phase in unlocks)
-    if len(text) > LONGEST:
+    if len(text) > longest:
         text = f"steps {unlocks[0].step:,} to {unlocks[-1].step:,}"
     axes.set_title(text, loc="right", fontsize=9, color=light("soft"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import nan
 
@@ -41,6 +41,14 @@ class Heat:
     parts: list[str]
     steps: list[str]
     cells: list[Cell]
+    of: int  # checkpoints that the track has
+
+
+def newest_columns(found: Heat, most: int) -> Heat:
+    """The map of the newest checkpoints, so many at most."""
+    left = max(0, len(found.steps) - most)
+    kept = [replace(cell, column=cell.column - left) for cell in found.cells if cell.column >= left]
+    return replace(found, steps=found.steps[left:], cells=kept)
 
 
 def report_series(report: Report) -> dict[str, Series]:
@@ -64,6 +72,26 @@ def report_series(report: Report) -> dict[str, Series]:
         "restricted to depth": pick([(float(e.depth), e) for e in report.cumulative.restricted]),
         "truncated to depth": pick([(float(e.depth), e) for e in report.cumulative.truncated]),
     }
+
+
+def part_brackets(report: Report) -> list[tuple[float, float, float]]:
+    """Place, Ritz value and upper end (the ceiling, or the residual above it) of each bar that is drawn.
+
+    A Ritz value is a lower bound. Sharpness in a norm is one too, and has no upper end.
+    """
+    if alone(report):
+        return []
+    found = [(ENDS_AT, e) for e in (report.outside,) if e] + [(e.index + 0.5, e) for e in report.layers]
+    return [
+        (place, e.eigenvalue, max(e.eigenvalue + e.residual, e.ceiling or 0.0))
+        for place, e in found
+        if certified(e) and e.eigenvalue is not None and e.residual is not None and e.eigenvalue > 0
+    ]
+
+
+def near_start(report: Report) -> bool:
+    """Whether the network is as good as untrained, so that its truncated curve says something of training."""
+    return report.checkpoint.step == 0 or report.verdict == "early"
 
 
 def schedule_series(schedule: Schedule) -> dict[str, Series]:
@@ -193,14 +221,15 @@ def heat(track: Track) -> Heat | None:
         return None
     lines: list[list[Estimate | None]] = [[table.get(name) for table in tables] for name in names]
     lines.append([row.report.full if row.report else None for row in found])
-    parts = [*map(_short, names), "full model"]
+    parts = [*map(short, names), "full model"]
     cells = [
         Cell(column, index, *_kind(f"{part}, {row.label}", estimate))
         for index, (part, estimates) in enumerate(zip(parts, lines, strict=True))
         for column, (row, estimate) in enumerate(zip(found, estimates, strict=True))
         if estimate is not None and estimate.rho is not None
     ]
-    return Heat(parts, ["-" if row.point.step is None else f"{row.point.step:,}" for row in found], cells)
+    labels = ["-" if row.point.step is None else f"{row.point.step:,}" for row in found]
+    return Heat(parts, labels, cells, len(found))
 
 
 def classes() -> list[str]:
@@ -209,7 +238,7 @@ def classes() -> list[str]:
     return [f"below {LIMITS[0]:g}", *between, f"above {LIMITS[-1]:g}"]
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A layer's name where there is little room: its end tells it from the others."""
     return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 

@@ -17,12 +17,13 @@ from curvcli.documents import Track
 from curvcli.errors import plain
 from curvcli.render.fit import LOG_ABOVE
 from curvcli.render.frame import number
-from curvcli.render.picture import EDGE, Picture, readable_log
-from curvcli.render.series import Heat, Series, classes, told, track_series
+from curvcli.render.picture import EDGE, WIDE, Picture, readable_log
+from curvcli.render.series import Heat, Series, classes, newest_columns, told, track_series
 from curvcli.render.style import light, said
 from curvcli.render.track_points import axis, newest, rows, run_verdict
 
 LONGEST = 60  # characters of the list of surges
+MOST_NARROW = 40  # columns of a narrow map
 # Name, series that it shows, height in inches. A panel without a value is left out.
 PANELS = (
     ("rho", ("rho", "rho?", "failed"), 2.6),
@@ -41,11 +42,12 @@ def plot_track(track: Track, suffix: str) -> bytes:
     return steps(track).save(suffix)
 
 
-def steps(track: Track) -> Picture:
+def steps(track: Track, *, width: float = WIDE) -> Picture:
     """rho, lambda, the next update, learning rate and training loss over steps."""
     data = track_series(track)
     shown = [p for p in PANELS if any(y == y for name in p[1] for y in data[name][1])] or list(PANELS[:1])
-    return Picture(lambda drawn: _steps(drawn, track, data, [p[0] for p in shown]), [p[2] for p in shown], _heading(track))
+    names, heights = [p[0] for p in shown], [p[2] for p in shown]
+    return Picture(lambda drawn: _steps(drawn, track, data, names), heights, _heading(track), width=width)
 
 
 def _steps(drawn: Picture, track: Track, data: dict[str, Series], names: Sequence[str]) -> None:
@@ -67,9 +69,11 @@ def _steps(drawn: Picture, track: Track, data: dict[str, Series], names: Sequenc
             _logged(drawn, axes, data["lr" if name.endswith("rate") else "loss"], len(track.points), size)
     bottom = drawn.axes[-1]
     bottom.set_xlabel(axis(track))
-    bottom.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    bottom.xaxis.set_major_locator(MaxNLocator(nbins=4 if drawn.narrow else 8, integer=True))
     bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    drawn.axes[0].set_title(_surges(surges), loc="right", fontsize=9, color=light("surge"))
+    drawn.axes[0].set_title(
+        _surges(surges, LONGEST // (2 if drawn.narrow else 1)), loc="right", fontsize=9, color=light("surge")
+    )
     drawn.legend(3)
 
 
@@ -157,10 +161,13 @@ def _dots(drawn: Picture, axes: Axes, line: Series, labels: dict[float, str], **
         drawn.label(dots, [labels[x] for x, _ in known])
 
 
-def heat_map(found: Heat) -> Picture:
-    """A column per checkpoint, a row per part and one for the full model."""
+def heat_map(found: Heat, *, width: float = WIDE) -> Picture:
+    """A column per checkpoint, a row per part and one for the full model; a narrow one has the newest checkpoints."""
+    if width < WIDE:
+        found = newest_columns(found, MOST_NARROW)
     height = 0.19 if len(found.parts) < 30 else max(0.085, 5.6 / len(found.parts))
-    return Picture(lambda drawn: _heat(drawn, found, height), [height * (len(found.parts) + 0.5) + 0.5], "rho of each part")
+    heights = [height * (len(found.parts) + 0.5) + 0.5]
+    return Picture(lambda drawn: _heat(drawn, found, height), heights, "rho of each part", width=width)
 
 
 def _heat(drawn: Picture, found: Heat, height: float) -> None:
@@ -186,12 +193,16 @@ def _heat(drawn: Picture, found: Heat, height: float) -> None:
             drawn.label(marks, [cell.label for cell in cells])
     axes.set_xlim(-0.5, len(found.steps) - 0.5)
     axes.set_ylim(at[-1] + 0.5, -0.5)
-    every, stride = ceil(0.16 / height), ceil(len(found.steps) / 8)
+    every, stride = ceil(0.16 / height), ceil(len(found.steps) / (4 if drawn.narrow else 8))
     named = [index for index in range(last) if index % every == 0 and index <= last - every] + [last]
     axes.set_yticks([at[index] for index in named], [plain(found.parts[index]) for index in named])
-    columns = range(0, len(found.steps), stride)
+    columns = range(len(found.steps) - 1, -1, -stride)  # the newest always has its label
     axes.set_xticks(columns, [found.steps[column] for column in columns])
-    axes.set_xlabel("checkpoints, by step, a column each; blank: no value")
+    says = ["checkpoints, by step, a column each;"]
+    if found.of > len(found.steps):
+        says.append(f"the newest {len(found.steps)} of {found.of};")
+    axes.set_xlabel(("\n" if drawn.narrow else " ").join([*says, "blank: no value"]))
+    axes.set_ylabel("part")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     drawn.legend_of(keys, names, 4)
@@ -210,9 +221,9 @@ def _heading(track: Track) -> str:
     return f"{f'run {run.name}{where}; ' if run else ''}newest {said(last.report.verdict)}{rho}{step}"
 
 
-def _surges(places: Sequence[float]) -> str:
+def _surges(places: Sequence[float], longest: int) -> str:
     """One line of text: labels at the surges themselves overlap where they follow closely."""
     if not places:
         return ""
     text = f"{'surge' if len(places) == 1 else 'surges'} at {', '.join(f'{place:,}' for place in places)}"
-    return text if len(text) <= LONGEST else f"{len(places)} surges, {places[0]:,} to {places[-1]:,}"
+    return text if len(text) <= longest else f"{len(places)} surges, {places[0]:,} to {places[-1]:,}"

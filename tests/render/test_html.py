@@ -127,9 +127,9 @@ def test_a_schedule_has_a_page_too(tmp_path: Path) -> None:
     path.write_text(json.dumps(SCHEDULE))
     text = " ".join(Text(page(path)).text.split())
     for wanted in (
-        "Schedule: grow, 4 blocks, last",
+        "Schedule: grow, 4 blocks, the last ones locked at first",
         "late (warning): one < two",
-        "2, 3",
+        "2-3",
         "peak 0.001000",
         "curv.schedule/1",
     ):

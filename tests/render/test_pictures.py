@@ -13,12 +13,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from browser import Browser, troubles
-from pages import HOSTILE, SCHEDULE
+from pages import HOSTILE, SCHEDULE, decided
 from places import ASSETS, ROOT
 from tracks import asset, at, course, failed, long, track
 
 from curvcli.documents import Report, Schedule, TrainingStep, VerdictName, load_report
-from curvcli.render.html import report_page, track_page
+from curvcli.judge.compare import compare
+from curvcli.render.html import comparison_page, gate_page, report_page, schedule_page, track_page
 from curvcli.render.picture import FORMATS, Picture
 from curvcli.render.plot import picture
 from curvcli.render.schedule_plot import plot as plot_schedule
@@ -262,11 +263,24 @@ LABELLED: dict[str, Callable[[], str]] = {
     "report": lambda: report_page(load_report(ASSET)),
     "track": lambda: track_page(course()),
     "no log": lambda: track_page(course().model_copy(update={"log": []})),
-    "long": lambda: track_page(long(40, 96)),
+    "long": lambda: track_page(long(60, 96)),
+    "schedule": lambda: schedule_page(Schedule.model_validate(SCHEDULE)),
+    "gate": lambda: gate_page(decided()),
+    "compare": lambda: comparison_page(compare(asset("calm"), asset("hot"), names=("a", "b"))),
 }
 
 
-@pytest.mark.parametrize("name", ["report", "track", *(pytest.param(n, marks=pytest.mark.slow) for n in ("no log", "long"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "report",
+        "track",
+        "schedule",
+        "gate",
+        "compare",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("no log", "long")),
+    ],
+)
 def test_labels_keep_apart(browser: Browser, tmp_path: Path, name: str) -> None:
     out = tmp_path / "page.html"
     out.write_text(LABELLED[name]())
@@ -303,7 +317,15 @@ SEEN = {
         [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
     ),
 }  # fmt: skip
-TOGETHER = [("restricted", "truncated", "layer", "ends", "limit"), ("measured", "surge", "limit", "bracket")]
+TOGETHER = [
+    ("restricted", "truncated", "layer", "ends", "limit"),
+    ("measured", "surge", "limit", "bracket"),
+    ("measured", "logged", "limit"),  # a schedule: what is predicted, the learning rate, the edge
+    ("measured", "soft", "bracket"),  # a comparison: rho, lambda, their bracket
+    ("stable", "unstable", "unresolved"),  # a gate's rules
+    ("ink", "layer"),  # a bar and its bracket
+    ("ink", "ends"),
+]
 
 
 def lab(colour: str, seen: np.ndarray) -> np.ndarray:

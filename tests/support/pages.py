@@ -5,6 +5,12 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import Any
 
+from places import ASSETS
+
+from curvcli.documents import Gate, Rule, load_report
+from curvcli.judge.gate import decide
+from curvcli.judge.readings import ReportReadings
+
 HOSTILE = [
     "<script>document.documentElement.dataset.owned = 1</script>",
     "<img src=x onerror='document.documentElement.dataset.owned = 1'>",
@@ -25,6 +31,19 @@ SCHEDULE: dict[str, Any] = {
     "provenance": {"report": "r.json", "report_sha256": "0" * 64, "checkpoint": None,
                    "versions": {"curvcli": "0.1.0", "torch": "2.13.0", "transformers": None, "python": "3.11"}},
 }  # fmt: skip
+
+
+def decided(path: str = "hot.json") -> Gate:
+    """A gate with rules broken and passed, an upper limit and a lower one."""
+    report = load_report(ASSETS / "hot-60.gate.report.json")
+    rules = [
+        Rule(name="max-rho", limit=1.0, source="--max-rho"),
+        Rule(name="max-layer-rho", limit=2.0, source="curv.toml"),
+        Rule(name="min-tokens", limit=10, source="--min-tokens"),
+    ]
+    return decide(
+        rules, ReportReadings(report), report, path=path, kind="report", baseline=None, unresolved="report"
+    )  # fmt: skip
 
 
 class Text(HTMLParser):

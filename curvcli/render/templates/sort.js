@@ -23,3 +23,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+// What is wider than its frame says so.
+for (const frame of document.querySelectorAll(".scroll")) {
+  const mark = () => frame.toggleAttribute("data-wider", frame.scrollWidth > frame.clientWidth + 2);
+  new ResizeObserver(mark).observe(frame);
+  mark();
+}
