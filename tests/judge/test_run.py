@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tracks import asset, at, failed, track
 
-from curvcli.documents import Finding, Report, Rule, RunVerdict, StableLr, Track, TrainingStep
+from curvcli.documents import Finding, LossCourse, Report, Rule, RunVerdict, StableLr, Track, TrainingStep
 from curvcli.judge.findings import explain
 from curvcli.judge.gate import decide
 from curvcli.judge.readings import ReportReadings, track_readings
@@ -90,6 +90,13 @@ def test_learning_rate_to_restart_with() -> None:
     found = verdict([report, calm(100)], BROKEN, lr=lr)
     assert found.restart_lr == pytest.approx(min(lr / 2, lr / rho))
     assert f"at most {found.restart_lr:.2g}" in found.advice
+
+
+def test_a_lost_network_vouches_for_no_rate() -> None:
+    """Flat, its rho is tiny, and the rate at which that would be 1 enormous."""
+    lost = calm(100, 0.01).model_copy(update={"course": LossCourse(name="collapsed")})
+    assert restart_lr(lost, 0.05) == 0.025
+    assert restart_lr(lost, None) is None
 
 
 def test_a_loss_that_stands_still_while_lambda_falls_by_decades() -> None:
