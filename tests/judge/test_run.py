@@ -192,3 +192,17 @@ def test_a_lost_network_has_the_first_word() -> None:
     # Where curvature has an error of its own, that stays the headline and the loss comes next.
     assert [f.code for f in said(report.model_copy(update={"verdict": "unstable"}))[:2]] == ["unstable", "loss-over-best"]
     assert ReportReadings(report).run().name == "wrecked"
+
+
+def test_what_is_asymmetric_asks_for_a_look_and_for_no_products() -> None:
+    """As float32's products of a network that has blown up are: more of them are no better."""
+    report = calm(100)
+    layers = [layer.model_copy(update={"status": "asymmetric", "eigenvalue": None, "rho": None}) for layer in report.layers]
+    full = report.full.model_copy(update={"status": "asymmetric", "eigenvalue": None, "rho": None})
+    given = report.model_copy(update={"full": full, "body": None, "layers": layers, "verdict": "unresolved"})
+    found = {f.code: f.message for f in explain(given, idle=0, left_out=0, notes={})}
+    assert "blown up" in found["full-asymmetric"]
+    assert "unconverged-parts" not in found
+    layers[0] = layers[0].model_copy(update={"status": "unconverged"})
+    found = {f.code: f.message for f in explain(given.model_copy(update={"layers": layers}), idle=0, left_out=0, notes={})}
+    assert "layer 0;" in found["unconverged-parts"]
