@@ -8,6 +8,7 @@
         ...
 
 In mode grow the schedule has to name what rests: curv schedule --for CHECKPOINT, or blocks whose projections `rule` finds.
+Residual gates are none of its business: they change the forward pass, and need curvcli.training in the job.
 """
 
 import json
@@ -20,6 +21,10 @@ import torch
 class Locks:
     def __init__(self, schedule, model):
         self.plan, self.parameters = json.loads(Path(schedule).read_text()), dict(model.named_parameters())
+        if self.plan["lock"] == "residual-gate":
+            raise ValueError(f"{schedule} opens residual gates, not locks: obey it with curvcli.training.ArchitectureWarmup")
+        if not self.plan.get("rule"):
+            raise ValueError(f"{schedule} has no rule to find blocks by, as an older curv wrote it: make it anew")
         stacks = {}  # stack -> index -> [(name, name within the block)]
         for name in self.parameters:
             if found := re.search(self.plan["rule"]["block"], name):

@@ -115,7 +115,9 @@ def examine(path: Path | None = None, data: Sequence[Path] | None = None, model:
     given = "".join(f" --data {shlex.quote(str(file))}" for file in data or ())
     given += "" if model is None else f" --model {shlex.quote(model)}"
     if read.status == "error":
-        return Examined(machine, extras, checks, [f"curv init {named}", f"curv analyze {named} --data FILE"])
+        # A configuration that cannot be read has to be mended first: neither of these would run.
+        ways = [f"curv init {named}", f"curv analyze {named} --data FILE"]
+        return Examined(machine, extras, checks, ways if _has_config(checkpoint) else [f"curv doctor {named}{given}"])
     lr = " --lr LR" if any(c.what == "learning rate" and c.status == "warning" for c in checks) else ""
     commands = [f"curv analyze {named}{given}{lr} --estimate", f"curv analyze {named}{given}{lr}"]
     return Examined(machine, extras, checks, commands)
@@ -210,6 +212,15 @@ def _name_of(summary: Mapping[str, object]) -> str:
     options = {key: value for key, value in summary.items() if key not in _COUNTS}
     view = OptimizerView((Group(("seen",), options),), {"seen": {str(key): torch.zeros(()) for key in entries}})
     return rule_for(view).name(view)
+
+
+def _has_config(checkpoint: Checkpoint) -> bool:
+    """Whether the configuration, if there is any, can be read."""
+    try:
+        find_config(checkpoint.path)
+    except CurvError:
+        return False
+    return True
 
 
 def _data(checkpoint: Checkpoint, data: Sequence[Path] | None) -> Check:

@@ -137,6 +137,7 @@ class _Writer:
         )
         attribution, participation = self.attribution(found.full)
         course = loss_course(provenance.log, shard_loss=loss, unigram=data.unigram_loss, step=checkpoint.step)
+        lost = course is not None and course.lost  # the rho of a lost network vouches for no learning rate
         report = documents.Report(
             checkpoint=checkpoint,
             data=data,
@@ -156,8 +157,8 @@ class _Writer:
                 judge(body or estimate, generalisation, early=told.early, odds=told.odds, partial=partial), course
             ),
             steepest=norm.model,
-            stable_lr=told.stable_lr,
-            odds=told.odds,
+            stable_lr=None if lost else told.stable_lr,
+            odds=None if lost else told.odds,
             findings=[],
             course=course,
             cost=documents.Cost(

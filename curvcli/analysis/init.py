@@ -60,7 +60,7 @@ def initial(
         force: whether a file that is there may be replaced.
 
     Raises:
-        UsageError: the run is a URL, or there is such a file already.
+        UsageError: the run is a URL, there is such a file already, or a link where none was named.
         InputError: there is no checkpoint, or it or the data cannot be read.
     """
     if "://" in str(run) or (":/" in str(run) and not run.exists()):
@@ -71,6 +71,9 @@ def initial(
     place = output or (Path() if folder.resolve().is_relative_to(Path().resolve()) else folder) / NAME
     if place.exists() and not force:
         raise UsageError(f"{place} is there already", hint="pass --force to replace it, or -o FILE")
+    if output is None and place.is_symlink():
+        # A run is untrusted: a link in it would have this written wherever it points.
+        raise UsageError(f"{place} is a link", hint="name the file to write with -o")
     before, _ = find_config(checkpoint.path, data=not data)  # which this one would hide
     named = data or before.data
     found = _named(named, checkpoint) if named else _around(folder, checkpoint)

@@ -38,6 +38,8 @@ def notify(target: str, told: Mapping[str, Any]) -> str | None:
         None, or why it could not be told.
     """
     body = json.dumps(told).encode()
+    # Of several targets: which. A webhook's path is its secret.
+    name = f"--notify {plain(str(urlsplit(target).hostname) if _is_webhook(target) else shlex.split(target)[0]):.80}"
     try:
         if _is_webhook(target):
             # "text" is what chat services show.
@@ -51,10 +53,10 @@ def notify(target: str, told: Mapping[str, Any]) -> str | None:
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"--notify took longer than {_SECONDS:g} s"
+        return f"{name} took longer than {_SECONDS:g} s"
     except (OSError, URLError, ValueError) as error:
-        return f"--notify failed: {plain(str(error))[:200]}"
-    return f"--notify ended with exit code {done.returncode}" if done.returncode else None
+        return f"{name} failed: {plain(str(error))[:200]}"
+    return f"{name} ended with exit code {done.returncode}" if done.returncode else None
 
 
 def _is_webhook(target: str) -> bool:

@@ -53,7 +53,8 @@ def check_second_derivative(problem: Problem, direction: Sequence[Tensor], image
     if apart <= 0.01 * scale and wrong > 0.03 * scale:
         raise UnsupportedError(
             f"second derivatives of this loss are wrong: products are {wrong / scale:.0%} off differences of gradients",
-            hint="a fused kernel (cross-entropy, norm, attention) is differentiable once only: use plain PyTorch",
+            hint="a fused kernel (cross-entropy, norm, attention) is differentiable once only: use plain PyTorch; of a "
+            "network that has blown up differences prove nothing: look at its loss",
         )
 
 

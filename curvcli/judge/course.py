@@ -25,6 +25,10 @@ NO_NUMBERS = 3  # losses in a row at the end that are no numbers
 # A loss of this share of the tokens' entropy uses no context. It says so from as many steps on, less where lr has decayed.
 CONTEXT, SETTLED, UNLOGGED = 0.98, 300, 1000
 DECAYED = 0.5
+BLOWN = 2.0  # the smoothed loss over the first one logged: no run that trains rises as far
+# A logged loss under this share of the entropy says that training does use context: the shard is unlike it. It is less than
+# CONTEXT, since the Trainer's log divides by all tokens of a window, and a window of 32 has 31 predictions.
+LOGGED_CONTEXT = 0.95
 _SPIKE, _SPIKE_SIGMAS = 0.2, 8.0
 
 
@@ -107,6 +111,8 @@ def _found(
     found = LossCourse(name="short") if curve is None else _over_best(curve, entries)
     if found.lost or shard_loss is None or unigram is None or shard_loss < CONTEXT * unigram:
         return found
+    if curve is not None and (blown := _blown_up(found, curve, shard_loss, unigram)):
+        return blown
     share = _rates(entries, None)["lr_share"]
     return _no_context(found, curve, shard_loss, unigram, step, decayed=share is not None and share <= DECAYED)
 
@@ -130,6 +136,7 @@ def course_findings(report: Report) -> list[Finding]:
         several = f"{len(course.spikes)} times, last" if len(course.spikes) > 1 else "once,"
         message = f"the loss jumped {several} at step {course.spikes[-1]:,}, and came back"
         found.append(Finding(code="loss-spikes", severity="info", message=message))
+    found += _unlike(report, course)
     source = report.optimizer.lr_source
     if course.lr_share is not None and 0 < course.lr_share <= 0.5 and rho is not None and source in ("checkpoint", "log"):
         message = (
@@ -138,6 +145,20 @@ def course_findings(report: Report) -> list[Finding]:
         )
         found.append(Finding(code="lr-decayed", severity="info", message=message))
     return found
+
+
+def _unlike(report: Report, course: LossCourse) -> list[Finding]:
+    """A shard on which the network does no better than frequencies, though the run's log says that it does in training."""
+    loss, unigram = report.data.loss, report.data.unigram_loss
+    if course.lost or course.loss is None or unigram is None:
+        return []
+    if loss < CONTEXT * unigram or course.loss >= LOGGED_CONTEXT * unigram:
+        return []
+    message = (
+        f"the loss on the shard is {loss:.3g}, where its tokens' frequencies alone give {unigram:.3g}, and in the run's log "
+        f"{course.loss:.3g}: the shard is unlike what the run trains on, and so may its rho be; pass --sample spread"
+    )
+    return [Finding(code="shard-unlike", severity="warning", message=message)]
 
 
 def _in_order(entries: Sequence[Logged]) -> list[Logged]:
@@ -263,11 +284,32 @@ def _spikes(curve: _Curve, since: int | None) -> list[int]:
     return found
 
 
+def _blown_up(found: LossCourse, curve: _Curve, shard_loss: float, unigram: float) -> LossCourse | None:
+    """The same, wrecked, where the loss rose far over where it began; of a shard's loss that is no better than frequencies.
+
+    Such a loss falls for long afterwards, and stands at the run's own best: against that nothing shows.
+    """
+    first, top = curve.losses[0], max(curve.medians)
+    if first <= 0 or top <= BLOWN * first or curve.medians[-1] < LOGGED_CONTEXT * unigram:
+        return None
+    since = next(step for step, loss in zip(curve.steps, curve.losses, strict=True) if loss > BLOWN * first)
+    reason = (
+        f"the loss rose from {first:.3g} to {top:.3g}, over {first * BLOWN:.3g} at step {since:,}, and still is "
+        f"{shard_loss:.3g} on the shard, where the tokens' frequencies alone give {unigram:.3g}"
+    )
+    return found.model_copy(update={"name": "wrecked", "step": since, "reason": reason, "spikes": []})
+
+
 def _no_context(
     found: LossCourse, curve: _Curve | None, shard_loss: float, unigram: float, step: int | None, *, decayed: bool
 ) -> LossCourse:
-    """The same, where the shard's loss is that of token frequencies: collapsed once that has lasted."""
+    """The same, where the shard's loss is that of token frequencies: collapsed once that has lasted.
+
+    Not where the run's own log is below them: a shard of the first tokens can be another kind of text than the rest.
+    """
     now = step if step is not None else curve.steps[-1] if curve else 0
+    if curve is not None and curve.medians[-1] < LOGGED_CONTEXT * unigram:
+        return found
     if curve is None:
         lasted, since = now >= UNLOGGED, None
     else:

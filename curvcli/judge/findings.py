@@ -60,6 +60,13 @@ def explain(
     return [*first, *sorted(found, key=lambda f: order[f.severity])]
 
 
+_WHY = {
+    "asymmetric": ", products fail u.Gv = v.Gu: a kernel is differentiable once only, or weights have blown up and float32 "
+    "resolves nothing; look at the loss",
+    "non-finite": ", a product is not finite; look at the loss",
+}
+
+
 def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     verdict, full, optimizer = report.verdict, report.judged, report.optimizer
     generalisation, data = report.generalisation, report.data
@@ -75,7 +82,7 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
         return Finding(
             code=f"full-{full.status}",
             severity="error",
-            message=f"the full model's curvature could not be estimated: {full.status}",
+            message=f"the full model's curvature could not be estimated: {full.status}{_WHY.get(full.status, '')}",
         )
     if verdict == "early":
         return _early(report)
@@ -337,7 +344,8 @@ def _quality(report: Report) -> list[Finding]:
         )
     # What has no parameter with a lambda is empty, and no failure, where the optimizer's norm is what others have.
     parts = [(name, e) for name, e in parts if report.steepest is None or e.status != "empty"]
-    weak = [name for name, e in parts if e.status not in ("converged", "skipped")]
+    # More products do not mend what is asymmetric, or overflows: the table says that of each, and the headline why.
+    weak = [name for name, e in parts if e.status not in ("converged", "skipped", "asymmetric", "non-finite")]
     if weak:
         found.append(
             Finding(

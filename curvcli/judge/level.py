@@ -47,7 +47,7 @@ def lower_lr(lr: float | None, rho: float | None, stable: StableLr | None) -> fl
     """
     if stable is not None and lr is not None and stable.low < lr:
         return stable.low
-    return lr * STABLE_BELOW / rho if lr and rho and rho > 0 else None
+    return lr * STABLE_BELOW / rho if lr and rho and rho > STABLE_BELOW else None
 
 
 def _gradient(record: Record) -> str:

@@ -114,6 +114,8 @@ def restart_lr(at: Report | None, failed: float | None) -> float | None:
         failed: the highest learning rate up to where it went wrong.
     """
     known = [] if failed is None else [failed / 2]
+    if at is not None and at.course is not None and at.course.lost:
+        at = None  # a lost network's rho vouches for no learning rate
     if at is not None and at.stable_lr is not None:
         known.append(at.stable_lr.low)
     elif at is not None and at.optimizer.lr and certified(at.judged) and at.judged.rho is not None and at.judged.rho > 0:

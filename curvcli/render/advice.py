@@ -54,7 +54,7 @@ def _verdict(report: Report) -> list[Step]:
     # A rho that is next to nothing says nothing of the learning rate.
     known = f"; with curvature as it is now, rho would be {STABLE_BELOW:g} at a learning rate of about {target:.2g}"
     at = known if target < inf else ""
-    if report.verdict == "early":
+    if report.verdict == "early" or (report.course is not None and report.course.lost):
         return [Step(f"{action(report).capitalize()}.")]
     if report.verdict in ("unstable", "hot"):
         rate = lower_to(report) if report.stable_lr else None

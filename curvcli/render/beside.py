@@ -43,4 +43,6 @@ def cost_line(record: Record) -> str:
         return ""
     count = record.probe_batches
     batches = "" if count is None else f", on {count} {'batch' if count == 1 else 'batches'} of the probe"
-    return f"measuring takes {100 * record.overhead:.2g} % of the training's time{batches}"
+    share = 100 * record.overhead
+    said = f"{share:.2g}" if share < 99.5 else f"{share:,.0f}"  # over the whole with every=
+    return f"measuring takes {said} % of the training's time{batches}"

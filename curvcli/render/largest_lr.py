@@ -50,6 +50,8 @@ def told(report: Report) -> list[str]:
 
 def action(report: Report) -> str:
     """What to do, in a few words."""
+    if report.course is not None and report.course.lost:
+        return f"stop: the run is {report.course.name}; restart, from before that if it can be, at a lower learning rate"
     if report.verdict == "early":
         return f"wait until {_settled(report)}, then measure again"
     if report.verdict in ("unstable", "hot"):

@@ -36,7 +36,10 @@ MARGIN = STABLE_BELOW
 # A truncated networks is solved to 3 %; sharper than the whole by more than that is the cut's doing.
 CUT_TOLERANCE = 1.03
 # What a report says about its own lambda, and so about every prediction from it.
-BEARING = ("early", "estimated-preconditioner", "young-preconditioner", "unresolved-tokens", "rare-rows", "rare-tokens")
+BEARING = (
+    *("loss-no-number", "loss-over-best", "no-context"),
+    *("early", "estimated-preconditioner", "young-preconditioner", "unresolved-tokens", "rare-rows", "rare-tokens"),
+)
 # What makes a curve that a report lacks.
 _MISSING = {
     "restricted": "analyze again without --no-depths",

@@ -384,9 +384,7 @@ class CurvatureTracker:
         if extremes.top is None or extremes.vector is None:
             return Found(status="non-finite", message="a Hessian-vector product overflowed"), None
         if extremes.status == "asymmetric":
-            return Found(
-                status="asymmetric", message="products fail u.Gv = v.Gu: a kernel is differentiable once only"
-            ), None
+            return Found(status="asymmetric", message="products fail u.Gv = v.Gu: a fused kernel, or blown-up weights"), None
         top = extremes.top
         direction = root.lift(extremes.vector)
         rho = (

@@ -126,6 +126,8 @@ def lock_problems(schedule: Schedule, model: nn.Module, loss: Callable[[], Tenso
             warmup.step(schedule.phases[0].step)
             with torch.no_grad():
                 loss()
+            if schedule.gates:
+                warmup.step(max(schedule.gates))  # all open: to let go of them half open warns
             warmup.detach()
         except CurvError as error:
             found.append(_problem("no-identity", str(error)))

@@ -17,8 +17,9 @@ from courses import cosine, postnorm, prenorm, train, wrecking
 from real import curv
 
 import curvcli
+from curvcli.analysis import document
 from curvcli.analysis.gate import gate
-from curvcli.documents import Report, Track, load_report
+from curvcli.documents import LossCourse, Report, Track, load_report
 from curvcli.judge.verdict import judge
 
 STEPS, SAVED = 150, (20, 70, 150)
@@ -83,6 +84,16 @@ def test_the_runs_are_what_they_are_called(run_called: Callable[[str], Path]) ->
     assert late["wrecked"] > 2.5
     assert late["collapsed"] > 4.0
     assert min(of_log(run_called("collapsed"))[10:]) > 3.5
+
+
+@pytest.mark.parametrize("name", ["healthy", "wrecked"])
+def test_a_lost_network_is_given_no_rate_and_no_odds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = Path(curvcli.__file__).parent / "cli" / "demo" / "checkpoint-60"
+    monkeypatch.setattr(document, "loss_course", lambda *_, **__: LossCourse.model_validate({"name": name}))
+    report = curvcli.track(demo, cache=False, **{**QUICK, "tokens": 128}).points[-1].report
+    assert report is not None
+    assert report.judged.rho is not None
+    assert (report.stable_lr is None) == (report.odds is None) == (name == "wrecked")
 
 
 @pytest.mark.slow

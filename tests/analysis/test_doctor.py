@@ -45,6 +45,15 @@ def test_what_is_missing_is_named_with_a_remedy(tmp_path: Path) -> None:
     assert done.commands[0] == f"curv init {tmp_path}"
 
 
+def test_a_configuration_that_cannot_be_read_is_not_to_be_written_anew(tmp_path: Path) -> None:
+    """curv init and curv analyze --data read it too: neither would run."""
+    shutil.copytree(SAMPLES / "calm" / "checkpoint-10", tmp_path / "checkpoint-10")
+    (tmp_path / "curv.toml").write_text("data = [1,\n")
+    done = examine(tmp_path)
+    assert "mend or remove" in str(found(done.checkpoint, "data").remedy)
+    assert done.commands == [f"curv doctor {tmp_path}"]
+
+
 def test_a_gap_in_the_files_is_an_answer_not_a_crash(tmp_path: Path) -> None:
     done = examine(tmp_path / "none")
     assert not done.able

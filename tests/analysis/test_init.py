@@ -14,7 +14,7 @@ from real import curv, refusal
 
 from curvcli.analysis.config import Config, find_config
 from curvcli.analysis.init import initial
-from curvcli.errors import InputError
+from curvcli.errors import InputError, UsageError
 
 
 @pytest.fixture
@@ -120,6 +120,23 @@ def test_a_run_elsewhere_gets_the_file_and_a_warning(home: Path, tmp_path: Path,
     found = initial(home / "run")
     assert found.place == home / "run" / "curv.toml"
     assert any("count only where curv is run from there" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_in_a_run_does_not_say_where_to_write(
+    there: bool, force: bool, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dangling one does not exist, and would be written through."""
+    victim = tmp_path / "victim"
+    if there:
+        victim.write_text("tokens = 5\n")
+    (home / "run" / "curv.toml").symlink_to(victim)
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    with pytest.raises(UsageError, match=r"is a link|is there already"):
+        initial(home / "run", force=force)
+    assert initial(home / "run", output=home / "run" / "curv.toml", force=True).place == home / "run" / "curv.toml"
 
 
 def test_logs_are_no_data(home: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_command_gets_it_on_stdin_and_in_words_and_no_shell_sees_it(tmp_path: 
     assert (said, event) == (evil, "gate")
     assert "\x1b" not in message
     assert not (tmp_path / "owned").exists()
-    assert notify("false", TOLD) == "--notify ended with exit code 1"
+    assert notify("false", TOLD) == "--notify false ended with exit code 1"
     assert "failed" in notify("/no/such/program", TOLD)
 
 
@@ -93,7 +93,7 @@ def test_lines_documents_and_events(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(lines) == 3, "a point is told once"
     assert lines[-1] == "! run: hot now"
     assert said.err.splitlines() == [
-        "curv: it is gone; still watching", "curv: --notify ended with exit code 1; still watching"
+        "curv: it is gone; still watching", "curv: --notify false ended with exit code 1; still watching"
     ]  # fmt: skip
     assert load_track(tmp_path / "t.json") == two
     assert (tmp_path / "t.svg").exists()

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tracks import asset
 
 from curvcli.documents import LossCourse, TrainingStep, VerdictName
-from curvcli.judge.course import LEAST, WINDOWS, doubted, loss_course
+from curvcli.judge.course import LEAST, WINDOWS, course_findings, doubted, loss_course
 
 
 def logged(losses: list[float], every: int = 1, lr: list[float] | None = None) -> list[TrainingStep]:
@@ -182,6 +183,37 @@ def test_no_better_than_token_frequencies() -> None:
     decayed = loss_course(logged(flat[:100].tolist(), lr=rates), **given, step=100)  # type: ignore[arg-type]
     assert decayed is not None
     assert decayed.name == "collapsed"
+
+
+def test_a_shard_unlike_the_log_is_no_collapse() -> None:
+    """A shard of another kind of text, on which a network that uses context elsewhere does no better than frequencies."""
+    given = {"shard_loss": 3.33, "unigram": 3.30, "step": 400}
+    for level, name in ((3.3, "collapsed"), (3.3 * 63 / 64, "collapsed"), (2.95, "healthy")):
+        losses = np.concatenate([np.linspace(5.4, level, 20), np.full(380, level)])
+        assert course(losses.tolist(), **given).name == name, level
+    report = asset("hot")
+    found = course(losses.tolist(), **given)
+    data = report.data.model_copy(update={"loss": 3.33, "unigram_loss": 3.30})
+    (said,) = [
+        f for f in course_findings(report.model_copy(update={"course": found, "data": data})) if f.severity == "warning"
+    ]
+    assert said.code == "shard-unlike"
+    assert all(number in said.message for number in ("3.33", "3.3,", "2.95"))
+    data = data.model_copy(update={"loss": 3.0})
+    assert not [
+        f for f in course_findings(report.model_copy(update={"course": found, "data": data})) if f.severity == "warning"
+    ]
+
+
+def test_a_loss_that_rose_far_over_its_start_is_a_wreck_while_it_falls_back() -> None:
+    """As GPT-2 at a learning rate of 1: 5.4, then 55, then falling to 4.1 as the rate decays, its own best."""
+    losses = [5.4, 5.5, 8.0, *np.linspace(20.0, 55.0, 20).tolist(), *np.geomspace(50.0, 4.1, 100).tolist()]
+    found = course(losses, shard_loss=4.1, unigram=3.3, step=123)
+    assert (found.name, found.step, found.spikes) == ("wrecked", 4, [])
+    assert all(number in found.reason for number in ("from 5.4 to 4", "4.1 on the shard", "3.3"))
+    assert course(losses, shard_loss=2.5, unigram=3.3, step=123).name == "healthy", "it came back"
+    assert course([*losses, *[2.5] * 40], shard_loss=3.3, unigram=3.3, step=163).name == "healthy", "elsewhere it did"
+    assert course([min(loss, 10.0) for loss in losses], shard_loss=4.1, unigram=3.3, step=123).name == "healthy"
 
 
 def test_a_run_that_still_gets_better_is_not_collapsed() -> None:

@@ -53,6 +53,7 @@ def test_where_to() -> None:
     assert lower_lr(1e-3, 2.0, above) == pytest.approx(4e-4), "lowering never raises"
     assert lower_lr(None, 2.0, limit) is None
     assert lower_lr(1e-3, -1.0, None) is None
+    assert lower_lr(1e-3, 0.7, None) is None, "rho is stable there already: 0.8 of it would raise the rate"
     unknown = alert_of(record(0, 2.0, lr=None))
     assert (unknown.action, unknown.lr, unknown.factor) == ("lower the lr", None, None)
 

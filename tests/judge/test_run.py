@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tracks import asset, at, failed, track
 
-from curvcli.documents import Finding, Report, Rule, RunVerdict, StableLr, Track, TrainingStep
+from curvcli.documents import Finding, LossCourse, Report, Rule, RunVerdict, StableLr, Track, TrainingStep
 from curvcli.judge.findings import explain
 from curvcli.judge.gate import decide
 from curvcli.judge.readings import ReportReadings, track_readings
@@ -90,6 +90,13 @@ def test_learning_rate_to_restart_with() -> None:
     found = verdict([report, calm(100)], BROKEN, lr=lr)
     assert found.restart_lr == pytest.approx(min(lr / 2, lr / rho))
     assert f"at most {found.restart_lr:.2g}" in found.advice
+
+
+def test_a_lost_network_vouches_for_no_rate() -> None:
+    """Flat, its rho is tiny, and the rate at which that would be 1 enormous."""
+    lost = calm(100, 0.01).model_copy(update={"course": LossCourse(name="collapsed")})
+    assert restart_lr(lost, 0.05) == 0.025
+    assert restart_lr(lost, None) is None
 
 
 def test_a_loss_that_stands_still_while_lambda_falls_by_decades() -> None:
@@ -185,3 +192,17 @@ def test_a_lost_network_has_the_first_word() -> None:
     # Where curvature has an error of its own, that stays the headline and the loss comes next.
     assert [f.code for f in said(report.model_copy(update={"verdict": "unstable"}))[:2]] == ["unstable", "loss-over-best"]
     assert ReportReadings(report).run().name == "wrecked"
+
+
+def test_what_is_asymmetric_asks_for_a_look_and_for_no_products() -> None:
+    """As float32's products of a network that has blown up are: more of them are no better."""
+    report = calm(100)
+    layers = [layer.model_copy(update={"status": "asymmetric", "eigenvalue": None, "rho": None}) for layer in report.layers]
+    full = report.full.model_copy(update={"status": "asymmetric", "eigenvalue": None, "rho": None})
+    given = report.model_copy(update={"full": full, "body": None, "layers": layers, "verdict": "unresolved"})
+    found = {f.code: f.message for f in explain(given, idle=0, left_out=0, notes={})}
+    assert "blown up" in found["full-asymmetric"]
+    assert "unconverged-parts" not in found
+    layers[0] = layers[0].model_copy(update={"status": "unconverged"})
+    found = {f.code: f.message for f in explain(given.model_copy(update={"layers": layers}), idle=0, left_out=0, notes={})}
+    assert "layer 0;" in found["unconverged-parts"]

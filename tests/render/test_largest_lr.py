@@ -13,7 +13,7 @@ from places import ASSETS
 from rich.console import Console
 from tracks import asset, at, track
 
-from curvcli.documents import Log, Report, Rule, StableLr, load_report
+from curvcli.documents import Log, LossCourse, Report, Rule, StableLr, load_report
 from curvcli.judge.gate import decide
 from curvcli.judge.readings import ReportReadings
 from curvcli.render import gate_markdown, gate_text, table, track_table
@@ -105,6 +105,14 @@ def test_an_action_a_verdict(report: Report, verdict: str, words: str) -> None:
     new = report.model_copy(update={"verdict": verdict})
     assert action(new) == words
     assert f"what to do: {words}" in head(new).plain
+
+
+@pytest.mark.parametrize("verdict", ["unresolved", "unstable"])
+def test_a_lost_network_is_to_be_stopped(report: Report, verdict: str) -> None:
+    lost = LossCourse(name="collapsed", reason="it uses no context")
+    new = report.model_copy(update={"verdict": verdict, "course": lost})
+    assert action(new).startswith("stop: the run is collapsed; ")
+    assert advice(new)[0].text.startswith("Stop: the run is collapsed; ")
 
 
 def test_without_a_calibration_the_rate_is_where_rho_would_be_stable(report: Report) -> None:

@@ -132,6 +132,9 @@ def test_level_companions_and_cost_are_shown() -> None:
     assert "\n gradient 2.13 (+7.1 sd), update RMS 0.970, g'Hg/g'g 33.0, attention logit 12.5, attention entropy" in text
     assert "spectral norm 4.20\n" in text
     assert "\n measuring takes 4.8 % of the training's time, on 2 batches of the probe" in text
+    more["overhead"] = 1.467  # as every= allows, on a small network
+    over = header(Log(Path("x"), exists=True, records=(record(0, 2.0, **more),), age=3.0)).plain
+    assert "measuring takes 147 % of" in over, "and no 1.5e+02"
     calm = header(Log(Path("x"), exists=True, records=(record(0, 0.5),), age=3.0)).plain
     assert not any(word in calm for word in ("INFO", "gradient", "measuring"))
     failed = header(Log(Path("x"), exists=True, records=(record(0, None, message="oom \x1b[2J"),), age=3.0)).plain

@@ -142,6 +142,17 @@ def test_the_first_whole_number_counts_blocks(name: str, groups: tuple[str | Non
     assert re.search(BLOCK_PATTERN, name).groups() == groups
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"lock": "residual-gate", "rule": None}, "residual gates"), ({"rule": None}, "no rule"), ({"rule": ...}, "no rule")],
+)
+def test_what_the_example_cannot_obey_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    plan = {**json.loads(grow(2, start=1).to_json()), **change}
+    (tmp_path / "s.json").write_text(json.dumps({key: value for key, value in plan.items() if value is not ...}))
+    with pytest.raises(ValueError, match=said):
+        example().Locks(tmp_path / "s.json", build())
+
+
 def test_norms_that_rest_are_not_guessed(tmp_path: Path) -> None:
     model = CASES["gemma2"]().build()
     depth = len(find_blocks(model).modules)

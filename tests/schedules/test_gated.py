@@ -96,7 +96,7 @@ def test_picture() -> None:
     assert plot(gated(4, open_at=100), "svg").startswith(b"<?xml")
 
 
-def test_verify() -> None:
+def test_verify(caplog: pytest.LogCaptureFixture) -> None:
     plan = gated(2, open_at=100)
     model = build()
     ids = torch.arange(16)[None]
@@ -105,6 +105,7 @@ def test_verify() -> None:
         return model(input_ids=ids, labels=ids).loss
 
     assert lock_problems(plan, model, loss, step=0) == []
+    assert not caplog.records, "no warning of a job's own"
     named = with_names(plan, model)
     assert (named.resting, named.blocks) == (None, ["model.layers.0", "model.layers.1"])
     short = curvcli.schedule(depth=2, lock="residual-gate", gate_steps=100, lr=1.0, warmup_steps=0, total_steps=101)

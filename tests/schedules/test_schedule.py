@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from places import ASSETS
 from rates import rates
 
-from curvcli.documents import DepthEstimate, Report, load_report
+from curvcli.documents import DepthEstimate, Finding, Report, load_report
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.render.schedule_plot import plot
 from curvcli.render.series import schedule_series
@@ -178,6 +179,12 @@ def test_a_calm_run_needs_no_freezing(hot: Measured) -> None:
     plan = freeze(hot, lr=rates(peak=0.01))
     assert [(p.step, len(p.active)) for p in plan.phases] == [(60, 8)]
     assert {"nothing-to-freeze", "lr-differs"} <= {f.code for f in plan.findings}
+
+
+def test_a_plan_from_a_lost_network_says_so(hot: Measured) -> None:
+    lost = Finding(code="no-context", severity="error", message="the run is collapsed")
+    report = hot.report.model_copy(update={"findings": [lost, *hot.report.findings]})
+    assert lost in freeze(replace(hot, report=report), lr=rates(peak=0.01)).findings
 
 
 def test_freezing_refusals(hot: Measured, init: Measured) -> None:
