@@ -52,7 +52,7 @@ def trained(model: nn.Module, tracked: bool, loss: Any = causal, **settings: Any
 
 
 def plain(records: list[Any]) -> list[dict[str, Any]]:
-    return [record.model_dump(exclude={"seconds"}) for record in records]
+    return [record.model_dump(exclude={"seconds", "overhead"}) for record in records]
 
 
 def _wrapped(how: str) -> nn.Module:

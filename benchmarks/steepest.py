@@ -1,10 +1,10 @@
-"""Does Z tell, of Lion and Muon, what rho tells of the others? `python benchmarks/normalised.py`.
+"""Does Z tell, of Lion and Muon, what rho tells of the others? `python benchmarks/steepest.py`.
 
-Trains the runs that results/normalised.jsonl does not hold yet, and can be stopped at any moment; `--report` only makes the
+Trains the runs that results/steepest.jsonl does not hold yet, and can be stopped at any moment; `--report` only makes the
 table of what is there. Two families of `instability/`, with Lion, and with torch.optim.Muon for the matrices of the blocks
-beside an AdamW at 3e-3 that stays as it is. Ramps raise the learning rate (Muon's alone) tenfold every 80 steps until the loss
-breaks; the others have a constant one. Labels are those of `instability/labels.py`, from the loss alone. Z is the tracker's, on
-16 rows, every tenth step of ramps and every twentieth of the others.
+beside an AdamW at 3e-3 that stays as it is. Ramps raise the learning rate (Muon's alone) tenfold every 80 steps until the
+loss breaks; the others have a constant one. Labels are those of `instability/labels.py`, from the loss alone. Z is the
+tracker's, on 16 rows, every tenth step of ramps and every twentieth of the others.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from statistics import median
 from time import process_time
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT / "instability"), str(ROOT.parent / "tests" / "support")]
+sys.path.insert(0, str(Path(__file__).resolve().parent / "instability"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 import torch
 from common import HERE, save
@@ -34,7 +34,7 @@ from zoo import QUIET, TENFOLD, over
 
 from curvcli.training import CurvatureTracker
 
-STORE = HERE / "results" / "normalised.jsonl"
+STORE = HERE / "results" / "steepest.jsonl"
 STEPS, MOST, PRODUCTS = 200, 300, 12
 BEGIN = {"lion": 3e-5, "muon": 1e-3}
 LRS = {"lion": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "muon": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
@@ -139,7 +139,8 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
         found["families"][family] = {
             "ramps": ramps,
             "constant": [
-                {"lr": lr, "median_z": round(z, 2), "ends_badly": badly} for z, lr, badly in sorted(scored, key=lambda s: s[1])
+                {"lr": lr, "median_z": round(z, 2), "ends_badly": badly}
+                for z, lr, badly in sorted(scored, key=lambda s: s[1])
             ],
             "auc_z": auc([(z, badly) for z, _, badly in scored]),
             "auc_lr": auc([(lr, badly) for _, lr, badly in scored]),
@@ -159,7 +160,7 @@ def main() -> None:
         with STORE.open("a") as stream:
             stream.write(json.dumps(rows[-1]) + "\n")
         print(run, rows[-1]["seconds"], len(rows[-1]["losses"]), flush=True)
-    save("normalised", report(rows))
+    save("steepest", report(rows))
 
 
 if __name__ == "__main__":
