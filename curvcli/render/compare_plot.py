@@ -40,7 +40,7 @@ def _draw(drawn: Picture, found: Comparison, row: float) -> None:
     moved = [(place, change.ratio or 1.0) for place, change, _ in known if change.rho_ratio]
     places = [place for place, _, _ in known]
     every = [1.0, *(end for _, _, grown in known for end in grown), *(ratio for _, ratio in moved)]
-    axes.set_xlim(min(every) / 1.25, max(every) * 1.25)
+    axes.set_xlim(min(every) / 1.3, max(every) * 1.3)
     axes.hlines(
         places, [low for _, _, (_, low, _) in known], [high for _, _, (_, _, high) in known], color=light("bracket"),
         linewidth=4, zorder=1.5, label="bracket, by the residuals",
