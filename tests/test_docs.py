@@ -66,9 +66,16 @@ RUN = [block for block in BLOCKS if not block.not_run]
 IN_ORDER = ("first-checkpoint.md", "notebooks.md")
 
 
+def standing(kinds: tuple[str, ...]) -> list[Block]:
+    return [block for block in RUN if block.kind in kinds and block.page not in IN_ORDER]
+
+
 def of(*kinds: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
-        "block", [block for block in RUN if block.kind in kinds and block.page not in IN_ORDER], ids=str
+        "block",
+        # An explanation takes a pass over every sequence.
+        [pytest.param(block, marks=pytest.mark.slow) if block.page == "explain.md" else block for block in standing(kinds)],
+        ids=str,
     )
 
 

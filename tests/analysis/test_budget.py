@@ -100,6 +100,7 @@ def test_the_alarm_breaks_into_what_looks_at_no_deadline(run: Path, monkeypatch:
     assert 1.5 <= time.monotonic() - started < 4
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_budget_ended(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[TrackPoint] = []
     real = open_for_analysis

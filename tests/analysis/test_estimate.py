@@ -24,6 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_of(tmp_path_factory.mktemp("run"), 1, 2, 3)
 
 
+@pytest.mark.slow
 def test_the_prediction_is_within_a_factor_of_four(run: Path) -> None:
     """Of a network this small, whose products take milliseconds, the solver's own work is the larger part."""
     options = replace(OPTIONS, tokens=128)

@@ -73,6 +73,7 @@ def test_track_keeps_reports_where_the_verb_does(run: Path) -> None:
     assert stages
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_a_warning(run: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("no folder")
     with pytest.warns(RuntimeWarning, match="cannot be written, so nothing is kept"):

@@ -65,6 +65,7 @@ def test_points_are_in_step_order(tracked: tuple[Track, Path]) -> None:
     assert track.points[0].report.cumulative.restricted == []
 
 
+@pytest.mark.slow
 def test_a_point_is_what_the_checkpoint_alone_gives(tracked: tuple[Track, Path], calm: Path) -> None:
     point = tracked[0].points[1].report
     assert point is not None
@@ -137,6 +138,7 @@ def test_a_checkpoint_that_cannot_be_read_is_a_point(calm: Path, tracked: tuple[
         track_run(copy / "run", OPTIONS, NoCache())
 
 
+@pytest.mark.slow
 def test_a_read_only_cache_is_no_obstacle(calm: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = FileCache(tmp_path / "file" / "cache")
@@ -166,6 +168,7 @@ def test_names_without_steps_are_sorted_by_what_the_checkpoints_say(samples: Pat
         track_run(tmp_path / "*" / "ckpt.pt", Options(), NoCache())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_written_meanwhile_is_not_kept(
     calm: Path, tracked: tuple[Track, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def test_every_layout_is_the_trainers_checkpoint(layout: str, trained: SimpleNam
     assert checkpoint.optimizer.summary()["betas"] == (0.9, 0.95)
 
 
+@pytest.mark.slow
 def test_curvature_is_the_trainers(trained: SimpleNamespace) -> None:
     options = Options(data=trained.root / "ids.npy", tokens=64, sequence_length=16, max_hvps=3, depths=False, mode="kept")
     reports = [analyze_checkpoint(path, options) for path in (trained.trainer, trained.paths["flattened"])]

@@ -64,6 +64,7 @@ def test_nanogpt_is_the_same_function(samples: Path) -> None:
     assert not any(n.endswith("bias") for n in trained)
 
 
+@pytest.mark.slow
 def test_loss_is_what_the_trainer_logged(samples: Path) -> None:
     report = analyze_checkpoint(
         samples / "calm" / "checkpoint-10", Options(tokens=256, max_hvps=3, depths=False, mode="kept")

@@ -190,6 +190,7 @@ def saved(tmp_path: Path) -> tuple[Path, nn.Module, torch.optim.Optimizer]:
     return tmp_path / "model", model, optimizer
 
 
+@pytest.mark.slow
 def test_our_own_file(saved: tuple, tmp_path: Path) -> None:
     path, model, optimizer = saved
     view = is_the_run(path, model, optimizer)
@@ -205,6 +206,7 @@ def test_our_own_file(saved: tuple, tmp_path: Path) -> None:
     assert mine.optimizer.step == STEPS
 
 
+@pytest.mark.slow
 def test_wrappers_are_dropped_and_another_model_is_refused(tmp_path: Path) -> None:
     model = build()
     optimizer = train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
@@ -282,7 +284,9 @@ def test_megatron_and_nemo_are_sent_to_their_converters(files: tuple[str, ...], 
     assert "export_ckpt" in line
 
 
-@pytest.mark.parametrize("form", ["safetensors", "sharded", "bin", "bf16"])
+@pytest.mark.parametrize(
+    "form", ["safetensors", "bf16", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sharded", "bin"))]
+)
 def test_every_form_of_weights_in_a_trainers_checkpoint(form: str, tmp_path: Path) -> None:
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)

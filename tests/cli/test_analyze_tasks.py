@@ -17,6 +17,7 @@ from curvcli.errors import UsageError
 from curvcli.models.architecture import named
 
 
+@pytest.mark.slow
 def test_masked_lm(tmp_path: Path) -> None:
     model, data = saved(CASES["bert"](), tmp_path)
     arguments = (model, "--data", data, "--tokens", 120, "--sequence-length", 14, "--optimizer", "none")
@@ -46,6 +47,7 @@ def test_seq2seq(tmp_path: Path) -> None:
     assert "other-stacks" in [f["code"] for f in report["findings"]]
 
 
+@pytest.mark.slow
 def test_a_decoder_without_a_start_token_needs_its_inputs(tmp_path: Path) -> None:
     model, data = saved(CASES["t5"](), tmp_path, input_ids=IDS, labels=IDS)
     config = json.loads((model / "config.json").read_text())

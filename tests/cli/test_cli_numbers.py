@@ -68,6 +68,7 @@ def test_a_number_nobody_means(arguments: dict[str, list[str]], case: tuple[str,
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--tokens", "--sequence-length", "--batch-size", "--seed", "--max-hvps"])
 def test_the_largest_number_allowed_is_measured_with(option: str, samples: Path) -> None:
     where = [str(samples / "nanogpt" / "ckpt.pt"), "--no-depths", "-q"]

@@ -47,8 +47,8 @@ LINES = {
 }
 
 
-# A verb that imports torch takes seconds to begin: of those that do, two are enough for every day.
-SLOW = [line for line in LINES if line.split()[0] in ("track", "explain", "init")]
+# A verb that imports torch takes seconds to begin: of those that do, the first is enough for every day.
+SLOW = [line for line in LINES if line.split()[0] in ("track", "explain", "init", "inspect")]
 
 
 @pytest.mark.parametrize("line", [pytest.param(ln, marks=pytest.mark.slow) if ln in SLOW else ln for ln in LINES])

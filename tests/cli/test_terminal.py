@@ -124,7 +124,7 @@ def test_control_characters_of_a_document_do_not_reach_the_terminal() -> None:
         ("gate {report} --max-rho 3 --format json", 0),
         ("schedule --depth 8 --format json", 0),
         ("report {report}", 0),
-        ("inspect {samples}/hot", 0),
+        pytest.param("inspect {samples}/hot", 0, marks=SLOW),
         *(pytest.param(line, code, marks=SLOW) for line, code in SHOWN.items() if not line.startswith(("watch", "inspect"))),
         pytest.param("--version", 0, marks=SLOW),
         pytest.param("gate {report} --max-rho 3", 0, marks=SLOW),

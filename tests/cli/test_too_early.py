@@ -34,7 +34,7 @@ def analyzed(path: Path, out: Path, *options: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("step", "options"), [(0, ["--lr", "1e-3"]), (1, [])])
+@pytest.mark.parametrize(("step", "options"), [pytest.param(0, ["--lr", "1e-3"], marks=pytest.mark.slow), (1, [])])
 def test_a_healthy_network_in_its_first_steps_is_too_early(run: Path, tmp_path: Path, step: int, options: list[str]) -> None:
     said = analyzed(run / f"checkpoint-{step}", tmp_path / "r.json", *options)
     report = load_report(tmp_path / "r.json")
@@ -94,6 +94,7 @@ def test_a_track_has_no_alarm_about_it(run: Path, tmp_path: Path) -> None:
     assert all(finding.severity == "info" for finding in track.findings if finding.code == "verdict-changed")
 
 
+@pytest.mark.slow
 def test_a_tracker_says_so_of_its_own_first_steps() -> None:
     torch.manual_seed(0)
     model = tiny.build()

@@ -67,7 +67,8 @@ def test_the_head_is_there_before_the_layers(run: Path) -> None:
 
 @pytest.mark.usefixtures("no_layers")
 @pytest.mark.parametrize(
-    ("kind", "depths", "coming"), [("csv", [], "layers and depths"), ("json", ["--no-depths"], "layers")]
+    ("kind", "depths", "coming"),
+    [("csv", [], "layers and depths"), pytest.param("json", ["--no-depths"], "layers", marks=pytest.mark.slow)],
 )
 def test_other_formats_have_it_on_stderr(run: Path, kind: str, depths: list[str], coming: str) -> None:
     done = curv("analyze", run, *QUICK, "--format", kind, *depths)
@@ -75,12 +76,14 @@ def test_other_formats_have_it_on_stderr(run: Path, kind: str, depths: list[str]
     assert re.search(rf"^curv: verdict [\w ]+, rho .*; {coming} follow$", done.stderr, re.MULTILINE), done.stderr
 
 
+@pytest.mark.slow
 def test_json_is_json_alone(run: Path) -> None:
     done = curv("analyze", run, *QUICK, "--format", "json", "-q", "--no-depths")
     assert json.loads(done.stdout)["schema"] == "curv.report/1"
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_layers")
 def test_the_gate_says_it_too(run: Path) -> None:
     assert EARLY.search(curv("gate", run, "--max-rho", 1, *QUICK).stderr)

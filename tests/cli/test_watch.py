@@ -49,6 +49,7 @@ def test_usage(tmp_path: Path, path: Path) -> None:
     assert "curv watch run/curvature.jsonl" in help_text
 
 
+@pytest.mark.slow
 def test_imports_no_torch(path: Path) -> None:
     write(path, record(0))
     script = (

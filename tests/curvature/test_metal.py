@@ -75,6 +75,7 @@ def test_an_analysis_is_the_cpus(mode: Any, preconditioned: bool, waited: list[s
     assert waited.count("synchronize") == 2  # before and after the product that is timed
 
 
+@pytest.mark.slow
 def test_the_tracker_is_the_cpus(waited: list[str]) -> None:
     net, optimizer, batches = trained()
     options: dict[str, Any] = {"weights": models.weights(batches), "max_hvps": 60}

@@ -333,7 +333,10 @@ def no_tokens(name: str, path: Path) -> None:
         saved_dataset(path, {"ids": pa.array([[]], pa.list_(pa.int32())).take(pa.array(np.zeros(2**19, dtype=np.int8)))})
 
 
-@pytest.mark.parametrize("name", ["blank.jsonl.zst", "empty.jsonl.gz", "null.parquet", "empty"])
+@pytest.mark.parametrize(
+    "name",
+    ["blank.jsonl.zst", "null.parquet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("empty.jsonl.gz", "empty"))],
+)
 def test_documents_without_tokens_are_not_skipped_for_ever(name: str, tmp_path: Path, checkpoint: Checkpoint) -> None:
     no_tokens(name, tmp_path / name)
     with pytest.raises(InputError, match="without a token"):

@@ -160,6 +160,7 @@ def test_what_cannot_be_read(tmp_path: Path, samples: Path) -> None:
         load_records(samples / "calm" / "checkpoint-10" / "config.json")
 
 
+@pytest.mark.slow
 def test_a_writer_at_full_speed_loses_nothing(path: Path) -> None:
     """Readers see any cut of the bytes: at the end all records are there, in order, none damaged."""
     lines = "".join(record(step).to_line() for step in range(2000)).encode()

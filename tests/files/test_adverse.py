@@ -198,6 +198,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_weights_that_are_written_over_while_they_are_read(run: Path) -> None:
     """Mapped, the tensor read first would kill the process as soon as it is touched."""
     done = subprocess.run([sys.executable, "-c", CUT_SHORT, str(run / "model.safetensors")], capture_output=True, text=True)

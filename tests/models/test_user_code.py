@@ -157,6 +157,7 @@ def test_a_traceback_on_request(own: Path) -> None:
     assert 'raise ValueError("no such' in done.stderr
 
 
+@pytest.mark.slow
 def test_a_configuration_for_weights_without_one(tmp_path: Path) -> None:
     model, data = saved(CASES["mixtral"](), tmp_path)
     arguments = ("--data", data, "--tokens", 64, "--sequence-length", 8, "--optimizer", "none", "--mode", "kept", *FEW)

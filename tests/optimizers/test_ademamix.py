@@ -65,7 +65,7 @@ def test_lambda_is_that_of_the_optimizers_own_answer(case: str) -> None:
         torch.testing.assert_close(moved, -group["lr"] * metric.direction[name], rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("step", [3, 40, 10**9])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 40, pytest.param(10**9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("factor", [0.97, 1.03])
 def test_the_published_update_flips_at_the_threshold(case: str, step: int, factor: float) -> None:
@@ -151,6 +151,7 @@ def test_every_packages_file_is_read(save: Callable | None, tmp_path: Path) -> N
         torch.testing.assert_close(found.direction[name], expected.direction[name])
 
 
+@pytest.mark.slow
 def test_a_saved_checkpoint_is_analysed_by_name(tmp_path: Path) -> None:
     model = tiny.build()
     optimizer = published.AdEMAMix(model.parameters(), lr=0.01)

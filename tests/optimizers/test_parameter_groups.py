@@ -244,6 +244,7 @@ def test_a_finished_run_is_measured_at_the_logged_rate_of_its_first_group(finish
     assert "scaled-rates" in codes(report)
 
 
+@pytest.mark.slow
 def test_without_a_log_the_remedy_works_or_is_another(finished: Path) -> None:
     with pytest.raises(InputError, match="pass the one in force with --lr"):
         of_file(finished)

@@ -72,7 +72,7 @@ def test_lambda_is_that_of_the_optimizers_own_answer_at_y(kind: str, options: di
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("c", [0.9, 0.3, 1e-3])
+@pytest.mark.parametrize("c", [pytest.param(0.9, marks=pytest.mark.slow), 0.3, pytest.param(1e-3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 3.0}, {"warmup_steps": 10**6}])
 @pytest.mark.parametrize("factor", [0.97, 1.03])
 def test_the_package_flips_at_the_threshold(kind: str, c: float, options: dict, factor: float) -> None:

@@ -158,6 +158,7 @@ def test_what_has_no_page(tmp_path: Path, content: str | None, said: str) -> Non
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     out = tmp_path / "x.html"
     script = (

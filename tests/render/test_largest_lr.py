@@ -68,6 +68,7 @@ def test_every_output_of_a_track_has_it(report: Report) -> None:
     assert float(values["lr_ratio"]) == pytest.approx(0.03 / 0.021)
 
 
+@pytest.mark.slow
 def test_an_old_track_has_no_empty_columns() -> None:
     page = track_page(track([at(asset("hot"), step) for step in (20, 40, 60)]))
     assert "max lr" not in page

@@ -133,7 +133,7 @@ def test_checkpoints_without_a_step_are_counted_and_no_log_is_laid_over_them() -
     assert track_series(track([at(asset("hot"), 60), failed(None), at(asset("hot"), 80)]))["rho"][0] == [60, 80]
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("suffix", ["svg", *(pytest.param(s, marks=pytest.mark.slow) for s in ("png", "pdf"))])
 def test_the_picture_is_of_its_format_and_always_the_same(suffix: str) -> None:
     document = track([at(asset("calm"), 10), at(asset("hot"), 20, 4.0), failed(30)])
     first = plot_track(document, suffix)

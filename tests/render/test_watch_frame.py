@@ -109,6 +109,7 @@ def test_a_narrow_table_loses_the_least_needed_columns() -> None:
     assert fitting(cells, 5, TITLES, LEAST_NEEDED) == ["step", "rho", "status"]
 
 
+@pytest.mark.slow
 def test_series_of_the_picture() -> None:
     records = (record(0, 0.5), record(10, None), record(20, 0.9, status="unconverged"), record(30, 0.0))
     data = log_series(records)
