@@ -15,13 +15,16 @@ from math import inf
 from pathlib import Path
 from time import monotonic
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from curvcli.analysis.launch import decides, speaking, together
+from curvcli.analysis.stages import Progress
 from curvcli.errors import OutOfTime, UsageError
 
 if TYPE_CHECKING:
     from curvcli.documents import Report
+
+T = TypeVar("T")
 
 # For the product in hand to end, and the report to be written: a share of the budget, and seconds at least.
 GRACE, LEAST_GRACE = 0.1, 1.0
@@ -51,13 +54,37 @@ class Budget:
             yield disarm
 
 
+def within(budget: Budget, work: Callable[[Progress], T], tell: Progress = lambda stage, done: None) -> tuple[T | None, str]:
+    """What some work comes to, or None and why, where the budget ran out before there was anything to show.
+
+    Args:
+        work: takes the progress to report to; the stage `report` says that what is left is short, and must not be lost.
+        tell: takes what is being done, and the fraction done.
+    """
+    doing = "starting"
+    try:
+        with together(), budget.alarm() as disarm:
+
+            def progress(stage: str, done: float) -> None:
+                nonlocal doing
+                doing = stage
+                if stage == "report":
+                    disarm()
+                tell(stage, done)
+
+            progress("importing torch", 0.0)
+            return work(progress), ""
+    except OutOfTime:
+        return None, f"the budget of {budget.seconds:g} s ran out (at: {doing}), and nothing was measured; raise --budget"
+
+
 def measure(
     checkpoint: Path,
     options: Mapping[str, Any],
     *,
     started: float,
     seconds: float | None,
-    tell: Callable[[str, float], None] = lambda stage, done: None,
+    tell: Progress = lambda stage, done: None,
     on_verdict: Callable[[Report], None] | None = None,
 ) -> tuple[Report | None, str]:
     """The report of a checkpoint, or None and why, where not even the full model was reached in time.
@@ -74,26 +101,16 @@ def measure(
         CurvError: the checkpoint cannot be read or measured.
     """
     budget = Budget(inf if seconds is None else seconds, started)
-    doing = "starting"
-    try:
-        with together(), budget.alarm() as disarm:
 
-            def progress(stage: str, done: float) -> None:
-                nonlocal doing
-                doing = stage
-                if stage == "report":  # measured: what is left is short, and must not be lost
-                    disarm()
-                tell(stage, done)
+    def work(progress: Progress) -> Report:
+        from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 
-            progress("importing torch", 0.0)
-            from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+        known = [option.name for option in fields(Options) if option.name != "deadline"]
+        if unknown := [name for name in options if name not in known]:
+            raise UsageError(f"{unknown[0]!r:.80} is no rule and no option", hint=f"options: {', '.join(known)}")
+        return analyze_checkpoint(checkpoint, Options(**options, deadline=budget.deadline), progress, on_verdict)
 
-            known = [option.name for option in fields(Options) if option.name != "deadline"]
-            if unknown := [name for name in options if name not in known]:
-                raise UsageError(f"{unknown[0]!r:.80} is no rule and no option", hint=f"options: {', '.join(known)}")
-            return analyze_checkpoint(checkpoint, Options(**options, deadline=budget.deadline), progress, on_verdict), ""
-    except OutOfTime:
-        return None, f"the budget of {seconds:g} s ran out (at: {doing}), and nothing was measured; raise --budget"
+    return within(budget, work, tell)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from curvcli import documents
 from curvcli.analysis.api import prepared
+from curvcli.analysis.budget import Budget
 from curvcli.analysis.carriers import Carriers, Predictions, Rest, carriers, rests
 from curvcli.analysis.checkpoint import Opened, Options, Ready, open_for_analysis
 from curvcli.analysis.document import Provenance, write
@@ -24,7 +27,7 @@ from curvcli.curvature.hvp import build
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.data.examples import IGNORED
 from curvcli.data.words import Words, words_of
-from curvcli.errors import UnsupportedError, memory_named
+from curvcli.errors import OutOfTime, UnsupportedError, memory_named
 from curvcli.models.blocks import display
 from curvcli.models.roles import Roles
 from curvcli.models.rows import lookups, row_kinds
@@ -36,11 +39,14 @@ CONTEXT = 12  # tokens before a prediction that are shown with it
 _FIRST, _CARRIERS, _REST = 0.35, 0.15, 0.25
 
 
-def explain(path: Path | str, *, progress: Progress | None = None, **options: Any) -> documents.Explanation:
+def explain(
+    path: Path | str, *, budget: Budget | float | None = None, progress: Progress | None = None, **options: Any
+) -> documents.Explanation:
     """Why a checkpoint is sharp: `curv explain` from Python.
 
     Args:
         path: the checkpoint, or a run's directory.
+        budget: seconds, after which nothing more is started: what was not reached is left out, and a finding says so.
         progress: called with what is being done and the fraction done.
         **options: by the names of `curvcli.analysis.options.Options` (data, tokens, sequence_length, lr, ...).
 
@@ -50,8 +56,11 @@ def explain(path: Path | str, *, progress: Progress | None = None, **options: An
 
     Raises:
         CurvError: the checkpoint cannot be read or measured, or an option is none.
+        OutOfTime: the budget ran out before the direction was known.
     """
-    return explain_checkpoint(Path(path), options_of(options, fixed=("depths", "deadline", "truncated")), progress)
+    limit = budget if isinstance(budget, Budget) else Budget(inf if budget is None else budget)
+    how = options_of(options, fixed=("depths", "deadline", "truncated"))
+    return explain_checkpoint(Path(path), replace(how, deadline=limit.deadline), progress)
 
 
 def explain_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> documents.Explanation:
@@ -63,7 +72,9 @@ def explain_checkpoint(path: Path, options: Options, progress: Progress | None =
     with memory_named(f"while {opened.checkpoint.path} is explained"):
         ready = opened.ready()
         margin = 3 * options.tolerance
-        solver = Lanczos(options.tolerance, margin, max_products=options.max_hvps, seed=options.seed or 0)
+        solver = Lanczos(
+            options.tolerance, margin, max_products=options.max_hvps, seed=options.seed or 0, deadline=options.deadline
+        )
         return prepared(
             ready.model, opened.loss, ready.batches, ready.optimizer,
             lambda work, notes: _Explainer(work, opened, ready, notes, say).explanation(),
@@ -80,6 +91,7 @@ class _Explainer:
         self.words: Words = words_of(opened.checkpoint)
         self.negated = work.preconditioner.ascends
         self.hvps = 0.0
+        self.out_of_time = False
         if not work.names:
             raise UnsupportedError(
                 f"{work.preconditioner.name} has no lambda, whose eigenvector this explains: its step is steepest in a norm",
@@ -95,9 +107,14 @@ class _Explainer:
         vector = solved.extremes.vector if solved.extremes else None
         told: dict[str, Any] = {}
         if vector is not None and report.judged.eigenvalue is not None:
-            told = {**self.masses(vector), **self.carried(report, solved, vector)}
+            told = self.masses(vector)
+            try:
+                told |= self.carried(report, solved, vector)
+            except OutOfTime:
+                self.out_of_time = True
+        self.say("report", 1.0)
         findings = [f for f in report.findings if f.severity != "info" and f.code != report.verdict]
-        extra = told.pop("findings", [])
+        extra = [*told.pop("findings", []), *self.short()]
         blank: dict[str, Any] = {
             "participation": None, "per": "nothing", "sum": None, "decay": 0.0,
             **{name: [] for name in ("parts", "kinds", "heads", "rows", "sequences", "tokens", "removals")},
@@ -135,6 +152,13 @@ class _Explainer:
             provenance.findings, provenance.logged_loss,
         )  # fmt: skip
         return write(work, found, said, None), found
+
+    def short(self) -> list[documents.Finding]:
+        """Says that the budget ran out, where it did."""
+        if not self.out_of_time:
+            return []
+        message = "the budget ran out: which data carry lambda, or what is left without them, was not measured; raise it"
+        return [documents.Finding(code="out-of-time", severity="warning", message=message)]
 
     # --- the direction -----------------------------------------------------------------------
 
@@ -192,12 +216,15 @@ class _Explainer:
         weights = work.preconditioner.decay
         decay = sum(weights.get(n, 0.0) * float(u.double().square().sum()) for n, u in direction.items())
         self.say("sequences and predictions", _FIRST)
+        work.in_time()
         found = carriers(work.problem, self.opened.loss, self.opened.task, direction, value - decay, negated=self.negated)
         self.hvps += 1
-        removals = [
-            self.removal(rest, report, _FIRST + _CARRIERS + _REST * place)
-            for place, rest in enumerate(rests(work.problem, found, negated=self.negated))
-        ]
+        removals: list[documents.Removal] = []
+        try:
+            for place, rest in enumerate(rests(work.problem, found, negated=self.negated)):
+                removals.append(self.removal(rest, report, _FIRST + _CARRIERS + _REST * place))
+        except OutOfTime:  # what was finished stands
+            self.out_of_time = True
         told = found.per != "nothing" and found.total != 0
         return {
             "per": found.per,

@@ -1,4 +1,4 @@
-"""The terminal view of an explanation."""
+"""The terminal view of an explanation, and what its page has in common with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from curvcli.documents import Explanation, Removal, SequenceShare, TokenShare
-from curvcli.errors import plain
+from curvcli.errors import counted, plain
 from curvcli.judge.limits import certified
 from curvcli.render.frame import number
 from curvcli.render.style import COLOURS, said
@@ -18,28 +18,59 @@ from curvcli.render.table import bar, finding_line
 LEAST = 0.005  # of the whole: what has less is not listed in a terminal
 NAME, BAR = 34, 30  # columns
 _SHOWN = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
-_WHAT = {"full": "the full model", "body": "the full model without the rows that the shard hardly looks up"}
+WHAT = {"full": "the full model", "body": "the full model without the rows that the shard hardly looks up"}
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
+    """A share of something, in words; `text` is a token's, null where there is none or no tokenizer says it."""
+
     label: str
     share: float
-    text: str = ""
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """Shares of one whole, those that are next to nothing left out."""
+
+    title: str
+    lines: Sequence[Line]
+
+    @property
+    def most(self) -> float:
+        """The share whose bar is a whole one."""
+        return max(LEAST, *(line.share for line in self.lines))
+
+
+def sections(found: Explanation) -> list[Section]:
+    """The direction by part, kind of matrix, head and row, and lambda by predicted token; empty ones left out."""
+    heads = [(f"layer {m.layer}, {'' if m.of == 'query' else 'key-value '}head {m.head}", m.mass) for m in found.heads]
+    rows = [Line(f"{m.tensor.rsplit('.', 2)[-2]}, {m.rows_of[:-1]} {m.row}", m.mass, m.text) for m in found.rows]
+    tokens = [Line(f"token {m.token}, predicted {counted(m.count, 'time')}", m.share, m.text) for m in found.tokens]
+    every = [
+        # In the order of the network: the others are sorted by their share.
+        Section("where the sharpest direction lies, by part", _kept([Line(m.name, m.mass) for m in found.parts])),
+        Section("by kind of matrix", _heaviest([Line(m.name, m.mass) for m in found.kinds])),
+        Section("by attention head", _heaviest([Line(label, mass) for label, mass in heads])),
+        Section("by row", _heaviest(rows)),
+        Section("what carries lambda, by the token that was to be predicted", _heaviest(tokens)),
+    ]
+    return [section for section in every if section.lines]
+
+
+def _kept(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if abs(line.share) >= LEAST]
+
+
+def _heaviest(lines: Sequence[Line]) -> list[Line]:
+    return sorted(_kept(lines), key=lambda line: -line.share)[:8]
 
 
 def show(found: Explanation, console: Console) -> None:
     """Print the direction by parts, the data that carry it, and what is left without them; fits 80 columns."""
     blocks = [_head(found)]
-    layers = [_Line(m.name, m.mass) for m in found.parts]
-    blocks += _section("where the sharpest direction lies, by part", layers, console, order=False)
-    blocks += _section("by kind of matrix", [_Line(m.name, m.mass) for m in found.kinds], console)
-    heads = [_Line(f"layer {m.layer}, {'' if m.of == 'query' else 'key-value '}head {m.head}", m.mass) for m in found.heads]
-    blocks += _section("by attention head", heads, console)
-    rows = [_Line(f"{m.tensor.rsplit('.', 2)[-2]}, {m.rows_of[:-1]} {m.row}", m.mass, _quoted(m.text)) for m in found.rows]
-    blocks += _section("by row", rows, console)
-    tokens = [_Line(f"token {m.token}, predicted {m.count:,} times", m.share, _quoted(m.text)) for m in found.tokens]
-    blocks += _section("what carries lambda, by the token that was to be predicted", tokens, console)
+    blocks += [text for section in sections(found) for text in _section(section, console)]
     if found.sequences:
         blocks.append(Text("\nby sequence", style="dim"))
         blocks += [line for sequence in found.sequences for line in _sequence(sequence)]
@@ -61,7 +92,7 @@ def _head(found: Explanation) -> Text:
     doubt = "" if certified(estimate) or estimate.eigenvalue is None else f", {estimate.status}"
     missing = f"no estimate: {estimate.status}"
     eigenvalue = missing if estimate.eigenvalue is None else f"lambda {number(estimate.eigenvalue)}"
-    text.append(f"  {value}{eigenvalue}{doubt}, of {_WHAT[found.direction]}", style="not bold")
+    text.append(f"  {value}{eigenvalue}{doubt}, of {WHAT[found.direction]}", style="not bold")
     if found.participation is not None:
         text.append(
             f"\n its direction is spread over {found.participation:,.0f} of {found.checkpoint.parameters:,} parameters",
@@ -70,18 +101,14 @@ def _head(found: Explanation) -> Text:
     return text
 
 
-def _section(title: str, lines: Sequence[_Line], console: Console, *, order: bool = True) -> list[Text]:
-    """Shares with bars, those that are next to nothing left out; the text beside a bar is a token's."""
-    kept = [line for line in lines if abs(line.share) >= LEAST]
-    kept = sorted(kept, key=lambda line: -line.share)[:8] if order else kept
-    if not kept:
-        return []
-    found = [Text(f"\n{title}", style="dim")]
-    most = max(line.share for line in kept)
-    for line in kept:
+def _section(section: Section, console: Console) -> list[Text]:
+    """Shares with bars; the text beside a bar is a token's."""
+    found = [Text(f"\n{section.title}", style="dim")]
+    for line in section.lines:
+        quoted = _quoted(line.text)
         text = Text(f" {_cut(plain(line.label), NAME):{NAME}} {_percent(line.share)}  ")
-        text.append_text(bar(line.share, max(most, LEAST), BAR if not line.text else BAR - 12, None, console))
-        found.append(text.append(f" {line.text}" if line.text else "", style=COLOURS["measured"]))
+        text.append_text(bar(line.share, section.most, BAR if not quoted else BAR - 12, None, console))
+        found.append(text.append(f" {quoted}" if quoted else "", style=COLOURS["measured"]))
     return found
 
 
@@ -96,8 +123,8 @@ def _token(found: TokenShare) -> Text:
     line = Text(f"   {_percent(found.share)}  at {found.position:<5,} ")
     if found.text is None:
         return line.append(f"token {found.token}", style=COLOURS["measured"])
-    line.append(_visible(found.context or "")[-36:].rjust(36), style="dim")
-    return line.append(f"[{_visible(found.text)[:16]}]", style=f"bold {COLOURS['measured']}")
+    line.append(visible(found.context or "")[-36:].rjust(36), style="dim")
+    return line.append(f"[{visible(found.text)[:16]}]", style=f"bold {COLOURS['measured']}")
 
 
 def _removals(found: Explanation) -> list[Text]:
@@ -125,9 +152,9 @@ def _cut(text: str, most: int) -> str:
 
 
 def _quoted(text: str | None) -> str:
-    return f"'{_visible(text)[:14]}'" if text is not None else ""
+    return f"'{visible(text)[:14]}'" if text is not None else ""
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Without what a terminal obeys; line ends as a sign of one column."""
     return plain("".join(_SHOWN.get(letter, letter) for letter in text))

@@ -16,11 +16,13 @@ from markupsafe import Markup
 from curvcli.documents import (
     Comparison,
     Document,
+    Explanation,
     Gate,
     Report,
     Schedule,
     Track,
     load_comparison,
+    load_explanation,
     load_gate,
     load_report,
     load_schedule,
@@ -33,7 +35,7 @@ from curvcli.render.advice import advice, track_advice
 from curvcli.render.cells import Cell, part_cells, point_cells, present, summary
 from curvcli.render.compare_plot import growth
 from curvcli.render.compare_plot import picture as comparison_picture
-from curvcli.render.explain import LEAST
+from curvcli.render.explain import LEAST, WHAT, sections, visible
 from curvcli.render.frame import number
 from curvcli.render.gate_plot import picture as gate_picture
 from curvcli.render.gate_plot import ratios
@@ -170,9 +172,17 @@ def track_page(track: Track, layout: str = WHOLE) -> str:
     )
 
 
+def explanation_page(found: Explanation, layout: str = WHOLE) -> str:
+    """What is explained, findings, what is left without the heaviest data, where the direction lies, which data carry it."""
+    return _render(
+        "explain.html", document=found, layout=layout, found=found, what=WHAT[found.direction], sections=sections(found)
+    )
+
+
 # A document's page: how it is read, how it is drawn. A further document is a further line.
 PAGES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], str]]] = {
     "curv.compare/1": (load_comparison, comparison_page),
+    "curv.explain/1": (load_explanation, explanation_page),
     "curv.gate/1": (load_gate, gate_page),
     "curv.report/1": (load_report, report_page),
     "curv.schedule/1": (load_schedule, schedule_page),
@@ -195,7 +205,7 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, said=said, told=told, ranges=ranges)
+    environment.filters.update(number=number, said=said, told=told, ranges=ranges, visible=visible)
     environment.globals.update(least=LEAST)
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")

@@ -14,11 +14,14 @@ from tiny import build
 from torch import Tensor, nn
 
 from curvcli.analysis import carriers as carried
+from curvcli.analysis import explain as explaining
 from curvcli.analysis.carriers import carriers, rests
 from curvcli.analysis.explain import explain
+from curvcli.analysis.solve import Measurement
 from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import labelled_loss
 from curvcli.documents import Explanation
+from curvcli.errors import OutOfTime
 
 IGNORED = -100
 
@@ -221,6 +224,38 @@ def test_the_verdict_is_said_to_be_of_a_few(found: Explanation, culprit: Path) -
     calm = _explained(culprit, optimizer="SGD", lr=between / 1e3)
     assert (calm.verdict, [removal.changes for removal in calm.removals]) == ("stable", [False, False])
     assert "verdict-of-few" not in {finding.code for finding in calm.findings}
+
+
+@pytest.mark.parametrize(("owner", "name"), [(explaining._Explainer, "masses"), (explaining, "rests")])
+def test_what_a_budget_does_not_reach_is_left_out_and_said(
+    culprit: Path, found: Explanation, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline passes after the direction is known: before the pass over the data, or after it."""
+    passed = False
+    theirs = getattr(owner, name)
+
+    def at(*given: Any, **more: Any) -> Any:
+        nonlocal passed
+        passed = True
+        return theirs(*given, **more)
+
+    def in_time(work: Measurement) -> None:
+        if passed:
+            raise OutOfTime
+
+    monkeypatch.setattr(owner, name, at)
+    monkeypatch.setattr(Measurement, "in_time", in_time)
+    short = _explained(culprit, optimizer="SGD", lr=0.5)
+    assert short.findings[0].code == "out-of-time"
+    assert short.parts == found.parts
+    assert (short.per, short.sequences) == (("nothing", []) if name == "masses" else ("prediction", found.sequences))
+    assert short.removals == []
+    assert len(found.removals) == 2
+
+
+def test_a_deadline_that_has_passed_is_no_explanation(culprit: Path) -> None:
+    with pytest.raises(OutOfTime):
+        _explained(culprit, optimizer="SGD", lr=0.5, budget=0)
 
 
 def test_shares_add_up(found: Explanation) -> None:

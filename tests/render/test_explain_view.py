@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from io import StringIO
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import HOSTILE, Text
 from places import ASSETS
 from rich.console import Console
 from typer.testing import CliRunner
@@ -15,8 +17,9 @@ from typer.testing import CliRunner
 from curvcli.analysis import explain as analysis
 from curvcli.cli import app
 from curvcli.documents import Explanation, load_explanation
-from curvcli.errors import InputError
+from curvcli.errors import InputError, OutOfTime
 from curvcli.render.explain import show
+from curvcli.render.html import explanation_page
 
 SAMPLE = ASSETS / "explain-60.json"
 
@@ -78,8 +81,8 @@ def test_without_a_tokenizer_ids_are_shown_and_without_an_estimate_a_status() ->
 def test_the_verb_prints_and_writes_the_same_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def explained(path: Path, *, progress: Any, **settings: Any) -> Explanation:
-        asked.update(settings, path=path)
+    def explained(path: Path, *, progress: Any, budget: Any, **settings: Any) -> Explanation:
+        asked.update(settings, path=path, seconds=budget.seconds)
         return load_explanation(SAMPLE)
 
     monkeypatch.setattr(analysis, "explain", explained)
@@ -88,8 +91,43 @@ def test_the_verb_prints_and_writes_the_same_document(tmp_path: Path, monkeypatc
     assert done.exit_code == 0, done.output
     assert done.stdout == out.read_text()
     assert load_explanation(out) == load_explanation(SAMPLE)
-    assert (asked["path"], asked["tokens"]) == (Path("ckpt"), 512)
+    assert (asked["path"], asked["tokens"], asked["seconds"]) == (Path("ckpt"), 512, inf)
     assert "by attention head" in CliRunner().invoke(app, ["explain", "ckpt"], env={"COLUMNS": "80"}).stdout
+
+
+def test_a_budget_that_ends_before_anything_is_known_is_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explained(path: Path, *, budget: Any, **settings: Any) -> Explanation:
+        assert budget.seconds == 90
+        raise OutOfTime
+
+    monkeypatch.setattr(analysis, "explain", explained)
+    out = tmp_path / "explain.json"
+    done = CliRunner().invoke(app, ["explain", "ckpt", "--budget", "90s", "-o", str(out), "-q"])
+    assert (done.exit_code, done.stdout, out.exists()) == (3, "", False)
+    assert done.stderr == (
+        "curv: the budget of 90 s ran out (at: importing torch), and nothing was measured; raise --budget\n"
+    )
+
+
+def test_the_page_says_what_the_terminal_does() -> None:
+    text = explanation_page(load_explanation(SAMPLE))
+    for part in (
+        "rho 1.51", "lambda 1,904, of the full model", "82.0 %", "layer 0, head 1", "embed_tokens, token 116",
+        "82 of 8,192 predictions", "verdict-of-few", "Sequence", "a as soon as</span><mark>␣</mark>", "curv.explain/1",
+    ):  # fmt: skip
+        assert part.lower() in text.lower(), part
+    assert "<td>norm</td>" not in text, "what has less than half a percent of the direction is left out"
+
+
+def test_text_of_the_data_is_no_markup() -> None:
+    said = json.loads(SAMPLE.read_text())
+    token = said["sequences"][0]["tokens"][0]
+    for evil in HOSTILE:
+        token["text"] = token["context"] = said["rows"][0]["text"] = said["parts"][0]["name"] = evil
+        text = explanation_page(_changed(sequences=said["sequences"], rows=said["rows"], parts=said["parts"]))
+        seen = Text(text)
+        assert [seen.tags.count(tag) for tag in ("script", "style", "img")] == [1, 1, 0], evil
+        assert not [name for _, name, _ in seen.attributes if name.startswith("on")]
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "track": lambda: track_page(course()),
     "schedule": lambda: schedule_page(planned()),
     "gate": lambda: gate_page(decided()),
+    "explain": lambda: page(ASSETS / "explain-60.json"),
     "compare": lambda: comparison_page(compared()),
 }
 
