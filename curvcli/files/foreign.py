@@ -25,6 +25,7 @@ _NAMES = frozenset(
 )
 # torch fills nothing that is no plain dictionary.
 _DICTIONARIES = frozenset(["collections.defaultdict"])
+# Each name becomes a class. A trainer's file has dozens of them: one of thousands was made to cost time and memory.
 _MOST = 256
 
 
@@ -75,6 +76,7 @@ def stand_ins(source: Path | io.BytesIO) -> list[Callable[..., Any] | tuple[Call
     found = {name for name in named if name.partition(".")[0] in _PACKAGES or name in _NAMES}
     if len(found) > _MOST:
         return []
+    # A class each: torch keeps allowed classes by name and class, and a message should say which one stood in the file.
     records = [(type("Foreign", (Foreign,), {"name": name}), name) for name in sorted(found)]
     return [*records, *((_dictionary, name) for name in sorted(named & _DICTIONARIES))]
 
@@ -95,9 +97,8 @@ def _globals(source: Path | io.BytesIO) -> set[str]:
                         _collect(io.BytesIO(archive.read(record)), found)
         elif isinstance(source, Path):
             with source.open("rb") as stream:
-                for _ in range(
-                    5
-                ):  # the form before zip: a magic number, a version, the system, the document, keys of its data
+                # The form before zip is five pickles: a magic number, a version, the system, the document, keys of its data.
+                for _ in range(5):
                     _collect(stream, found)
     except Exception:  # a damaged pickle: what torch said of it stands
         return set()
@@ -106,7 +107,9 @@ def _globals(source: Path | io.BytesIO) -> set[str]:
 
 def _collect(stream: BinaryIO, found: set[str]) -> None:
     for operation, argument, _ in pickletools.genops(stream):
+        # torch.save writes protocol 2, which has this one instruction for names; torch's reader refuses the later one.
         if operation.name == "GLOBAL" and isinstance(argument, str):
             module, _, name = argument.partition(" ")
+            # Protocol 2 has Python 2's module names, as __builtin__; torch compares what it allows by today's.
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
             found.add(f"{module}.{name}")

@@ -30,6 +30,7 @@ class KeptFolder:
     def make(self) -> None:
         """Create the folder, and close it to others. Raises OSError."""
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # A folder that was there keeps its mode, and only its owner may change that.
         if self.path.stat().st_uid == os.geteuid():
             self.path.chmod(0o700)
 
@@ -49,6 +50,7 @@ class KeptFolder:
         """
         found = [place for place in self.path.iterdir() if self._is_own(place)]
         total = 0
+        # The one that is wanted now counts first, so that it takes room from older ones and not they from it.
         for place in sorted(found, key=lambda p: (p != newest, -p.lstat().st_mtime)):
             size = 0 if place.is_symlink() else _size(place)
             doomed = place.is_symlink() or not self.entry.fullmatch(place.name) or total + size > self.size

@@ -15,8 +15,10 @@ from curvcli.errors import CurvError, InputError
 from curvcli.files.foreign import Foreign
 from curvcli.files.parse import inside as inside
 
+# A pickle has structure alone, as tensors' data lie apart: 64 MiB describe some hundred thousand tensors. Plain data of 20
+# million values is far over any trainer's; 200 levels stay clear of Python's recursion limit.
 _PICKLE_LIMIT = 64 * 2**20
-_NODES, _DEPTH, _TEXT = 20_000_000, 200, 64 * 2**20
+_NODES, _DEPTH = 20_000_000, 200
 # What torch's restricted unpickler allows, and what makes objects larger than the bytes that name them. No
 # checkpoint of weights and moments has one. A name stands between newlines wherever a pickle asks for it.
 _GROWING = (
@@ -31,6 +33,8 @@ _GROWING = (
     b"_rebuild_device_tensor_from_cpu_tensor",
 )
 _DAMAGED = "the file is damaged or was made to exhaust this machine: copy it again, or do not trust it"
+# Over 2^53 JSON's numbers are no longer exact, and no layer is that wide. Masks and tables of positions are buffers that
+# checkpoints need not store, so they are not held to the weights' bytes: 2^28 values are a causal mask over 16,384 tokens.
 _CALM_INTEGER, _CALM_COUNT, _BUFFERS, _MODULES = 2**53, 10**5, 2**28, 250_000
 # What a configuration or a model makes a Python object of each: no tensor's limit would stop it.
 _COUNTS = ("layer", "block", "expert", "depth", "head", "group", "label", "class", "stage", "branch", "codebook", "adapter")
@@ -44,6 +48,7 @@ def check_zip(source: Path | io.BytesIO, path: object, size: int) -> None:
             pickles = [r for r in records if r.filename.endswith(".pkl")]
             claimed = sum(r.file_size for r in records)
             long = next((r for r in pickles if r.file_size > _PICKLE_LIMIT), None)
+            # Read only where that is sure to be small: a compressed record may unfold into a thousand times its size.
             content = [] if long or claimed > size else [archive.read(r) for r in pickles if r.compress_type == 0]
     except Exception as error:  # zipfile raises every kind there is on a damaged file
         raise InputError(f"{path} is a damaged zip: {str(error)[:200]}", hint="copy the file again") from error
@@ -54,6 +59,7 @@ def check_zip(source: Path | io.BytesIO, path: object, size: int) -> None:
         raise InputError(f"{path} has records of {claimed:,} bytes in a file of {size:,}", hint=_DAMAGED)
     names = {r.filename for r in records}
     odd = next((n for n in names if n.startswith("/") or ".." in n.split("/")), None)
+    # Of two records of one name this check could see one and torch load the other.
     if odd or len(names) != len(records):
         raise InputError(
             f"{path} has a record named {odd[:200]!r}" if odd else f"{path} has two records of one name", hint=_DAMAGED
@@ -101,8 +107,10 @@ def check_document(document: Any, path: object, size: int) -> None:
             _parts(value, path)
             _check_tensor(value, size, path)
             return 1, 1
+        # Text counts by its length, as whoever shows or hashes it pays for that.
         if isinstance(value, (str, bytes)):
             return 1 + len(value) // 64, 1
+        # Turning a long integer into decimal digits takes time that grows as the square of its length.
         if isinstance(value, int) and abs(value) >= 2**64:
             raise InputError(f"{path} holds an integer of {value.bit_length()} bits", hint=_DAMAGED)
         parts = _parts(value, path)
@@ -111,6 +119,7 @@ def check_document(document: Any, path: object, size: int) -> None:
         key = id(value)
         if key in open_ and isinstance(value, Foreign):
             return 1, 1
+        # A part that many places share is walked once and counted at each, or a dozen nested lists would take forever.
         if key in done:
             nodes, height = done[key]
         else:
@@ -129,6 +138,7 @@ def check_document(document: Any, path: object, size: int) -> None:
 
 
 def _parts(value: Any, path: object) -> list[Any]:
+    # A pickle may give an object attributes. One that the class has too would answer in its place, as `numel` of a tensor.
     own = vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else {}
     if not isinstance(value, Foreign) and (found := next((name for name in own if hasattr(type(value), str(name))), None)):
         raise InputError(f"{path} holds a {type(value).__name__} with an attribute {str(found)[:40]!r}", hint=_DAMAGED)
@@ -143,6 +153,7 @@ def _parts(value: Any, path: object) -> list[Any]:
 def _check_tensor(tensor: Tensor, size: int, path: object) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise InputError(f"{path} holds a sparse, nested or quantized tensor", hint="save plain tensors")
+    # A DTensor, as FSDP2 saves it with torch.save.
     if type(tensor) not in (Tensor, nn.Parameter):
         raise InputError(
             f"{path} holds a {type(tensor).__name__}, one rank's piece of a tensor",
@@ -168,6 +179,7 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         elif isinstance(value, list):
             found += [(key, v) for v in value]
         elif isinstance(value, (int, float)):
+            # A width is bounded by the stored weights; a count makes that many modules before any weight is looked at.
             counts = any(word in key.lower() for word in _COUNTS)
             limit = _CALM_COUNT if counts and isinstance(value, int) else _CALM_INTEGER
             if (isinstance(value, int) and abs(value) > limit) or value != value:
@@ -185,11 +197,12 @@ def check_size(build: Callable[[], nn.Module], *, values: int, where: object) ->
         InputError: the configuration asks for more. What `build` raises is passed on.
     """
     taken = {"parameters": 0, "buffers": 0, "modules": 0}
+    # Some room: small models have parameters that no file stores, as biases that a trainer left out.
     limits = {"parameters": values + 2**20, "buffers": values + _BUFFERS, "modules": _MODULES}
 
     def count(kind: str, part: Tensor | nn.Module | None) -> None:
         if part is not None:
-            taken[kind] += max(1, part.numel()) if isinstance(part, Tensor) else 1
+            taken[kind] += max(1, part.numel()) if isinstance(part, Tensor) else 1  # even empty ones take time
         if taken[kind] > limits[kind]:
             raise _TooLargeError
 
@@ -213,6 +226,7 @@ def check_size(build: Callable[[], nn.Module], *, values: int, where: object) ->
             handle.remove()
 
 
+# Of curv's own errors, so that what turns a factory's exceptions into a message (`blamed`) lets it through.
 class _TooLargeError(CurvError):
     """The model outgrew its limit."""
 

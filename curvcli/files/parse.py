@@ -41,6 +41,7 @@ def parse_json(content: bytes) -> Any:
     Raises:
         ValueError: it is none, nests too deep, or has more than five million values.
     """
+    # Every value but the first follows one of these (keys of objects go with theirs), so the count bounds what is made.
     if content.count(b",") + content.count(b"[") + content.count(b"{") > _VALUES:
         raise ValueError(f"more than {_VALUES:,} values")
     try:
@@ -91,6 +92,7 @@ def inside(directory: Path, name: object) -> Path:
         home, real = directory.resolve(), path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
         raise InputError(f"cannot follow {str(path)[:400]}: {str(error)[:100]}", hint="copy the file again") from error
+    # snapshots/<revision>/model.safetensors is a link to ../../blobs/<digest> there.
     cached = home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs"
     plain = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
     if path == directory or not plain or not (real.is_relative_to(home) or cached):

@@ -23,7 +23,12 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)
 _BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 # What no reader looks at, in directories that hold the same weights several times.
 _SKIPPED = re.compile(r"rng_state.*|training_args\.bin|.*\.(?:onnx|h5|msgpack|gguf|ot)")
+# The same weights in transformers' two forms, of which its readers take the first. FSDP's pytorch_model_fsdp is neither.
+_SAFE = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors")
+_UNSAFE = re.compile(r"pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")
+_TIMES = ("LastModified", "Last-Modified", "last_modified", "mtime", "created")
 _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
+# Several checkpoints with optimizer state of a model of some billion parameters.
 MOST = 64 * 2**30
 _COPY = re.compile("[0-9a-f]{32}")
 _T = TypeVar("_T")
@@ -46,6 +51,7 @@ def fetched(path: Path, folder: Path | None = None) -> Path:
         return path
 
     def look(system: Any, root: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
+        # Not all of a run, which may be terabytes: whoever wants every checkpoint asks `checkpoints_behind` for their URLs.
         newest = [root, *_numbered(system, root)][-1]
         return system, newest, _files(system, newest)
 
@@ -122,28 +128,34 @@ def _files(system: Any, root: str) -> dict[str, dict[str, Any]]:
     for name, entry in system.find(root, detail=True).items():
         inner = name[len(root.rstrip("/")) :].lstrip("/") if name.startswith(root.rstrip("/")) else PurePosixPath(name).name
         if entry.get("type") == "file" and not _SKIPPED.fullmatch(PurePosixPath(inner).name):
+            # A listing is the far side's word: such a name would be written outside the copy.
             if ".." in PurePosixPath(inner).parts or PurePosixPath(inner).is_absolute():
                 raise InputError(f"{root} lists a file outside itself: {inner!r:.200}", hint="do not trust this checkpoint")
             found[inner] = entry
-    if any(name.endswith(".safetensors") for name in found):
-        found = {name: entry for name, entry in found.items() if not name.startswith("pytorch_model")}
+    if any(_SAFE.fullmatch(name) for name in found):
+        found = {name: entry for name, entry in found.items() if not _UNSAFE.fullmatch(name)}
     return found
 
 
 def _download(get: Callable[[str, str], None], root: str, files: dict[str, dict[str, Any]], target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
+    # Beside its target, as a rename is whole on one file system alone.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial:
         near = Path(partial) / target.name
         for inner, entry in files.items():
             place = near / inner if inner else near
             place.parent.mkdir(parents=True, exist_ok=True)
             get(entry.get("name") or root, str(place))
-        with suppress(FileExistsError):  # another process was faster, with the same content
+        try:
             near.rename(target)
+        except OSError:  # another process was faster, with the same content: a directory that is not empty stays
+            if not target.exists():
+                raise
 
 
 def _version(info: dict[str, Any]) -> list[str]:
-    keys = ("size", "ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime", "last_modified", "created")
+    # Each backend names them in its own way, and none has all.
+    keys = ("size", "ETag", "etag", "blob_id", "md5Hash", *_TIMES)
     return [str(info[key]) for key in keys if info.get(key) is not None]
 
 

@@ -11,6 +11,7 @@ from curvcli.errors import InputError
 
 Accepts = Callable[[Path], bool]
 
+# Names begin a word, so that misstep-3 has no step; "ba" is Composer's count of batches.
 _STEP = re.compile(r"(?:^|[^a-zA-Z])(?:step|iter|checkpoint|ckpt|ba)[=_-]?(\d{1,15})")
 # transformers 4.36 and 4.37 saved into tmp-checkpoint-N and renamed that; others write a suffix.
 _ASIDE = re.compile(
@@ -36,6 +37,7 @@ def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path} is no regular file", hint="a pipe or device cannot be read twice: save it first")
+    # Checkpoints inside come before the directory as one: the Trainer ends by saving the model into the run's own directory.
     numbered = [p for p in _listing(path) if step_of(p) is not None and accepts(p)]
     if numbered:
         return sorted(numbered, key=step_order)
@@ -63,6 +65,7 @@ def step_of(path: Path) -> int | None:
 
 def unfinished(run: Path, chosen: Path, accepts: Accepts) -> list[tuple[Path, str]]:
     """What lies in a run, is newer than a checkpoint by its number, and is none; each with the reason. Raises InputError."""
+    # Only names of the same form say that a save of this kind was begun: logs and exports have numbers too.
     step, form = step_of(chosen), re.sub(r"\d+", "#", chosen.name)
     found = []
     for path in sorted(_listing(run)) if run.is_dir() and step is not None else ():

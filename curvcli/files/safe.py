@@ -65,6 +65,7 @@ def _load(source: Path | io.BytesIO, where: object, size: int, **settings: Any) 
     try:
         document = _restricted(source, settings)
     except pickle.UnpicklingError as error:
+        # torch words it in three ways: a blocked module, a class that is not allowed, a type that is not built.
         named = re.search(r"GLOBAL ([\w.]+)|global:? ?[`']?(?!GLOBAL)([\w.]+)|type ([\w.]+)", str(error))
         what = next((g for g in named.groups() if g), None) if named else None
         raise InputError(
@@ -84,12 +85,14 @@ def _load(source: Path | io.BytesIO, where: object, size: int, **settings: Any) 
 def _restricted(source: Path | io.BytesIO, settings: dict[str, Any]) -> Any:
     try:
         return torch.load(source, weights_only=True, **settings)
+    # Only now are foreign classes looked for: most files have none, and looking means a second walk through the pickles.
     except pickle.UnpicklingError:
         inert = stand_ins(source)
         if not inert:
             raise
     if isinstance(source, io.BytesIO):
         source.seek(0)
+    # Allowed for this one load, and not for whatever else the process reads.
     with torch.serialization.safe_globals(inert):
         return torch.load(source, weights_only=True, **settings)
 

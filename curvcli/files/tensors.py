@@ -109,6 +109,7 @@ class _File:
         self.path, self.stamp = path, stamp(path)
         self.infos = {info.name: info for info in safetensors_header(path)}
         with path.open("rb") as stream:
+            # The library has checked this length; it is bounded all the same, in case the file was replaced since.
             length = min(int.from_bytes(stream.read(8), "little"), self.stamp[0])
             header = stream.read(length)
         refuse_changed(path, self.stamp)
@@ -122,6 +123,7 @@ class _File:
             raise InputError(f"{self.path}: {name} is of type {info.dtype}, which is not known", hint="save it as float32")
         shape = (min(info.shape[0], rows), *info.shape[1:]) if rows is not None and info.shape else info.shape
         tensor = torch.empty(shape, dtype=_DTYPES[info.dtype])
+        # The tensor's own memory as bytes: numpy has no bfloat16 or float8 to read into.
         into = tensor.reshape(-1).view(torch.uint8).numpy()
         try:
             with self.path.open("rb", buffering=0) as stream:

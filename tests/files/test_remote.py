@@ -106,6 +106,47 @@ def test_the_oldest_copies_go(memory: AbstractFileSystem, tmp_path: Path, monkey
     assert sorted(p.name for p in tmp_path.rglob("*.bin")) == ["1.bin", "2.bin", "3.bin"]
 
 
+def test_two_processes_that_fetch_one_checkpoint(
+    memory: AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slower one takes what is there: a rename onto a directory with files in it is an error of its own."""
+    memory.pipe("/bucket/run/checkpoint-4/config.json", b"{}")
+    whole = type(memory).get_file
+
+    def slow(self: AbstractFileSystem, far: str, near: str, **kwargs: object) -> None:
+        whole(self, far, near, **kwargs)
+        done = Path(near).parents[2] / "checkpoint-4"  # what the faster one made meanwhile
+        done.mkdir()
+        (done / "config.json").write_bytes(b"{}")
+
+    monkeypatch.setattr(type(memory), "get_file", slow)
+    copy = fetched(Path("memory://bucket/run"), tmp_path)
+    assert [p.name for p in copy.iterdir()] == ["config.json"]
+    assert [p.name for p in copy.parent.iterdir()] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        (("model.safetensors", "pytorch_model.bin"), ["model.safetensors"]),
+        (("model-00001-of-00002.safetensors", "pytorch_model.bin.index.json"), ["model-00001-of-00002.safetensors"]),
+        (("adapter_model.safetensors", "pytorch_model.bin"), ["adapter_model.safetensors", "pytorch_model.bin"]),
+        (("model.safetensors", "pytorch_model_fsdp.bin"), ["model.safetensors", "pytorch_model_fsdp.bin"]),
+    ],
+)
+def test_of_the_same_weights_in_two_forms_one_is_fetched(
+    memory: AbstractFileSystem, tmp_path: Path, names: tuple[str, ...], kept: list[str]
+) -> None:
+    for name in names:
+        memory.pipe(f"/bucket/run/checkpoint-4/{name}", b"{}")
+    assert sorted(p.name for p in fetched(Path("memory://bucket/run"), tmp_path).iterdir()) == kept
+
+
+def test_a_server_that_gives_a_time_alone() -> None:
+    """As a web server does that has no entity tags: the time tells a changed file of the same size."""
+    assert remote._version({"size": 2, "Last-Modified": "Mon"}) != remote._version({"size": 2, "Last-Modified": "Tue"})
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [("memory://bucket/nowhere", "memory://bucket/nowhere"), ("nonsense://bucket/run", "nonsense")],
