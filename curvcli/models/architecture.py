@@ -26,6 +26,7 @@ def beside(path: Path) -> Architecture | None:
 def config_beside(path: Path) -> Path | None:
     """The config.json that says which network a checkpoint is of, where it has none of its own in another form."""
     start = path if path.is_dir() else path.parent
+    # Two above are enough for checkpoint-N/pytorch_model_fsdp_0 in a run; further up lies what is none of the run's.
     return next((d / "config.json" for d in (start, *start.absolute().parents[:2]) if (d / "config.json").is_file()), None)
 
 
@@ -54,6 +55,7 @@ def named(spec: str) -> Architecture:
             model = factory()
         if not isinstance(model, nn.Module):
             raise UsageError(f"--model {spec} gave a {type(model).__name__}", hint="return a torch.nn.Module")
+        # Second derivatives in bfloat16 are off by a per cent; the device is chosen later, for model and data at once.
         model = model.float().cpu()
         twice_differentiable(model)
         return model
@@ -87,14 +89,17 @@ def match(model: nn.Module, stored: Mapping[str, Tensor | TensorInfo], path: obj
     """
     short = {unwrapped(name): name for name in stored}
     owned = {unwrapped(name): name for name in model.state_dict()}
+    # The prefix is one for all, so what stands before the first weight's name is every candidate for it.
     prefixes = {"", *(name.removesuffix(own) for name in short for own in list(owned)[:1] if name.endswith(f".{own}"))}
 
     def fit(prefix: str) -> tuple[int, bool, int]:
         average = any(averaged(part) for part in prefix.split("."))
+        # A file with weights and their average has every name twice: the trained ones are meant, and the shortest prefix.
         return sum(prefix + own in short for own in owned), not average, -len(prefix)
 
     best = max(prefixes, key=fit)
     found = {name: short[best + own] for own, name in owned.items() if best + own in short}
+    # Tied weights are two names of one memory. Tensors without any (on meta, or empty) have 0 and are tied to nothing.
     pointer = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
     present = {pointer[name] for name in found if pointer[name]}
     missing = [name for name in owned.values() if name not in found and pointer[name] not in present]
@@ -129,7 +134,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> dict[
                     f"{path}: {key} has shape {tuple(value.shape)}, the model's {name} {tuple(own[name].shape)}",
                     hint="name the network that was trained with --model",
                 )
-            own[name].copy_(value)
+            own[name].copy_(value)  # state_dict's tensors share the model's memory
     model.eval()
     check_finite(model)
     return names

@@ -72,6 +72,7 @@ def attention(layers: Sequence[nn.Module], run: Callable[[], object]) -> list[At
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.callback(layer.register_forward_pre_hook(lambda *_, index=index: inside.append(index)).remove)
+            # Also where the layer raises, or the next pass would count for it.
             stack.callback(layer.register_forward_hook(lambda *_: inside.clear(), always_call=True).remove)
         with torch.no_grad(), _Seen(lambda logits: found[inside[-1]].add(logits) if inside else None):
             run()
@@ -87,10 +88,12 @@ class _Seen(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The function as it is; before it runs, a look at what it is called with."""
+        # While this runs the mode is off: a softmax called within functional.softmax is not seen a second time.
         kwargs = kwargs or {}
         if function in _SOFTMAX:
             value = args[0] if args else kwargs.get("input")
             axis = args[1] if len(args) > 1 else kwargs.get("dim")
+            # Four dimensions with keys last: gates and routers take a softmax of fewer.
             if isinstance(value, Tensor) and value.dim() == 4 and axis in (-1, 3):
                 self.see(value)
         elif function is functional.scaled_dot_product_attention:
@@ -110,6 +113,7 @@ def _logits(
 ) -> Tensor:
     """What scaled_dot_product_attention takes the softmax of, by its documentation."""
     if enable_gqa:
+        # Grouped queries: each head of keys serves several of queries.
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     found = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
     if is_causal:

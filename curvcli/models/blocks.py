@@ -126,6 +126,7 @@ def _is_stack(module: nn.Module) -> bool:
         return False
     if all(_checkpointable(c) for c in children.values()):
         return True
+    # Mostly, not all: hybrids mix kinds of layers. Composite, as a Sequential of Linears is a layer's inside and no stack.
     kind, count = Counter(type(c) for c in children.values()).most_common(1)[0]
     composite = any(type(c) is kind and any(True for _ in c.children()) for c in children.values())
     return composite and count * 2 >= len(children)

@@ -18,6 +18,7 @@ from torch.nn import functional
 from curvcli.curvature.cross_entropy import linear_cross_entropy
 from curvcli.curvature.hvp import measured
 
+# Looking takes two forward passes and a gradient; weak, so that a measured model can be freed.
 _known: WeakKeyDictionary[nn.Module, list[nn.Linear]] = WeakKeyDictionary()
 
 
@@ -38,6 +39,7 @@ class Withheld:
         if len(self.calls) != 1:
             return None
         hidden, version, weight, bias = self.calls[0]
+        # torch counts changes in place in _version: logits.mul_(scale) gives the same tensor back with other values.
         if output is not hidden or output._version != version:
             return None
         chosen, flat = select(hidden).flatten(0, -2), labels.flatten()
@@ -56,6 +58,7 @@ def withheld(head: nn.Linear) -> Iterator[Withheld]:
         seen.calls.append((hidden, hidden._version, head.weight, head.bias))
         return hidden
 
+    # An instance's attribute goes before its class's method; deleting it leaves the module as it was.
     vars(head)["forward"] = forward
     try:
         yield seen
@@ -104,6 +107,7 @@ def _found(model: nn.Module, logits: Callable[[], Tensor]) -> list[nn.Linear]:
                 return []
             head, hidden, output = seen
             flat = output.flatten(0, -2)
+            # A prime step spreads labels over the vocabulary without touching anybody's random numbers.
             labels = torch.arange(len(flat), device=flat.device) * 7919 % flat.shape[-1]
             with withheld(head) as again:
                 value = again.loss(logits(), labels)
@@ -114,6 +118,7 @@ def _found(model: nn.Module, logits: Callable[[], Tensor]) -> list[nn.Linear]:
             slope, own_slope = (torch.autograd.grad(loss, hidden)[0] for loss in (chunked, own))
     except Exception:  # whatever a model raises without its logits, or on few tokens, means that it needs them
         return []
+    # Chunks differ from the whole by rounding alone; a cap or scale of logits moves the loss by more than 0.1 %.
     limit = 1e4 * torch.finfo(flat.dtype).eps
     return [head] if _close(value, own, limit) and _close(slope, own_slope, limit) else []
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor, nn
 
 from curvcli.errors import CurvError, InputError, OutOfMemoryError, UnsupportedError, exhausted, shortage
@@ -73,22 +75,19 @@ def build(
         InputError: transformers cannot build it, or weights are missing or of other shapes.
         UnsupportedError: no loss is known for this class of model.
     """
-    import torch
     import transformers
 
-    previous = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
     offline: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     shape: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     info: dict[str, Any] = {}
-    try:
+    with _quiet(), _explained(weights or configuration):
         config = transformers.AutoConfig.from_pretrained(configuration, **offline)
         kind = _model_class(config, task, configuration)
 
         def empty() -> nn.Module:
             return kind.from_config(config, trust_remote_code=False, **shape)  # type: ignore[no-any-return]
 
+        # Float32 takes 4 bytes a value. Stored weights take a byte or more each, and tied ones may be stored once for two.
         most = psutil.virtual_memory().total // 4 if weights is None else 2 * _bytes(weights)
         check_size(empty, values=most, where=configuration)
         if weights is None:
@@ -104,15 +103,11 @@ def build(
                     shell = empty()
                 own = {unwrapped(name): name for name in shell.state_dict()}
                 how["state_dict"] = {own.get(unwrapped(name), unwrapped(name)): tensor for name, tensor in stored.items()}
+                # An auto class insists on a path; the model's own class takes the weights alone.
                 kind, place = type(shell), None
             model, info = kind.from_pretrained(place, **how)
         twice_differentiable(model)
-    except (InputError, UnsupportedError):
-        raise
-    except Exception as error:  # transformers raises every kind there is; all but one mean the same to the user
-        raise _not_built(error, weights or configuration) from error
-    finally:
-        transformers.logging.set_verbosity(previous)
+    # transformers fills both with random numbers and only logs it.
     for problem in ("missing_keys", "mismatched_keys"):
         if info.get(problem):
             name = sorted(str(k) for k in info[problem])[0]
@@ -130,6 +125,33 @@ def build(
     if weights is not None:
         check_finite(model)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its reports, of which those on missing weights become errors here; then as it was."""
+    import transformers
+
+    bars, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(where: Path) -> Iterator[None]:
+    """What transformers raises as an error of curv's. Raises InputError, OutOfMemoryError."""
+    try:
+        yield
+    except (InputError, UnsupportedError):
+        raise
+    except Exception as error:  # transformers raises every kind there is; all but one mean the same to the user
+        raise _not_built(error, where) from error
 
 
 def _not_built(error: Exception, where: Path) -> CurvError:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from curvcli.models.rows import RowKind
+from curvcli.models.rows import RowKind, embedding_named
 
 HeadsOf = Literal["query", "key-value"]
 
@@ -19,14 +19,17 @@ _NAMES: Mapping[str, Sequence[str]] = {
     "v": ("v_proj", "value", "v_lin", "wv", "v", "to_v", "value_proj"),
     "qkv": ("qkv_proj", "query_key_value", "Wqkv", "qkv"),
     "o": ("o_proj", "out_proj", "out_lin", "o", "to_out"),
+    # w1, w3 and w2 are Llama's own names, which Mixtral kept for its experts.
     "gate": ("gate_proj", "w1", "wi_0"),
     "up": ("up_proj", "fc1", "c_fc", "lin1", "dense_h_to_4h", "w3", "wi", "wi_1", "intermediate", "fc_in"),
     "gate, up": ("gate_up_proj",),
     "down": ("down_proj", "fc2", "lin2", "dense_4h_to_h", "w2", "fc_out"),
+    # Mixtral and DeepSeek call the router gate.
     "router": ("router", "gate"),
 }
 _KINDS = {name: kind for kind, names in _NAMES.items() for name in names}
 # Of attention where it stands inside a module called that, else of the MLP.
+# GPT-2's c_proj and BERT's dense end both halves of a layer; wo is Llama's in attention and T5's in the MLP.
 _EITHER = ("c_proj", "dense", "wo")
 _THIRDS = ("c_attn", "in_proj_weight", "in_proj_bias")  # queries, keys and values, one after the other
 
@@ -58,7 +61,7 @@ class Roles:
 
     def __init__(self, model: nn.Module, rows: Mapping[int, RowKind]) -> None:
         self.modules, self.rows = dict(model.named_modules()), rows
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = embedding_named(model, "get_output_embeddings")
         self.head = id(head.weight) if isinstance(head, nn.Linear) else None
         config = _text(getattr(model, "config", None))
         self.queries = _count(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
@@ -101,6 +104,7 @@ class Roles:
                 self._share(part, piece, outputs) for part, piece in zip("qkv", squares.chunk(3, dim=outputs), strict=True)
             ]
         if kind == "o":
+            # Heads lie along the inputs of the output projection, which their concatenation goes into; its bias has none.
             return [self._share(kind, squares, 1 - outputs if squares.dim() == 2 else None)]
         return [self._share(kind, squares, outputs if kind in ("q", "k", "v") else None)]
 
@@ -109,9 +113,11 @@ class Roles:
         count = self.keys if kind in ("k", "v") else self.queries
         of: HeadsOf = "key-value" if kind in ("k", "v") and self.keys != self.queries else "query"
         mass = float(squares.sum())
+        # Three dimensions are experts stacked, which have no heads.
         if axis is None or not count or squares.dim() > 2:
             return Share(kind, mass)
         size = squares.shape[axis]
+        # Rows that are not so many heads of head_dim are laid out in a way that is not known here.
         if size % count or (self.width and size != count * self.width):
             return Share(kind, mass)
         heads = tuple(float(part.sum()) for part in squares.chunk(count, dim=axis))

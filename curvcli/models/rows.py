@@ -30,16 +30,26 @@ def row_kinds(problem: Problem) -> dict[int, RowKind]:
         if any(_begins(batch, ids) for batch in given):
             found[id(module.weight)] = "tokens"
         elif _consecutive(ids):
+            # One matrix may be asked for the batch's ids and for consecutive numbers: then its rows are tokens.
             found.setdefault(id(module.weight), "positions")
     for name in ("get_input_embeddings", "get_output_embeddings"):
-        own = getattr(problem.model, name, lambda: None)()
-        if isinstance(own, (nn.Embedding, nn.Linear)):
+        if (own := embedding_named(problem.model, name)) is not None:
             found[id(own.weight)] = "tokens"
+    # A head that no method names: it gives as many logits for each token as there are rows, and the model returns them.
     shapes = {(*ids.shape, m.num_embeddings) for m, ids in used.lookups if found.get(id(m.weight)) == "tokens"}
     for head, output in used.last_linear:
         if tuple(output.shape) in shapes and any(output is tensor for tensor in used.returned):
             found[id(head.weight)] = "tokens"
     return found
+
+
+def embedding_named(model: nn.Module, method: str) -> nn.Embedding | nn.Linear | None:
+    """What get_input_embeddings or get_output_embeddings of a transformers model gives; None where it has no such thing."""
+    try:
+        found = getattr(model, method, lambda: None)()
+    except NotImplementedError:  # of networks for images (ResNet, ConvNeXt), which look nothing up
+        return None
+    return found if isinstance(found, (nn.Embedding, nn.Linear)) else None
 
 
 @dataclass(frozen=True)

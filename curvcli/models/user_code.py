@@ -61,6 +61,7 @@ def blamed(what: str, hint: str = "set CURV_TRACEBACK=1 to see where") -> Iterat
         yield
     except CurvError:
         raise
+    # SystemExit too: a training script that is imported may parse its arguments. Ctrl-C stays what it is.
     except (Exception, SystemExit) as error:
         if os.environ.get("CURV_TRACEBACK") or exhausted(error):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,21 @@ def test_config_of_an_unnamed_class(tmp_path: Path) -> None:
         else:
             with pytest.raises(CurvError, match="no loss is known"):
                 named(str(file)).build()
+
+
+def test_a_notebooks_progress_bars_and_reports_stay_as_they_were(tmp_path: Path) -> None:
+    from transformers import logging as reports
+
+    file = tmp_path / "llama.json"
+    file.write_text(json.dumps({"model_type": "llama", **CASES["llama"]().options}))
+    was, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    try:
+        reports.enable_progress_bar()
+        reports.set_verbosity_info()
+        named(str(file)).build()
+        assert reports.is_progress_bar_enabled()
+        assert reports.get_verbosity() == logging.INFO
+    finally:
+        reports.set_verbosity(was)
+        if not bars:
+            reports.disable_progress_bar()

@@ -173,3 +173,14 @@ def test_a_position_is_no_rare_token() -> None:
         mass = Attribution(tensor="w", mass=0.9, rows=[(3, 0.8)], rows_of=kind)
         codes = [finding.code for finding in _shape(report.full, report.parts, report.outside, [mass])]
         assert ("rare-tokens" in codes) == said
+
+
+def test_a_network_of_convolutions_names_no_embedding() -> None:
+    """transformers' ResNet and ConvNeXt raise where others name theirs: no row of theirs is a token."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    sizes: Sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**sizes)).eval()
+    batch = {"pixel_values": torch.randn(2, 1, 8, 8), "labels": torch.tensor([0, 1])}
+    assert row_kinds(Problem(model, labelled_loss, [batch], [2.0])) == {}
