@@ -24,6 +24,7 @@ _IDX = b"MMIDIDX\x00\x00"
 
 def open_bin(path: Path, vocabulary: int | None) -> tuple[str, Ids]:
     """A .bin's kind and its tokens, by its neighbour, its header or its values. Raises InputError."""
+    # First of all: Megatron's .bin has no header and would pass for nanoGPT's.
     if path.with_suffix(".idx").is_file():
         return open_idx(path.with_suffix(".idx"))
     size = path.stat().st_size
@@ -44,8 +45,10 @@ def open_bin(path: Path, vocabulary: int | None) -> tuple[str, Ids]:
 def _is_wide(sample: Ids, vocabulary: int | None) -> bool:
     """Whether uint16 values are the halves of uint32 tokens: nothing in such a file says which it is."""
     high, low = sample[1::2], sample[::2]
+    # So few values prove nothing, and zeros alone are padding in either width.
     if len(sample) < 64 or not low.any():
         return False
+    # Upper halves of ids below 2^16 are 0 throughout; no text has one and the same token at every second place.
     if vocabulary is None or vocabulary <= 2**16:
         return not high.any()
     # Upper halves of a large vocabulary's ids are few small numbers; as tokens of their own they would be large too.
@@ -80,11 +83,13 @@ def open_idx(path: Path) -> tuple[str, Ids]:
         dtype = _CODES.get(code)
         if version != 1 or dtype is None:
             raise InputError(f"{path} has version {version} and type code {code}", hint="known: version 1, integer types")
+        # A length (int32) and a pointer (int64) for each sequence, an int64 for each document.
         if size < 34 + 12 * sequences + 8 * documents:
             raise InputError(f"{path} has {size:,} bytes, too few for {sequences:,} sequences", hint="copy the file again")
         lengths: NDArray[Any] = np.fromfile(stream, dtype="<i4", count=sequences)
         pointers: NDArray[Any] = np.fromfile(stream, dtype="<i8", count=sequences)
     width = np.dtype(dtype).itemsize
+    # Where sequences follow each other the .bin is one stream, mapped as it is; any other layout would need a copy.
     ends = np.cumsum(lengths.astype(np.int64) * width)
     if sequences == 0 or (lengths < 0).any() or not np.array_equal(pointers[1:], ends[:-1]) or pointers[0] != 0:
         raise InputError(f"{path}: its sequences do not follow each other in {data.name}", hint="build the pair again")

@@ -19,7 +19,7 @@ from curvcli.errors import InputError
 from curvcli.files.tensors import leading, safetensors_header
 
 IGNORED = -100  # torch's and transformers' label for "no prediction here"
-_MARKS = frozenset({"labels", "pixel_values", "decoder_input_ids"})
+_MARKS = frozenset({"labels", "pixel_values", "decoder_input_ids"})  # a stream of tokens has none of these
 # What trainers write beside the ids of rows without labels: which predictions count, and which documents a row was
 # packed of (TRL's names).
 _COUNTED = ("completion_mask", "assistant_masks")
@@ -128,6 +128,7 @@ def read_examples(
         raise InputError(
             f"{listed[0]} has no label other than {IGNORED} in its first rows", hint="label what is to be predicted"
         )
+    # Whole rows, with no more predictions than asked for; but the first whatever it has.
     kept = kept[: max(1, int((counts[kept].cumsum(0) <= predictions).sum()))]
     columns = {name: column[kept].contiguous() for name, column in columns.items()}
     return Examples(listed[0], columns, int(counts[kept].sum()), _digest(columns), tuple(files))
@@ -181,12 +182,14 @@ def _rows(table: Table, limit: int, shifted: bool, encode: Encode | None) -> lis
                 row = _causal(row, path) if shifted else row
             found.append(row)
             counted += 1 if texts or "labels" not in row else int(_counts(row["labels"][None], shifted=shifted))
+            # Rows without labels cost memory and no predictions. Text counts by the tokens that it makes at least.
             size += sum(len(v) // 16 if isinstance(v, str) else v.numel() for v in row.values() if _is_ids(v))
             if size > MOST:
                 raise InputError(
                     f"the first {number:,} rows of {path} hold {size:,} ids and {counted:,} predictions",
                     hint="cut the rows, or ask for fewer --tokens",
                 )
+            # One row beyond the predictions wanted tells that there is more. Where rows have none, as many rows are enough.
             if counted > limit or number == limit:
                 break
     if not found:
@@ -282,9 +285,11 @@ def _causal(columns: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             )
         found["position_ids"] = torch.cat([torch.arange(n) for n in packed.tolist()])
     masks = {name: found.pop(name) for name in _COUNTED if name in found}
+    # Labels that were given say by themselves what counts; padding in them is -100 already.
     if "labels" not in found and "attention_mask" in found:
         masks["attention_mask"] = found["attention_mask"]
     if ("labels" not in found or packed is not None) and "position_ids" in found:
+        # Position 0 is a document's first token.
         masks["position_ids"] = found["position_ids"]
     labels = found.get("labels", ids)
     for name, mask in masks.items():
@@ -309,6 +314,7 @@ def _joined(parts: list[dict[str, Tensor]], files: list[tuple[Path, str]]) -> di
     if len(parts) == 1:
         return parts[0]
     widths = {part["input_ids"].shape[1:] for part in parts if "input_ids" in part}
+    # What is padded here to the width of another file must not be attended to.
     if any("attention_mask" in part for part in parts) or (len(widths) > 1 and "position_ids" not in parts[0]):
         parts = [{"attention_mask": torch.ones_like(part["input_ids"]), **part} for part in parts if "input_ids" in part]
     joined: dict[str, Tensor] = {}
@@ -357,6 +363,8 @@ def _check(columns: Mapping[str, Tensor], path: Path) -> None:
                 f"column {name} of {path} holds floats, not ids or classes",
                 hint="regression and several labels at once need --loss package.module:function of your own",
             )
+        if ids and not column.numel():
+            raise InputError(f"column {name} of {path} is empty in every row read", hint="check how the file was made")
         if column.is_floating_point() and not bool(torch.isfinite(column).all()):
             raise InputError(f"column {name} of {path} holds NaN or inf", hint="check how the file was made")
     mask, ids_column = columns.get("attention_mask"), columns.get("input_ids")

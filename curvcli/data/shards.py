@@ -164,12 +164,14 @@ def _windows(
             hint="pass a shorter --sequence-length or a larger shard",
         )
     picked = _picked(found, min(wanted, found), sample, seed)
+    # Windows and tokens before each file: a number over all files minus its file's is the place within it.
     counts = np.cumsum([0, *(len(p) for p in places)])
     bases = np.cumsum([0, *(a.size for a in arrays)])
-    owner = np.searchsorted(counts, picked, side="right") - 1
+    owner = np.searchsorted(counts, picked, side="right") - 1  # (windows,): each one's file
     width = (length or guess) + 1
     windows = np.empty((len(picked), width), dtype=np.int64)
     starts = np.empty(len(picked), dtype=np.int64)
+    # Window by window, so that only what is used is read of a map of terabytes.
     for i, (file, index) in enumerate(zip(owner, picked, strict=True)):
         start = int(places[file][index - counts[file]])
         windows[i] = arrays[file].reshape(-1)[start : start + width]
@@ -200,6 +202,7 @@ def _starts(array: Ids, length: int) -> NDArray[np.int64]:
 def _picked(count: int, wanted: int, sample: Sample, seed: int) -> NDArray[np.int64]:
     """Which of `count` windows, in order."""
     if sample == "random":
+        # In the file's order: maps are read forward, and neighbours are told as one range.
         return np.sort(np.random.default_rng(seed).choice(count, wanted, replace=False)).astype(np.int64)
     if sample == "spread":
         return (np.arange(wanted) * count // wanted).astype(np.int64)

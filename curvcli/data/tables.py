@@ -23,7 +23,7 @@ from curvcli.files.safe import first_line, read_json
 Row = dict[str, Any]
 Rows = Generator[Row, None, None]
 
-_LINE = 2**26
+_LINE = 2**26  # bytes of a line of JSON: readline would read a file without line ends whole
 # Rows without anything, one after the other. A packed file says more of them in a kilobyte than can be skipped.
 EMPTY = 2**18
 # Values of a table's column that a byte of its file stores at most, beyond so many: tokens take half a byte each.
@@ -111,6 +111,7 @@ def opened(path: Path, packed: str) -> Iterator[IO[bytes]]:
     elif packed == ".zst":
         zstandard = _needs("zstandard", path)
         damaged += (zstandard.ZstdError,)
+        # zstandard's own reader has no readline.
         stored = BufferedReader(zstandard.open(path, "rb"))
     else:
         stored = path.open("rb")
@@ -163,6 +164,7 @@ def _dataset(path: Path) -> Table:
     if (path / "dataset_dict.json").is_file():
         splits = _object(path / "dataset_dict.json").get("splits")
         names = [s for s in splits if isinstance(s, str)] if isinstance(splits, list) else []
+        # What a run was trained on is the shard to measure on.
         chosen = "train" if "train" in names else names[0] if len(names) == 1 else None
         if chosen is None:
             raise InputError(f"{path} holds the splits {', '.join(names) or 'none'}", hint="give one of them: PATH/SPLIT")
@@ -197,6 +199,7 @@ def _ipc(path: Path) -> Iterator[tuple[Any, Iterable[Any]]]:
     """Schema and record batches of an Arrow file, or of a stream as `datasets` writes them."""
     ipc = _needs("pyarrow.ipc", path)
     with _read(path), path.open("rb") as stream:
+        # Arrow's files (and Feather's, which are the same) begin so; its streams have no mark.
         random = stream.read(6) == b"ARROW1"
         stream.seek(0)
         with ipc.open_file(stream) if random else ipc.open_stream(stream) as reader:
@@ -225,6 +228,7 @@ def _column(column: Any) -> Callable[[int], Any]:
     """A column's value by row: a list of numbers as an array over Arrow's own memory, the rest as Python has it."""
     flat = getattr(column.type, "value_type", None)
     if flat is None or not ("int" in str(flat) or "float" in str(flat) or "double" in str(flat)) or "<" in str(flat):
+        # Text, single numbers, and lists of lists ("<" in the type's name), whose flat values would lose their shape.
         return lambda i: column[i].as_py()
     return lambda i: np.asarray(column[i].values) if column[i].is_valid else None
 

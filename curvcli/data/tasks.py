@@ -27,7 +27,7 @@ from curvcli.models.head import plain_head, widest, withheld
 from curvcli.models.user_code import blamed, imported
 
 MASKED_SHARE = 0.15  # of positions, as BERT was trained
-LOGITS = 2**22  # values from which on the loss goes over chunks; below, models keep every bit of the plain loss
+LOGITS = 2**22  # values (16 MiB) from which on the loss goes over chunks; below, models keep every bit of the plain loss
 
 
 def causal_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -115,6 +115,7 @@ def read_data(
             raise UsageError(
                 f"--sequence-length cuts tokens, and {path} holds examples", hint="drop it, or take it out of curv.toml"
             )
+        # A classifier's labels are classes, whose number the logits tell later.
         _in_range(examples, checkpoint.vocabulary, checkpoint.context, labels=task != "classification")
         return examples
     # Of a masked language model only some positions are predictions.
@@ -216,6 +217,7 @@ def aligned(model: nn.Module, batch: Tensor | Mapping[str, Tensor], task: Task) 
     found = {name: column for name, column in batch.items() if name not in left_out(model, batch)}
     if task == "causal-lm":
         labels = _labels(batch)
+        # The last position predicts what the row does not have.
         found["labels"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
     return found
 
@@ -263,6 +265,7 @@ def left_out(model: nn.Module, names: Iterable[str]) -> list[str]:
     A module of another library's or of one's own that takes any keyword gets all of them.
     """
     parameters = _parameters(model)
+    # transformers' models (main_input_name) take **kwargs too, and pass on what nobody looks at.
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not hasattr(model, "main_input_name")
     # What a plain module calls its ids or pixels is its own affair: they are passed by position.
     return [n for n in names if not anything and n not in parameters and n not in ("labels", "input_ids", "pixel_values")]

@@ -108,6 +108,7 @@ def _documents(table: Table, checkpoint: Checkpoint) -> Iterator[Ids]:
                 yield tokenize(value) if value else _NOTHING
             elif isinstance(value, np.ndarray):
                 yield _unpadded(value, mask, path)
+            # Within int64, or numpy would make floats or objects of them.
             elif isinstance(value, list) and all(isinstance(i, int) and abs(i) < 2**62 for i in value):
                 yield _unpadded(np.asarray(value, dtype=np.int64), mask, path)
             elif value is None and column in row:
@@ -154,6 +155,7 @@ def chat(path: Path) -> InputError:
 
 
 def _text(path: Path, packed: str, checkpoint: Checkpoint, wanted: int | None) -> Ids:
+    # A file of text is one stream that is cut anywhere: its end is no document's.
     tokenize = tokenizer_of(checkpoint, path, end=False)
     # No tokenizer in use takes more than 16 bytes of text for a token on average.
     most = 16 * (wanted if wanted is not None else MOST)
@@ -161,6 +163,7 @@ def _text(path: Path, packed: str, checkpoint: Checkpoint, wanted: int | None) -
         raw = stream.read(most + 1)
     if wanted is None and len(raw) > most:
         raise InputError(f"{path} is more text than can be sampled from", hint="store tokens, or use --sample first")
+    # The cut may go through a character.
     ids = tokenize(raw[:most].decode("utf-8", errors="ignore"))
     return ids if wanted is None else ids[:wanted]
 
@@ -212,6 +215,7 @@ def _gathered(rows: Iterator[Ids], wanted: int | None, path: Path) -> Ids:
         raise InputError(f"{path} holds more than can be sampled from", hint="store tokens, or use --sample first")
     if not found:
         return _NOTHING
+    # One length throughout is what packing leaves, whose rows belong together; a row of one token predicts nothing.
     if len(found) > 1 and len(found[0]) > 1 and len({len(row) for row in found}) == 1:
         return np.stack(found)
     return np.concatenate(found)

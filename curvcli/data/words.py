@@ -35,7 +35,9 @@ def _by_file(file: Path) -> Words | None:
         tokenizer = Tokenizer.from_file(str(file))
 
         def decode(ids: Sequence[int]) -> str | None:
+            # -100 among labels.
             known = [i for i in ids if i >= 0]
+            # Part of a character that takes several tokens decodes to nothing: then the tokenizer's own name for it.
             text = str(tokenizer.decode(known, skip_special_tokens=False))
             pieces = [tokenizer.id_to_token(i) for i in known]
             return text or "".join(piece for piece in pieces if piece) or None

@@ -79,6 +79,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "mask of four dimensions": (save(input_ids=IDS, attention_mask=IDS[:, None, None], labels=IDS), "attention_mask"),
     "scalar": (save(input_ids=IDS, labels=torch.tensor(1)), "no rows in labels"),
     "empty column": (save(input_ids=IDS[:0], labels=IDS[:0]), "no rows"),
+    "rows without an id": (rows({"input_ids": [], "labels": 1}, {"input_ids": [], "labels": 0}), "empty in every row"),
     "text": (rows({"input_ids": "the whale", "labels": 1}), "tokenised for classifiers alone"),
     "column missing in a row": (rows({"input_ids": [1], "labels": 1}, {"input_ids": [1]}), "row 2"),
     "ragged pixels": (rows(*({"pixel_values": [[0.1] * n], "labels": 1} for n in (2, 3))), "unequal shapes"),
