@@ -30,6 +30,7 @@ _READING = "reading"  # context of a validation
 
 
 def _open(schema: dict[str, Any]) -> None:
+    # pydantic writes false for extra="forbid"; a newer document has to be valid by this schema, as `read` takes it.
     schema["additionalProperties"] = True
 
 
@@ -48,6 +49,7 @@ class Document(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, content: Any, info: ValidationInfo) -> Any:
+        # The context goes down into every part with the validation, so that parts need not know how their document is made.
         if info.context != _READING or not isinstance(content, dict):
             return content
         names = {name for field, about in cls.model_fields.items() for name in (field, about.alias)}
@@ -108,6 +110,7 @@ def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:
     """Read a document of one kind. Raises InputError where the file is something else."""
     try:
         content = read_limited(path, _LIMIT)
+        # Parsed twice, for its limit on values: pydantic's own parser has none.
         parse_json(content)
         return kind.read(content)
     except ValidationError as error:
@@ -118,6 +121,7 @@ def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:
 
 def first_problem(error: ValidationError) -> str:
     """Where a document is wrong and why."""
+    # Without the input, which may be all of the file.
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part)[:100] for part in first["loc"])
     reason = first["msg"][:300]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
 if TYPE_CHECKING:
     from curvcli.documents.report import Estimate, Report
@@ -22,7 +22,7 @@ Kind = Literal["number", "count", "word"]
 Place = Literal["table", "page", "csv", "markdown", "summary"]
 # What a rule looks at, in the order in which rules are listed.
 Scope = Literal["full model", "parts", "layers", "next update", "comparison", "run", "data"]
-_SCOPES: tuple[Scope, ...] = ("full model", "parts", "layers", "next update", "comparison", "run", "data")
+_SCOPES: tuple[Scope, ...] = get_args(Scope)
 LimitKind = Literal["limit", "percent", "count", "flag"]
 _METAVARS: dict[LimitKind, str | None] = {"limit": "X", "percent": "PERCENT", "count": "N", "flag": None}
 
@@ -91,7 +91,7 @@ class Column(Generic[T]):
     digits: int = 4
     unit: str = ""
     absent: Sequence[Place] = ()
-    rank: int = 85
+    rank: int = 85  # before status and source (90), where a line does not say
     leaves: int | None = 0
     optional: bool = False
     solved: bool = False
@@ -157,6 +157,7 @@ def rules() -> list[GateRule]:
 
 def is_of_parts(column: Column[Any]) -> bool:
     """Whether it is of a part, and not of a whole measurement."""
+    # By identity: rho and others have the same key in both lists.
     return any(other is column for other in PARTS)
 
 

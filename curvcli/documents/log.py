@@ -46,6 +46,7 @@ class Log:
     @property
     def stalled(self) -> bool:
         """Whether the last record is much older than the usual gap."""
+        # Four gaps, as an evaluation or a save takes some; ten seconds where records come every second.
         return self.age is not None and self.gap is not None and self.age > max(4 * self.gap, self.gap + 10)
 
 
@@ -104,6 +105,7 @@ class Follower:
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:
                 self._line(line)
+            # Dropped up to its end, or a file without line ends would be kept in memory whole.
             if len(rest) > _LONGEST:
                 self._skipping, rest = True, b""
         if rest and not self._skipping and isinstance(_parse(rest), Record):
@@ -113,6 +115,7 @@ class Follower:
             rest = b""
         self._half = bool(rest.strip()) or self._skipping
         self._offset = stream.tell() - len(rest)
+        # From the file and not from what was read here: after one line there may be too little of it.
         self._tail = os.pread(stream.fileno(), min(_TAIL, self._offset), max(0, self._offset - _TAIL))
 
     def _line(self, line: bytes) -> None:
@@ -140,6 +143,7 @@ class Follower:
     def _state(self, written: float | None) -> Log:
         age = None
         if written is not None:
+            # A file server's clock may be ahead of this machine's.
             age = max(0.0, self._clock() - written)
             if new := self._count - self._counted:
                 # The first look finds any number of records at once: their times are not known.
@@ -180,6 +184,7 @@ def find_log(path: Path) -> Path | None:
             return path if path.exists() else None
         if (own := path / LOG_NAME).exists():
             return own
+        # The newest: a folder of runs is asked for while the last of them is running.
         below = sorted((found.stat().st_mtime, found) for found in path.glob(f"*/{LOG_NAME}"))
         return below[-1][1] if below else None
     except OSError as error:

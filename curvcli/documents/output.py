@@ -65,6 +65,7 @@ def _behind(path: Path) -> Path | None:
 
 def _open(path: Path) -> int:
     if (number := _own_descriptor(path)) is not None:
+        # What was printed before has to come before.
         sys.stdout.flush()
         return os.dup(number)
     handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe that nobody reads would be waited for
@@ -75,6 +76,7 @@ def _open(path: Path) -> int:
 def _own_descriptor(path: Path) -> int | None:
     """N of /dev/fd/N and its like, which /dev/stdout leads to. Opened anew, its file would be written from the start."""
     own = os.path.realpath("/dev/fd")
+    # /dev/stdout leads to /proc/self/fd/1, that to /proc/N/fd/1; a ring of links ends too.
     for _ in range(8):
         if os.path.realpath(path.parent) == own and path.name.isascii() and path.name.isdigit():
             return int(path.name[:9])
@@ -85,12 +87,14 @@ def _own_descriptor(path: Path) -> int | None:
 
 
 def _replace(place: Path, content: bytes, mode: int, *, keep: bool) -> None:
+    # Beside it, as a rename is whole on one file system alone; a random name, as two jobs may write at once.
     temporary = place.with_name(f".{place.name[:60]}.{secrets.token_hex(4)}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
+            # Some file systems order the rename before the data: after a crash the file would be there and empty.
             os.fsync(stream.fileno())
         if keep:
             with suppress(OSError):

@@ -13,7 +13,7 @@ from curvcli.documents.steepest import ModelSteepest, Steepest
 
 Status = Literal["converged", "unconverged", "non-finite", "asymmetric", "inconsistent", "empty", "skipped"]
 VerdictName = Literal["stable", "edge", "hot", "unstable", "early", "unresolved"]
-MOST_LAYERS = 100_000
+MOST_LAYERS = 100_000  # a page draws a row for each, whoever wrote the document
 ENDS = "embedding, head"  # what the part outside the layers is called
 
 

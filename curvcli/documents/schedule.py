@@ -39,6 +39,7 @@ class LrSchedule(Document):
             raise ValueError("decay steps are needed by wsd" if kind == "wsd" else f"a {kind} schedule has no decay steps")
         if total is not None and (total <= self.warmup_steps or total < self.warmup_steps + (decay or 0)):
             raise ValueError(f"warm-up of {self.warmup_steps} and decay of {decay or 0} steps do not fit into {total}")
+        # Refused and not passed over: transformers' constant and inverse-sqrt have no least one either.
         if self.min_ratio and kind not in ("linear", "cosine", "wsd"):
             raise ValueError(f"a {kind} schedule has no least learning rate")
         if (kind == "csv") != bool(self.points):

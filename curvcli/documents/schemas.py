@@ -27,8 +27,6 @@ SCHEMAS: dict[str, type[Document]] = {
     "explain": Explanation,
     "alert": Alert,
 }
-
-
 # Where the schemas are published: docs/reference/schemas, which docs/write_schemas.py writes.
 HOME = "https://raw.githubusercontent.com/OWNER/curv/main/docs/reference/schemas"
 

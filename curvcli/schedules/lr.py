@@ -46,6 +46,7 @@ def _factor(schedule: LrSchedule, step: int) -> float:
     if schedule.kind == "constant":
         return 1.0
     if schedule.kind == "inverse-sqrt":
+        # transformers' time scale where there is no warm-up to take it from.
         scale = warmup or 10_000
         return 1 / math.sqrt((step - warmup + scale) / scale)
     if schedule.kind == "wsd":
@@ -88,6 +89,7 @@ def highest_from(schedule: LrSchedule, start: int) -> float:
     if schedule.points is not None:
         end = math.inf if schedule.total_steps is None else schedule.total_steps
         return max([lr_at(schedule, start), *(lr for step, lr in schedule.points if start <= step < end)])
+    # Every formula is highest where its warm-up ends, and falls or stays from there on.
     return lr_at(schedule, max(start, schedule.warmup_steps))
 
 
@@ -130,6 +132,7 @@ def lr_schedule(
     except ValidationError as error:
         first_error = error.errors()[0]
         where = ".".join(str(part) for part in first_error["loc"])
+        # The validators' own words, without what pydantic puts before them.
         reason = str(first_error.get("ctx", {}).get("error", first_error["msg"]))
         raise UsageError(
             f"no such learning rate schedule: {f'{where}: ' if where else ''}{reason}",
@@ -146,6 +149,7 @@ def read_points(path: Path) -> list[tuple[int, float]]:
     fix = "write a header step,lr and then one line for each change, steps rising"
     points: list[tuple[int, float]] = []
     try:
+        # Line ends are csv's to read, as within quotes; a space after the comma is what people type.
         table = csv.DictReader(StringIO(read_limited(path, _MOST).decode(), newline=""), skipinitialspace=True)
         if not {"step", "lr"} <= set(table.fieldnames or ()):
             raise InputError(f"{path} line 1 has no columns step and lr", hint=fix)
@@ -154,7 +158,7 @@ def read_points(path: Path) -> list[tuple[int, float]]:
             try:
                 step, lr = int(row["step"]), float(row["lr"])
             except (TypeError, ValueError):
-                raise InputError(f"{where} is no step and lr: {row['step']!r}, {row['lr']!r}", hint=fix) from None
+                raise InputError(f"{where} is no step and lr: {row['step']!r:.40}, {row['lr']!r:.40}", hint=fix) from None
             if step < 0 or not 0 <= lr < math.inf:
                 raise InputError(f"{where} has step {step}, lr {lr}", hint="both must be finite and not negative")
             if points and step <= points[-1][0]:

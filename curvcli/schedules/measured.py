@@ -33,7 +33,7 @@ from curvcli.schedules.lr import highest_from, lr_at, settles
 from curvcli.schedules.plan import INTERVAL, phases, split, within
 
 MARGIN = STABLE_BELOW
-# A truncated networks is solved to 3 %; sharper than the whole by more than that is the cut's doing.
+# A truncated network is solved to 3 %; sharper than the whole by more than that is the truncation's doing.
 CUT_TOLERANCE = 1.03
 # What a report says about its own lambda, and so about every prediction from it.
 BEARING = (
@@ -184,6 +184,7 @@ def grow_from(
         mode="grow",
         lock="zero-output",
         phases=_phases(curve, parts, [0, *steps], lr, interval),
+        # Warnings first, and among them the order in which they were added: the sort is stable.
         findings=sorted(findings, key=lambda finding: finding.severity == "info"),
         **_shared(measured, margin, lr),
     )
@@ -222,6 +223,7 @@ def freeze(
     peak, now = highest_from(lr, step), lr_at(lr, step)
     active = _deepest(curve, peak, margin)
     findings = [_held(measured), *_bearing(measured)]
+    # The run's own schedule gives its rate to rounding; a per cent is another schedule.
     if abs(now - measured.lr) > 0.01 * measured.lr:
         findings.append(
             _finding(
@@ -271,6 +273,7 @@ def freeze(
 
 def _deepest(curve: Curve, lr: float, margin: float) -> int:
     """The most blocks whose rho the margin allows at a learning rate."""
+    # All depths, not the first that fails: rho of truncated networks may fall again with depth.
     fits = [k for k in curve.rho if curve.at(k, lr) <= margin]
     if fits:
         return max(fits)
@@ -302,6 +305,7 @@ def _releases(curve: Curve, parts: list[list[int]], lr: LrSchedule, margin: floa
 
 def _phases(curve: Curve, parts: list[list[int]], steps: list[int], lr: LrSchedule, interval: int) -> list[Phase]:
     def rho(active: int, step: int) -> float:
+        # The first blocks train through whatever comes; later ones join where the rate is past its highest.
         return curve.at(active, highest_from(lr, step) if step == steps[0] else lr_at(lr, step))
 
     start = max(curve.rho) - sum(map(len, parts))

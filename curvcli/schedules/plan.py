@@ -162,11 +162,13 @@ def phases(
     found: list[Phase] = []
     now = sorted(active)
     for number, (step, part) in enumerate(zip(steps, [[], *parts], strict=True)):
+        # Interleaved blocks join between those that train.
         now = sorted({*now, *part})
         following = steps[number + 1] if number + 1 < len(steps) else step + interval
         found.append(
             Phase(
                 step=step,
+                # In adaptive mode each may wait until the next would join; the first has nothing to wait for.
                 latest=following if number else step,
                 active=now,
                 unlock=sorted(part),
