@@ -17,7 +17,7 @@ from curvcli.models.base import Architecture
 
 __all__ = ["fetched", "find_checkpoints", "newest_complete", "open_checkpoint", "passed_over", "step_of"]
 
-_LOOK = 8  # checkpoints of a run that are looked at for one that is complete
+_LOOK = 8  # checkpoints of a run that are looked at for one that is complete: behind a URL each is fetched for it
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -39,6 +39,7 @@ def open_checkpoint(path: Path, architecture: Architecture | None = None) -> Che
         checkpoint, skipped = _newest(found, architecture)
     else:
         checkpoint, skipped = _read(fetched(found[0]), architecture), []
+    # Named by its own path it is measured as it is: one before it that is complete is told of, and not taken.
     if found == [path]:
         return _with_findings(
             checkpoint, [_incomplete(checkpoint, older) for older in _older(path, checkpoint, architecture)]
@@ -70,7 +71,7 @@ def _newest(found: list[Path], architecture: Architecture | None) -> tuple[Check
     skipped: list[tuple[Path, str]] = []
     bare: tuple[Checkpoint, int] | None = None
     damaged: InputError | None = None
-    for path in found[: -_LOOK - 1 : -1]:
+    for path in found[: -_LOOK - 1 : -1]:  # newest first
         local = fetched(path)
         try:
             checkpoint = _read(local, architecture)
@@ -82,6 +83,7 @@ def _newest(found: list[Path], architecture: Architecture | None) -> tuple[Check
             continue
         if checkpoint.optimizer is not None:
             return checkpoint, skipped
+        # Perhaps no checkpoint of the run has state, and then the newest is meant: that shows only at the end.
         bare = bare or (checkpoint, len(skipped))
         skipped.append(
             (path, "it has no optimizer state, and checkpoints before it have: a save that did not finish looks so")

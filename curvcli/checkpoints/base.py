@@ -65,6 +65,7 @@ class Checkpoint:
         context: longest sequence the model takes, where known.
         task: what the loss is.
         log: the run's own log up to this checkpoint, in step order, where it has one.
+        tokenizer: directory of its tokenizer, where there is one.
         notes: what a reader of the numbers should know about how the trainer made them.
         findings: what is wrong with the files, as far as headers tell.
         sources: further files and directories that the model is made of, outside the checkpoint.

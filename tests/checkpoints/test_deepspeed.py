@@ -278,6 +278,25 @@ def test_a_rank_that_says_something_else(change: Callable[[dict], object], said:
         everything(stage2)
 
 
+def test_adam_without_bias_correction_says_so(stage2: Path) -> None:
+    """The rule honours it: P then has no correction, and nothing is refused here."""
+    for rank in range(2):
+        document = torch.load(stage2 / OPTIM.format(rank), weights_only=False)
+        for group in document["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]:
+            group["bias_correction"] = False
+        torch.save(document, stage2 / OPTIM.format(rank))
+    checkpoint = read(stage2)
+    assert [g.options["bias_correction"] for g in checkpoint.optimizer.view(checkpoint.model()).groups] == [False, False]
+
+
+def test_a_ranks_weights_under_another_name(stage3: Path) -> None:
+    """The pieces of a frozen weight are in every rank's file: one that is none of a rank's is told of."""
+    file = stage3 / "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    shutil.copy(file, stage3 / "zero_pp_rank_old_mp_rank_00_model_states.pt")
+    with pytest.raises(InputError, match="a second file of its rank, or of none"):
+        read(stage3).model()
+
+
 def test_masters_in_half_precision_are_refused(runs: Path) -> None:
     with pytest.raises(UnsupportedError, match="bfloat16, without float32 masters"):
         read(runs / "stage2-halved").model()

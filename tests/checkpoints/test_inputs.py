@@ -50,6 +50,14 @@ def test_moments_belong_to_their_parameters(name: str, samples: Path) -> None:
     assert right > swapped + 0.1
 
 
+@pytest.mark.parametrize("counted", [-5, True, 2**60, "7"])
+def test_nanogpts_count_is_a_count_or_not_known(counted: object, samples: Path, tmp_path: Path) -> None:
+    document = torch.load(samples / "nanogpt/ckpt.pt", weights_only=True)
+    del document["optimizer"]
+    torch.save({**document, "iter_num": counted}, tmp_path / "ckpt.pt")
+    assert open_checkpoint(tmp_path / "ckpt.pt").step is None
+
+
 def test_nanogpt_is_the_same_function(samples: Path) -> None:
     """transformers' GPT-2 with the converted weights against nanoGPT's own model."""
     gpt = runpy.run_path(str(samples / "build.py"))["GPT"]

@@ -308,3 +308,9 @@ def test_an_entry_that_one_parameter_lacks_is_refused(run: Path) -> None:
     assert checkpoint.optimizer is not None
     with pytest.raises(InputError, match="has no 'step'"):
         prepare(checkpoint.optimizer.view(model), dict(model.named_parameters()))
+
+
+def test_a_matrix_without_entries_is_no_damage() -> None:
+    """As of a layer that a network was built without: there is nothing to take the largest of."""
+    model = nn.ModuleDict({"none": nn.Embedding(0, 4), "some": nn.Linear(4, 4)})
+    assert weight_findings(model) == []

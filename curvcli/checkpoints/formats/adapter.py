@@ -31,6 +31,7 @@ from curvcli.models.registered import configured, twice_differentiable
 
 CONFIG, _WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _ROOT = "base_model.model."
+# peft takes the keys of alpha_pattern and rank_pattern for regular expressions, and one of anybody's could run forever.
 _PLAIN = re.compile(r"[\w.]+")
 _TARGET = re.compile(rf"{re.escape(_ROOT)}(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 # Options that say where the adapter is, which its tensors' names say too, or that matter before the first step alone.
@@ -153,6 +154,7 @@ def _model(file: Path, tensors: list[TensorInfo], options: Mapping[str, Any], ba
         import peft
     except ImportError as error:
         raise InputError(f"{file} is a LoRA adapter, and peft is not installed", hint="pip install peft") from error
+    # By the tensors and not by the file's r and rank_pattern, which may ask for matrices of any size.
     ranks = {found[1]: t.shape[0] for t in tensors if (found := _TARGET.fullmatch(t.name)) and t.shape}
     if not ranks or not all(_PLAIN.fullmatch(name) for name in ranks) or min(ranks.values()) < 1:
         raise InputError(
@@ -178,9 +180,10 @@ def _model(file: Path, tensors: list[TensorInfo], options: Mapping[str, Any], ba
         use_rslora=options.get("use_rslora") is True,
         fan_in_fan_out=options.get("fan_in_fan_out") is True,
         lora_dropout=0.0,
-        init_lora_weights=True,
+        init_lora_weights=True,  # overwritten below; other ways would change the base's weights
     )
     try:
+        # The network with the adapters in it, without peft's wrappers, whose forward hides what the network takes.
         model: Any = peft.get_peft_model(whole, config, autocast_adapter_dtype=False).base_model.model
     except Exception as error:  # names of the file that are none of the base's, in peft's many words
         raise InputError(

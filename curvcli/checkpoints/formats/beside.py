@@ -16,6 +16,7 @@ from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.muon import orthogonalises
 from curvcli.optimizers.refused import refuse
 
+# A word of its own: optimizer_states, optim.pt and adam-optimizer_0.bin, and not optimization.log.
 _OPTIMIZER = re.compile(r"(?:^|[-_.\d])optim(?:izer)?s?(?:_states?|_state_dict)?(?=[-_.\d]|$)", re.IGNORECASE)
 # avg_loss=2.31 in a file's name is a metric.
 _METRIC = re.compile(r"[\w/]+=[+-]?\d[\d.]*(?:e[+-]?\d+)?")
@@ -108,6 +109,7 @@ def averages_of(names: Iterable[str], *where: str) -> tuple[bool, str | None]:
     stored = list(names)
     apart = [name for name in stored if of_average(name)]
     called = any(averaged(_METRIC.sub("", name)) for name in where)
+    # torch's AveragedModel counts what it averages over at its top; a model that holds such a copy has it further in.
     whole = any(unwrapped(name) == "n_averaged" for name in apart) or (stored and len(apart) == len(stored))
     if called or whole:
         return True, None

@@ -85,6 +85,7 @@ def assemble(
     """
     found = architecture or beside(path)
     said, findings = dict(notes or {}), []
+    # Where averages lie aside, a directory called after them is named for those and not for the weights.
     average, among = averages_of((tensor.name for tensor in tensors), part, *([] if aside else [path.stem]))
     aside = [*aside, *([among] if among else [])]
     if aside and not average:
@@ -155,6 +156,7 @@ class Saved:
                 optimizers.setdefault(prefix, {k: {} for k in _OPTIMIZER})[kind].setdefault(owner, {})[key] = entry
             elif entry.shape is not None or entry.path[-1] in _STEPS:
                 tensors.setdefault(entry.path[:-1], {})[entry.path[-1]] = entry
+        # Other saved parts have a "state" too (schedulers, data loaders); an optimizer's has groups beside it.
         found = {prefix: parts for prefix, parts in optimizers.items() if parts["param_groups"]}
         if len(found) > 1:
             raise InputError(
@@ -211,6 +213,7 @@ class Saved:
     @property
     def step(self) -> int | None:
         """Steps taken: as the optimizer counted, as the trainer did, or as the directory's name says."""
+        # Of one parameter: each is a read of its own, and uneven counts are a matter of the mapped state.
         counted = [entries["step"] for entries in self.state.values() if "step" in entries][:1]
         counted += [e for entries in self.tensors.values() for name, e in entries.items() if name in _STEPS]
         for entry in counted:

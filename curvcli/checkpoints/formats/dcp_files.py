@@ -24,9 +24,9 @@ from curvcli.files.limits import inside
 from curvcli.files.safe import load_bytes
 
 METADATA = ".metadata"
-_METADATA_LIMIT = 2**30
-_PLAIN_LIMIT = 64 * 2**20
-_DIMENSIONS = 64
+# Pieces take some hundred bytes each: millions of them. Plain data are numbers and lists of names. torch itself has no more
+# than 64 dimensions.
+_METADATA_LIMIT, _PLAIN_LIMIT, _DIMENSIONS = 2**30, 64 * 2**20, 64
 _DAMAGED = "the checkpoint is incomplete or damaged: copy it again"
 
 
@@ -37,7 +37,7 @@ class Chunk:
     file: Path
     offset: int
     length: int
-    start: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()  # of its first entry in the whole tensor, a number a dimension
     shape: tuple[int, ...] = ()
 
 
@@ -63,6 +63,7 @@ class Entry:
         if len(self.chunks) == 1:
             return self._piece(self.chunks[0])
         whole = torch.empty(self.shape, dtype=self.dtype)
+        # Pieces with as many values as the tensor (`_complete`), none over another, are all of it.
         filled = torch.zeros(self.shape, dtype=torch.bool)
         for chunk in self.chunks:
             part = tuple(slice(a, a + n) for a, n in zip(chunk.start, chunk.shape, strict=True))
@@ -182,6 +183,7 @@ class _Entries:
         numel, covered = prod(shape), sum(prod(chunk.shape) for chunk in chunks)
         if covered != numel or not chunks:
             raise InputError(f"{self._file}: the pieces of {key} have {covered} of its {numel} values", hint=_DAMAGED)
+        # Several pieces may claim the same bytes: together no tensor is larger than the files.
         short = next((c for c in chunks if prod(c.shape) * dtype.itemsize > c.length), None)
         if short or sum(chunk.length for chunk in chunks) > self._total:
             raise InputError(

@@ -15,7 +15,7 @@ from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, assemble
 from curvcli.checkpoints.formats.huggingface import clipping, integer, run_log, trainer_state
 from curvcli.checkpoints.formats.torchfile import named
-from curvcli.checkpoints.formats.zero import WEIGHTS, Lazy, Partitions, Shapes, Source, Universal
+from curvcli.checkpoints.formats.zero import WEIGHTS, Lazy, Partitions, Shapes, Source, Universal, rank_files
 from curvcli.checkpoints.state.mapping import map_named, summary
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.files.runs import step_order
@@ -33,6 +33,7 @@ class DeepSpeedReader:
 
     def accepts(self, path: Path) -> bool:
         """Whether it is a DeepSpeed directory, or one that holds the newest."""
+        # optimizer.pt is the Trainer's without DeepSpeed; a global_step beside it is left over from another run.
         return path.is_dir() and not (path / "optimizer.pt").exists() and _tag(path) is not None
 
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
@@ -41,6 +42,7 @@ class DeepSpeedReader:
         if tag is None:
             raise InputError(f"{path} has no DeepSpeed checkpoint", hint="copy the directory that its file latest names")
         _refuse_parallel(tag)
+        # The Trainer's log lies beside its global_stepN, whichever of the two directories was named.
         home = next((d for d in (path, tag.parent) if (d / "trainer_state.json").is_file()), path)
         log = trainer_state(home)
         model = _Model(tag)
@@ -66,9 +68,10 @@ def _tag(path: Path) -> Path | None:
     candidates = sorted(path.glob("global_step*"), key=step_order)
     try:
         with (path / "latest").open("rb") as stream:
-            name = stream.read(256).decode().strip()
+            name = stream.read(256).decode().strip()  # a tag, however long the file is
     except (OSError, ValueError):
         name = ""
+    # One name and no path, which could lead anywhere.
     if name and Path(name).name == name:
         candidates.append(path / name)
     return next((tag for tag in reversed(candidates) if tag.is_dir() and any(tag.glob(_MODEL))), None)
@@ -154,9 +157,7 @@ class _Model:
     def _frozen(self, name: str) -> Tensor:
         """A weight that no optimizer moves: whole in one file, or at stage 3 a piece of it in every rank's."""
         shape, parts = self.frozen[name], []
-        pattern = "zero_pp_rank_*_mp_rank_00_model_states.pt"
-        files = sorted(self.tag.glob(pattern), key=lambda f: int(f.name.split("_")[3])) or [self.file]
-        for file in files:
+        for file in rank_files(self.tag, "model") or [self.file]:
             document = load_pickle(file)
             fragments = document.get("frozen_param_fragments") if isinstance(document, dict) else None
             piece = fragments.get(name) if isinstance(fragments, dict) else None
@@ -177,14 +178,13 @@ def _zero_optimizer(model: _Model, source: Source) -> NamedOptimizer:
         """Names and shapes as a torch optimizer's state_dict."""
         shapes = model.shapes
         placed = [i for group in source.options for i in group["params"]]
+        # As text: what a damaged file numbers its groups by may be of kinds that do not sort together.
         if sorted(map(repr, placed)) != sorted(map(repr, range(len(shapes)))):
             raise InputError(
                 f"{model.tag}: the optimizer's groups hold the flat groups {placed}, the model has {len(shapes)}",
                 hint="copy all files of one save",
             )
         groups = [{**g, "params": [name for i in g["params"] for name in shapes[i]]} for g in source.options]
-        if any(group.get("bias_correction") is False for group in groups):
-            raise UnsupportedError("the optimizer is Adam without bias correction", hint="pass --optimizer none")
         state = {
             name: {key: torch.empty(shape, device="meta") for key in kinds} | {"step": None}
             for index, group in enumerate(shapes)

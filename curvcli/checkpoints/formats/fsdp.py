@@ -18,6 +18,7 @@ from curvcli.files.safe import load_pickle
 from curvcli.files.tensors import TensorInfo
 from curvcli.models.base import Architecture
 
+# accelerate's names (accelerate.utils.constants), with 0 for the first model and optimizer.
 _FULL, _SHARDED, _PER_RANK = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0", "pytorch_model_fsdp*_rank*.bin"
 _FULL_OPTIMIZER, _SHARDED_OPTIMIZER, _PER_RANK_OPTIMIZER = "optimizer.bin", "optimizer_0", "optimizer*_rank*.bin"
 
@@ -35,6 +36,7 @@ class FSDPReader:
         full = (path / _FULL).is_file()
         tensors, weights = _full_weights(path / _FULL) if full else _sharded_weights(path)
         optimizer, counted = _optimizer(path)
+        # The Trainer's own count, the optimizer's, the directory's name: the last may count saves.
         steps = (integer(state, "global_step"), counted, step_order(path)[0])
         return assemble(
             path,

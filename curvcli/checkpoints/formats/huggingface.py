@@ -122,8 +122,10 @@ def optimizer_beside(path: Path) -> tuple[OptimizerFile | None, list[Path]]:
     found = optimizer_files(path)
     known = [path / name for name in (OPTIMIZER_FILE, "optimizer.pt", "optimizer.bin") if path / name in found]
     numbered = [p for p in found if p.suffix == ".bin" and re.fullmatch(r"optimizer(?:_\d+)?\.bin", p.name)]
+    # Ours first: it has the parameters' names, and somebody wrote it for curv to read.
     if known[:1] == [path / OPTIMIZER_FILE]:
         return read_optimizer(known[0]), known[:1]
+    # accelerate's optimizer.bin, optimizer_1.bin, ...; beside an optimizer.pt they are of another save.
     if len(numbered) > 1 and "optimizer.pt" not in {p.name for p in known}:
         return _several(path, numbered), numbered
     if not known and len(found) != 1:
@@ -235,6 +237,7 @@ def _no_number(value: Any) -> bool:
 def clipping(state: dict[str, Any] | None) -> dict[str, str]:
     """A note where gradient clipping shaped the moments."""
     norms = [e["grad_norm"] for e in _entries(state) if isinstance(e.get("grad_norm"), (int, float))]
+    # The limit itself is in training_args.bin, a pickle of the Trainer's classes; its default is 1.
     over = sum(n > 1 for n in norms)
     if not over:
         return {}

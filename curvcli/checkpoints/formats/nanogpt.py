@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.checkpoints.base import Checkpoint, OptimizerFile
+from curvcli.checkpoints.formats.huggingface import integer
 from curvcli.checkpoints.state.mapping import map_state, matrix_order, summary
 from curvcli.errors import InputError
 from curvcli.files.limits import check_size
@@ -34,7 +35,6 @@ class NanoGPTReader:
         """The checkpoint as transformers' GPT-2. Raises InputError."""
         head = load_pickle(path, meta=True)
         weights, args = _parts(head, path)
-        step = head.get("iter_num")
         has_optimizer = isinstance(head.get("optimizer"), dict)
         return Checkpoint(
             path=path,
@@ -49,7 +49,7 @@ class NanoGPTReader:
             )
             if has_optimizer
             else None,
-            step=step if isinstance(step, int) else None,
+            step=integer(head, "iter_num"),
             vocabulary=args["vocab_size"],
             context=args["block_size"],
         )
@@ -61,6 +61,7 @@ def _parts(document: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     args = document.get("model_args")
     if not isinstance(args, dict) or not all(isinstance(args.get(k), int) for k in _ARGS[:-1]):
         raise InputError(f"{path} has no model_args with {', '.join(_ARGS)}", hint="expected nanoGPT's ckpt.pt")
+    # Before a model is built of them: no real dimension is as large.
     if not all(0 < args[k] <= 2**24 for k in _ARGS[:-1]):
         shown = {k: args[k] for k in _ARGS[:-1]}
         raise InputError(f"{path} has model_args out of range: {shown}", hint="the file is damaged")
@@ -80,6 +81,7 @@ def _build(path: Path) -> nn.Module:
         found = tuple(weights[name].shape) if name in weights else None
         if found != expected:
             raise InputError(f"{path}: {name} has shape {found}, model_args say {expected}", hint="the file is damaged")
+    # Every layer has weights of its own and is built before they are looked at.
     if width % args["n_head"] or args["n_layer"] > len(weights):
         raise InputError(
             f"{path} has model_args that no model has: {width=}, {args['n_head']} heads, "
@@ -95,12 +97,12 @@ def _build(path: Path) -> nn.Module:
                 n_embd=width,
                 n_layer=args["n_layer"],
                 n_head=args["n_head"],
-                activation_function="gelu",
+                activation_function="gelu",  # exact, as nn.GELU; GPT-2's own is the tanh approximation
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
                 use_cache=False,
-                bos_token_id=None,
+                bos_token_id=None,  # GPT-2's 50256 lies beyond a small vocabulary
                 eos_token_id=None,
             )
         )

@@ -60,6 +60,7 @@ def save_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, model: nn
                         f"{key} of {name} is a {type(value).__name__}, one rank's piece",
                         hint="save with torch.distributed.checkpoint instead",
                     )
+                # A copy each: safetensors refuses tensors that share memory.
                 tensors[f"{key}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
             elif value is not None:
                 numbers.setdefault(name, {})[key] = _plain(value)
@@ -70,6 +71,7 @@ def save_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, model: nn
         raise UsageError(f"an option of the optimizer is not plain data: {error}", hint="save its state_dict()") from error
     file = Path(path) / OPTIMIZER_FILE
     try:
+        # safetensors writes to a path, and is given one on the same file system, so that the rename is whole.
         with tempfile.TemporaryDirectory(prefix=".curv-", dir=path) as directory:
             temporary = Path(directory) / OPTIMIZER_FILE
             save_file(tensors, temporary, metadata={"schema": _SCHEMA, "optimizer": text})

@@ -49,6 +49,7 @@ class TorchFileReader:
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
         """Weights, optimizer and step of one file, under the usual names. Raises InputError."""
         head = load_pickle(path, meta=True)
+        # With --model it is a file like any other: the user knows a network of these names.
         if architecture is None and isinstance(head, dict) and "model_args" in head:
             return NanoGPTReader().read(path, None)
         part, weights = _weights(head, path)
@@ -82,6 +83,7 @@ def _weights(document: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     """The model's tensors by name, and the key of the part that has them; "" for the document itself."""
     whole = _whole(document) if isinstance(document, dict) else {}
     keys = [_TRAINED] if _TRAINED in whole else [key for key in _WEIGHTS if whole.get(key) is not None]
+    # Last of all the average, where it is all that there is.
     keys = keys or [key for key in _WEIGHTS if key in whole and not _averages(whole, "")] or _averages(whole, "")
     if len(keys) > 1:
         raise InputError(f"{path} has weights under {' and '.join(keys)}", hint="save one model in a file")
@@ -109,6 +111,7 @@ def _optimizer(whole: dict[str, Any], stored: list[str], path: Path) -> NamedOpt
 
     def view(model: nn.Module, names: Mapping[str, str]) -> OptimizerView:
         documents = optimizers_in(_whole(load_pickle(path)))
+        # Composer keeps optimizers under the names of their classes.
         where, view = next(iter(documents)), named(merged(documents, path), stored, model, names, path)
         return coupled(view) if where.endswith(".DecoupledAdamW") else view
 

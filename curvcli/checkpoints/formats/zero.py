@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO files put together parameter by parameter: partitions of all ranks, or a universal checkpoint.
 
-The files of all ranks are mapped into memory and not read: what is in memory at a time is the one parameter asked for.
+Of files that are large against the memory that is free, only what is asked for is in memory: they are mapped
+(`files.safe.load_pickle`), and parameters are put together one at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import cached_property
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ from curvcli.files.safe import load_pickle
 
 # Flat groups of parameters as the model's file lists them: shape by name, in the order in which they are laid out.
 Shapes = Sequence[Mapping[str, tuple[int, ...]]]
-Piece = tuple[int, int, int]
+Piece = tuple[int, int, int]  # rank, start and length in its cut
 
-_RANK = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,9})_mp_rank_\d+_optim_states\.pt")
 WEIGHTS = "fp32"
+_KINDS = {"optim": "optimizer", "model": "model"}
 _AGAIN = "the save did not finish, or files of another save lie beside it: copy all ranks' files of one save"
 
 
@@ -71,17 +72,17 @@ class Lazy(Mapping[str, Any]):
         return len(self._names)
 
 
-def rank_files(tag: Path) -> list[Path]:
-    """The ranks' optimizer files in the order of their numbers. Raises InputError where one is missing."""
+def rank_files(tag: Path, kind: Literal["optim", "model"] = "optim") -> list[Path]:
+    """The ranks' files of optimizer or model in the order of their numbers. Raises InputError where one is missing."""
     found: dict[int, Path] = {}
-    for file in sorted(tag.glob("*zero_pp_rank_*_optim_states.pt")):
-        match = _RANK.fullmatch(file.name)
+    for file in sorted(tag.glob(f"*zero_pp_rank_*_{kind}_states.pt")):
+        match = re.fullmatch(rf"(?:bf16_)?zero_pp_rank_(\d{{1,9}})_mp_rank_\d+_{kind}_states\.pt", file.name)
         if match is None or int(match[1]) in found:
             raise InputError(f"{file} is a second file of its rank, or of none", hint=_AGAIN)
         found[int(match[1])] = file
     missing = next((rank for rank in range(len(found)) if rank not in found), None)
     if missing is not None:
-        raise InputError(f"{tag} has no optimizer file of rank {missing}, and one of rank {max(found)}", hint=_AGAIN)
+        raise InputError(f"{tag} has no {_KINDS[kind]} file of rank {missing}, and one of rank {max(found)}", hint=_AGAIN)
     return [found[rank] for rank in range(len(found))]
 
 
@@ -132,10 +133,12 @@ class Partitions:
         shape = self.shapes[group][name]
         pieces = self._pieces[group, name]
         parts = [self._flat(rank, group, kind)[start : start + numel] for rank, start, numel in pieces]
+        # A parameter that goes over the end of a rank's cut goes on where the next begins: nothing else is of one save.
         for (rank, start, length), (_, following, _) in pairwise([] if self.whole else pieces):
             if following or start + length < self._flat(rank, group, kind).numel():
                 raise self._wrong(f"the pieces of {name} on its ranks do not meet")
         held, numel = sum(p.numel() for p in parts), prod(shape)
+        # Stage 3 pads to equal parts, by less than a value a rank.
         if not numel <= held < numel + (len(self.files) if self.whole else 1):
             raise self._wrong(f"its files hold {held:,} values of {name}, which has {numel:,}")
         return torch.cat(parts)[:numel].view(shape) if parts else torch.empty(shape)
@@ -209,6 +212,7 @@ class Partitions:
         return found
 
     def _group_cut(self, group: int) -> dict[str, list[Piece]]:
+        # All cuts are of one size; the last may lack its padding.
         size = max(self._flat(rank, group, WEIGHTS).numel() for rank in range(len(self.files)))
         try:
             paddings = [int(n) for n in self._ranks[0]["param_alignment_paddings"][group]]

@@ -25,16 +25,14 @@ from curvcli.errors import InputError
 from curvcli.optimizers import second_moments
 from curvcli.optimizers.base import OptimizerView
 
-_SAMPLE = 2**15
+_SAMPLE = 2**15  # entries of a tensor: a rank correlation of them is good to 0.01
 # On the sample checkpoints, in the right order: two layers against each other are right by 0.16 or more, single
 # tensors by -0.52 or more (two alike in one layer), the mean correlation is 0.26 or more.
 _LAYERS, _TENSORS, _UNRELATED = -0.1, -0.8, 0.1
 # Tensors whose state is swapped fit their own moments as strangers do, by about 0, so that -0.8 takes 0.8 across.
 _CROSSED = 0.5
-
-
 # Four rank correlations over n entries scatter by 2 / sqrt(n) together. Of 80 sound runs with matrices of 16 entries 20 had
-# two tensors that fit each other better by 0.8; with 128 and more none of 160 had (docs/security-tests.md).
+# two tensors that fit each other better by 0.8; with 128 and more none of 160 had (docs/explanation/security-tests.md).
 _ENTRIES = 128
 
 
@@ -62,6 +60,7 @@ class Evidence:
 def gather(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Sequence[Any]) -> Evidence:
     """Evidence from a gradient per batch; many small batches say more than few large ones."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # One that is its own: the same picks in every run, and nobody's random numbers moved.
     generator = torch.Generator().manual_seed(0)
     of_size = {
         size: torch.randint(size, (_SAMPLE,), generator=generator) if size > _SAMPLE else torch.arange(size)
@@ -151,6 +150,7 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
                 if moments[layers[i]].numel() >= _ENTRIES and across >= _CROSSED:
                     worst = min(worst, (value, layers[i], layers[j]))
     for (prefix, i, j), margins in pairs.items():
+        # Two tensors of a layer may agree by chance.
         if len(margins) >= 3 and -_significant([-value for value in margins]) < _LAYERS:
             raise _swapped(f"layers {prefix}.{i} and {prefix}.{j}", mean(margins), path)
     if worst[0] < _TENSORS:
@@ -207,6 +207,7 @@ def _second(view: OptimizerView, name: str) -> Tensor | None:
 def _ranks(values: Tensor) -> Tensor:
     """Ranks, equal ones shared, centred and of unit norm."""
     _, inverse, counts = torch.unique(values.cpu().double(), return_inverse=True, return_counts=True)
+    # Spearman's correlation with ties: the product of mean ranks, centred and of unit norm.
     ranks = (counts.cumsum(0).double() - counts.double() / 2)[inverse]
     ranks -= ranks.mean()
     norm = ranks.norm()

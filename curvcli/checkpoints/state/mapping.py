@@ -241,8 +241,10 @@ def map_named(
     """
     groups, stored_state = check_document(document, path)
     state = dict(unstacked([(g["params"], g) for g in groups], _as_torch(groups, stored_state)))
+    # Before names and shapes: what cannot be measured is no matter of --model.
     refuse(OptimizerView(tuple(Group((), g) for g in groups), state))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # Tied weights have several names, and the file may use any of them.
     owner = {id(p): n for n, p in parameters.items()}
     known = {n: owner[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in owner}
     known |= {stored: known[name] for name, stored in names.items() if name in known}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 MOST = 64  # assignments between which gradients are asked to decide
-_STEPS = 200_000
+_STEPS = 200_000  # of the search, whose ways multiply with every layer of equal shapes
 _FROZEN = -1
 
 
@@ -33,6 +33,7 @@ def assignments(groups: Sequence[Sequence[Shape]], parameters: Mapping[str, Tens
     """Names for every place of every group, in each of the ways that fit; none where there are more than `MOST`."""
     slots = [_slot(name, parameter) for name, parameter in parameters.items()]
     found: list[list[list[str]]] = []
+    # Groups by layer, as of layer-wise learning rates, begin at the bottom or at the top.
     for direction in (1, -1):
         for names in _filled(groups, slots, direction):
             if names is None or len(found) == MOST:
@@ -78,6 +79,7 @@ def _filled(groups: Sequence[Sequence[Shape]], slots: list[_Slot], direction: in
             if steps > _STEPS:
                 yield None
                 return
+            # More places left than parameters: this way cannot end well.
             if wanted - sum(filled) > len(slots) - place:
                 break
             slot = slots[place]
@@ -87,6 +89,7 @@ def _filled(groups: Sequence[Sequence[Shape]], slots: list[_Slot], direction: in
             unit = (slot.layer, slot.matrix)
             for other in options[1:]:
                 stack.append((place + 1, _after(filled, other), {**chosen, unit: other}))
+            # Alternatives on the stack share the dictionary, so it is replaced and never changed.
             chosen = chosen if unit in chosen else {**chosen, unit: options[0]}
             filled, place = _after(filled, options[0]), place + 1
         else:

@@ -26,7 +26,7 @@ def weight_findings(model: nn.Module) -> list[Finding]:
     found: list[Finding] = []
     flat: list[str] = []
     for name, weight in model.named_parameters():
-        if not weight.requires_grad or weight.dim() < 2:
+        if not weight.requires_grad or weight.dim() < 2 or not weight.numel():
             continue
         largest, usual = float(weight.detach().abs().max()), _median(weight)
         if float(weight.detach().max()) == float(weight.detach().min()) and weight.numel() > 1:
@@ -125,6 +125,7 @@ def _constant(group: Group, step: int | None) -> float | None:
     a, b = group.betas
     if b == 0 or step == 0:
         return None
+    # The sum is geometric: (r^t - 1) / (r - 1), by expm1 where r^t is near 1, held below what overflows.
     ratio = a * a / b
     if step is None:
         total = 1 / (1 - ratio) if ratio < 1 else math.inf
