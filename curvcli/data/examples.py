@@ -257,6 +257,7 @@ def _column(name: str, values: list[Tensor], path: Path) -> Tensor:
         return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=_blank(name))
     if len({value.shape for value in values}) > 1:
         raise InputError(f"column {name} of {path} has rows of unequal shapes", hint="only lists of ids may differ")
+    # JSON writes 1.0 as 1: some rows of a column of floats look whole.
     if len({value.dtype for value in values}) > 1:
         values = [value.float() for value in values]
     return torch.stack(values)
@@ -379,6 +380,7 @@ def _check(columns: Mapping[str, Tensor], path: Path) -> None:
 def _digest(columns: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(columns):
+        # The shape as well: the same bytes cut into other rows are other examples.
         digest.update(f"{name} {columns[name].dtype} {tuple(columns[name].shape)}\n".encode())
         digest.update(columns[name].numpy().tobytes())
     return digest.hexdigest()

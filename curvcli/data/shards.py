@@ -169,7 +169,7 @@ def _windows(
     bases = np.cumsum([0, *(a.size for a in arrays)])
     owner = np.searchsorted(counts, picked, side="right") - 1  # (windows,): each one's file
     width = (length or guess) + 1
-    windows = np.empty((len(picked), width), dtype=np.int64)
+    windows = np.empty((len(picked), width), dtype=np.int64)  # (windows, sequence_length + 1)
     starts = np.empty(len(picked), dtype=np.int64)
     # Window by window, so that only what is used is read of a map of terabytes.
     for i, (file, index) in enumerate(zip(owner, picked, strict=True)):
@@ -195,6 +195,7 @@ def _length(array: Ids, length: int | None, checkpoint: Checkpoint, path: Path) 
 def _starts(array: Ids, length: int) -> NDArray[np.int64]:
     """First tokens of the windows of a stream, or of each row, counted over the flattened array."""
     rows, width = array.shape if array.ndim == 2 else (1, array.size)
+    # Windows share no token: the last target of one is not the first input of the next.
     within = np.arange(width // (length + 1), dtype=np.int64) * (length + 1)
     return np.add.outer(np.arange(rows, dtype=np.int64) * width, within).ravel()  # type: ignore[no-any-return]
 

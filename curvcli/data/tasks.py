@@ -177,7 +177,7 @@ def masked(shard: Shard, mask: int, seed: int) -> Examples:
     Labels are the tokens that were there, and -100 elsewhere. Every chosen position is masked: BERT's recipe leaves a
     tenth of them as they are and puts random tokens on another. The positions depend on the seed and the shape alone.
     """
-    ids = shard.windows[:, :-1]
+    ids = shard.windows[:, :-1]  # (windows, sequence_length)
     count = max(1, round(MASKED_SHARE * ids.shape[1]))
     draw = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(ids.shape, dtype=torch.bool).scatter_(1, draw.topk(count, dim=1).indices, True)
@@ -279,6 +279,7 @@ def _parameters(model: nn.Module) -> Mapping[str, Parameter]:
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits of a forward pass: a single input by position, so that a plain module may call it what it likes."""
     unused = left_out(model, batch)
+    # Without labels, or transformers' models would compute a loss of their own as well.
     inputs: dict[str, Any] = {name: column for name, column in batch.items() if name not in (*unused, "labels")}
     if "position_ids" in inputs and "use_cache" in _parameters(model):
         inputs["use_cache"] = False  # with a cache transformers does not look where packed documents begin
@@ -290,6 +291,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             hint="check that the data's tokenizer is the model's, and that sequences are no longer than its context",
         ) from error
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    # A tuple is what transformers gives without return_dict, logits first.
     found = found[0] if isinstance(found, (tuple, list)) and found else found
     if not isinstance(found, Tensor):
         raise UsageError(

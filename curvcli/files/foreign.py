@@ -56,6 +56,7 @@ class Foreign:
         """Nothing more: pickle calls this or not, as the file likes."""
 
     def __setstate__(self, state: Any) -> None:
+        # A pair is the dictionary and the slots of an object; a state of another kind says nothing by name.
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
                 self.attributes.update(part)
@@ -93,7 +94,7 @@ def _globals(source: Path | io.BytesIO) -> set[str]:
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
                 for record in archive.namelist():
-                    if record.endswith(".pkl"):
+                    if record.endswith(".pkl"):  # of a size that check_zip has bounded
                         _collect(io.BytesIO(archive.read(record)), found)
         elif isinstance(source, Path):
             with source.open("rb") as stream:

@@ -206,6 +206,7 @@ def check_size(build: Callable[[], nn.Module], *, values: int, where: object) ->
         if taken[kind] > limits[kind]:
             raise _TooLargeError
 
+    # Hooks of the process: every module's parameters come through them, whoever makes it and however deep.
     hooks = nn.modules.module
     handles = [
         hooks.register_module_parameter_registration_hook(lambda module, name, tensor: count("parameters", tensor)),

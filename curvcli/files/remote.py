@@ -112,6 +112,7 @@ def _numbered(system: Any, root: str) -> list[str]:
         return []
     steps = {}
     for entry in system.ls(root, detail=True):
+        # Object stores list a folder with a slash at its end.
         name = PurePosixPath(entry["name"].rstrip("/"))
         step = step_of(Path(name.name))
         if step is not None and (entry.get("type") == "directory" or name.suffix in _CHECKPOINTS):

@@ -27,6 +27,7 @@ def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
         InputError: there is none, or the directory cannot be listed.
     """
     if not path.exists():
+        # Only of what does not exist: a path with brackets in its name is meant as it is.
         found = [Path(p) for p in glob(str(path))] if any(c in str(path) for c in "*?[") else []  # noqa: PTH207
         if not found:
             if path.is_symlink():

@@ -29,6 +29,7 @@ def stacks(model: nn.Module) -> list[Blocks]:
     def walk(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
             where = f"{path}.{name}" if path else name
+            # Not walked into: experts and parts of its layers are numbered containers too.
             if _is_stack(child):
                 layered = all(_checkpointable(c) for c in child.children())
                 rank = (layered, sum(p.numel() for p in child.parameters()))
@@ -70,6 +71,7 @@ def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
     ways = [replace(blocks, truncation="list"), replace(blocks, truncation="identities" if plain == {True} else None)]
     cut = next((way.truncation for way in ways if way.truncation and _runs(problem, way)), None)
     notes: dict[str, str] = {}
+    # A loss of the user's may call the model more than once.
     passes = max(runs["model"], 1)
     if shared := {i: n // passes for i, n in uses.items() if n // passes > 1}:
         index, times = next(iter(shared.items()))

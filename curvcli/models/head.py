@@ -26,6 +26,7 @@ class Withheld:
     """What a head was called with, in place of the logits that it did not compute."""
 
     def __init__(self) -> None:
+        # Input (..., width), its version, weight (vocabulary, width), bias (vocabulary,).
         self.calls: list[tuple[Tensor, int, Tensor, Tensor | None]] = []
 
     def loss(self, output: Tensor, labels: Tensor, select: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor | None:
@@ -42,8 +43,9 @@ class Withheld:
         # torch counts changes in place in _version: logits.mul_(scale) gives the same tensor back with other values.
         if output is not hidden or output._version != version:
             return None
-        chosen, flat = select(hidden).flatten(0, -2), labels.flatten()
+        chosen, flat = select(hidden).flatten(0, -2), labels.flatten()  # (positions, width), (positions,)
         counted = flat != -100
+        # Indexing copies: not where every position counts.
         if not bool(counted.all()):
             chosen, flat = chosen[counted], flat[counted]
         return linear_cross_entropy(chosen, weight, bias, flat)
@@ -113,6 +115,7 @@ def _found(model: nn.Module, logits: Callable[[], Tensor]) -> list[nn.Linear]:
                 value = again.loss(logits(), labels)
             if value is None:
                 return []
+            # The gradient too: what scales or stops it behind the head leaves the value as it is.
             own = functional.cross_entropy(flat, labels)
             chunked = linear_cross_entropy(hidden.flatten(0, -2), head.weight, head.bias, labels)
             slope, own_slope = (torch.autograd.grad(loss, hidden)[0] for loss in (chunked, own))

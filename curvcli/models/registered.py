@@ -42,6 +42,7 @@ def configured(where: Path) -> Architecture:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InputError(f"{file} names no model_type", hint="it is not a transformers configuration")
     check_config(config, file)
+    # Of a model for images and text: its language model's sizes count.
     nested = config.get("text_config")
     text: dict[str, Any] = nested if isinstance(nested, dict) else config
     context = text.get("max_position_embeddings") or text.get("n_positions")

@@ -55,6 +55,7 @@ def _factor(schedule: LrSchedule, step: int) -> float:
             return 1.0
         if step >= total:
             return least
+        # Of no decay steps nothing comes here: the two tests before are of one and the same step.
         return _half_cosine((step - (total - decay)) / decay) * (1 - least) + least
     if schedule.kind == "linear":
         return max(0.0, (total - step) / (total - warmup)) * (1 - least) + least

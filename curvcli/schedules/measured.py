@@ -97,6 +97,7 @@ class Curve:
 
     def limit(self, depth: int, margin: float) -> float:
         """Largest learning rate that keeps rho at most `margin`; curvature that is not positive sets none."""
+        # rho is proportional to the learning rate, so the limit is where the line meets the margin.
         return inf if self.rho[depth] <= 0 else margin * self.lr / self.rho[depth]
 
 
@@ -290,6 +291,7 @@ def _releases(curve: Curve, parts: list[list[int]], lr: LrSchedule, margin: floa
     steps: list[int] = []
     for part in parts:
         active = part[-1] + 1
+        # A part joins as a whole, so the depth that has to fit is that of its last block.
         limit = curve.limit(active, margin)
         step = settles(lr, limit, [first, *steps][-1] + 1)
         if step is None:

@@ -85,6 +85,7 @@ def gated(
         UsageError: `open_at` leaves no step to a gate, or lies past the end of the run.
     """
     open_at = WARMUP + (GROUPS - 1) * INTERVAL if open_at is None else open_at
+    # By whole steps the first gates would be at step 0, which is no gate.
     if open_at < depth:
         raise UsageError(
             f"{depth} gates cannot open one after the other by step {open_at}", hint=f"pass --gate-steps of at least {depth}"

@@ -103,6 +103,7 @@ def _options(path: Path) -> dict[str, Any]:
         raise UnsupportedError(
             f"{path} is an adapter of type {options.get('peft_type')!r:.60}", hint="LoRA is read; merge others"
         )
+    # An option that is off (false, null, empty) changes nothing, whatever it is called.
     odd = [key for key, value in options.items() if value and key not in _IDLE]
     odd += ["init_lora_weights"] if options.get("init_lora_weights") not in _STARTS else []
     if odd:

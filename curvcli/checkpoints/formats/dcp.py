@@ -273,6 +273,7 @@ class Saved:
 
 def _place(path: tuple[str, ...]) -> tuple[Prefix, str, str, str] | None:
     """Where the optimizer lies that an entry belongs to, "state" or "param_groups", parameter or group, and key."""
+    # Nested: "optimizer", "state", the parameter, the key are parts of a path.
     for i, part in enumerate(path[:-2]):
         if part in _OPTIMIZER:
             return path[:i], part, path[i + 1], ".".join(path[i + 2 :])

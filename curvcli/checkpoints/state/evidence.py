@@ -79,6 +79,7 @@ def gather(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: 
 
 def choose(error: AmbiguousStateError, evidence: Evidence) -> tuple[OptimizerView, Finding]:
     """Of the orders that fit, the one that the gradients single out. Raises the error given where they do not."""
+    # Orders share the moments and most of their places: each moment is ranked once a parameter.
     known: dict[tuple[str, int], float] = {}
 
     def fits(view: OptimizerView) -> dict[int, tuple[str, float]]:
@@ -98,6 +99,7 @@ def choose(error: AmbiguousStateError, evidence: Evidence) -> tuple[OptimizerVie
         if other == best:
             continue
         pairs = [(mine, every[other][v]) for v, mine in every[best].items() if v in every[other]]
+        # Only moments that the two give to different parameters tell between them.
         lead = _significant([mine[1] - theirs[1] for mine, theirs in pairs if mine[0] != theirs[0]])
         leads.append(lead)
         if lead < -_LAYERS:

@@ -26,6 +26,7 @@ def weight_findings(model: nn.Module) -> list[Finding]:
     found: list[Finding] = []
     flat: list[str] = []
     for name, weight in model.named_parameters():
+        # Vectors are norms and biases, which begin as one value and may stay so.
         if not weight.requires_grad or weight.dim() < 2 or not weight.numel():
             continue
         largest, usual = float(weight.detach().abs().max()), _median(weight)
