@@ -263,7 +263,8 @@ def test_nothing_of_a_gate_or_a_comparison_is_markup() -> None:
 HINT = "getComputedStyle(e, '::before').content"
 FRAMES = f"[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth > e.clientWidth + 2, {HINT} !== 'none'])"
 # Of every chart that shows: its class, whether all of it is in sight, the size of its smallest text in pixels.
-CHARTS = """[...document.querySelectorAll('.scroll svg:not(.bar svg)')].filter(s => s.getBoundingClientRect().width).map(s => [
+CHARTS = """[...document.querySelectorAll('.scroll svg:not(.bar svg)')]
+  .filter(s => s.getBoundingClientRect().width).map(s => [
   s.getAttribute('class'),
   s.getBoundingClientRect().right <= s.closest('.scroll').getBoundingClientRect().right + 1,
   Math.min(...[...s.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize)))
