@@ -49,12 +49,18 @@ class Blocks:
         kept = self.modules[:depth]
         if self.truncation == "identities":
             kept = (*kept, *(Skip() for _ in self.modules[depth:]))
-        short = type(stack)(*kept) if isinstance(stack, nn.Sequential) else nn.ModuleList(kept)
-        setattr(self.parent, self.attribute, short)
+        setattr(self.parent, self.attribute, _container(stack, kept))
         try:
             yield
         finally:
             setattr(self.parent, self.attribute, stack)
+
+
+def _container(stack: nn.Module, kept: Sequence[nn.Module]) -> nn.Module:
+    """The same kind of container, of fewer modules."""
+    if isinstance(stack, nn.ModuleDict):  # torchtitan's, of layers by their number
+        return nn.ModuleDict(dict(zip(stack, kept, strict=False)))
+    return type(stack)(*kept) if isinstance(stack, nn.Sequential) else nn.ModuleList(kept)
 
 
 class Skip(nn.Module):

@@ -104,14 +104,14 @@ def _runs(problem: Problem, blocks: Blocks) -> bool:
     return True
 
 
-def locate(model: nn.Module, layers: nn.ModuleList | nn.Sequential) -> Blocks:
+def locate(model: nn.Module, layers: nn.ModuleList | nn.ModuleDict | nn.Sequential) -> Blocks:
     """The given container as Blocks. Raises UnsupportedError where the model does not hold it."""
     for path, module in model.named_modules():
         for name, child in module.named_children():
             if child is layers:
                 return Blocks(module, name, tuple(child.children()), display(f"{path}.{name}" if path else name))
     raise UnsupportedError(
-        "the given layers are no ModuleList or Sequential inside the model", hint="pass e.g. model.layers"
+        "the given layers are no ModuleList, ModuleDict or Sequential inside the model", hint="pass e.g. model.layers"
     )
 
 
@@ -121,7 +121,7 @@ def display(name: str) -> str:
 
 
 def _is_stack(module: nn.Module) -> bool:
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return False
     children = dict(module.named_children())
     if not children or not all(name.isdigit() for name in children) or not any(True for _ in module.parameters()):

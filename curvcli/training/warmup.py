@@ -76,7 +76,7 @@ class ArchitectureWarmup:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         schedule: Schedule | Path | str,
         *,
-        layers: nn.ModuleList | nn.Sequential | None = None,
+        layers: nn.ModuleList | nn.ModuleDict | nn.Sequential | None = None,
         outputs: Sequence[str] | None = None,
         rho_source: RhoSource | None = None,
         margin: float | None = None,

@@ -91,3 +91,34 @@ def test_the_key_of_what_is_kept_has_the_option(tmp_path: object) -> None:
     run = run_of(tmp_path, 1) / "checkpoint-1"  # type: ignore[arg-type]
     keys = {key_of(open_for_analysis(run, Options(tokens=64, truncated=wish))) for wish in (None, True, False)}
     assert len(keys) == 3
+
+
+class Numbered(nn.Module):
+    """As torchtitan has its layers: in a dictionary, by their number."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(DEPTH)]
+        self.layers = (
+            nn.ModuleDict({str(i): layer for i, layer in enumerate(layers)}) if kind is nn.ModuleDict else kind(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values() if isinstance(self.layers, nn.ModuleDict) else self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_layers_in_a_dictionary_are_those_of_a_list() -> None:
+    batch = torch.randn(8, 2 * WIDTH, generator=torch.Generator().manual_seed(1))
+
+    def of(kind: type[nn.Module]) -> dict[str, object]:
+        model = Numbered(kind)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        report = analyze(model, error, [batch], optimizer, mode="fresh", truncated=True)
+        return report.model_dump(include={"layers", "cumulative", "full"})
+
+    found = of(nn.ModuleDict)
+    assert len(found["layers"]) == DEPTH  # type: ignore[arg-type]
+    assert found == of(nn.ModuleList)
