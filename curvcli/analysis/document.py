@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
@@ -261,7 +261,7 @@ def _batches(problem: Problem, loss: float, tokens: float | None) -> documents.D
         if isinstance(value, Tensor):
             # As bytes: numpy has no bfloat16.
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
+        elif isinstance(value, Mapping):  # not dicts alone: a tokenizer's BatchEncoding is none
             for key in sorted(value):
                 feed(value[key])
         elif isinstance(value, (list, tuple)):

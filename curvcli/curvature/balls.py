@@ -50,6 +50,7 @@ class MaxNorm:
 
     def dual(self, tensor: Tensor) -> float:
         """radius times the sum of magnitudes."""
+        # In float64, for as many entries as a model has; MPS has none.
         return self.radius * float(tensor.abs().sum(dtype=torch.float64 if tensor.device.type != "mps" else None))
 
     def scaled(self, factor: float) -> MaxNorm:
@@ -93,8 +94,10 @@ def polar(matrices: Tensor) -> Tensor:
         u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
         factor: Tensor = u @ vh
         return factor
+    # The smaller of the two Gram matrices.
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
+    # The Frobenius norm is no less than the largest singular value, so that all begin at 1 or below.
     size = torch.linalg.matrix_norm(x, keepdim=True)
     x = x / torch.where(size > 0, size, torch.ones_like(size))
     for _ in range(_ITERATIONS):

@@ -84,6 +84,7 @@ class _Loss(torch.autograd.Function):
         total = hidden.new_zeros(())
         for part in _chunks(len(hidden), rows):
             z = _logits(hidden[part], weight, bias)
+            # The maximum cancels between the two terms, and keeps exp from overflowing.
             z -= z.amax(dim=1, keepdim=True)
             total -= z.gather(1, labels[part, None]).sum()
             total += z.exp_().sum(dim=1).log_().sum()
@@ -104,6 +105,7 @@ class _Loss(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         hidden, weight, bias, labels = ctx.saved_tensors
         one = hidden.new_ones(())
+        # Only what has a tangent: each gradient is a product with all of the logits.
         found = _Gradient.forward(one, hidden, weight, bias, labels, ctx.rows, tuple(t is not None for t in tangents[:3]))
         pairs = zip(found, tangents[:3], strict=True)
         return torch.stack([(g * t).sum() for g, t in pairs if g is not None and t is not None]).sum()

@@ -35,11 +35,12 @@ class Folds:
         weights = torch.tensor(list(self.weights), dtype=torch.float64)
         parts = weights[:, None, None] * self.matrices
         whole, _ = _top(parts.sum(dim=0))
-        left, held = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64)
+        left, held = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64)  # (folds,) each
         for i in range(count):
             left[i], vector = _top((parts.sum(dim=0) - parts[i]) / (1 - weights[i]))
             held[i] = vector @ self.matrices[i] @ vector
         scale = 1 / weights
+        # Busing et al., with h_i = 1 / w_i: the value less its bias; then its variance over pseudo-values.
         corrected = count * whole - float(((1 - weights) * left).sum())
         pseudo = scale * whole - (scale - 1) * left
         error = sqrt(float(((pseudo - corrected).square() / (scale - 1)).mean()))
@@ -72,6 +73,7 @@ class Spread:
 
     def bracket(self, value: float, residual: float) -> tuple[float, float]:
         """Ends between which the data's eigenvalue lies with a confidence of 90 %, about a value with its residual."""
+        # m folds leave m - 1 degrees of freedom.
         reach = hypot(_T[min(self.folds - 1, len(_T)) - 1] * self.error, _SOLVED * value)
         low = min(self.held_out, self.corrected, value) - reach
         return max(low, min(0.0, value)), value + residual + reach  # a top eigenvalue below 0 would be news

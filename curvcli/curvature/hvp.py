@@ -26,7 +26,7 @@ from curvcli.curvature.selftest import check_second_derivative
 from curvcli.errors import OutOfMemoryError, UnsupportedError, exhausted, memory_named, shortage
 
 Mode = Literal["kept", "fresh", "forward"]
-MODES: tuple[Mode, ...] = ("kept", "fresh", "forward")
+MODES: tuple[Mode, ...] = ("kept", "fresh", "forward")  # in the order in which they are tried
 
 
 class HVP(Protocol):
@@ -95,7 +95,7 @@ def _taken(inputs: Sequence[Tensor], take: Callable[[int, Tensor], object]) -> I
     def hook(index: int) -> Callable[[Tensor], Tensor]:
         def once(gradient: Tensor) -> Tensor:
             take(index, gradient)
-            return gradient.detach().new_zeros(()).expand(gradient.shape)
+            return gradient.detach().new_zeros(()).expand(gradient.shape)  # which takes the room of one entry
 
         return once
 
@@ -115,7 +115,7 @@ def _gradient_edges(problem: Problem, index: int, names: Sequence[str]) -> dict[
     found: dict[str, GradientEdge] = {}
 
     def take(place: int, gradient: Tensor) -> None:
-        if gradient.requires_grad:
+        if gradient.requires_grad:  # one that depends on no parameter has no graph, and its rows of H are 0
             found[names[place]] = get_gradient_edge(gradient)
 
     inputs = [problem.parameters[n] for n in names]
@@ -157,6 +157,7 @@ class KeptGraph(_Engine):
         self.weights = problem.weights
         self.parameters = problem.parameters
         names, own = list(self.parameters), set(problem.own)
+        # Batches of other ranks have an empty entry, so that `subset` takes the same indices on all.
         self.gradients = [_gradient_edges(problem, i, names) if i in own else {} for i in range(len(problem.batches))]
 
     def subset(self, indices: Sequence[int]) -> KeptGraph:
@@ -237,6 +238,7 @@ class StandIn(nn.Module):
 
     def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
         super().__init__()
+        # Past nn.Module's own __setattr__, which would make the model a child, and its parameters this one's.
         self.__dict__["_call"] = lambda *a, **k: functional_call(model, values, a, k, tie_weights=True)
         self.__dict__["_model"] = model
 
@@ -319,7 +321,7 @@ def choose(
     Raises:
         UnsupportedError: no mode works, or none agrees.
     """
-    first = problem.subset([0]).alone()
+    first = problem.subset([0]).alone()  # ranks may take different modes here, and must not speak in one
     graphs = problem.most if graphs is None else graphs
     names = list(problem.parameters)
     tangents = random_direction(problem)
@@ -327,7 +329,7 @@ def choose(
     refused: dict[Mode, str] = {}
     try:
         with memory_named("in a Hessian-vector product"):
-            reference = FreshGraph(first).product(names, tangents)
+            reference = FreshGraph(first).product(names, tangents)  # right on every architecture tried
     except RuntimeError as error:  # NotImplementedError among them
         raise UnsupportedError(
             f"this model has no second derivative here: {str(error).splitlines()[0][:200]}",
@@ -357,6 +359,7 @@ def choose(
             )
             continue
         difference = norm([a - b for a, b in zip(answer, reference, strict=True)])
+        # Exact modes differ by float32's rounding alone; those known to be wrong are 3 to 21 % off. NaN is refused, too.
         if not difference <= 1e-3 * max(scale, 1e-30):
             refused[candidate] = f"differs from double backward by {difference / max(scale, 1e-30):.1e}"
             del seconds[candidate]
@@ -375,7 +378,7 @@ def choose(
 def random_direction(problem: Problem) -> list[Tensor]:
     """A tangent for every parameter, the same at every call, each tensor of norm about 1."""
     generator = torch.Generator().manual_seed(0)
-    # Drawn in one precision, whatever the default is.
+    # Drawn in one precision, whatever the default is; of norm 1, or an error in a tensor of few entries would not show.
     drawn = [torch.randn(p.shape, generator=generator, dtype=torch.float32) for p in problem.parameters.values()]
     return [d.to(p) / max(p.numel(), 1) ** 0.5 for d, p in zip(drawn, problem.parameters.values(), strict=True)]
 
@@ -383,7 +386,7 @@ def random_direction(problem: Problem) -> list[Tensor]:
 def _has_gradient(problem: Problem) -> bool:
     inputs = list(problem.parameters.values())
     parts = torch.autograd.grad(problem.batch_loss(0), inputs, create_graph=True, allow_unused=True)
-    return any(part is not None and part.requires_grad for part in parts)
+    return any(part is not None and part.requires_grad for part in parts)  # none where the loss is linear
 
 
 def build(problem: Problem, mode: Mode) -> HVP:

@@ -72,6 +72,7 @@ class Multiple:
 
     def invert(self, tensor: Tensor) -> Tensor:
         """Entries times the square root of the factor."""
+        # By the same power as in `apply`, so that the one undoes the other to rounding.
         return tensor / math.pow(self.factor, -0.5)
 
     def solve(self, tensor: Tensor) -> Tensor:
@@ -122,6 +123,7 @@ class Diagonal:
     @property
     def _root(self) -> Tensor:
         root = self.entries.rsqrt()
+        # Chosen, not multiplied by 0: P may be 0 where there never was a gradient, and infinity times 0 is NaN.
         return root if self.never is None else torch.where(self.never, torch.zeros_like(root), root)
 
     def apply(self, tensor: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ class Diagonal:
     def invert(self, tensor: Tensor) -> Tensor:
         """Entries times the square root of P; 0 where there never was a gradient."""
         root = self._root
-        ratio = tensor / root
+        ratio = tensor / root  # infinite or NaN where idle, and not chosen
         return torch.where(root > 0, ratio, torch.zeros_like(ratio))
 
     def solve(self, tensor: Tensor) -> Tensor:
@@ -158,8 +160,9 @@ class ModelRoot(Mapping[str, InverseRoot]):
     def __init__(self, roots: Mapping[str, InverseRoot], parameters: Mapping[str, Tensor]) -> None:
         self._roots = dict(roots)
         self._shapes = {n: parameters[n].shape for n in roots}
+        # Of an optimizer that preconditions nothing, any parameter tells precision and device.
         first = parameters[next(iter(roots or parameters))]
-        self.sizes = [shape.numel() for shape in self._shapes.values()]
+        self.sizes = [shape.numel() for shape in self._shapes.values()]  # of the pieces of a flat vector, in order
         self.space = space_of(sum(self.sizes), first.dtype, first.device)
 
     def __getitem__(self, name: str) -> InverseRoot:
@@ -184,6 +187,7 @@ class ModelRoot(Mapping[str, InverseRoot]):
 
     def none(self) -> ModelRoot:
         """Of no parameter, in the same precision on the same device."""
+        # A nameless parameter stands for precision and device; no root runs over it.
         return ModelRoot({}, {"": torch.empty((), dtype=self.space.dtype, device=self.space.device)})
 
     def joined(self, roots: Mapping[str, InverseRoot], parameters: Mapping[str, Tensor]) -> ModelRoot:

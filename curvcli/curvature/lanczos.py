@@ -69,12 +69,14 @@ class Lanczos:
         size = operator.space.size if support is None else operator.space.count(support)
         start, random_part = self._start(operator, warm, share, support)
         walk = _Walk(operator, start, support, size)
+        # e: the least part that the start has in any one eigenvector, but for a chance of `doubt`.
         evidence = self.doubt * sqrt(pi / (2 * size)) * random_part
         most = min(self.basis, self.max_products)
         while walk.step():
             top, bottom = walk.pair(-1), walk.pair(0)
             ceiling = walk.ceiling(-log(evidence))
             near = top.residual <= self.tolerance * abs(top.value) and ceiling - top.value <= self.margin * abs(top.value)
+            # Of a positive G the smallest value is rounding, without digits of its own: it is held against the top.
             waiting = bottom.residual > self.bottom_tolerance * max(abs(bottom.value), abs(top.value) / 2)
             over = (near and not waiting) or walk.complete or walk.products >= most or self.expired
             near, over = map(bool, operator.space.agree(near, over))
@@ -96,13 +98,14 @@ class Lanczos:
         if warm is None or not 0 < (norm := space.norm(warm)) < inf:
             return start, 1.0
         mixed = sqrt(1 - share**2) / norm * warm + share * start
+        # The two parts are not orthogonal, so the sum is not of norm 1 yet.
         return mixed / (size := space.norm(mixed)), share / size
 
 
 class _Walk:
     """Lanczos vectors, orthonormal to rounding, and the tridiagonal matrix that G is on them."""
 
-    rows = 8  # of memory taken at once
+    rows = 8  # of memory taken at once: most solves end within 16 vectors, and may take hundreds
 
     def __init__(self, operator: Operator, start: Tensor, support: Tensor | None, size: int) -> None:
         self.operator, self.space = operator, operator.space
@@ -111,7 +114,7 @@ class _Walk:
         self.diagonal: list[float] = []
         self.beside: list[float] = []  # one entry more than the matrix has beside its diagonal: the norm of what is left
         self.skew = self.norm = 0.0
-        self.rounding = 30 * torch.finfo(start.dtype).eps
+        self.rounding = 30 * torch.finfo(start.dtype).eps  # over |G|: what is left below it has no direction
         self.complete = False
         self._add(start)
 
@@ -138,8 +141,10 @@ class _Walk:
         if k:
             expected[-1] = self.beside[-1]
             self.skew = max(self.skew, float((first[:k] - expected).abs().max()))
+        # With what the first pass had left of it in the vector.
         self.diagonal.append(float(first[k] + second[k]))
         self.beside.append(rest)
+        # Dense, (k, k): an eigenproblem of some dozen numbers costs nothing beside a product.
         matrix = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64))
         for i, value in enumerate(self.beside[:-1]):
             matrix[i, i + 1] = matrix[i + 1, i] = value
@@ -153,6 +158,7 @@ class _Walk:
 
     def pair(self, index: int) -> Ritz:
         """Ritz value by rank, -1 the top, 0 the bottom; a residual never counts for less than rounding."""
+        # Norm of Gv - theta v without a vector: what was left, times the last entry (Parlett, chapter 13).
         residual = self.beside[-1] * abs(float(self.vectors[-1, index]))
         exact = self.products == 1 and self.complete
         return Ritz(float(self.values[index]), residual if exact else max(residual, self.rounding / 30 * self.norm))
@@ -172,16 +178,18 @@ class _Walk:
         if self.complete:
             return top
         reach = self.rounding * max(self.norm, abs(top)) or 1.0
+        # Ends: beyond all Ritz values p_k grows like t^k.
         while self._growth(top + reach) < evidence:
             reach *= 2
         low, high = reach / 2, reach
-        for _ in range(20):
+        for _ in range(20):  # to a millionth of `reach`, of which two digits would do
             middle = (low + high) / 2
             low, high = (middle, high) if self._growth(top + middle) < evidence else (low, middle)
         return top + high
 
     def _growth(self, t: float) -> float:
         """log p_k(t), for t above all Ritz values, by the recurrence of the Lanczos vectors."""
+        # As ratios of neighbours, in logarithms: p_k itself overflows after a few dozen steps.
         ratio, total, before = inf, 0.0, 0.0
         for diagonal, beside in zip(self.diagonal, self.beside, strict=True):
             ratio = (t - diagonal - before / ratio) / beside

@@ -35,6 +35,7 @@ def spectral_norm(matrix: Tensor) -> float | None:
         return None
     if min(matrix.shape) <= DENSE:
         return float(torch.linalg.matrix_norm(matrix, ord=2))
+    # Vectors of the shorter side.
     matrix = matrix if matrix.shape[1] <= matrix.shape[0] else matrix.T
     found = Lanczos(TOLERANCE, TOLERANCE, max_products=100, bottom_tolerance=float("inf")).extremes(_Gram(matrix))
     return found.top.value**0.5 if found.top is not None and found.status == "converged" and found.top.value > 0 else None
@@ -48,7 +49,7 @@ def largest_spectral_norm(module: nn.Module) -> float | None:
     """
     found: list[float | None] = []
     for part in module.modules():
-        convolution = isinstance(part, nn.modules.conv._ConvNd)
+        convolution = isinstance(part, nn.modules.conv._ConvNd)  # torch has no public base class of them
         for weight in part.parameters(recurse=False):
             if weight.dim() < 2 or not weight.numel():
                 continue

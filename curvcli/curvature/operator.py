@@ -64,9 +64,10 @@ class PreconditionedHessian:
         images = list(self.hvp.product(self.root.names, tangents))
         if vector.nbytes >= LARGE:
             resources.give_back(vector.device)
+        # Asked for only now: in the product, where memory is at its peak, it would be a vector more.
         flat = self.space.empty(1)[0]
         pieces = zip(self.root.split(flat), self.root.values(), self.decay, strict=True)
-        tangents.reverse()
+        tangents.reverse()  # so that pop() gives them in the order of the pieces
         images.reverse()
         for piece, root, weight in pieces:  # each image goes as it is written down: three vectors at a time, not five
             image, tangent = images.pop().detach(), tangents.pop()
@@ -89,7 +90,7 @@ class Folded:
     def __init__(self, folds: Sequence[tuple[float, Operator]], ranks: Ranks = ALONE) -> None:
         self.folds, self.space, self.ranks = folds, folds[0][1].space, ranks
         self.vectors: list[Tensor] = []  # each (n,), as they were given
-        self.columns: list[list[list[float]]] = [[] for _ in folds]
+        self.columns: list[list[list[float]]] = [[] for _ in folds]  # by fold: of vector j, v_i.G v_j for i <= j
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The mean's image of a vector of shape (n,), which is kept, not copied."""
@@ -97,6 +98,7 @@ class Folded:
         total = torch.zeros_like(vector)
         for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
             image = operator.matvec(vector)
+            # One by one: they are rows of the solver's basis, and a matrix of them would be a second basis.
             columns.append([float(self.space.inner(v[None], image)[0]) for v in self.vectors])
             total += weight * image
         self.ranks.sum_([total])
@@ -108,6 +110,6 @@ class Folded:
         found = torch.zeros(len(self.folds), size, size, dtype=torch.float64)
         for matrix, columns in zip(found, self.columns, strict=True):
             for j, column in enumerate(columns):
-                matrix[: j + 1, j] = matrix[j, : j + 1] = torch.tensor(column, dtype=torch.float64)
+                matrix[: j + 1, j] = matrix[j, : j + 1] = torch.tensor(column, dtype=torch.float64)  # G is symmetric
         self.ranks.sum_([found])
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -60,6 +60,7 @@ def _container(stack: nn.Module, kept: Sequence[nn.Module]) -> nn.Module:
     """The same kind of container, of fewer modules."""
     if isinstance(stack, nn.ModuleDict):  # torchtitan's, of layers by their number
         return nn.ModuleDict(dict(zip(stack, kept, strict=False)))
+    # A Sequential is called as a whole, and a ModuleList cannot be.
     return type(stack)(*kept) if isinstance(stack, nn.Sequential) else nn.ModuleList(kept)
 
 
@@ -80,6 +81,7 @@ class Problem:
         loss: `loss(model, batch)` is the mean loss over that batch (a scalar tensor).
         batches: the shard, cut into what one forward pass takes.
         weights: share of each batch in the mean, summing to 1: its token count over the shard's.
+        scope: entered around each forward pass, to cut the network short.
         ranks: the processes that measure it together.
         owners: the rank that computes each batch; none where each process computes all.
         origins: the batch, as they were given, that each is a part of; none where each is a whole one.
@@ -166,6 +168,8 @@ class Problem:
         """With each batch given to one of these processes, of which each has about as much of the weight."""
         load = [0.0] * ranks.world
         owners = [0] * len(self.batches)
+        # The heaviest first, each to whom has least so far: at most a third over the best split (Graham, SIAM J. Appl. Math.
+        # 17, 1969), and the same on all ranks without a word between them.
         for index in sorted(range(len(owners)), key=lambda i: -self.weights[i]):
             owners[index] = load.index(min(load))
             load[owners[index]] += self.weights[index]
@@ -218,7 +222,7 @@ class Problem:
         return replace(self, loss=lambda model, batch: -self.loss(model, batch))
 
     def truncated(self, blocks: Blocks, depth: int) -> Problem:
-        """The network whose blocks from `depth` on are identities (curvature.md, cumulative truncated)."""
+        """The network whose blocks from `depth` on are identities (docs/explanation/method.md: truncated)."""
         return replace(self, scope=lambda: blocks.truncated(depth))
 
 
@@ -232,8 +236,10 @@ def measurable(model: nn.Module, *, gather: bool = False) -> Iterator[Lifted]:
     no function: its derivative is not symmetric, and double backward and forward mode give products that differ.
     """
     with exact(), restored(model):
+        # Shards that are not to be gathered are left alone: `Problem.create` refuses such a model.
         lifted = Lifted() if sharded(model) and not gather else lift(model, gather=gather)
         for module in model.modules():
+            # functional_call, as the mode "forward" has it, is silently wrong under it (hvp.py).
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
             if isinstance(module, nn.Embedding) and _only_masks(module):
@@ -244,6 +250,7 @@ def measurable(model: nn.Module, *, gather: bool = False) -> Iterator[Lifted]:
 def _only_masks(embedding: nn.Embedding) -> bool:
     """Whether `padding_idx` does no more than zero a gradient: a subclass may compute positions from it."""
     forward = unwrap(type(embedding).forward)
+    # By the names in the byte code, as source need not be at hand; what has none is taken to use it.
     names = getattr(getattr(forward, "__code__", None), "co_names", ("padding_idx",))
     return forward is nn.Embedding.forward or "padding_idx" not in names
 
@@ -258,6 +265,7 @@ def check_lifted(problem: Problem, lifted: Lifted) -> None:
     copy = "measure a copy in float32: copy.deepcopy(model).float()"
     try:
         value = problem.batch_loss(0)
+    # A cast to half precision, written into the model or the loss, meets float32 weights as one of these.
     except (RuntimeError, TypeError, ValueError) as error:
         if exhausted(error):
             raise
@@ -283,8 +291,10 @@ def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
         for accumulated, part in zip(total, parts, strict=True):
             if part is not None:
                 accumulated.add_(part, alpha=problem.weights[i])
+    # Asked before the sum: after it every rank has the NaN, and none knows whose it is.
     bad = problem.ranks.each(float(not _finite(total)))
     problem.ranks.sum_(total)
+    # Parts that are finite can still overflow in the sum.
     if any(bad) or (len(bad) > 1 and not _finite(total)):
         where = ", ".join(str(rank) for rank, found in enumerate(bad) if found)
         raise UnsupportedError(
@@ -303,6 +313,7 @@ def sharded(model: nn.Module) -> bool:
     """Whether fully_shard, FullyShardedDataParallel or tensor parallelism holds parameters of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody has used it
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    # A DTensor is told by its method: its class would have to be imported.
     return any(isinstance(m, kinds) for m in model.modules()) or any(hasattr(p, "to_local") for p in model.parameters())
 
 
@@ -310,5 +321,6 @@ def _rows(batch: Any) -> tuple[int, ...] | None:
     """Shape of the first tensor found in a batch; equal shapes stand for equal numbers of predictions."""
     if isinstance(batch, Tensor):
         return tuple(batch.shape) or (1,)
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    # Mappings, not dicts alone: a tokenizer's BatchEncoding is none.
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     return next((shape for value in values if (shape := _rows(value)) is not None), None)

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from datetime import timedelta
 from hashlib import sha256
 from typing import Any, Protocol
@@ -110,6 +111,7 @@ class Processes:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over the processes, in place: small ones together, so that each does not wait alone."""
         with self._speaking():
+            # First, all say that they come with as much: a rank that is missing in all_reduce would hang the others.
             self._exchange(_WELL, _SUM, [float(sum(t.numel() for t in tensors))])
             large = [t for t in tensors if t.numel() > SMALL]
             small = [t for t in tensors if 0 < t.numel() <= SMALL]
@@ -117,12 +119,14 @@ class Processes:
             joined = [(torch.cat([t.reshape(-1) for t in members]), members) for members in kinds.values()]
             joined += [(t.contiguous(), [t]) for t in large]
             with self._connected():
+                # All under way before one is waited for.
                 waiting = [self._dist.all_reduce(flat, group=self._group, async_op=True) for flat, _ in joined]
                 for work in waiting:
                     work.wait()
             for flat, members in joined:
                 pieces = flat.reshape(-1).split([t.numel() for t in members])
                 for tensor, piece in zip(members, pieces, strict=True):
+                    # A large one was summed where it lies, if it is contiguous.
                     if tensor.data_ptr() != piece.data_ptr():
                         tensor.copy_(piece.view(tensor.shape))
 
@@ -161,6 +165,7 @@ class Processes:
             yield
             with self._speaking():
                 self._exchange(_WELL, _END, [])
+        # OutOfTime is no Exception, so that nobody's handler swallows it.
         except (Exception, OutOfTime) as error:
             if not shared(error):
                 with self._speaking():
@@ -175,6 +180,7 @@ class Processes:
         work = self._dist.all_gather(every, mine, group=self._group, async_op=True)
         work.wait(timeout=timedelta(seconds=seconds))
         if any(int(said[1]) != _LEAVE for said in every):
+            # For its exchange alone, in which those who are elsewhere wait for the reason.
             self._failure(torch.stack(every)[:, 0], "it ended before the others")
 
     def _say(self, error: BaseException) -> None:
@@ -191,6 +197,7 @@ class Processes:
     def _exchange(self, state: int, what: int, numbers: Sequence[float], reason: str = "") -> Tensor:
         """Numbers of every process, of shape (world, SLOTS), where all of them are well and at the same thing."""
         mine = torch.zeros(SLOTS + 3, dtype=torch.float64)
+        # How this rank is, what it speaks of, how many numbers, and these.
         mine[0], mine[1], mine[2] = state, what, len(numbers)
         mine[3 : 3 + len(numbers)] = torch.tensor(list(numbers), dtype=torch.float64)
         table = self._gathered(mine)
@@ -252,22 +259,23 @@ class Processes:
 
 
 ALONE = Alone()
-_current: list[Ranks] = [ALONE]
+# By tokens, as ALONE stands at the bottom and again within `apart`: each exit puts back what was there before it.
+_current: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
 
 
 def current() -> Ranks:
     """The processes that measure together here: one alone, unless it is within `within`."""
-    return _current[-1]
+    return _current.get()
 
 
 @contextmanager
 def within(ranks: Ranks) -> Iterator[Ranks]:
     """What is measured within it is measured by these processes together, all of which have to come here."""
-    _current.append(ranks)
+    before = _current.set(ranks)
     try:
         yield ranks
     finally:
-        _current.remove(ranks)
+        _current.reset(before)
 
 
 def shared(error: BaseException | None) -> bool:

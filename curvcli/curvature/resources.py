@@ -17,6 +17,7 @@ _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 def free_bytes(device: torch.device) -> float:
     """Memory that a measurement may plan with: 70 % of what is free now."""
+    # Not all of it: allocators keep fragments, and others on the machine take theirs meanwhile.
     if device.type == "cuda":
         return 0.7 * torch.cuda.mem_get_info(device)[0]
     return 0.7 * float(psutil.virtual_memory().available)
@@ -31,6 +32,7 @@ def held_bytes(device: torch.device) -> int:
 
 def release(device: torch.device) -> None:
     """Give back what nothing holds any more, after memory ran out."""
+    # Tracebacks hold tensors in circles, which counting references alone does not free.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -66,7 +68,7 @@ def return_blocks() -> bool:
         Whether the C library is one that can be told.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    return mallopt is not None and mallopt(_MMAP_THRESHOLD, 2**20) == 1
+    return mallopt is not None and mallopt(_MMAP_THRESHOLD, 2**20) == 1  # mallopt(3): 1 is success
 
 
 @cache
@@ -81,4 +83,4 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # getrusage(2): bytes on macOS, KiB on Linux

@@ -85,6 +85,7 @@ class OneDevice:
 
     def combine(self, coefficients: Tensor, rows: Tensor) -> Tensor:
         """One product of the coefficients, in the rows' precision and on their device, with the rows."""
+        # Coefficients are from small problems, solved in float64 on the CPU.
         return coefficients.to(rows.dtype).to(rows.device) @ rows
 
     def norm(self, vector: Tensor) -> float:

@@ -45,7 +45,7 @@ class Sharpest:
 
     @property
     def spread(self) -> float | None:
-        """Best over worst start, less 1, over the best: 0 where they agree; None with one start, or nothing positive."""
+        """Best start less the worst, over the best: 0 where they agree; None with one start, or nothing positive."""
         best = max(self.starts.values(), default=0.0)
         return (best - min(self.starts.values())) / best if len(self.starts) > 1 and best > 0 else None
 
@@ -91,18 +91,20 @@ class FrankWolfe:
         for name, start in starts.items():
             climb = climbs[name] = _Climb(product, balls, start)
             self._climb(climb, share)
+        # Rank 0's values: rounded otherwise, two ranks could go on from different starts.
         reached = dict(zip(climbs, current().first([climb.value for climb in climbs.values()]), strict=True))
         spent = sum(climb.products for climb in climbs.values())
         if not all(isfinite(value) for value in reached.values()):
             return Sharpest(None, None, {}, None, spent, "non-finite")
         best = climbs[max(reached, key=lambda name: reached[name])]
-        del climbs
+        del climbs  # two tensors a parameter for each start that lost
         before = best.products
         self._climb(best, before + self.max_products - spent)
         spent += best.products - before
         if not isfinite(best.value):
             return Sharpest(None, None, {}, None, spent, "non-finite")
         settled: SharpnessStatus = "settled" if best.improvement <= self.tolerance else "unsettled"
+        # Not flat yet where a value of 0 or less still rises.
         status = settled if best.value > 0 else "flat" if settled == "settled" else "unsettled"
         known = best.improvement if isfinite(best.improvement) else None
         return Sharpest(best.value, best.d, reached, known, spent, status)
@@ -122,7 +124,7 @@ class _Climb:
         self.product, self.balls = product, balls
         self.d = self._vertex(start)
         self.image = self._made(self.d)
-        self.products, self.improvement = 1, inf
+        self.products, self.improvement = 1, inf  # before the first step nothing has settled
         self.value = _inner(self.d, self.image)
 
     def step(self) -> None:
@@ -137,6 +139,7 @@ class _Climb:
             self.value = there
             return
         share, value = _best(here, cross, there)
+        # H is linear, so the new point's product is between the two that are known, and costs none.
         for mine, other in ((self.d, vertex), (self.image, image)):
             for a, b in zip(mine, other, strict=True):
                 a.lerp_(b, share)
@@ -156,6 +159,7 @@ def _best(here: float, cross: float, there: float) -> tuple[float, float]:
     """Where (1-t)^2 here + 2 t (1-t) cross + t^2 there is largest for t in [0, 1], and its value there."""
     bend = here - 2 * cross + there
     shares = [0.0, 1.0]
+    # A parabola that bends up is largest at an end.
     if bend < 0 and 0 < (inside := (here - cross) / bend) < 1:
         shares.append(inside)
     return max(

@@ -13,8 +13,8 @@ from torch.nn.modules import module as everywhere
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL = tuple(f"_global{name}" for name in _HOOKS)
+_SHARDING = "torch.distributed."  # whose hooks gather and free shards: of the copies that are measured there are none
 # Their hooks are part of the function: weight norm, pruning, router logits that are collected on the way.
-_SHARDING = "torch.distributed."
 _LIBRARIES = ("torch.nn.utils.", "transformers.", "peft.", "accelerate.")
 
 
@@ -36,6 +36,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 def undrawn(devices: Iterable[torch.device]) -> Iterator[None]:
     """Afterwards torch's random numbers, of the CPU and of these devices, go on as if none had been drawn."""
     used = set(devices)
+    # fork_rng keeps the state of the CPU and of CUDA, not of MPS.
     metal = torch.mps.get_rng_state() if any(device.type == "mps" for device in used) else None
     with torch.random.fork_rng(devices=sorted({device.index or 0 for device in used if device.type == "cuda"})):
         try:
@@ -64,6 +65,7 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
             return False
         hooks_before = dict(hooks)
         saved.append((hooks, hooks_before))
+        # In place: modules, and the code compiled for them, hold this very dictionary.
         for key in foreign:
             del hooks[key]
         return any(not _home(hooks_before[key]).startswith(_SHARDING) for key in foreign)
@@ -74,6 +76,7 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
                 names.append("all modules")
         for name, module in model.named_modules():
             found = [hush(getattr(module, attribute), _belongs_to(module)) for attribute in _HOOKS]
+            # The forward kinds, first of _HOOKS: no other changes what a module gives.
             if any(found[:2]):
                 names.append(name or type(module).__name__)
         for parameter in model.parameters():
@@ -81,6 +84,7 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
         yield names
     finally:
         for hooks, before in saved:
+            # All anew: hooks fire in the order of the dictionary.
             hooks.clear()
             hooks.update(before)
 
@@ -106,6 +110,7 @@ class _Saved:
         self.attributes, self.before = vars(module), dict(vars(module))
         containers = [v for v in self.before.values() if isinstance(v, (dict, list, set, deque))]
         self.containers = [(v, dict(v) if isinstance(v, dict) else list(v)) for v in containers]
+        # Copies of values too: running statistics are written in place. Not of parameters, which no forward pass writes.
         tensors = [*module._buffers.values(), *self.before.values()]
         self.tensors = [(t.detach(), t.detach().clone()) for t in tensors if isinstance(t, Tensor)]
 

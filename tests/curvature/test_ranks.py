@@ -204,6 +204,15 @@ def test_one_process_asks_nobody() -> None:
     assert type(space_of(3, torch.float32, torch.device("cpu"))) is OneDevice
 
 
+def test_who_measured_alone_within_ranks_is_with_them_again() -> None:
+    pair = rank_of(Wire(2), 0, 2)
+    with within(pair):
+        with within(ALONE):
+            assert current() is ALONE
+        assert current() is pair
+    assert current() is ALONE
+
+
 def test_solvers_go_by_rank_0() -> None:
     def work(ranks: Processes) -> Any:
         space = Replicated(2, torch.float32, torch.device("cpu"), ranks)
