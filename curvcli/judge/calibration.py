@@ -89,6 +89,7 @@ class Calibration(Document):
         """Whose coefficients an optimizer shares; None where none of the runs had it."""
         if optimizer not in self.source.optimizers:
             return None
+        # Of the runs' optimizers the one that scales nothing by a second moment.
         return "sgd" if optimizer == "SGD" else "adaptive"
 
     def edge_of(self, optimizer: str) -> Edge:
@@ -97,6 +98,7 @@ class Calibration(Document):
         if group is not None:
             return self.edge[group]
         low, high = min(e.low for e in self.edge.values()), max(e.high for e in self.edge.values())
+        # No run says where this optimizer breaks, so no end may be nearer than any group's.
         return self.edge[self.widest].model_copy(update={"low": low, "high": high})
 
 
@@ -125,8 +127,10 @@ def bracket_of(judged: Estimate, generalisation: Generalisation, threshold: floa
         return None
     low, high = generalisation.rho_low, generalisation.rho_high
     if low is None or high is None:
+        # A Ritz value is a lower bound.
         low, high = value, value + residual / threshold
         high = high if judged.ceiling is None else max(high, judged.ceiling / threshold)
+    # A report may be anybody's: the ends are made to hold the value, or logarithms below change sign.
     return Bracket(min(low, value), value, max(high, value))
 
 
@@ -149,6 +153,7 @@ def stable_lr(lr: float, rho: Bracket, optimizer: str) -> StableLr | None:
     value = lr * edge.middle / rho.value
     down = hypot(log(edge.middle / edge.low), log(rho.high / rho.value))
     up = hypot(log(edge.high / edge.middle), log(rho.value / rho.low)) if rho.low > 0 else inf
+    # exp(710) overflows a double.
     low, high = value * exp(-down), value * exp(up) if up < 700 else inf
     if not 0 < low <= value <= LARGEST or lr / value > LARGEST:
         return None
@@ -171,6 +176,7 @@ def odds(rho: float, optimizer: str) -> float | None:
     if rho <= 0:
         return None
     known = calibration()
+    # The widest where there is no group: it promises least.
     fit = known.odds[known.group(optimizer) or known.widest]
     power = fit.intercept + fit.slope * log(rho)
     # exp(700) is near the largest double; below that the chance is 0 to any digit that is shown.
@@ -235,6 +241,7 @@ def calibrated(
     """
     if judged.rho is None or optimizer.threshold is None or doubts:
         return Calibrated()
+    # Before the bracket: of a young optimizer nothing follows, whatever has converged.
     if too_early(step, optimizer.step, optimizer.betas, optimizer.momentum):
         return Calibrated(early=True)
     rho = bracket_of(judged, generalisation, optimizer.threshold)

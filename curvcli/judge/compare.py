@@ -97,6 +97,7 @@ def _unlike(first: Report, second: Report) -> list[Finding]:
         ("other-size", "parameters", first.checkpoint.parameters, second.checkpoint.parameters),
     ):
         if a != b:
+            # A digest, or a list of all layers, tells a reader nothing.
             shown = "" if code in ("other-data", "other-layers") else f" ({a}, {b})"
             message = f"the two have different {what}{shown}: their ratios compare more than the checkpoints"
             found.append(Finding(code=code, severity="warning", message=message))
@@ -105,6 +106,7 @@ def _unlike(first: Report, second: Report) -> list[Finding]:
 
 def _large(changes: list[Change]) -> list[Finding]:
     rose = [(c.rho_ratio, c) for c in changes if c.part != "full" and c.rho_ratio and c.ratio and c.low]
+    # By its low end, which lies as far below rho's ratio as it does below lambda's: thresholds are exact.
     sure = [(ratio, c) for ratio, c in rose if ratio * (c.low or 0.0) / (c.ratio or 1.0) > LARGE]
     if not sure:
         return []

@@ -24,11 +24,12 @@ RESTART_RISE = 0.50  # the same share where the learning rate was raised again a
 NO_NUMBERS = 3  # losses in a row at the end that are no numbers
 # A loss of this share of the tokens' entropy uses no context. It says so from as many steps on, less where lr has decayed.
 CONTEXT, SETTLED, UNLOGGED = 0.98, 300, 1000
-DECAYED = 0.5
+DECAYED = 0.5  # lr over its peak, from which on it counts as decayed
 BLOWN = 2.0  # the smoothed loss over the first one logged: no run that trains rises as far
 # A logged loss under this share of the entropy says that training does use context: the shard is unlike it. It is less than
 # CONTEXT, since the Trainer's log divides by all tokens of a window, and a window of 32 has 31 predictions.
 LOGGED_CONTEXT = 0.95
+# What one loss has to stand over the median before it to be a spike: a share of it, and standard deviations of a loss.
 _SPIKE, _SPIKE_SIGMAS = 0.2, 8.0
 
 
@@ -68,6 +69,7 @@ class _Curve:
     @property
     def noise(self) -> float:
         """Standard deviation of a median about its course: 1.25 sigma / sqrt(n) of white noise, or what wanders."""
+        # sqrt(pi / 2) = 1.25: what a median of normal numbers errs by, over what their mean does.
         return max(1.25 * _white(self.losses) / sqrt(self.window), _wander(self))
 
     @property
@@ -105,6 +107,7 @@ def _found(
 ) -> LossCourse | None:
     if not rows and (unigram is None or shard_loss is None):
         return None
+    # First: what is no number has no place on a curve, and takes away the end of it.
     if lost := _no_numbers(rows):
         return lost
     curve = _curve([(row.step, row.loss) for row in rows if row.loss is not None])
@@ -119,6 +122,7 @@ def _found(
 
 def doubted(verdict: VerdictName, course: LossCourse | None) -> VerdictName:
     """The verdict on rho, which a loss that is lost leaves unresolved where it would say that nothing is wrong."""
+    # What says that something is wrong stands: a lost network may be too sharp, too.
     return "unresolved" if course is not None and course.lost and verdict in ("stable", "edge") else verdict
 
 
@@ -137,11 +141,12 @@ def course_findings(report: Report) -> list[Finding]:
         message = f"the loss jumped {several} at step {course.spikes[-1]:,}, and came back"
         found.append(Finding(code="loss-spikes", severity="info", message=message))
     found += _unlike(report, course)
-    source = report.optimizer.lr_source
-    if course.lr_share is not None and 0 < course.lr_share <= 0.5 and rho is not None and source in ("checkpoint", "log"):
+    share, source = course.lr_share, report.optimizer.lr_source
+    # An lr that somebody passed is not the log's, and no share of the log's peak.
+    if share is not None and 0 < share <= DECAYED and rho is not None and source in ("checkpoint", "log"):
         message = (
-            f"the learning rate has decayed to {100 * course.lr_share:.2g} % of its peak; at the peak's this rho would be "
-            f"about {rho / course.lr_share:.3g}"
+            f"the learning rate has decayed to {100 * share:.2g} % of its peak; at the peak's this rho would be "
+            f"about {rho / share:.3g}"
         )
         found.append(Finding(code="lr-decayed", severity="info", message=message))
     return found
@@ -208,6 +213,7 @@ def _curve(points: Sequence[tuple[int, float]]) -> _Curve | None:
 def _white(losses: Sequence[float]) -> float:
     """Standard deviation of one loss about its course: from second differences, which a slope leaves at 0, by the median."""
     bends = [a - 2 * b + c for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    # 1, -2 and 1 squared add up to 6; 1.4826 makes the median of magnitudes a standard deviation, whatever the outliers.
     return 1.4826 * median(map(abs, bends)) / sqrt(6)
 
 
@@ -216,9 +222,10 @@ def _wander(curve: _Curve) -> float:
 
     Training falls, so that most differences are no noise. The two largest are left out: a jump lies in one of them, or two.
     """
+    # Counted from the newest backward, which is thereby one of them.
     apart = curve.medians[:: -curve.window][::-1]
     rises = sorted(b - a for a, b in pairwise(apart) if b > a)[:-2]
-    return 1.4826 * median(rises) / sqrt(2) if len(rises) > 2 else 0.0
+    return 1.4826 * median(rises) / sqrt(2) if len(rises) > 2 else 0.0  # of a difference of two
 
 
 def _over_best(curve: _Curve, entries: Sequence[Logged]) -> LossCourse:
@@ -229,6 +236,7 @@ def _over_best(curve: _Curve, entries: Sequence[Logged]) -> LossCourse:
     share = RESTART_RISE if raised else RISE
     margin = max(share * abs(best), NATS, SIGMAS * curve.noise)
     limit = best + margin
+    # Half a window of medians, each over the limit as soon as half of its losses are: a jump has lasted for a whole one.
     lasting = curve.medians[-(curve.window // 2 + 1) :]
     wrecked = place < len(curve.medians) - len(lasting) and all(value > limit for value in lasting)
     # One loss is noisier than the medians that the limit is for.
@@ -243,7 +251,7 @@ def _over_best(curve: _Curve, entries: Sequence[Logged]) -> LossCourse:
         step=since,
         loss=now,
         best=best,
-        best_step=curve.step_of(place),
+        best_step=at,
         rise=rise,
         margin=margin,
         window=curve.window,
@@ -255,6 +263,7 @@ def _over_best(curve: _Curve, entries: Sequence[Logged]) -> LossCourse:
 def _since(curve: _Curve, limit: float) -> int:
     """Step of the first loss of the stretch, up to the newest, in which losses lie over the limit."""
     place = len(curve.losses)
+    # A median of five: one lucky loss does not end the stretch.
     while place and median(curve.losses[max(0, place - 3) : place + 2]) > limit:
         place -= 1
     return curve.steps[min(place, len(curve.steps) - 1)]
@@ -278,6 +287,7 @@ def _spikes(curve: _Curve, since: int | None) -> list[int]:
         limit = before + max(_SPIKE * abs(before), NATS, _SPIKE_SIGMAS * white)
         if curve.losses[end] <= limit or (since is not None and curve.steps[end] >= since):
             continue
+        # One that lasts is told once; one that no later loss came back from is no spike.
         if end - last > curve.window and min(curve.losses[end:]) <= limit:
             found.append(curve.steps[end])
         last = end
@@ -290,6 +300,7 @@ def _blown_up(found: LossCourse, curve: _Curve, shard_loss: float, unigram: floa
     Such a loss falls for long afterwards, and stands at the run's own best: against that nothing shows.
     """
     first, top = curve.losses[0], max(curve.medians)
+    # Of a first loss of 0 or less no multiple means anything.
     if first <= 0 or top <= BLOWN * first or curve.medians[-1] < LOGGED_CONTEXT * unigram:
         return None
     since = next(step for step, loss in zip(curve.steps, curve.losses, strict=True) if loss > BLOWN * first)

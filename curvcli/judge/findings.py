@@ -20,7 +20,7 @@ from curvcli.judge.limits import STABLE_BELOW, certified, classify
 from curvcli.judge.steepest import headline, steepest_findings
 
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
-# for those of different things (docs/findings.md).
+# for those of different things (docs/reference/findings.md).
 LOSS_APART, NATS_APART = 1.4, 0.1
 
 
@@ -70,6 +70,7 @@ _WHY = {
 def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     verdict, full, optimizer = report.verdict, report.judged, report.optimizer
     generalisation, data = report.generalisation, report.data
+    # The first reason that holds, from what takes all meaning away to what more data could settle.
     if optimizer.threshold is None:
         why = "no optimizer was taken" if optimizer.name == "none" else "no learning rate is known"
         return Finding(
@@ -90,6 +91,7 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
         return _hot(report)
     if verdict == "unresolved":
         if full.status != "converged":
+            # Where the time ran out more products would not be made.
             late = any(part.status == "skipped" for part in report.parts)
             return Finding(
                 code="unresolved-residual",
@@ -191,7 +193,9 @@ def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[
                 f"{optimizer.lr:g} for the largest parameter group",
             )
         )
+    # An estimated moment is of this shard's gradients, whatever the step.
     beta2 = optimizer.betas[1] if optimizer.betas and optimizer.preconditioner == "checkpoint" else 0.0
+    # Fewer steps than it averages over.
     if optimizer.step is not None and beta2 and optimizer.step * (1 - beta2) < 1:
         found.append(
             Finding(
@@ -268,6 +272,7 @@ def _body(report: Report) -> list[Finding]:
     return [
         Finding(
             code="rare-rows",
+            # Where with them the run would be called unstable, that they are left out is no detail.
             severity="warning" if full.rho is not None and classify(full.rho) == "unstable" else "info",
             message=f"with the {body.rows:,} embedding rows that this shard looks up fewer than ten times it is "
             f"{with_them}: that is their few tokens' luck, and concerns their rows alone; the verdict leaves them out",
@@ -355,6 +360,7 @@ def _quality(report: Report) -> list[Finding]:
                 f"raise {'--budget' if skipped else '--max-hvps'}",
             )
         )
+    # Ends though nothing was held out: one batch in memory is taken for the whole problem.
     if generalisation.held_out is None and generalisation.rho_low is not None:
         found.append(
             Finding(

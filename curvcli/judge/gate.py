@@ -37,9 +37,11 @@ def judge(rules: Sequence[Rule], readings: Readings, *, regression_tolerance: fl
             outcomes.append(_healthy(rule, readings.run()) if healthy else _resolved(rule, readings.verdict()))
         elif rule.limit is None:
             raise ValueError(f"{rule.name} has no limit")
+        # A count is exact, and has no bracket to be held against.
         elif column.kind == "count" and asked.least:
             outcomes.append(_enough(rule, rule.limit, readings.of(column)[0], column.label))
         else:
+            # The one rule that compares two measurements to the percent: machines round differently.
             limit = rule.limit + (regression_tolerance if rule.name == "max-regression" else 0.0)
             found = [_held(rule, limit, reading, least=asked.least) for reading in readings.of(column)]
             outcomes.append(_deciding(found, least=asked.least))
@@ -115,6 +117,7 @@ def decide(
     each = points or [("", None, readings)]
     outcomes = judge_each(rules, each, regression_tolerance=regression_tolerance)
     run = readings.run()
+    # A network that is wrecked is often flat: every rule on rho would hold.
     if run is not None and run.name in LOST and not any(rule.name == "require-healthy" for rule in rules):
         outcomes.append(_healthy(Rule(name="require-healthy", limit=None, source="always: the run's own loss"), run))
     outcome = overall(outcomes)

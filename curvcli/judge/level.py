@@ -22,6 +22,7 @@ def alert_of(record: Record) -> Alert:
     verdict = verdict_of(record)
     if record.status == "non-finite":
         return _alert(record, "ERROR", record.message or "a number is not finite", action="stop")
+    # Before the verdict and what is broken: of a young optimizer rho says nothing, and at lr 0 nothing is measured.
     if record.early or record.lr == 0:
         return _alert(record, "INFO", "too early to tell" if record.early else "the learning rate is 0")
     said = _gradient(record)
@@ -29,6 +30,7 @@ def alert_of(record: Record) -> Alert:
         lr = lower_lr(record.lr, record.rho, record.stable_lr)
         level, words = ("ERROR", "unstable") if verdict == "unstable" else ("WARN", "probably too hot")
         return _alert(record, level, _joined(f"rho is {record.rho:.3g}: {words}", said), action="lower the lr", lr=lr)
+    # Advisory, so never an error and no advice on lr.
     past = record.z is not None and record.z > EDGE_TO
     if said or past:
         edge = f"Z is {record.z:.3g}: past the edge of normalised descent" if past else ""
@@ -61,6 +63,7 @@ def _joined(*parts: str) -> str:
 
 
 def _alert(record: Record, level: str, text: str, *, action: str = "go on", lr: float | None = None) -> Alert:
+    # What would raise the rate, or leave it, is no advice on an alert.
     lowers = lr is not None and record.lr is not None and 0 < lr < record.lr
     return Alert.model_validate(
         {

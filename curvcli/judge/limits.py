@@ -6,6 +6,7 @@ from typing import Protocol
 
 from curvcli.documents import Severity, VerdictName
 
+# About 1, the edge, by a quarter each way. They are conventions: what became of runs there is in calibration.json.
 STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
 # Verdicts that leave open whether the run is stable: more data, more products or more steps could say.
 UNKNOWN: tuple[VerdictName, ...] = ("early", "unresolved")

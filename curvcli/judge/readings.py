@@ -1,7 +1,4 @@
-"""What the gate's rules ask for: numbers with the brackets that limits are held against.
-
-docs/how-to/gate.md says why each.
-"""
+"""What the gate's rules ask for: numbers with the brackets that limits are held against (docs/how-to/gate.md says why)."""
 
 from __future__ import annotations
 
@@ -109,6 +106,7 @@ class ReportReadings:
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         threshold = self.report.optimizer.threshold
         low, high = _on_shard(estimate.rho, estimate.residual, threshold)
+        # Nothing lies above the ceiling; reports of older versions have none, and go by the residual.
         if estimate.ceiling is not None and threshold and high is not None:
             high = max(high, estimate.ceiling / threshold)
         return Reading(what, estimate.rho, low, high, narrow="lower --tolerance of curv analyze", part=name, note=note)
@@ -160,6 +158,7 @@ class ReportReadings:
         report, what = self.report, "lr over the largest stable one"
         found = report.stable_lr
         if found is not None:
+            # Not the optimizer's: the rate that the ratio was made with.
             lr = found.ratio * found.value
             return Reading(what, found.ratio, 0.0 if found.high is None else lr / found.high, lr / found.low)
         if reason := _why(report, report.judged) or _early(report):
@@ -183,7 +182,7 @@ class ReportReadings:
     def _over_history(self, what: str) -> Reading:
         """rho over the median of what it was; the corners of both brackets."""
         report = self.report
-        if reason := _why(report, report.full):
+        if reason := _why(report, report.judged):
             return Reading(what, reason=reason)
         if len(self.history) < 2:
             return Reading(what, reason="fewer than two certified points stand before it")
@@ -197,6 +196,7 @@ class ReportReadings:
         if len(known) < len(brackets) or report.judged.rho is None:
             return Reading(what, reason="a value is missing")
         (low, high), before = known[0], known[1:]
+        # Each end's own median holds the median of whatever lies between them: it grows with each of its numbers.
         old_low, old_high = median(b[0] for b in before), median(b[1] for b in before)
         if old_low <= 0:
             return Reading(what, reason=f"the median before may be 0 or below ({old_low:.4g}): nothing can be divided by it")
@@ -233,6 +233,7 @@ class ReportReadings:
                 held, threshold = report.generalisation, report.optimizer.threshold
                 if held.held_out is None or low is None or high is None or not per:
                     return Reading(what, reason=f"the shards differ, and {name or 'the '}report held nothing out")
+                # On tokens of its own each value is fitted to them: what was held out bounds it from below.
                 low = min(held.held_out / per, low)
                 if threshold and held.rho_low is not None and held.rho_high is not None:
                     low, high = min(low, held.rho_low * threshold / per), max(high, held.rho_high * threshold / per)
@@ -286,7 +287,7 @@ def track_readings(
     Args:
         run: the verdict on all of it, where that is known already.
     """
-    place %= len(track.points)
+    place %= len(track.points)  # -1 is the newest
     point, run = track.points[place], run or judge_track(track)
     if point.report is None:
         which = "newest checkpoint" if place == len(track.points) - 1 else f"checkpoint {point.checkpoint}"

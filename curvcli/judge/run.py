@@ -16,6 +16,7 @@ from curvcli.judge.steepest import alone, words
 
 DECADES, NO_BETTER = 2.0, 0.98  # lambda falls by so many while the loss on the shard keeps over this share of what it was
 USES_CONTEXT = 0.9  # of the tokens' entropy: a network below that is no collapsed one
+# Points before the newest, and what its rho has to be over their median for it to rise or fall.
 TREND_WINDOW, RISING, FALLING = 5, 1.25, 0.8
 _PAST = ("unstable", "hot")  # verdicts past the edge
 FAR = 2 * UNSTABLE_ABOVE  # rho from which on a checkpoint counts as past it, though its bracket spans the limit
@@ -55,7 +56,9 @@ def judge_run(
     worst = max(known, key=_rho, default=None)
     limit = None
     if name in _ACTS:
+        # Of a hot run nothing has failed: rho alone bounds its rate.
         failed = course.lr_highest if course and name != "hot" else None
+        # Where the newest lies below the edge its rate has decayed: the next run's peak is bounded where it was hottest.
         hottest = max(_late(known), key=_rho, default=newest) if name == "hot" and not _past(newest) else newest
         limit = restart_lr(hottest if good is None else good.report, failed)
     action, advice = _action(name, good, limit, newest)
@@ -125,6 +128,7 @@ def restart_lr(at: Report | None, failed: float | None) -> float | None:
 
 def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) -> tuple[RunName, int | None, list[str]]:
     """What the run is, where it went wrong, and why."""
+    # The loss goes before curvature: a lost network is flat, and looks safe.
     if course is not None and course.lost:
         return ("wrecked" if course.name == "wrecked" else "collapsed"), course.step, [course.reason]
     if flat := _flat(newest, known):
@@ -137,6 +141,7 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
         return "hot", step, [f"rho is {_rho(newest):.3g}, past the edge{_loss_says(course)}"]
     late = _late(known)
     past = [report for report in late if _past(report)]
+    # Not one alone: many runs cross the edge in their warm-up and train on (docs/explanation/method.md).
     if len(past) >= 2 and 3 * len(past) >= len(late):
         worst = max(past, key=_rho)
         at = "" if worst.checkpoint.step is None else f" at step {worst.checkpoint.step:,}"
@@ -152,7 +157,8 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
 
 def _late(known: Sequence[Report]) -> list[Report]:
     early = calibration().early_steps
-    return [report for report in known if (report.checkpoint.step or early) >= early]
+    # Of a step that is not known nothing says that it is early; step 0 is.
+    return [report for report in known if report.checkpoint.step is None or report.checkpoint.step >= early]
 
 
 def _past(report: Report) -> bool:
@@ -179,6 +185,7 @@ def _flat(newest: Report, known: Sequence[Report]) -> tuple[int | None, str] | N
     for before in known:
         then = before.judged.eigenvalue
         same = (before.data.sha256, before.data.sequence_length) == (data.sha256, data.sequence_length)
+        # On other tokens both loss and lambda are others; of a loss of 0 or less no share means anything.
         if not same or then is None or then <= 0 or log10(then / now) < DECADES or before.data.loss <= 0:
             continue
         if data.loss >= NO_BETTER * before.data.loss:

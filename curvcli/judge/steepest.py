@@ -25,6 +25,7 @@ def read(z: float | None, status: SteepestStatus, *, early: bool = False) -> Ste
         return "early"
     if z is None or status not in ("settled", "unsettled"):
         return "unresolved"
+    # Also of an S that still rose: the true one is larger.
     if z > EDGE_TO:
         return "past"
     if status == "unsettled":

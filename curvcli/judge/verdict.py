@@ -28,6 +28,7 @@ def judge(
     if not certified(judged) or generalisation.rho_low is None or generalisation.rho_high is None:
         return "unresolved"
     found = verdict_at(generalisation.rho_low, generalisation.rho_high, odds)
+    # One part past its edge is enough for a run to fail, and one below it is not enough to hold.
     return "unresolved" if partial and found == "stable" else found
 
 
@@ -41,7 +42,7 @@ def verdict_at(low: float, high: float, odds: float | None) -> VerdictName:
     Args:
         odds: chance of a bad end; None where it is not known, and the limits alone decide.
     """
-    known = calibration()
+    known = calibration()  # the odds at which verdicts change
     places = {classify(low), classify(high)}
     if places == {"stable"}:
         return "stable" if odds is None or odds < known.stable_below else "edge"
@@ -49,6 +50,7 @@ def verdict_at(low: float, high: float, odds: float | None) -> VerdictName:
         return "unstable" if odds is None or odds >= known.unstable_from else "hot"
     if places == {"edge"}:
         return "edge"
+    # Between: never unstable, which asks for the whole bracket, nor stable.
     if "unstable" in places:
         return "hot" if odds is not None and odds >= known.hot_from else "unresolved"
     return "edge" if odds is not None and odds >= known.stable_below else "unresolved"

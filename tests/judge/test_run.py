@@ -52,6 +52,11 @@ def test_trend(scale: float, trend: str) -> None:
     assert verdict([calm(20), calm(100, scale)]).trend is None
 
 
+def test_step_0_is_early_and_counts_for_nothing() -> None:
+    assert verdict([unstable(0), unstable(20), calm(60), calm(100)]).name == "healthy"
+    assert verdict([unstable(18), unstable(20), calm(60), calm(100)]).name == "hot"
+
+
 def test_a_wrecked_run_goes_back_to_the_newest_good_checkpoint() -> None:
     points = [calm(20), calm(40), unstable(55), failed(58), calm(80, 0.01), calm(100, 0.01)]
     found = verdict(points, BROKEN)

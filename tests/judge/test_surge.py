@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tracks import course_of
 
+from curvcli.documents import BodyEstimate
 from curvcli.judge.readings import ReportReadings, past, track_readings
 
 
@@ -38,6 +39,20 @@ def test_an_unconverged_value_is_no_past() -> None:
     full = report.full.model_copy(update={"status": "unconverged"})  # its rho stands in the report, not to be relied on
     points[1] = points[1].model_copy(update={"report": report.model_copy(update={"full": full})})
     assert [known.full.rho for known in past(points, 5)] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("full", "body", "expected"), [("converged", "unconverged", None), ("unconverged", "converged", 3.0)]
+)
+def test_without_rare_rows_a_surge_rests_on_what_the_verdict_does(full: str, body: str, expected: float | None) -> None:
+    *before, newest = course_of([1.0, 1.0, 3.0]).points
+    report = newest.report
+    assert report is not None
+    parts = {
+        "full": report.full.model_copy(update={"status": full}),
+        "body": BodyEstimate(**{**report.full.model_dump(), "status": body}, rows=3),
+    }
+    assert ReportReadings(report.model_copy(update=parts), history=past(before, 5)).surge().value == expected
 
 
 def test_the_bracket_of_a_surge_is_from_all_residuals() -> None:
