@@ -57,6 +57,7 @@ class Alerts:
         """A new record; its alert, whether or not anybody is told."""
         alert = alert_of(record)
         if self.reaction is not None:
+            # First: an alarm may take its time, and the job reads this at its next step.
             self._try("the reaction file", lambda: _write(self.reaction, alert))
         if self._worth(alert.level):
             (logger.error if alert.level == "ERROR" else logger.warning if alert.level == "WARN" else logger.info)(
@@ -70,12 +71,14 @@ class Alerts:
         """Whether this level is told, after those before."""
         if level == "INFO":
             self._calm += 1
+            # Not at the first calm record: a rho that hovers about a limit would be told of each time.
             if self._told != "INFO" and self._calm >= CALM:
                 self._told, self._since = "INFO", 0
                 return True
             return False
         self._calm = 0
         self._since += 1
+        # Over the highest told: from ERROR to WARN and back is the same alert.
         if LEVELS.index(level) > LEVELS.index(self._told) or self._since >= AGAIN:
             self._told, self._since = level, 0
             return True
@@ -143,7 +146,7 @@ class _Webhook:
         if len(self._threads) >= WAITING:
             logger.warning("an alert to %s was dropped: %d are under way", self.host, WAITING)
             return
-        body = json.dumps(json.loads(alert.to_json())).encode()
+        body = json.dumps(json.loads(alert.to_json())).encode()  # without a document's indentation
         # A daemon: a server that never answers may not hold up the end of the process.
         thread = threading.Thread(target=self._post, args=(body,), name="curv-webhook", daemon=True)
         self._threads.append(thread)
@@ -158,17 +161,19 @@ class _Webhook:
     def _post(self, body: bytes) -> None:
         try:
             request = urllib.request.Request(self.url, data=body, headers=self.headers, method="POST")  # noqa: S310
-            with urllib.request.build_opener(_Straight).open(request, timeout=self.timeout):
+            with urllib.request.build_opener(Straight).open(request, timeout=self.timeout):
                 pass
         except Exception as error:  # a thread's traceback on the job's terminal helps nobody
+            # The class alone: an error's own words may have the URL in them.
             logger.warning("an alert to %s could not be posted: %s", self.host, type(error).__name__)
 
 
-class _Straight(urllib.request.HTTPRedirectHandler):
+class Straight(urllib.request.HTTPRedirectHandler):
     """Follows no redirect: a POST would become a GET, somewhere else."""
 
     def redirect_request(self, *_: Any) -> None:
-        return None
+        """None, which makes an error of it."""
+        return
 
 
 def wandb(alert: Alert) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvcli.curvature.precision import mapped
 from curvcli.curvature.problem import Loss
 from curvcli.documents import Schedule
 from curvcli.errors import UsageError
+from curvcli.training.found import rank
 from curvcli.training.tracker import CurvatureTracker
 from curvcli.training.warmup import ArchitectureWarmup
 
@@ -78,14 +80,14 @@ class Callbacks:
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Before the first forward pass, weights and optimizer as they will be trained on."""
-        self.end()
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        self.end()  # of a fit before, with the same callback
+        dist = torch.distributed
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and not self._said:
             self.every, self.max_overhead = 10, None  # ranks that measure together have no clock in common
         if self.probe is not None:
             device = next(model.parameters()).device
-            probe = [_on(device, batch) for batch in self.probe]
-            primary = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+            probe = [mapped(batch, lambda tensor: tensor.to(device)) for batch in self.probe]
             self.tracker = CurvatureTracker(
                 model,
                 optimizer,
@@ -94,7 +96,7 @@ class Callbacks:
                 every=self.every,
                 max_overhead=self.max_overhead,
                 max_hvps=self.max_hvps,
-                log=self.log if primary else None,
+                log=self.log if rank() == 0 else None,
                 split=self.max_overhead is None,  # trainers call back on every rank; a budget is the first one's own
                 **self.more,
             )
@@ -102,7 +104,8 @@ class Callbacks:
             rho_source = self.tracker if self.adaptive else None
             self.warmup = ArchitectureWarmup(model, optimizer, self.schedule, outputs=self.outputs, rho_source=rho_source)
             if self.tracker is not None:
-                self.tracker.warmup = self.warmup
+                self.tracker.warmup = self.warmup  # afterwards, as each wants the other
+        # Trainers load a callback's state before there is a model to make warm-up and tracker for.
         if self._restored is not None:
             if self.warmup is not None:
                 self.warmup.load_state_dict(self._restored["warmup"])
@@ -141,13 +144,3 @@ class Callbacks:
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a transformers model returns for a batch with labels."""
     return model(**batch).loss  # type: ignore[no-any-return]
-
-
-def _on(device: torch.device, batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {k: _on(device, v) for k, v in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_on(device, v) for v in batch)
-    return batch

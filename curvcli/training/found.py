@@ -69,6 +69,7 @@ def calibrated(found: Found, preconditioner: Preconditioner, step: int) -> Found
     partial = bool(preconditioner.balls)  # of which no run of the calibration was
     if not certified(found) or residual is None or not threshold or not lr or rho <= 0 or partial:
         return found
+    # Up to the residual: the tracker knows no ceiling, and holds nothing out (docs/adr/0007-two-eigensolvers.md).
     limit = stable_lr(lr, Bracket(rho, rho, rho + residual / threshold), preconditioner.name)
     return replace(found, stable_lr=limit, odds=odds(rho, preconditioner.name))
 
@@ -81,6 +82,7 @@ def groups_of(optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 def bare(model: nn.Module) -> nn.Module:
     """The model without torch.compile's and DistributedDataParallel's wrappers."""
+    # Compiled outside of DistributedDataParallel, or within it: jobs do either.
     module = getattr(model, "_orig_mod", model)
     if isinstance(module, nn.parallel.DistributedDataParallel):
         module = module.module

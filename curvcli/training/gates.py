@@ -27,7 +27,7 @@ class Gate:
     part_of_model = True  # measurements go through it, as through a module's own hooks
 
     def __init__(self, index: int, block: nn.Module) -> None:
-        self.index, self.block, self.value = index, block, -1.0
+        self.index, self.block, self.value = index, block, -1.0  # no alpha: the first `set` writes
         # A tensor, so that compiled code does not bake it in.
         self._alpha = torch.zeros((), device=next(block.parameters()).device)
         self._version: tuple[Tensor, int] | None = None
@@ -48,11 +48,12 @@ class Gate:
     def enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         """Once: which states come in, so that a block that writes into them is found out."""
         if (states := _states(args, kwargs)) is not None:
-            self._version = states, states._version
+            self._version = states, states._version  # which torch raises at each write in place
 
     def mix(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The gated output in the place of the block's. Raises UnsupportedError for a block that cannot be gated."""
         before = _states(args, kwargs)
+        # Of these types alone: a namedtuple or a ModelOutput is not made anew from its members.
         after = output[0] if type(output) in (tuple, list) and output else output
         if not isinstance(after, Tensor) or before is None or before.shape != after.shape:
             raise UnsupportedError(

@@ -18,6 +18,7 @@ def prove(lock: Lock, model: nn.Module, locked: Callable[[], bool]) -> None:
     The forward pass raises UnsupportedError where it is not, while `locked()` holds. Nothing is proven under
     torch.compile, where a hook would change the graph; `curv schedule verify` gives the same proof.
     """
+    # torch.compile(model) wraps it, model.compile() leaves no wrapper.
     if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
         return
     entered: list[Tensor] = []

@@ -73,6 +73,7 @@ def check_shared(locks: Sequence[Lock], model: nn.Module, phases: Iterable[froze
 
     def walk(module: nn.Module, owner: int | None) -> None:
         owner = blocks.get(id(module), owner)
+        # Not named_parameters, which gives a tied weight once: here each of its owners counts.
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(_place(parameter), set()).add(owner)
@@ -97,6 +98,7 @@ def check_shared(locks: Sequence[Lock], model: nn.Module, phases: Iterable[froze
 def _place(parameter: Tensor) -> int:
     """Where a parameter's values are in memory: tied ones share it, whether or not they are one object."""
     values = local(parameter)
+    # What holds no value here has the address 0, as all that hold none.
     return values.data_ptr() if values.numel() and not values.is_meta else id(parameter)
 
 
@@ -125,6 +127,7 @@ def _known(block: nn.Module, index: int) -> list[tuple[str, nn.Parameter, float]
         if all(name in children for name in pair):
             return [(f"{name}.{n}", p, rest) for name in pair for n, p, rest in _gain(children[name])]
     found = [(n, p, 0.0) for n, p in block.named_parameters() if _OUTPUT.search(n)]
+    # A bias alone makes no identity.
     if not any(p.dim() >= 2 for _, p, _ in found):
         raise UnsupportedError(
             f"no output projection is known in block {index}, a {type(block).__name__}",
@@ -143,6 +146,7 @@ def _gain(norm: nn.Module) -> list[tuple[str, nn.Parameter, float]]:
         twin._parameters = dict.fromkeys(names)
         for n in names:
             object.__setattr__(twin, n, torch.full(shape, 0.0 if n == "bias" else value))
+        # Of a constant input a LayerNorm gives 0 whatever its gain is.
         if not bool(twin.forward(torch.linspace(-1, 1, shape[-1])[None]).any()):
             return [(n, p, 0.0 if n == "bias" else value) for n, p in norm.named_parameters(recurse=False)]
     raise UnsupportedError(

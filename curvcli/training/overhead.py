@@ -86,6 +86,7 @@ class Budget:
             return True
         cost, ledger = self.cost(self.batches), self.ledger
         earned = self.share * ledger.trained >= ledger.spent + cost
+        # A long pause counts as training, and may not pay for measurements at each step after it.
         return earned and self.share * (ledger.trained - self._since) >= cost / 2
 
     @property
@@ -95,6 +96,7 @@ class Budget:
 
     def cost(self, batches: int) -> float:
         """Seconds that a measurement on so many batches is expected to take."""
+        # The trial only while there is no other: it has in it what is done once.
         each = median(self._costs) if self._costs else self._trial or 0.0
         return each * batches
 
@@ -118,6 +120,7 @@ class Budget:
             return
         allowed = self.share * WANTED * self.ledger.trained / self.ledger.steps
         fitting = max(1, min(self.available, int(allowed / self.cost(1))))
+        # Kept once it has settled: rho on other data is another rho.
         if self.measured <= SETTLING or self.cost(self.batches) > 2 * allowed:
             self.batches = fitting
 

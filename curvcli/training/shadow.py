@@ -23,7 +23,7 @@ class Shadow:
     while young and then sees too much curvature rather than too little.
     """
 
-    DECAY, YOUNG = 0.9, 5
+    DECAY, YOUNG = 0.9, 5  # over measurements, not steps: of some ten, from the fifth on
 
     def __init__(self) -> None:
         self.moments: dict[str, Tensor] = {}
@@ -35,9 +35,11 @@ class Shadow:
         Raises UnsupportedError for an optimizer whose state gradients alone do not tell.
         """
         rule, groups = rule_for(view), {name: group for group in view.groups for name in group.names}
+        # Asked of empty moments: whether the rule can make its state of gradients alone.
         nothing = torch.zeros(())
         if not names or any(n not in groups for n in names) or rule.expected(nothing, nothing) is None:
             raise UnsupportedError(f"{view.name} has no second moments to foresee", hint="adaptive mode needs Adam or AdamW")
+        # Another group of blocks comes next.
         if set(names) != set(self.moments):
             self.moments, self.count = {n: torch.zeros_like(problem.parameters[n]) for n in names}, 0
         self.count += 1
@@ -45,7 +47,7 @@ class Shadow:
             self.moments[name].mul_(self.DECAY).add_(part.square(), alpha=1 - self.DECAY)
         if self.count < self.YOUNG:
             return None
-        correction = 1 - self.DECAY**self.count
+        correction = 1 - self.DECAY**self.count  # as Adam's (arXiv 1412.6980, section 3)
         roots: dict[str, InverseRoot] = {}
         for name, moment in self.moments.items():
             state = rule.expected(torch.zeros_like(moment), moment / correction)

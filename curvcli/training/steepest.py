@@ -40,5 +40,6 @@ def in_norm(
         # Options that may change the update take the number away, as they do rho.
         "z": distance(lr, found.value or 0.0, dual) if lr is not None and positive and not preconditioner.doubts else None,
     }
+    # A record has the eigensolver's words; flat has no Z either.
     status = {"settled": "converged", "non-finite": "non-finite"}.get(found.status, "unconverged")
     return {**fields, "status": status}, dict(zip(names, found.direction or (), strict=False))

@@ -62,7 +62,7 @@ class CurvatureTracker:
     Whatever fails in it is a record with status "failed" and a reason, and the job goes on.
 
     Args:
-        model: the training model; bare_names from torch.compile and DistributedDataParallel. One under fully_shard is
+        model: the training model, unwrapped from torch.compile and DistributedDataParallel. One under fully_shard is
             gathered for the measurement, which takes `split`; FSDP1 and tensor parallelism are "failed".
         optimizer: whose state is the preconditioner, and whose learning rates give rho. What it does not hold is left out.
             Muon and the Adam of the other parameters, as a list. Of Muon and Lion records have Z instead of rho.
@@ -139,12 +139,12 @@ class CurvatureTracker:
         primary = rank() == 0
         self.alerts = Alerts((wandb, *alerts) if primary else (), Path(reaction) if reaction and primary else None)
         self.last: Record | None = None
-        self._lost: LostError | None = None
+        self._lost: LostError | None = None  # from then on ranks may be out of step, and are not met again
         self.shadow = Shadow()
-        self._mode: Mode | None = None
+        self._mode: Mode | None = None  # until the first measurement, which checks what need be checked once
         self._warned = False
         self._direction: dict[str, Tensor] = {}  # the top eigenvector in the parameters' own coordinates
-        self._ahead: tuple[frozenset[str], float | None] = (frozenset(), None)
+        self._ahead: tuple[frozenset[str], float | None] = (frozenset(), None)  # what joins next, and rho with it
 
     def step(self, step: int, *, loss: float | None = None, batch: Any = None) -> Record | None:
         """Measure after an optimizer step, where it is this one's turn.
@@ -189,7 +189,7 @@ class CurvatureTracker:
                 logger.warning("curvature of step %d could not be logged: %s", step, error)
         if rank() == 0:
             self.alerts.see(record)
-        self.ledger.charge()
+        self.ledger.charge()  # sinks and alerts are no training
         return record
 
     def _turn(self, step: int) -> bool:
@@ -253,7 +253,7 @@ class CurvatureTracker:
         except Exception as error:
             if self._mode != "kept" or not exhausted(error):
                 raise
-        self._mode = "fresh"
+        self._mode = "fresh"  # for good, rather than run out at each measurement
         resources.release(next(self.model.parameters()).device)
         return attempt()
 
@@ -378,7 +378,7 @@ class CurvatureTracker:
     ) -> tuple[Found, dict[str, Tensor] | None]:
         root = preconditioner.root.restrict(names)
         operator = PreconditionedHessian(engine, root, preconditioner.decay)
-        start = [root.lower(near)] if near else []
+        start = [root.lower(near)] if near else []  # P has moved on; a direction of the weights is what lasts
         most = self.solver.max_products if self.budget is None else min(self.solver.max_products, self.budget.products)
         extremes = replace(self.solver, max_products=most).extremes(operator, start)
         if extremes.top is None or extremes.vector is None:

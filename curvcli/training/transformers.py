@@ -34,6 +34,7 @@ class CurvCallback(TrainerCallback):
         if state.global_step:
             saved = _checkpoint(args, state) / STATE
             if saved.is_file():
+                # Tensors and plain values alone: a checkpoint may be anybody's, and nothing in it is run.
                 self.callbacks.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
             elif self.callbacks.adaptive:
                 raise UsageError(
@@ -48,8 +49,9 @@ class CurvCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tells the tracker the step, and the loss that the Trainer logged last."""
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        self.callbacks.after(state.global_step, losses[-1] if losses else None)
+        # From the end: the history grows with the run, and this is called at every step.
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        self.callbacks.after(state.global_step, loss)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes the warm-up off the model."""

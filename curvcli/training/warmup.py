@@ -141,6 +141,7 @@ class ArchitectureWarmup:
                 hint="count steps over the whole run, not within an epoch; for a run that is set back make a new warm-up "
                 "from the weights that it is set back to",
             )
+        # At each step: an adapter, or requires_grad_, may have come since the last.
         self._check_parameters()
         self._hook_gradients()
         if self.current is None:
@@ -164,6 +165,7 @@ class ArchitectureWarmup:
 
     def next_parameters(self, step: int, horizon: int = 100) -> frozenset[str]:
         """Adaptive mode: names of the parameters that join next, from `horizon` steps before they may."""
+        # Before, so that their second moments (shadow.py) are no longer young when the phase may begin.
         phase = len(self.started)
         if (
             self.rho_source is None
@@ -244,11 +246,13 @@ class ArchitectureWarmup:
         while (phase := len(self.started)) < len(phases) and step >= phases[phase].step:
             rho = self.rho_source.rho_with(self._names(frozenset(phases[phase].unlock)))
             allowed = rho is not None and rho <= self.margin
+            # Of one rank for all: each may have measured a rho on its own side of the margin.
             if not _agreed(allowed or step >= phases[phase].latest, self.model):
                 break
             why = f"rho {rho:.3g} with it is within {self.margin:g}" if allowed else f"latest step {phases[phase].latest}"
             logger.info("step %d: phase %d begins, %s", step, phase, why)
             self.started.append(step)
+        # A resumed job knows decisions of steps that are still to come.
         begun = sum(1 for began in self.started if began <= step)
         return frozenset(range(self.schedule.depth)) - frozenset(phases[max(begun - 1, 0)].active)
 
@@ -344,6 +348,7 @@ class ArchitectureWarmup:
                 "the optimizer steps before the schedule was told the step", hint="call warmup.step(step) first"
             )
         for _, _, parameter in with_gradient:
+            # No zeros: of a gradient of 0 an optimizer makes state, and decays the weight.
             parameter.grad = None
         for watch in self._watches:
             watch.see_gradients()

@@ -35,7 +35,13 @@ def server() -> Iterator[tuple[str, list[Any]]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(500 if self.path == "/broken" else 204)
+            self.send_response({"/broken": 500, "/moved": 302}.get(self.path, 204))
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            got.append(self.path)
+            self.send_response(204)
             self.end_headers()
 
         def log_message(self, *arguments: object) -> None:
@@ -55,6 +61,8 @@ def test_a_webhook_gets_the_event(server: tuple[str, list[Any]]) -> None:
     assert notify(f"{address}/hook", TOLD) is None
     assert got == [{"text": TOLD["message"], **TOLD}]
     assert "500" in notify(f"{address}/broken", TOLD)
+    assert "302" in notify(f"{address}/moved", TOLD), "a POST that is redirected would be a GET, and nobody told"
+    assert "/elsewhere" not in got
     assert "failed" in notify("http://127.0.0.1:9/", TOLD)
 
 
