@@ -112,6 +112,7 @@ def analyze(
 
         return write(work, work.run(early), said, tokens)
 
+    # Before anything is touched: what no solve can come of is known from the numbers.
     check_effort(tolerance, max_hvps, depths=depths, truncated=truncated)
     tokens = sum(weights) if weights else None
     solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
@@ -150,15 +151,15 @@ def prepared(
     """
     limit = limit_of(memory)
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
-    if isinstance(
-        optimizer, (torch.optim.Optimizer, Sequence)
-    ):  # it knows the parameters by identity: before copies take their place
+    # It knows the parameters by identity: before copies take their place.
+    if isinstance(optimizer, (torch.optim.Optimizer, Sequence)):
         optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
     say = progress or (lambda stage, done: None)
     with measurable(module) as lifted:
 
         def measure(problem: Problem, mode: Mode | Literal["auto"]) -> T:
             preconditioner = _preconditioner(problem, optimizer, lr)
+            # An optimizer that maximises descends minus the loss, whose Hessian is the one with an edge.
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
             notes = {**_lifted(lifted, problem), **_cut(problem, len(whole.batches)), **_idle(problem)}
@@ -178,6 +179,7 @@ def prepared(
         given = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
         check_lifted(given, lifted)
         state = optimizer.state if isinstance(optimizer, OptimizerView) else {}
+        # Ranks that read other files would sum products of different functions, and no number would show it.
         same("weights, optimizer state or data", given.parameters, given.batches, state)
         whole = spread(given, current())
         return leanest(whole, mode, measure)

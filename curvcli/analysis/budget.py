@@ -72,6 +72,7 @@ def within(budget: Budget, work: Callable[[Progress], T], tell: Progress = lambd
                     disarm()
                 tell(stage, done)
 
+            # Imports count towards the budget: whoever waits for a verdict waits for them too.
             progress("importing torch", 0.0)
             return work(progress), ""
     except OutOfTime:
@@ -126,10 +127,12 @@ def _alarm(at: float) -> Iterator[Callable[[], None]]:
     def disarm() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
+    # Python runs handlers in the main thread alone. Of several ranks one breaks in, and the others hear of it.
     if at == inf or not decides() or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
     before = signal.signal(signal.SIGALRM, ring)
+    # A time of 0 would call the alarm off.
     signal.setitimer(signal.ITIMER_REAL, max(at - monotonic(), 0.01))
     try:
         yield disarm

@@ -66,6 +66,7 @@ class RankedCache:
     def get(self, key: str) -> Report | None:
         """What rank 0 has under its key."""
         found = self.cache.get(key) if self.ranks.rank == 0 else None
+        # As text: the others need not have rank 0's disk.
         text = self.ranks.first_text(found.to_json() if found is not None else "")
         return Report.model_validate_json(text) if text else None
 
@@ -129,7 +130,7 @@ class FileCache:
         if not (_is_plain(file) and (secret := self._secret())):
             return None
         try:
-            said = parse_json(read_limited(file, 2**26))
+            said = parse_json(read_limited(file, 2**26))  # bytes, more than any report has
             if not hmac.compare_digest(said["signature"], _signature(secret, key, said["report"])):
                 raise ValueError("it was not signed here")
             report = Report.model_validate_json(said["report"])
@@ -144,6 +145,7 @@ class FileCache:
         """Keep a report. Where that fails, `complaint` says why and nothing is lost but time."""
         try:
             self.kept.make()
+            # Two writers would make two keys. Readers need no lock: entries are replaced whole.
             with self._locked():
                 secret = self._secret() or self._new_secret()
                 text = report.to_json()
@@ -156,11 +158,12 @@ class FileCache:
     def _secret(self) -> bytes | None:
         """The key that entries are signed with; None where there is none that only this user can have written."""
         try:
+            # No link that somebody put there is followed, and no pipe waited for.
             handle = os.open(self.folder / ".key", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with os.fdopen(handle, "rb") as stream:
                 found = os.fstat(handle)
                 private = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-                secret = stream.read(_KEY_BYTES + 1) if private else b""
+                secret = stream.read(_KEY_BYTES + 1) if private else b""  # one more, to see that it ends
         except OSError:
             return None
         return secret if len(secret) == _KEY_BYTES else None
@@ -186,6 +189,7 @@ def _digest(file: Path) -> str:
 
 
 def _signature(secret: bytes, key: str, report: str) -> str:
+    # With its name: a report that was signed for one measurement is none of another.
     return hmac.new(secret, json.dumps([key, report]).encode(), "sha256").hexdigest()
 
 

@@ -92,9 +92,9 @@ def carriers(
         except Exception as error:  # whatever a model raises that cannot be differentiated three times
             why = "memory ran out" if exhausted(error) else f"{type(error).__name__}: {str(error)[:120]}"
         else:
-            if abs(found.total - expected) <= APART * max(
-                abs(expected), float((found.weights * found.quotients.abs()).sum())
-            ):
+            # Where parts cancel, their sum is good to the rounding of what cancelled.
+            size = max(abs(expected), float((found.weights * found.quotients.abs()).sum()))
+            if abs(found.total - expected) <= APART * size:
                 return found
             why = f"together they have {found.total:.4g} where lambda is {expected:.4g}"
     return _by_sequence(problem, direction, why)
@@ -103,13 +103,16 @@ def carriers(
 def _by_prediction(problem: Problem, task: Task, direction: Mapping[str, Tensor], *, negated: bool) -> Carriers:
     model, parameters = problem.model, problem.parameters
     batches = [aligned(model, batch, task) for batch in problem.batches]
+    # As one shard, so that a row has one number whatever batch it came in.
     columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     labels = columns["labels"]
     each = max(1, labels[0].numel() * widest(model))  # logits of a sequence
+    # Three backward passes hold logits several times over: fewer rows than a product takes.
     rows = max(1, min(largest_batch(problem), LOGITS // each))
     losses, curvatures = [], []
     for start in range(0, len(labels), rows):
         part = {name: column[start : start + rows] for name, column in columns.items()}
+        # Nothing is predicted in it, and a mean over nothing is no number.
         if not bool((part["labels"] != IGNORED).any()):
             continue
         found = second_derivatives(model, partial(token_losses, batch=part), parameters, direction)
@@ -194,9 +197,11 @@ def _without(problem: Problem, found: Carriers, kept: Tensor, heavy: Tensor | No
         columns["labels"] = labels
     kept = kept & (columns["labels"] != IGNORED).reshape(len(kept), -1).any(dim=1).cpu()
     columns = {name: column[kept.to(column.device)] for name, column in columns.items()}
+    # Four batches at least, or the bracket has no folds.
     size = max(1, min(largest_batch(problem), int(kept.sum()) // 4))
     parts = {name: column.split(size) for name, column in columns.items()}
     batches = [{name: pieces[i] for name, pieces in parts.items()} for i in range(len(parts["labels"]))]
     counts = [float((batch["labels"] != IGNORED).sum()) for batch in batches]
+    # By labels that stand where their logits are, so that dropping one moves no other.
     rest = Problem.create(problem.model, labelled_loss, batches, counts)
     return rest.negated() if negated else rest

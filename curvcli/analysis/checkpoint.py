@@ -118,6 +118,7 @@ class Opened:
         size = options.batch_size or _batch_size(shard, checkpoint)
         batches = [_to(b, device) for b in shard.batches(size)]
         try:
+            # One cheap pass, so that what is wrong in the network is said as such, and at once.
             with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
                 self.loss(model, batches[0])
         except Exception as error:
@@ -327,8 +328,10 @@ def _optimizer(
     try:
         view = checkpoint.optimizer.view(model)
     except AmbiguousStateError as error:
+        # Two ways to give state to parameters fit their shapes: gradients tell which.
         view, finding = choose(error, gradients)
         found.append(finding)
+    # The rate comes last, as a factor: one value for all groups would lose their ratios.
     view = override(replace(view, name=name, vouched=True) if name else view, **{**given, "lr": None})
     view = at_gradient(view, parameters)
     found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)
@@ -382,6 +385,7 @@ def _device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
+        # Any name makes a device; whether it is there, only memory on it tells.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(

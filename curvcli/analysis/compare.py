@@ -63,6 +63,7 @@ def _measured(path: Path, how: Options, place: int, progress: Callable[[str, flo
     def within(stage: str, done: float) -> None:
         progress(f"{path.name}: {stage}", (place + done) / 2)
 
+    # No curve over depth: a comparison shows none.
     return analyze_checkpoint(path, replace(how, depths=False), within)
 
 

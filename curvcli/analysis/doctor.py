@@ -157,6 +157,7 @@ def _twice(device: torch.device, backend: SDPBackend | None) -> bool:
         else:
             with sdpa_kernel(backend):
                 out = scaled_dot_product_attention(x, x, x)
+        # A square, of which the second derivative is not 0 by right.
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         torch.autograd.grad(first.square().sum(), x)
     except RuntimeError:
@@ -247,6 +248,7 @@ def _memory(checkpoint: Checkpoint, summary: Mapping[str, object] | None, device
     values = sum(prod(tensor.shape) for tensor in checkpoint.tensors)
     entries = (summary or {}).get("state entries")
     moments = len(entries) if isinstance(entries, list) else 0
+    # In float32, as it is measured, whatever the files have.
     least, free = 4 * values * (1 + moments + HELD), free_bytes(device)
     found = f"at least {_size(least)}: {values:,} float32 weights, their state, and {HELD} vectors of that size"
     if least > free:

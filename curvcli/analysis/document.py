@@ -69,6 +69,7 @@ class _Writer:
         empty = dict.fromkeys(documents.Estimate.model_fields)
         if extremes is None:
             return {**empty, "hvps": 0, "status": "skipped" if solved.skipped else "empty"}
+        # Of products that are not symmetric there is no eigenvalue: what came out is told to nobody.
         if extremes.top is None or extremes.status == "asymmetric":
             return {**empty, "hvps": extremes.products, "status": extremes.status}
         top, bottom, threshold = extremes.top, extremes.bottom, self.preconditioner.threshold
@@ -87,11 +88,12 @@ class _Writer:
 
     def report(self, provenance: Provenance, tokens: float | None) -> documents.Report:
         work, found = self.work, self.measured
-        self.whole = provenance.data is None
+        self.whole = provenance.data is None  # in memory: the batches are all of the data, not a sample of it
         layers, update = found.layers, found.update
         parameters = self.problem.parameters
         numel = {n: parameters[n].numel() for n in work.moving}
         checkpoint = (provenance.checkpoint or _in_memory)(sum(numel.values()), len(layers))
+        # What was measured is minus the loss; what is told is the loss.
         loss = -found.loss if self.preconditioner.ascends else found.loss
         data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
         optimizer = _optimizer(self.preconditioner, provenance.lr_source)
@@ -162,9 +164,9 @@ class _Writer:
             findings=[],
             course=course,
             cost=documents.Cost(
-                hvps=round(work.hvps),
+                hvps=round(work.hvps),  # folds count as shares of a product
                 seconds=time.perf_counter() - work.started,
-                peak_memory_bytes=work.peak or resources.peak_bytes(work.device),
+                peak_memory_bytes=work.peak or resources.peak_bytes(work.device),  # of an early report, that so far
                 device=str(work.device),
                 mode=work.choice.mode,
                 ranks=work.ranks.world,
@@ -220,6 +222,7 @@ class _Writer:
         points = [(1.0, value)]
         if folds and value is not None:
             count = len(folds.weights)
+            # Rounded up, to one fold at least; without all of them, which is the last point.
             points = [*(folds.prefix(part) for part in sorted({-(-count // 4), -(-count // 2)} - {count})), *points]
         return [
             documents.TokensPoint(
@@ -237,6 +240,7 @@ class _Writer:
             return [], None
         kinds = row_kinds(self.problem)
         squares = vector.cpu().double().square()
+        # Its norm is 1 up to float32's rounding.
         squares /= squares.sum()
         sizes = [self.problem.parameters[n].numel() for n in self.names]
         found = []
@@ -247,6 +251,7 @@ class _Writer:
                 shares, ids = piece.view(shape).sum(dim=1).topk(min(5, shape[0]))
                 rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
             found.append(documents.Attribution(tensor=display(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
+        # The participation ratio: 1 if one entry has all, n if all have the same.
         return sorted(found, key=lambda m: -m.mass), float(1 / squares.square().sum())
 
 

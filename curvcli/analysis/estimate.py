@@ -19,7 +19,7 @@ from curvcli.curvature.hvp import build, graph_bytes, random_direction, timed
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.errors import CurvError, memory_named
 
-HELD = 16  # vectors of the parameters' size that a solve of the usual length holds
+HELD = 16  # vectors of the parameters' size that a solve of the usual length holds, as plan.WANTED
 
 
 def estimate_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def estimate_run(
     Raises:
         CurvError: there is no checkpoint, or the newest one cannot be read or measured.
     """
-    options = replace(options, depths=False)
+    options = replace(options, depths=False)  # as a track measures, or no key would be found
     found = the_last(find_checkpoints(path), last, options)
     kept = 0
     for checkpoint in found:
@@ -88,7 +88,7 @@ def forecast(work: Measurement) -> dict[str, Any]:
     parameters = list(problem.parameters.values())
     size = sum(p.numel() * p.element_size() for p in parameters)
     moving = sum(problem.parameters[n].numel() * problem.parameters[n].element_size() for n in work.names)
-    del engine
+    del engine  # its graphs, before a graph is made to be weighed
     return {
         "seconds": ready + (count - 1) * product,  # choosing how to multiply is done
         "products": count,

@@ -97,7 +97,7 @@ class _Explainer:
                 f"{work.preconditioner.name} has no lambda, whose eigenvector this explains: its step is steepest in a norm",
                 hint="curv analyze measures sharpness in that norm; --optimizer none explains the loss's own curvature",
             )
-        work.stages.total = products(0)
+        work.stages.total = products(0)  # of the full model alone, whatever layers there are
 
     def explanation(self) -> documents.Explanation:
         """Everything, as a document."""
@@ -213,12 +213,13 @@ class _Explainer:
         work, value = self.work, solved.value
         root = work.preconditioner.root.restrict(work.names)
         direction = root.lift(vector)
+        # A coupled decay is a part of lambda that no datum has.
         weights = work.preconditioner.decay
         decay = sum(weights.get(n, 0.0) * float(u.double().square().sum()) for n, u in direction.items())
         self.say("sequences and predictions", _FIRST)
         work.in_time()
         found = carriers(work.problem, self.opened.loss, self.opened.task, direction, value - decay, negated=self.negated)
-        self.hvps += 1
+        self.hvps += 1  # three backward passes of each prediction's loss, or a product on each sequence
         removals: list[documents.Removal] = []
         try:
             for place, rest in enumerate(rests(work.problem, found, negated=self.negated)):
@@ -240,6 +241,7 @@ class _Explainer:
         """The verdict on what is left of a shard, solved for anew."""
         work, stage = self.work, f"without {rest.removed:,} of {rest.total:,} {rest.what}"
         again = Measurement(
+            # No layers: only the verdict is asked for again.
             rest.problem, work.preconditioner, None, work.solver, work.choice.mode,
             lambda inner, part: self.say(f"{stage}: {inner}", done + _REST * part), depths=False, basis=work.solver.basis,
         )  # fmt: skip
@@ -296,6 +298,7 @@ class _Explainer:
         """What stands before a prediction: the inputs up to it, or a decoder's own labels."""
         columns, task = found.columns or {}, self.opened.task
         labels, ids = columns["labels"][row], columns.get("input_ids")
+        # Logits at a place have seen the input there; a masked token, and a decoder's own label, are what is predicted.
         own = task != "seq2seq" and ids is not None and ids[row].shape == labels.shape
         end = position + (1 if own and task in ("causal-lm", "classification") else 0)
         before = (ids[row] if own and ids is not None else labels)[max(0, end - CONTEXT) : end].tolist()

@@ -98,6 +98,7 @@ def follow(
     options_of(options)  # before anything is waited for
     if not 0 < interval < float("inf"):
         raise UsageError(f"--interval {interval} is no number of seconds", hint="pass a positive number")
+    # A Path has one of the two slashes left.
     if "://" in str(run) or str(run).startswith(("s3:/", "gs:/", "hf:/")):
         raise UsageError(f"{run} is a URL, and nothing tells when it changes", hint="call curv track by a timer")
     store, state = MemoryCache(cache or NoCache()), _State()
@@ -107,6 +108,7 @@ def follow(
         while True:
             now = _stamps(run)
             settled = {path: stamp for path, stamp in now.items() if before.get(path) == stamp}
+            # All of them have to have settled: a track reads every one that lies there.
             if settled and settled == now and now != measured:
                 measured = now
                 yield state.look(run, last=last, surge=surge, window=window, cache=store, progress=progress, **options)
@@ -137,7 +139,7 @@ class _State:
         gone = [point for point in self.points if point.report and not Path(point.checkpoint).exists()]
         try:
             found = track(run, gone=gone, **how)
-        except UsageError:
+        except UsageError:  # which no later look mends
             raise
         except CurvError as error:
             return Look(None, trouble=str(error))
@@ -161,6 +163,7 @@ class _State:
         if run is not None and self.run not in (None, run) and found.verdict is not None:
             message = f"{found.run}, {where}: the run is {run}, {self.run} before; {found.verdict.advice}"
             yield Event("run", message, self.run, run)
+        # A look at which nothing could be measured is no change.
         self.verdict, self.run = verdict or self.verdict, run or self.run
 
 

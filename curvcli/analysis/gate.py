@@ -61,8 +61,8 @@ def gate(
         progress: takes what is being done, and the fraction done.
         started: instant of `time.monotonic()` at which the budget began, if not now.
         on_verdict: where a checkpoint is measured, called with a report of its full model as soon as that is known.
-        given: rules by their names (`max_rho=1.0`, `require_resolved=True`; docs/gate.md has all), and where a checkpoint is
-            measured, options of `curv analyze` by theirs (`data`, `tokens`, `lr`).
+        given: rules by their names (`max_rho=1.0`, `require_resolved=True`; docs/how-to/gate.md has all), and where a
+            checkpoint is measured, options of `curv analyze` by theirs (`data`, `tokens`, `lr`).
 
     Raises:
         UsageError: no rule is in force, or one is no number; a rule compares and has no baseline; an option is not known, or
@@ -97,7 +97,7 @@ def gate(
         raise UsageError(f"--any and --last are for runs and tracks, and {_name(subject)} is a report", hint="drop them")
     if isinstance(judged, Path) and settings.points is not None:
         judged = _tracked(judged, settings.points, options, budget=budget, started=started, progress=progress)
-        options, budget = {}, None
+        options, budget = {}, None  # used up: what follows is as of a track that was there
         if isinstance(judged, Track) and report is not None and decides() and (newest := judged.points[-1].report):
             write_whole(Path(report), newest.to_json().encode())
         report = None
@@ -112,6 +112,7 @@ def gate(
         if found is not None:
             run = judge_run([found], places=_places(judged))
             readings = ReportReadings(found, *compared(before, found), run)
+    # A slice up to a truth value has the name, or nothing.
     elif flags := [*options, *["report"][: report is not None], *["budget"][: budget is not None]]:
         flag = f"--{flags[0].replace('_', '-')}"
         raise UsageError(f"{flag} is for checkpoints, and {_name(subject)} is a document", hint=f"drop {flag}")
@@ -167,6 +168,7 @@ def _places(path: Path) -> list[tuple[str, int | None]]:
     if path.exists():
         with suppress(CurvError, OSError):
             found = find_checkpoints(path)
+            # One with a number is a checkpoint of a run: the others beside it are where to go back to.
             if len(found) == 1 and step_of(found[0]) is not None:
                 found = find_checkpoints(found[0].absolute().parent)
     return [(str(place), step_of(place)) for place in found]
@@ -199,6 +201,7 @@ def in_force(subject: Path | Report | Track | None, given: Mapping[str, Any]) ->
     Raises:
         UsageError: no rule is in force, a value is not allowed, or a rule compares and no baseline is named.
     """
+    # A table of rules takes paths: a document goes past it.
     document = given.get("baseline") if isinstance(given.get("baseline"), (Report, Track)) else None
     flags = _table({name: value for name, value in given.items() if value is not None and value is not document})
     place = subject if isinstance(subject, Path) else Path()

@@ -65,6 +65,7 @@ class Solved:
 
     def over(self, parts: Sequence[Solved]) -> Solved:
         """Not below its parts: what is within the certificate is taken over, what is beyond makes it inconsistent."""
+        # One that lies below parts of its own is known to be wrong, and bounds nothing.
         known = [part for part in parts if part.extremes is not None and not part.inconsistent]
         top = self.extremes.top if self.extremes else None
         if self.extremes is None or top is None or self.inconsistent or not known:
@@ -72,6 +73,7 @@ class Solved:
         if any(violates(part, self) for part in known):
             return replace(self, inconsistent=True)
         value = max(self.value, *(part.value for part in known))
+        # The eigenvalue that the old residual vouches for is as much further away.
         raised = Ritz(value, top.residual + value - top.value)
         return replace(self, extremes=replace(self.extremes, top=raised, ceiling=max(self.ceiling, value)))
 
@@ -120,4 +122,4 @@ def violates(lower: Solved, upper: Solved) -> bool:
     if lower.extremes is None or upper.extremes is None or upper.extremes.top is None or lower.inconsistent:
         return False
     most = max(upper.value + upper.extremes.top.residual, upper.ceiling if upper.ceiling < inf else upper.value)
-    return lower.value > most + 1e-5 * abs(lower.value)
+    return lower.value > most + 1e-5 * abs(lower.value)  # float32's rounding

@@ -94,6 +94,7 @@ def fitted(problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int
     parameters = list(problem.parameters.values())
     device, itemsize = parameters[0].device, parameters[0].element_size()
     if device.type == "cpu":
+        # The peak counts: without this the C library keeps what products have freed.
         resources.return_blocks()
     single = cut(problem, 1)
     alone = largest_batch(single) == 1  # where rows depend on each other, a whole batch counts as one
@@ -107,7 +108,7 @@ def fitted(problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int
         largest=max(nbytes),
         graph=graph,
         logits=_ids(single.batches[0]) * widest(problem.model) * itemsize,
-        rows=single.shared(problem.ranks).most,
+        rows=single.shared(problem.ranks).most,  # that one process will have
         itemsize=itemsize,
     )
     # One plan for all processes, by the largest number that one of them has.
@@ -161,6 +162,7 @@ def plan(sizes: Sizes, limit: float, batch_rows: int, mode: Mode | Literal["auto
         ("kept", "fresh") if mode == "auto" else ("kept",) if mode == "kept" else ("fresh",)
     )
     least = min(LEAST, most)
+    # A large enough basis first, with whatever mode and rows leave room for it; only then a smaller one.
     for least_here in sorted({min(WANTED, most), least}, reverse=True):
         for candidate in modes:
             for rows in _halved(batch_rows):
@@ -191,5 +193,6 @@ def _halved(rows: int) -> Iterator[int]:
 
 def _ids(batch: Any) -> int:
     """Entries of the first tensor of whole numbers in a batch: token ids, of which each may have logits; else 0."""
+    # Of one dimension are the labels of a classification, whose logits are few.
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
     return next((v.numel() for v in values if isinstance(v, Tensor) and not v.is_floating_point() and v.dim() > 1), 0)

@@ -77,8 +77,10 @@ class Measurement:
         self.in_time()
         self.ranks = problem.ranks
         free, (trial, graphs) = self._free(device), sample(problem)
+        # Under a limit of memory plan.py has chosen the mode already, by more than what is free.
         self.choice: Choice = choose(trial, mode=mode, memory=free if basis is None else inf, graphs=graphs)
-        vector = sum(problem.parameters[n].nbytes for n in self.names) or 1
+        vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
+        # A quarter: graphs, the gradient and a product's own vectors need the rest (docs/adr/0007-two-eigensolvers.md).
         self.solver = replace(solver, basis=basis or max(int(self._free(device) / 4 / vector), 8))
         self.device = device
         # Mean losses of the first batch, of the network cut to half its depth and of the whole; None where neither is asked.
@@ -96,6 +98,7 @@ class Measurement:
             return False
         if truncated is not None:
             return truncated
+        # One batch and one depth: two forward passes tell.
         first = self.problem.subset(self.problem.given[0])
         half, whole = first.truncated(self.blocks, len(self.layer_names) // 2).mean_loss(), first.mean_loss()
         self.losses = half, whole
@@ -121,6 +124,7 @@ class Measurement:
         """G of the full model, or of some of its entries, as the mean of those of the shard's folds."""
         weights, given = self.problem.weights, self.problem.given
         folds: list[tuple[float, Operator]] = []
+        # Runs of batches: neighbours in a text are alike, and two folds should not share a text.
         for those in torch.arange(len(given)).tensor_split(min(FOLDS, len(given))):
             part = [i for which in those.tolist() for i in given[which]]
             share = sum(weights[i] for i in part)
@@ -201,6 +205,7 @@ class Measurement:
         """
         parts = _some(found.ends)
         for depth, solved in sorted(found.restricted.items()):
+            # Layer k - 1 is what depth k has more than the one below it.
             parts += found.layers[depth - 1 : depth] if depth else []
             if parts and depth < len(self.layer_names):
                 found.restricted[depth] = solved.over(parts)
@@ -215,6 +220,7 @@ class Measurement:
         self.in_time()
         if not self.names:
             return Measured(loss, Solved(self.names, None))
+        # The most negative eigenvalue is of interest in the full model: only here it is waited for.
         solver = replace(self.solver, bottom_tolerance=0.1)
         operator = self.folded(hvp)
         full = Solved(self.names, solver.extremes(operator))
@@ -228,6 +234,7 @@ class Measurement:
         if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
             return found
         mask = torch.cat([_entries(self.problem.parameters[n], rows.get(n)) for n in self.names])
+        # By rank 0: one that rounds to the other side would begin a solve alone.
         if self.ranks.first([float(vector[~mask].cpu().double().square().sum())])[0] < RARE_MASS:
             return found
         self.stages.enter("full model without rare rows")
@@ -285,6 +292,7 @@ class Measurement:
             found.restricted[depth] = solved.bare()
             if steep:
                 steep.depth(depth)
+            # A depth that failed leaves no vector: the one over it serves the next, too.
             above = solved if solved.extremes and solved.extremes.vector is not None else above
 
     def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved | None:
@@ -295,6 +303,7 @@ class Measurement:
         self.in_time()
         operator = self.operator(hvp, names)
         start = operator.root.carry(wide.vector, self.preconditioner.root.restrict(above.names))
+        # Davidson, as Lanczos has no ceiling from a warm start; here that of the depth above holds (Cauchy interlacing).
         warm = Davidson(self.coarse.tolerance, inf, WARM, basis=6, seed=self.solver.seed, deadline=self.solver.deadline)
         extremes = warm.extremes(operator, [start])
         top, ceiling = extremes.top, wide.ceiling
@@ -313,6 +322,7 @@ class Measurement:
         for depth in range(len(self.layer_names)):
             self.stages.enter(f"truncated at depth {depth}")
             self.in_time()
+            # In the whole network's mode: a part of it takes less of everything.
             hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
             found.truncated.append(self.solve(hvp, self.upto(depth), self.coarse).bare())
 

@@ -47,6 +47,7 @@ class Stages:
 
     def enter(self, name: str) -> None:
         """The stage before is done."""
+        # By the plan, not by what it took, so that no bar goes back.
         self.done += self.planned
         self.planned = _cost(name)
         self.ticks, self.name = 0.0, name

@@ -64,6 +64,7 @@ class Steep:
     def whole(self) -> ModelSteepest:
         """Of all parameters that have a ball, from the gradient's steepest vertex, the momentum's and a random one's."""
         generator = torch.Generator().manual_seed(self.seed)
+        # As the eigensolver's start: the same in every precision and on every device.
         noise = [torch.randn(self.gradients[n].shape, generator=generator, dtype=torch.float64) for n in self.names]
         step = self.preconditioner.direction
         starts = {
@@ -100,6 +101,7 @@ class Steep:
 
     def depth(self, depth: int) -> None:
         """Of embedding, head and the first layers, which were measured, from the whole's direction. Raises OutOfTime."""
+        # No direction is there where a product of the whole was not finite.
         self.found.restricted[depth] = self._part(self._upto(depth), self.direction or self.gradients, DEPTH)
 
     def settle(self) -> None:
@@ -156,6 +158,7 @@ class Steep:
 
     def _entry(self, found: Sharpest, names: Sequence[str]) -> Steepest:
         dual = self._dual(names)
+        # Z is a quotient by the dual norm.
         nothing = dual == 0 and found.status in ("settled", "unsettled")
         return Steepest(
             sharpness=found.value,

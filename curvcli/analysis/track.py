@@ -39,6 +39,7 @@ from curvcli.models.architecture import config_beside
 from curvcli.models.user_code import source_digest
 
 WINDOW, SURGE = 5, 2.0
+# Known again by its words: a point that was not reached has failed as any other.
 _LATE = CurvError("the time budget ran out before it", hint="call again to go on, or raise --budget")
 
 
@@ -96,6 +97,7 @@ def track(
         Path(run), how, store, last=last, window=window, surge_limit=surge, progress=progress, on_point=on_point,
         budget=limit, gone=gone,
     )  # fmt: skip
+    # Of a cache of their own, callers ask themselves.
     if cache is True and isinstance(store, FileCache) and store.complaint:
         warnings.warn(store.complaint, RuntimeWarning, stacklevel=2)
     return found
@@ -156,10 +158,11 @@ def track_run(
                 checkpoint = fetched(checkpoint)  # of a run behind a URL, one at a time
                 unchanged = partial(_is_still, checkpoint, _stamp(checkpoint))
                 opened = _complete(checkpoint, options)
+                # The newest log has those before in it.
                 log = [TrainingStep(**asdict(entry)) for entry in opened.checkpoint.log] or log
                 tokens = _same(opened, shard)
                 report, source = _measured(opened, cache, unchanged, partial(within, call_off=disarm))
-            shard = tokens
+            shard = tokens  # only what was measured says which tokens the run's are
             points.append(_point(opened, report, source, points, window, surge_limit))
         except CurvError as error:
             points.append(_failed(checkpoint, error))
@@ -270,6 +273,7 @@ def _is_still(path: Path, stamp: list[tuple[str, int, int]]) -> bool:
 def key_of(opened: Opened) -> str:
     """The cache's name for a measurement: what it is of and how it is made, not where it lies. Raises InputError."""
     checkpoint, shard = opened.checkpoint, opened.read
+    # Read with the checkpoint, and perhaps from above it, where no digest of the checkpoint sees it.
     config = config_beside(checkpoint.path)
     try:
         content = [checkpoint_digest(p) for p in (checkpoint.path, config, *checkpoint.sources) if p]
@@ -297,6 +301,7 @@ def _measured(
         moved = {"checkpoint": report.checkpoint.model_copy(update=place), "data": data}
         return report.model_copy(update=moved), "cached"
     report = opened.measure(progress)
+    # A job may have written it meanwhile: half of each is no checkpoint.
     if not unchanged():
         raise InputError("it changed while it was measured", hint="call again once it is written")
     if time.monotonic() < opened.options.deadline:  # else parts of it may be missing
@@ -326,6 +331,7 @@ def _point(
 
 
 def _failed(path: Path, error: CurvError) -> TrackPoint:
+    # A bug on one rank is no fault of a checkpoint, and would be one of every point.
     if isinstance(error, RankError):
         raise error
     return TrackPoint(
