@@ -22,6 +22,7 @@ RANKED = ("analyze", "track", "gate")  # what several ranks do together; of anyt
 
 def main() -> None:
     """Entry point of `curv`."""
+    # A shell lets jobs in the background ignore it: that stays.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     if shutil.get_terminal_size().columns < 80:
@@ -33,6 +34,7 @@ def main() -> None:
     code = 0
     try:
         with readers_may_leave():
+            # By the first word, as nothing is parsed yet: ranks that have nothing to do are not to read options.
             if leads() or sys.argv[1:2] in ([verb] for verb in RANKED):
                 app(prog_name="curv")
     except SystemExit as ended:

@@ -56,8 +56,8 @@ def analyze(
     rho is the top eigenvalue of the preconditioned Hessian over the optimizer's threshold: 1 is the edge. The verdict is
     shown as soon as it is known, layers and depths follow.
     """
-    started = time.monotonic()
-    out_of_time = False
+    started = time.monotonic()  # before imports, which a budget has in it
+    out_of_time = False  # told behind `exit_codes`, which takes an exit for an error
     with exit_codes(), joined():
         settings = {**options.settings(given), "depths": not no_depths, "truncated": _either(truncated, no_truncated)}
         seconds = options.seconds(budget)

@@ -43,6 +43,7 @@ class BoundedGroup(TyperGroup):
 
     def main(self, *given: Any, **settings: Any) -> Any:
         """Run the command line and end the process. Exits with 2 where the words are not understood."""
+        # click's own ending has a block of several lines for each error, and a box around it.
         if not settings.pop("standalone_mode", True):
             return super().main(*given, **{**settings, "standalone_mode": False})
         try:
@@ -111,12 +112,13 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("curv: interrupted", 130)
     except Exception as error:
+        # For whoever reports a bug.
         if os.environ.get("CURV_TRACEBACK"):
             raise
         if exhausted(error):
             hint = "use --mode fresh, a smaller --batch-size or fewer --tokens"
             _failed("error", f"out of memory: {shortage(error)}; {hint}", error)
-        text = plain(" ".join(str(error)[:2000].split()))[:300]
+        text = plain(" ".join(str(error)[:2000].split()))[:300]  # cut first: a message may hold a whole tensor
         _failed("internal error", f"{type(error).__name__}: {text}; set CURV_TRACEBACK=1 and report it", error)
     raise typer.Exit(0)  # the reader of stdout has gone
 
@@ -130,6 +132,7 @@ def readers_may_leave() -> Iterator[None]:
         # rich and typer end the process with 1 in its place, which would read as a gate's broken rule.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
+        # The interpreter flushes stdout once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -167,6 +170,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def _failed(kind: str, text: str, error: BaseException) -> None:
     """One line, where several ranks know of an error from rank 0 alone, and exit code 2."""
     known, whose = told(error)
+    # Each rank comes here with it; once is enough.
     if known and not leads():
         raise typer.Exit(2)
     _fail(f"curv: {kind}: {whose}{text}", 2)

@@ -31,6 +31,7 @@ def doctor(
 
     Of files the headers are read; nothing is measured.
     """
+    # Told behind `exit_codes`, which takes an exit for an error.
     able = True
     with exit_codes():
         from curvcli.analysis.doctor import examine

@@ -48,6 +48,7 @@ def watched(
         write: writes a track to `output` and `plot`.
         progress: stands aside while something is printed.
     """
+    # By its line, so that a checkpoint which changed and is measured again is told again.
     told: set[tuple[str, str]] = set()
     progress("waiting for a checkpoint", 0.0)
     for look in looks:
@@ -59,6 +60,7 @@ def watched(
 def _say(
     look: Look, targets: Sequence[str], output: Path | None, plot: Path | None, write: Any, told: set[tuple[str, str]]
 ) -> None:
+    # The run may not be there yet, or its data be mended: a watcher does not end of it.
     if look.trouble is not None or look.track is None:
         typer.echo(plain(f"curv: {look.trouble}; still watching"), err=True)
         return

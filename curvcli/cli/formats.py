@@ -6,16 +6,7 @@ from enum import StrEnum
 
 
 class Format(StrEnum):
-    """Of a report or a comparison."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-    markdown = "markdown"
-
-
-class TrackFormat(StrEnum):
-    """Of a track."""
+    """Of a report, a comparison or a track."""
 
     table = "table"
     json = "json"

@@ -119,9 +119,10 @@ def gate(
             "baseline": baseline,
             "regression_tolerance": regression_tolerance,
             "unresolved": None if unresolved is None else unresolved.value,
-            "any": every or None,
+            "any": every or None,  # a switch that is off is not given: [gate] may say it
             "last": last,
         }
+        # Before minutes of work: what is wrong with rules is known from the rules.
         found = in_force(subject, settings)
         if explain:
             from curvcli.cli.screen import terminal
@@ -138,6 +139,7 @@ def gate(
         _check_suffixes(outputs)
         seconds = options.seconds(budget)
         measuring = options.settings(given)
+        # Only what was typed: of a document every option of measuring is an error.
         changed = {name: measuring[name] for name in (flag[2:].replace("-", "_") for flag in options.changed(given))}
         with nullcontext() if is_document(subject) else reporting(quiet, verbose) as progress:
             document = judged(
@@ -147,7 +149,7 @@ def gate(
         if leads():
             _write(document, outputs)
             _print(document, format, verbose)
-        code = agreed_code(document.exit_code)
+        code = agreed_code(document.exit_code)  # or a launcher would see ranks end differently
     raise typer.Exit(code)
 
 

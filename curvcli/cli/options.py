@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from curvcli.cli.formats import Format, ShortFormat, TrackFormat
+from curvcli.cli.formats import Format, ShortFormat
 from curvcli.errors import UsageError
 from curvcli.optimizers import optimizer_names
 
@@ -127,9 +127,6 @@ Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the pictu
 FormatOption = Annotated[
     Format, typer.Option("--format", metavar="FORMAT", help="What stdout gets: table, json, csv or markdown.")
 ]
-TrackFormatOption = Annotated[
-    TrackFormat, typer.Option("--format", metavar="FORMAT", help="What stdout gets: table, json or csv.")
-]
 ShortFormatOption = Annotated[
     ShortFormat, typer.Option("--format", metavar="FORMAT", help="What stdout gets: table or json.")
 ]
@@ -199,7 +196,7 @@ def _in(panel: str | None, annotation: Any) -> Any:
     if panel is None:
         return annotation
     kind, option = get_args(annotation)
-    option = copy(option)
+    option = copy(option)  # shared by verbs whose help has other panels
     option.rich_help_panel = panel
     return Annotated[kind, option]
 

@@ -46,6 +46,7 @@ def reporting(quiet: bool, verbose: bool = False) -> Iterator[Told]:
 
         stage_column = TextColumn("{task.description}", markup=False)
         columns = (stage_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+        # Taken off at the end: what stays on the terminal is the result.
         with Progress(*columns, console=terminal(stderr=True), transient=True) as bar:
             yield _Bar(bar, bar.add_task("starting", total=1.0))
     else:
@@ -102,6 +103,7 @@ class _Lines(_Plain):
         if now - self.last < (2.0 if self.last == self.start else self.interval):
             return
         self.last = now
+        # Earlier the time so far is that of imports.
         left = f", about {(now - self.start) * (1 - done) / done:.0f} s left" if done > 0.05 else ""
         print(f"curv: {done:4.0%} {plain(stage)}{left}", file=sys.stderr, flush=True)
 

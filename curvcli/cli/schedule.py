@@ -122,6 +122,7 @@ def schedule(
 
         if context.invoked_subcommand is not None:
             sources = {name: context.get_parameter_source(name) for name in context.params}
+            # By the source's name: typer may bring a click of its own, whose classes are others.
             typed = [name for name, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"]
             refuse(f"curv schedule {context.invoked_subcommand}", {f"--{name.replace('_', '-')}": True for name in typed})
             return
@@ -156,6 +157,7 @@ def verify(
         from curvcli.documents import load_schedule
 
         plan = load_schedule(schedule)
+        # After the schedule was read: one that is none needs no torch to be refused.
         from curvcli.training.verify import problems
 
         found = problems(plan, checkpoint)

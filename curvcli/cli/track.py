@@ -14,7 +14,7 @@ from curvcli.cli import estimate as estimates
 from curvcli.cli import following, options
 from curvcli.cli import notify as notifier
 from curvcli.cli.app import app, check_outputs, exit_codes, readers_may_leave
-from curvcli.cli.formats import TrackFormat
+from curvcli.cli.formats import Format
 from curvcli.cli.progress import reporting
 from curvcli.errors import OutOfTime, plain
 
@@ -57,7 +57,7 @@ def track(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure every checkpoint, and keep no report.")] = False,
     output: options.Output = None,
     plot: options.Plot = None,
-    format: options.TrackFormatOption = TrackFormat.table,  # noqa: A002
+    format: options.FormatOption = Format.table,  # noqa: A002
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -98,6 +98,7 @@ def track(
                 from curvcli.analysis.track import track as tracked
                 from curvcli.render.headline import point_line
 
+                # Said below, in one line and with an exit code of its own.
                 with suppress(OutOfTime):
                     found = tracked(
                         run, last=last, surge=surge, window=window, cache=store, progress=progress, budget=seconds,
@@ -119,8 +120,8 @@ def track(
         raise typer.Exit(3)
 
 
-def _not_table(format: TrackFormat) -> str | None:  # noqa: A002
-    return None if format is TrackFormat.table else format.value
+def _not_table(format: Format) -> str | None:  # noqa: A002
+    return None if format is Format.table else format.value
 
 
 def _watch(
@@ -136,6 +137,7 @@ def _watch(
     plot: Path | None,
     **course: Any,
 ) -> None:
+    # Before anything is waited for.
     for target in targets:
         notifier.check(target)
     with reporting(quiet, verbose) as progress:
@@ -165,17 +167,17 @@ def _write(found: Track, output: Path | None, plot: Path | None) -> None:
         write_whole(plot, plot_track(found, plot.suffix[1:].lower()))
 
 
-def _print(found: Track, format: TrackFormat, verbose: bool) -> None:  # noqa: A002
-    if format is TrackFormat.table:
+def _print(found: Track, format: Format, verbose: bool) -> None:  # noqa: A002
+    if format is Format.table:
         from curvcli.cli.screen import terminal
         from curvcli.render.track_table import show
 
         show(found, terminal(), verbose=verbose)
-    elif format is TrackFormat.csv:
+    elif format is Format.csv:
         from curvcli.render.track_table import to_csv
 
         typer.echo(to_csv(found), nl=False)
-    elif format is TrackFormat.markdown:
+    elif format is Format.markdown:
         from curvcli.render.track_markdown import markdown
 
         typer.echo(markdown(found), nl=False)

@@ -102,6 +102,7 @@ def _looks(path: Path, interval: float, console: Console) -> Iterator[Log]:
     while True:
         if follower is None and (found := find_log(path)):
             follower = Follower(found)
+        # Until there is a log, an empty one is drawn, which says what is waited for.
         log = follower.poll() if follower else Log(path / LOG_NAME if path.is_dir() else path)
         until = time.monotonic() + interval
         yield log
