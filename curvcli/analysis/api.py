@@ -112,7 +112,7 @@ def analyze(
 
         return write(work, work.run(early), said, tokens)
 
-    # Before anything is touched: what no solve can come of is known from the numbers.
+    # Fail before anything is touched: these numbers alone rule out a certified result.
     check_effort(tolerance, max_hvps, depths=depths, truncated=truncated)
     tokens = sum(weights) if weights else None
     solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
@@ -179,7 +179,7 @@ def prepared(
         given = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
         check_lifted(given, lifted)
         state = optimizer.state if isinstance(optimizer, OptimizerView) else {}
-        # Ranks that read other files would sum products of different functions, and no number would show it.
+        # Ranks that read different files would sum products of different functions, and no number would show it.
         same("weights, optimizer state or data", given.parameters, given.batches, state)
         whole = spread(given, current())
         return leanest(whole, mode, measure)

@@ -127,7 +127,7 @@ def _alarm(at: float) -> Iterator[Callable[[], None]]:
     def disarm() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    # Python runs handlers in the main thread alone. Of several ranks one breaks in, and the others hear of it.
+    # Python runs signal handlers in the main thread only. Of several ranks only rank 0 sets an alarm, and tells the others.
     if at == inf or not decides() or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return

@@ -189,7 +189,7 @@ def _digest(file: Path) -> str:
 
 
 def _signature(secret: bytes, key: str, report: str) -> str:
-    # With its name: a report that was signed for one measurement is none of another.
+    # The key is signed too, so that a report cannot be renamed to stand for another measurement.
     return hmac.new(secret, json.dumps([key, report]).encode(), "sha256").hexdigest()
 
 

@@ -92,7 +92,7 @@ def carriers(
         except Exception as error:  # whatever a model raises that cannot be differentiated three times
             why = "memory ran out" if exhausted(error) else f"{type(error).__name__}: {str(error)[:120]}"
         else:
-            # Where parts cancel, their sum is good to the rounding of what cancelled.
+            # Where parts cancel, the error of their sum is relative to what cancelled.
             size = max(abs(expected), float((found.weights * found.quotients.abs()).sum()))
             if abs(found.total - expected) <= APART * size:
                 return found
@@ -103,7 +103,7 @@ def carriers(
 def _by_prediction(problem: Problem, task: Task, direction: Mapping[str, Tensor], *, negated: bool) -> Carriers:
     model, parameters = problem.model, problem.parameters
     batches = [aligned(model, batch, task) for batch in problem.batches]
-    # As one shard, so that a row has one number whatever batch it came in.
+    # Joined into one shard, so that rows are numbered across batches.
     columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     labels = columns["labels"]
     each = max(1, labels[0].numel() * widest(model))  # logits of a sequence
@@ -112,7 +112,7 @@ def _by_prediction(problem: Problem, task: Task, direction: Mapping[str, Tensor]
     losses, curvatures = [], []
     for start in range(0, len(labels), rows):
         part = {name: column[start : start + rows] for name, column in columns.items()}
-        # Nothing is predicted in it, and a mean over nothing is no number.
+        # It predicts nothing, and a mean over no predictions is NaN.
         if not bool((part["labels"] != IGNORED).any()):
             continue
         found = second_derivatives(model, partial(token_losses, batch=part), parameters, direction)
@@ -202,6 +202,6 @@ def _without(problem: Problem, found: Carriers, kept: Tensor, heavy: Tensor | No
     parts = {name: column.split(size) for name, column in columns.items()}
     batches = [{name: pieces[i] for name, pieces in parts.items()} for i in range(len(parts["labels"]))]
     counts = [float((batch["labels"] != IGNORED).sum()) for batch in batches]
-    # By labels that stand where their logits are, so that dropping one moves no other.
+    # Labels are aligned with their logits by now, so that ignoring one shifts no other.
     rest = Problem.create(problem.model, labelled_loss, batches, counts)
     return rest.negated() if negated else rest

@@ -328,10 +328,10 @@ def _optimizer(
     try:
         view = checkpoint.optimizer.view(model)
     except AmbiguousStateError as error:
-        # Two ways to give state to parameters fit their shapes: gradients tell which.
+        # Several assignments of state to parameters fit by shape: gradients decide between them.
         view, finding = choose(error, gradients)
         found.append(finding)
-    # The rate comes last, as a factor: one value for all groups would lose their ratios.
+    # Not the learning rate, which scales all groups below: one value for all would lose their ratios.
     view = override(replace(view, name=name, vouched=True) if name else view, **{**given, "lr": None})
     view = at_gradient(view, parameters)
     found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)
@@ -385,7 +385,7 @@ def _device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
-        # Any name makes a device; whether it is there, only memory on it tells.
+        # torch.device accepts any index; only an allocation shows that the device is there.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(

@@ -24,7 +24,7 @@ from curvcli.files.parse import inside, read_toml
 
 MOST = 2**53  # of any count: what a float holds exactly
 Positive = Annotated[int, Field(gt=0, le=MOST)]
-# Strict, or true would be a limit of 1, and "1.0" one too.
+# Strict, since pydantic would take true for 1.0, and text for a number.
 Limit = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 Percent = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
@@ -128,7 +128,7 @@ def is_own(file: Path, subject: Path) -> bool:
     Nor one that another user put into a directory that everybody may write to, as /tmp.
     """
     folder = file.parent
-    # Who runs curv within a checkpoint makes none of its files their own.
+    # Running curv inside a checkpoint does not make the checkpoint's own files trusted.
     if folder == subject.resolve() and any((folder / name).exists() for name in _OF_A_CHECKPOINT):
         return False
     shared = folder.stat().st_mode & stat.S_IWOTH and file.stat().st_uid not in (0, os.geteuid())
@@ -165,7 +165,7 @@ def _check_below(file: Path, path: Path) -> None:
         if _URL.match(str(path)):
             raise InputError("a URL")
         inside(folder, str(path))
-        # All that a pattern means, and all within: a link anywhere leads out. The name itself too, which may have brackets.
+        # Everything that the pattern matches, and everything below it, as any link may lead out; and the literal name.
         for match in [str(folder / path), *glob(str(folder / path))]:  # noqa: PTH207
             inside(folder, os.path.relpath(match, folder))
             for place, folders, names in os.walk(match):

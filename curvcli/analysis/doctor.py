@@ -157,7 +157,7 @@ def _twice(device: torch.device, backend: SDPBackend | None) -> bool:
         else:
             with sdpa_kernel(backend):
                 out = scaled_dot_product_attention(x, x, x)
-        # A square, of which the second derivative is not 0 by right.
+        # Squared, so that the second derivative is not 0 anyway.
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         torch.autograd.grad(first.square().sum(), x)
     except RuntimeError:

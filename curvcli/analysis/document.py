@@ -69,7 +69,7 @@ class _Writer:
         empty = dict.fromkeys(documents.Estimate.model_fields)
         if extremes is None:
             return {**empty, "hvps": 0, "status": "skipped" if solved.skipped else "empty"}
-        # Of products that are not symmetric there is no eigenvalue: what came out is told to nobody.
+        # Products that are not symmetric have no real spectrum to report, whatever numbers came out.
         if extremes.top is None or extremes.status == "asymmetric":
             return {**empty, "hvps": extremes.products, "status": extremes.status}
         top, bottom, threshold = extremes.top, extremes.bottom, self.preconditioner.threshold
@@ -93,7 +93,7 @@ class _Writer:
         parameters = self.problem.parameters
         numel = {n: parameters[n].numel() for n in work.moving}
         checkpoint = (provenance.checkpoint or _in_memory)(sum(numel.values()), len(layers))
-        # What was measured is minus the loss; what is told is the loss.
+        # With `maximize` minus the loss was measured; the report gives the loss itself.
         loss = -found.loss if self.preconditioner.ascends else found.loss
         data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
         optimizer = _optimizer(self.preconditioner, provenance.lr_source)
@@ -222,7 +222,7 @@ class _Writer:
         points = [(1.0, value)]
         if folds and value is not None:
             count = len(folds.weights)
-            # Rounded up, to one fold at least; without all of them, which is the last point.
+            # Rounded up to at least one fold; all folds together are the last point already.
             points = [*(folds.prefix(part) for part in sorted({-(-count // 4), -(-count // 2)} - {count})), *points]
         return [
             documents.TokensPoint(

@@ -213,7 +213,7 @@ class _Explainer:
         work, value = self.work, solved.value
         root = work.preconditioner.root.restrict(work.names)
         direction = root.lift(vector)
-        # A coupled decay is a part of lambda that no datum has.
+        # A coupled weight decay is part of lambda, but of no sequence's own curvature.
         weights = work.preconditioner.decay
         decay = sum(weights.get(n, 0.0) * float(u.double().square().sum()) for n, u in direction.items())
         self.say("sequences and predictions", _FIRST)
@@ -298,7 +298,7 @@ class _Explainer:
         """What stands before a prediction: the inputs up to it, or a decoder's own labels."""
         columns, task = found.columns or {}, self.opened.task
         labels, ids = columns["labels"][row], columns.get("input_ids")
-        # Logits at a place have seen the input there; a masked token, and a decoder's own label, are what is predicted.
+        # A causal model has seen the input at the position it predicts from; a masked token or a decoder's label it has not.
         own = task != "seq2seq" and ids is not None and ids[row].shape == labels.shape
         end = position + (1 if own and task in ("causal-lm", "classification") else 0)
         before = (ids[row] if own and ids is not None else labels)[max(0, end - CONTEXT) : end].tolist()

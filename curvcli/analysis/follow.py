@@ -98,7 +98,7 @@ def follow(
     options_of(options)  # before anything is waited for
     if not 0 < interval < float("inf"):
         raise UsageError(f"--interval {interval} is no number of seconds", hint="pass a positive number")
-    # A Path has one of the two slashes left.
+    # pathlib has collapsed the two slashes into one.
     if "://" in str(run) or str(run).startswith(("s3:/", "gs:/", "hf:/")):
         raise UsageError(f"{run} is a URL, and nothing tells when it changes", hint="call curv track by a timer")
     store, state = MemoryCache(cache or NoCache()), _State()
@@ -108,7 +108,7 @@ def follow(
         while True:
             now = _stamps(run)
             settled = {path: stamp for path, stamp in now.items() if before.get(path) == stamp}
-            # All of them have to have settled: a track reads every one that lies there.
+            # Every one has to have settled, since a track reads all that are there.
             if settled and settled == now and now != measured:
                 measured = now
                 yield state.look(run, last=last, surge=surge, window=window, cache=store, progress=progress, **options)

@@ -112,7 +112,7 @@ def gate(
         if found is not None:
             run = judge_run([found], places=_places(judged))
             readings = ReportReadings(found, *compared(before, found), run)
-    # A slice up to a truth value has the name, or nothing.
+    # Slicing a list of one by a bool keeps the name only where the option was given.
     elif flags := [*options, *["report"][: report is not None], *["budget"][: budget is not None]]:
         flag = f"--{flags[0].replace('_', '-')}"
         raise UsageError(f"{flag} is for checkpoints, and {_name(subject)} is a document", hint=f"drop {flag}")
@@ -168,7 +168,7 @@ def _places(path: Path) -> list[tuple[str, int | None]]:
     if path.exists():
         with suppress(CurvError, OSError):
             found = find_checkpoints(path)
-            # One with a number is a checkpoint of a run: the others beside it are where to go back to.
+            # A numbered checkpoint belongs to a run: its siblings are what one can go back to.
             if len(found) == 1 and step_of(found[0]) is not None:
                 found = find_checkpoints(found[0].absolute().parent)
     return [(str(place), step_of(place)) for place in found]
@@ -201,7 +201,7 @@ def in_force(subject: Path | Report | Track | None, given: Mapping[str, Any]) ->
     Raises:
         UsageError: no rule is in force, a value is not allowed, or a rule compares and no baseline is named.
     """
-    # A table of rules takes paths: a document goes past it.
+    # The table of settings validates paths, so a document in memory is kept out of it.
     document = given.get("baseline") if isinstance(given.get("baseline"), (Report, Track)) else None
     flags = _table({name: value for name, value in given.items() if value is not None and value is not document})
     place = subject if isinstance(subject, Path) else Path()

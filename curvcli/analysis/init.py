@@ -105,7 +105,7 @@ def _around(folder: Path, checkpoint: Checkpoint) -> _Found:
         except CurvError:
             continue
         seen[path] = sources[0].tokens
-    # Of train.bin and val.bin the run was trained on the first.
+    # Beside a validation file there is usually one that is named for training.
     train = [path for path in seen if "train" in path.stem.lower()]
     chosen = train if len(train) == 1 else list(seen)
     if len(chosen) != 1:

@@ -135,7 +135,7 @@ def _meet() -> None:
         # Under a name of its own: a job that starts curv from one of its ranks has its keys in this store.
         store = dist.PrefixStore("curv", store)
         store.set_timeout(timedelta(seconds=COME))
-        # Each says that it is here: the group's own timeout is the long one, of waiting for a product.
+        # A roll call first, since the group's own timeout is the long one, made for waiting on products.
         store.set(f"come/{number}", "1")
         store.wait([f"come/{other}" for other in range(world)])
         dist.init_process_group(

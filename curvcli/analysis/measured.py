@@ -65,7 +65,7 @@ class Solved:
 
     def over(self, parts: Sequence[Solved]) -> Solved:
         """Not below its parts: what is within the certificate is taken over, what is beyond makes it inconsistent."""
-        # One that lies below parts of its own is known to be wrong, and bounds nothing.
+        # An inconsistent part is known to be wrong, and bounds nothing.
         known = [part for part in parts if part.extremes is not None and not part.inconsistent]
         top = self.extremes.top if self.extremes else None
         if self.extremes is None or top is None or self.inconsistent or not known:
@@ -73,7 +73,7 @@ class Solved:
         if any(violates(part, self) for part in known):
             return replace(self, inconsistent=True)
         value = max(self.value, *(part.value for part in known))
-        # The eigenvalue that the old residual vouches for is as much further away.
+        # The old residual is about the old value: moving the value widens it by as much.
         raised = Ritz(value, top.residual + value - top.value)
         return replace(self, extremes=replace(self.extremes, top=raised, ceiling=max(self.ceiling, value)))
 

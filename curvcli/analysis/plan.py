@@ -193,6 +193,6 @@ def _halved(rows: int) -> Iterator[int]:
 
 def _ids(batch: Any) -> int:
     """Entries of the first tensor of whole numbers in a batch: token ids, of which each may have logits; else 0."""
-    # Of one dimension are the labels of a classification, whose logits are few.
+    # One-dimensional integers are the labels of a classification, whose logits are few.
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
     return next((v.numel() for v in values if isinstance(v, Tensor) and not v.is_floating_point() and v.dim() > 1), 0)

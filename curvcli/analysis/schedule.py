@@ -187,7 +187,7 @@ def _freeze(measure: Callable[[], Measured], rates: _Rates, **options: Any) -> S
     measured = measure()
     step = measured.report.checkpoint.step
     if rates.from_report and step is not None:
-        # The peak is 1 so far, so this is the share of it that is in force there.
+        # The schedule's peak is 1 so far, so that this is a share of the peak.
         share = lr_at(lr, step)
         if not share > 0:
             raise UsageError(

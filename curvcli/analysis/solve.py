@@ -124,7 +124,7 @@ class Measurement:
         """G of the full model, or of some of its entries, as the mean of those of the shard's folds."""
         weights, given = self.problem.weights, self.problem.given
         folds: list[tuple[float, Operator]] = []
-        # Runs of batches: neighbours in a text are alike, and two folds should not share a text.
+        # Folds are runs of neighbouring batches: these are alike, and would tie interleaved folds to each other.
         for those in torch.arange(len(given)).tensor_split(min(FOLDS, len(given))):
             part = [i for which in those.tolist() for i in given[which]]
             share = sum(weights[i] for i in part)
@@ -234,7 +234,7 @@ class Measurement:
         if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
             return found
         mask = torch.cat([_entries(self.problem.parameters[n], rows.get(n)) for n in self.names])
-        # By rank 0: one that rounds to the other side would begin a solve alone.
+        # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
         if self.ranks.first([float(vector[~mask].cpu().double().square().sum())])[0] < RARE_MASS:
             return found
         self.stages.enter("full model without rare rows")
@@ -292,7 +292,7 @@ class Measurement:
             found.restricted[depth] = solved.bare()
             if steep:
                 steep.depth(depth)
-            # A depth that failed leaves no vector: the one over it serves the next, too.
+            # A depth that failed leaves no vector to start from: keep the one above it.
             above = solved if solved.extremes and solved.extremes.vector is not None else above
 
     def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved | None:

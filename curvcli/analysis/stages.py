@@ -47,7 +47,7 @@ class Stages:
 
     def enter(self, name: str) -> None:
         """The stage before is done."""
-        # By the plan, not by what it took, so that no bar goes back.
+        # Advance by the planned cost, not the actual one, so that the bar never goes back.
         self.done += self.planned
         self.planned = _cost(name)
         self.ticks, self.name = 0.0, name

@@ -39,7 +39,7 @@ from curvcli.models.architecture import config_beside
 from curvcli.models.user_code import source_digest
 
 WINDOW, SURGE = 5, 2.0
-# Known again by its words: a point that was not reached has failed as any other.
+# A point that was not reached is a failed point, recognised by this message.
 _LATE = CurvError("the time budget ran out before it", hint="call again to go on, or raise --budget")
 
 
@@ -97,7 +97,7 @@ def track(
         Path(run), how, store, last=last, window=window, surge_limit=surge, progress=progress, on_point=on_point,
         budget=limit, gone=gone,
     )  # fmt: skip
-    # Of a cache of their own, callers ask themselves.
+    # Callers who pass their own cache can ask it for its complaint.
     if cache is True and isinstance(store, FileCache) and store.complaint:
         warnings.warn(store.complaint, RuntimeWarning, stacklevel=2)
     return found
@@ -273,7 +273,7 @@ def _is_still(path: Path, stamp: list[tuple[str, int, int]]) -> bool:
 def key_of(opened: Opened) -> str:
     """The cache's name for a measurement: what it is of and how it is made, not where it lies. Raises InputError."""
     checkpoint, shard = opened.checkpoint, opened.read
-    # Read with the checkpoint, and perhaps from above it, where no digest of the checkpoint sees it.
+    # It is read with the checkpoint but may lie above it, outside of the checkpoint's own digest.
     config = config_beside(checkpoint.path)
     try:
         content = [checkpoint_digest(p) for p in (checkpoint.path, config, *checkpoint.sources) if p]
@@ -301,7 +301,7 @@ def _measured(
         moved = {"checkpoint": report.checkpoint.model_copy(update=place), "data": data}
         return report.model_copy(update=moved), "cached"
     report = opened.measure(progress)
-    # A job may have written it meanwhile: half of each is no checkpoint.
+    # The job may have rewritten it meanwhile, and the report be of half of each.
     if not unchanged():
         raise InputError("it changed while it was measured", hint="call again once it is written")
     if time.monotonic() < opened.options.deadline:  # else parts of it may be missing
@@ -331,7 +331,7 @@ def _point(
 
 
 def _failed(path: Path, error: CurvError) -> TrackPoint:
-    # A bug on one rank is no fault of a checkpoint, and would be one of every point.
+    # A bug in one rank is not the checkpoint's fault, and would fail every point after it.
     if isinstance(error, RankError):
         raise error
     return TrackPoint(

@@ -22,7 +22,7 @@ RANKED = ("analyze", "track", "gate")  # what several ranks do together; of anyt
 
 def main() -> None:
     """Entry point of `curv`."""
-    # A shell lets jobs in the background ignore it: that stays.
+    # Shells start background jobs with SIGINT ignored: leave that as it is.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     if shutil.get_terminal_size().columns < 80:
@@ -34,7 +34,7 @@ def main() -> None:
     code = 0
     try:
         with readers_may_leave():
-            # By the first word, as nothing is parsed yet: ranks that have nothing to do are not to read options.
+            # Nothing is parsed yet, and ranks with nothing to do should not print usage errors: look at the first word.
             if leads() or sys.argv[1:2] in ([verb] for verb in RANKED):
                 app(prog_name="curv")
     except SystemExit as ended:

@@ -43,7 +43,7 @@ class BoundedGroup(TyperGroup):
 
     def main(self, *given: Any, **settings: Any) -> Any:
         """Run the command line and end the process. Exits with 2 where the words are not understood."""
-        # click's own ending has a block of several lines for each error, and a box around it.
+        # In its standalone mode click prints several lines for each error, in a box.
         if not settings.pop("standalone_mode", True):
             return super().main(*given, **{**settings, "standalone_mode": False})
         try:
@@ -112,7 +112,6 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("curv: interrupted", 130)
     except Exception as error:
-        # For whoever reports a bug.
         if os.environ.get("CURV_TRACEBACK"):
             raise
         if exhausted(error):

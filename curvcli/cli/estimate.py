@@ -17,7 +17,7 @@ def check(format: str, beside: dict[str, object]) -> None:  # noqa: A002
     """
     if given := [flag for flag, value in beside.items() if value is not None]:
         raise UsageError(f"--estimate measures nothing and takes no {given[0]}", hint=f"drop {given[0]}, or --estimate")
-    # Nothing in it is a row of values, as CSV and Markdown have.
+    # An estimate has no rows of values for CSV or Markdown.
     if format not in ("table", "json"):
         raise UsageError(f"--estimate has no --format {format}", hint="table or json")
 

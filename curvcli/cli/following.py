@@ -48,7 +48,7 @@ def watched(
         write: writes a track to `output` and `plot`.
         progress: stands aside while something is printed.
     """
-    # By its line, so that a checkpoint which changed and is measured again is told again.
+    # With the line itself, so that a checkpoint that changed and was measured again is printed again.
     told: set[tuple[str, str]] = set()
     progress("waiting for a checkpoint", 0.0)
     for look in looks:
@@ -60,7 +60,7 @@ def watched(
 def _say(
     look: Look, targets: Sequence[str], output: Path | None, plot: Path | None, write: Any, told: set[tuple[str, str]]
 ) -> None:
-    # The run may not be there yet, or its data be mended: a watcher does not end of it.
+    # The run may not exist yet, or its data may be mended later: keep watching.
     if look.trouble is not None or look.track is None:
         typer.echo(plain(f"curv: {look.trouble}; still watching"), err=True)
         return

@@ -139,7 +139,7 @@ def gate(
         _check_suffixes(outputs)
         seconds = options.seconds(budget)
         measuring = options.settings(given)
-        # Only what was typed: of a document every option of measuring is an error.
+        # Only options that were typed: for a document any option of measuring is an error.
         changed = {name: measuring[name] for name in (flag[2:].replace("-", "_") for flag in options.changed(given))}
         with nullcontext() if is_document(subject) else reporting(quiet, verbose) as progress:
             document = judged(

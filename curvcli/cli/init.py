@@ -36,7 +36,7 @@ def init(
         from curvcli.analysis.init import initial
 
         found = initial(run, data=data, model=model, output=output, force=force)
-        # Only now: where it goes may be for `initial` to say.
+        # Only now is it known where the file goes.
         check_outputs(found.place, None)
         from curvcli.documents import write_whole
         from curvcli.errors import plain

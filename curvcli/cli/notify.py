@@ -49,7 +49,7 @@ def notify(target: str, told: Mapping[str, Any]) -> str | None:
 
             with build_opener(Straight).open(request, timeout=_SECONDS):
                 return None
-        # A command that prints a word may do so on a terminal: no control characters.
+        # The command may print these on a terminal: no control characters.
         words = {"CURV_EVENT": str(told["event"]), "CURV_MESSAGE": plain(str(told["message"]))}
         done = subprocess.run(  # noqa: S603  (the user's own command)
             shlex.split(target), input=body, env={**os.environ, **words}, timeout=_SECONDS, check=False,

@@ -103,7 +103,7 @@ class _Lines(_Plain):
         if now - self.last < (2.0 if self.last == self.start else self.interval):
             return
         self.last = now
-        # Earlier the time so far is that of imports.
+        # Before that, elapsed time is mostly imports, and no rate to extrapolate.
         left = f", about {(now - self.start) * (1 - done) / done:.0f} s left" if done > 0.05 else ""
         print(f"curv: {done:4.0%} {plain(stage)}{left}", file=sys.stderr, flush=True)
 

@@ -46,7 +46,7 @@ def rule_options(panel: str) -> Callable[[Callable[..., None]], Callable[..., No
         def with_rules(**values: Any) -> None:
             command(rules={rule.field: values.pop(rule.field) for rule in known}, **values)
 
-        # typer reads these two, and not the function.
+        # typer looks at these two attributes, not at the wrapped function.
         with_rules.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         with_rules.__annotations__ = {p.name: p.annotation for p in parameters}
         return with_rules

@@ -157,7 +157,7 @@ def verify(
         from curvcli.documents import load_schedule
 
         plan = load_schedule(schedule)
-        # After the schedule was read: one that is none needs no torch to be refused.
+        # Imported after the schedule was read: refusing a bad one needs no torch.
         from curvcli.training.verify import problems
 
         found = problems(plan, checkpoint)

@@ -50,7 +50,7 @@ class MaxNorm:
 
     def dual(self, tensor: Tensor) -> float:
         """radius times the sum of magnitudes."""
-        # In float64, for as many entries as a model has; MPS has none.
+        # In float64, since a large tensor has many entries to add up; MPS has no float64.
         return self.radius * float(tensor.abs().sum(dtype=torch.float64 if tensor.device.type != "mps" else None))
 
     def scaled(self, factor: float) -> MaxNorm:
@@ -94,7 +94,7 @@ def polar(matrices: Tensor) -> Tensor:
         u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
         factor: Tensor = u @ vh
         return factor
-    # The smaller of the two Gram matrices.
+    # Work with the smaller of the two Gram matrices.
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
     # The Frobenius norm is no less than the largest singular value, so that all begin at 1 or below.

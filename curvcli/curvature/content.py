@@ -19,7 +19,7 @@ def content(value: Any) -> list[list[Any]]:
 
 def _said(tensor: Tensor) -> list[Any]:
     flat = tensor.detach().reshape(-1).contiguous()
-    # As whole numbers: of these a sum wraps around alike everywhere, and NaN has bits as any other number.
+    # As integers: their sum wraps around the same way everywhere, and NaN compares by its bits.
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size(), torch.uint8)
     number = int(flat.view(kind).sum(dtype=torch.int64)) if flat.numel() else 0
     return [list(tensor.shape), str(tensor.dtype), number]

@@ -105,7 +105,7 @@ class _Loss(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         hidden, weight, bias, labels = ctx.saved_tensors
         one = hidden.new_ones(())
-        # Only what has a tangent: each gradient is a product with all of the logits.
+        # Only for inputs with a tangent: each gradient costs a product with all logits.
         found = _Gradient.forward(one, hidden, weight, bias, labels, ctx.rows, tuple(t is not None for t in tangents[:3]))
         pairs = zip(found, tangents[:3], strict=True)
         return torch.stack([(g * t).sum() for g, t in pairs if g is not None and t is not None]).sum()

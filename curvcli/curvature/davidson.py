@@ -61,7 +61,7 @@ class Davidson:
             start: warm start vectors of the operator's space, any number. A random one is used
                 where there is none.
         """
-        # Six at least: a restart keeps four of them, and has to have room to grow.
+        # At least six: a restart keeps four, and there has to be room to grow.
         space = _Subspace(operator, min(max(self.basis, 6), operator.space.size), self.seed)
         for vector in start:
             space.expand(vector)
@@ -84,7 +84,7 @@ class Davidson:
                 known = bottom.residual <= 0.1 * abs(bottom.value)
                 found = Extremes(top, bottom, space.vector(-1), status, space.products, known)
                 return agreed(found, operator.space.agree)
-            # The bottom only gets products that the top needs no more.
+            # The bottom only gets products that the top no longer needs.
             space.improve(0 if top_done else -1)
         return Extremes(None, None, None, space.status, space.products)
 
@@ -135,7 +135,7 @@ class _Subspace:
         column = self.space.inner(self.basis[: n + 1], image).cpu().double()
         row = self.space.inner(self.images[: n + 1], direction).cpu().double()
         self.skew = max(self.skew, float((column - row).abs().max()))
-        # The mean of both: eigh reads one triangle alone, and would not notice that the other differs.
+        # The mean of both, since eigh reads only one triangle; `skew` remembers how far they differ.
         self.projected[: n + 1, n] = self.projected[n, : n + 1] = (column + row) / 2
         self.count = n + 1
         self.values, self.vectors = torch.linalg.eigh(self.projected[: n + 1, : n + 1])
@@ -151,7 +151,7 @@ class _Subspace:
     def improve(self, index: int) -> None:
         """Expand by the residual of one Ritz pair, restarting first where the basis is full."""
         residual = self._residual(index)
-        # Where the basis is full `expand` restarts first, and needs the coordinates of the step before.
+        # Where the basis is full `expand` restarts first, and uses the coordinates of the step before.
         if self.count < len(self.basis):
             self.previous = self.vectors[:, index]
         self.expand(residual)
@@ -163,7 +163,7 @@ class _Subspace:
     def _restart(self) -> None:
         """Keep the extreme Ritz vectors and the previous iterate (GD+k)."""
         m = self.count
-        # More of the top, which is wanted; the bottom is there for the other end and for the norm of G.
+        # More of the top, which is what is wanted; some of the bottom for the other end and the norm of G.
         top, bottom = max(2, m // 3), max(1, m // 6)
         kept = [*self.vectors[:, -top:].T, *self.vectors[:, :bottom].T]
         if self.previous is not None:

@@ -157,7 +157,7 @@ class KeptGraph(_Engine):
         self.weights = problem.weights
         self.parameters = problem.parameters
         names, own = list(self.parameters), set(problem.own)
-        # Batches of other ranks have an empty entry, so that `subset` takes the same indices on all.
+        # Batches of other ranks get an empty entry, so that indices mean the same on all ranks.
         self.gradients = [_gradient_edges(problem, i, names) if i in own else {} for i in range(len(problem.batches))]
 
     def subset(self, indices: Sequence[int]) -> KeptGraph:
@@ -238,7 +238,7 @@ class StandIn(nn.Module):
 
     def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
         super().__init__()
-        # Past nn.Module's own __setattr__, which would make the model a child, and its parameters this one's.
+        # Bypasses nn.Module.__setattr__, which would register the model as a child module.
         self.__dict__["_call"] = lambda *a, **k: functional_call(model, values, a, k, tie_weights=True)
         self.__dict__["_model"] = model
 

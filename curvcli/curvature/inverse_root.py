@@ -72,7 +72,7 @@ class Multiple:
 
     def invert(self, tensor: Tensor) -> Tensor:
         """Entries times the square root of the factor."""
-        # By the same power as in `apply`, so that the one undoes the other to rounding.
+        # The same power as in `apply`, so that each undoes the other to rounding.
         return tensor / math.pow(self.factor, -0.5)
 
     def solve(self, tensor: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Diagonal:
     @property
     def _root(self) -> Tensor:
         root = self.entries.rsqrt()
-        # Chosen, not multiplied by 0: P may be 0 where there never was a gradient, and infinity times 0 is NaN.
+        # Selected, not multiplied by 0: P may be 0 where there never was a gradient, and infinity times 0 is NaN.
         return root if self.never is None else torch.where(self.never, torch.zeros_like(root), root)
 
     def apply(self, tensor: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class ModelRoot(Mapping[str, InverseRoot]):
     def __init__(self, roots: Mapping[str, InverseRoot], parameters: Mapping[str, Tensor]) -> None:
         self._roots = dict(roots)
         self._shapes = {n: parameters[n].shape for n in roots}
-        # Of an optimizer that preconditions nothing, any parameter tells precision and device.
+        # Where nothing is preconditioned, any parameter gives precision and device.
         first = parameters[next(iter(roots or parameters))]
         self.sizes = [shape.numel() for shape in self._shapes.values()]  # of the pieces of a flat vector, in order
         self.space = space_of(sum(self.sizes), first.dtype, first.device)

@@ -69,14 +69,14 @@ class Lanczos:
         size = operator.space.size if support is None else operator.space.count(support)
         start, random_part = self._start(operator, warm, share, support)
         walk = _Walk(operator, start, support, size)
-        # e: the least part that the start has in any one eigenvector, but for a chance of `doubt`.
+        # e of the module's docstring, for a start of which only a part may be random.
         evidence = self.doubt * sqrt(pi / (2 * size)) * random_part
         most = min(self.basis, self.max_products)
         while walk.step():
             top, bottom = walk.pair(-1), walk.pair(0)
             ceiling = walk.ceiling(-log(evidence))
             near = top.residual <= self.tolerance * abs(top.value) and ceiling - top.value <= self.margin * abs(top.value)
-            # Of a positive G the smallest value is rounding, without digits of its own: it is held against the top.
+            # The smallest eigenvalue of a positive G is mostly rounding, and would never converge relative to itself.
             waiting = bottom.residual > self.bottom_tolerance * max(abs(bottom.value), abs(top.value) / 2)
             over = (near and not waiting) or walk.complete or walk.products >= most or self.expired
             near, over = map(bool, operator.space.agree(near, over))
@@ -98,7 +98,7 @@ class Lanczos:
         if warm is None or not 0 < (norm := space.norm(warm)) < inf:
             return start, 1.0
         mixed = sqrt(1 - share**2) / norm * warm + share * start
-        # The two parts are not orthogonal, so the sum is not of norm 1 yet.
+        # The two parts need not be orthogonal, so the sum is not of norm 1 yet.
         return mixed / (size := space.norm(mixed)), share / size
 
 
@@ -141,7 +141,7 @@ class _Walk:
         if k:
             expected[-1] = self.beside[-1]
             self.skew = max(self.skew, float((first[:k] - expected).abs().max()))
-        # With what the first pass had left of it in the vector.
+        # Including what the second pass still found.
         self.diagonal.append(float(first[k] + second[k]))
         self.beside.append(rest)
         # Dense, (k, k): an eigenproblem of some dozen numbers costs nothing beside a product.
@@ -158,7 +158,7 @@ class _Walk:
 
     def pair(self, index: int) -> Ritz:
         """Ritz value by rank, -1 the top, 0 the bottom; a residual never counts for less than rounding."""
-        # Norm of Gv - theta v without a vector: what was left, times the last entry (Parlett, chapter 13).
+        # The norm of Gv - theta v without forming v: beta_k times the last entry of the small vector (Parlett, chapter 13).
         residual = self.beside[-1] * abs(float(self.vectors[-1, index]))
         exact = self.products == 1 and self.complete
         return Ritz(float(self.values[index]), residual if exact else max(residual, self.rounding / 30 * self.norm))

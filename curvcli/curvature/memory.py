@@ -44,7 +44,7 @@ def leanest(problem: Problem, mode: str, measure: Callable[[Problem, Any], T]) -
                 raise
             # Not the error itself: its traceback holds every tensor of the plan that failed.
             said = str(error) if isinstance(error, OutOfMemoryError) else f"out of memory: {shortage(error)}"
-        # Behind the handler, in which the error still holds the frames of the plan that failed.
+        # Outside of the handler, where the error would still hold the frames of the failed plan.
         resources.release(next(iter(part.parameters.values())).device)
     raise OutOfMemoryError(f"{said}; {_needs(part)}", hint=LEANER)
 
@@ -61,7 +61,7 @@ def sample(problem: Problem, rows: int = TRIED) -> tuple[Problem, float]:
     """The first batch, cut to so many rows where they are independent, and how many of it are what a process has."""
     first = problem.subset([0])
     part = cut(first, rows).subset([0])
-    # In graphs of the part's size.
+    # The whole of a process' batches, counted in graphs of the part's size.
     return part, problem.most * largest_batch(first) / largest_batch(part)
 
 
@@ -94,7 +94,7 @@ def largest_batch(problem: Problem) -> int:
 
 
 def _plans(problem: Problem, mode: str) -> Iterator[tuple[Problem, str]]:
-    # The user's own mode stays; of "auto" the one that keeps no graph comes next.
+    # A mode that was asked for stays; "auto" falls back to the one that keeps no graphs.
     yield problem, mode
     how = "fresh" if mode == "auto" else mode
     if how != mode:
@@ -138,9 +138,11 @@ def _halved(problem: Problem, count: Count) -> Problem | None:
     origins: list[int] = []
     for index, (batch, weight) in enumerate(zip(problem.batches, problem.weights, strict=True)):
         rows = _rows(batch) or 1
-        parts = [_cut(batch, 0, rows // 2), _cut(batch, rows // 2, rows)] if rows > 1 else [batch]
-        shares = [count(part) / count(batch) for part in parts] if rows > 1 else [1.0]
-        # A half in which nothing counts has no mean: 0 over 0.
+        whole = count(batch) if rows > 1 else 0.0
+        # A batch in which nothing counts stays as it is: its loss is NaN, and the gradient says so.
+        parts = [_cut(batch, 0, rows // 2), _cut(batch, rows // 2, rows)] if whole else [batch]
+        shares = [count(part) / whole for part in parts] if whole else [1.0]
+        # A half without labels would have a mean loss of 0 / 0.
         batches += [part for part, share in zip(parts, shares, strict=True) if share]
         weights += [weight * share for share in shares if share]
         origins += [problem.origins[index] for share in shares if share] if problem.origins else []
@@ -171,7 +173,7 @@ def _counting(problem: Problem) -> Count | None:
     for way, count in zip(ways, counts, strict=True):
         shares = [count[i] for i in chosen]
         mean = sum(share * loss for share, loss in zip(shares, single, strict=True) if share) / (sum(shares) or 1)
-        # float32's rounding of a mean; batch statistics and contrasts between rows come to far more.
+        # Rounding of a float32 mean; batch statistics and contrastive losses differ by far more.
         if abs(mean - whole) <= 1e-5 * abs(whole):
             return way
     return None
@@ -186,7 +188,7 @@ def _labels(batch: Any) -> float:
 
 
 def _shifted_labels(batch: Any) -> float:
-    # Of a model that shifts them itself, the first label is of no prediction.
+    # Where the model shifts labels itself, nothing predicts the first one.
     return float((batch["labels"][..., 1:] != -100).sum())
 
 

@@ -35,7 +35,7 @@ def spectral_norm(matrix: Tensor) -> float | None:
         return None
     if min(matrix.shape) <= DENSE:
         return float(torch.linalg.matrix_norm(matrix, ord=2))
-    # Vectors of the shorter side.
+    # Lanczos vectors have the length of the shorter side.
     matrix = matrix if matrix.shape[1] <= matrix.shape[0] else matrix.T
     found = Lanczos(TOLERANCE, TOLERANCE, max_products=100, bottom_tolerance=float("inf")).extremes(_Gram(matrix))
     return found.top.value**0.5 if found.top is not None and found.status == "converged" and found.top.value > 0 else None

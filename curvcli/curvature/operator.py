@@ -64,7 +64,7 @@ class PreconditionedHessian:
         images = list(self.hvp.product(self.root.names, tangents))
         if vector.nbytes >= LARGE:
             resources.give_back(vector.device)
-        # Asked for only now: in the product, where memory is at its peak, it would be a vector more.
+        # Allocated only now: during the product, at the peak of memory, it would be one more vector.
         flat = self.space.empty(1)[0]
         pieces = zip(self.root.split(flat), self.root.values(), self.decay, strict=True)
         tangents.reverse()  # so that pop() gives them in the order of the pieces
@@ -98,7 +98,7 @@ class Folded:
         total = torch.zeros_like(vector)
         for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
             image = operator.matvec(vector)
-            # One by one: they are rows of the solver's basis, and a matrix of them would be a second basis.
+            # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
             columns.append([float(self.space.inner(v[None], image)[0]) for v in self.vectors])
             total += weight * image
         self.ranks.sum_([total])

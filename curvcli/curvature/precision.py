@@ -133,7 +133,7 @@ def lift(model: nn.Module, *, gather: bool = False) -> Lifted:
             copies[id(value)], originals[id(value)] = _copied(value), value
         return copies[id(value)]
 
-    # Asked for now: later modules have the copies.
+    # Taken first: afterwards the modules hold copies.
     before = dict(model.named_parameters())
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -150,7 +150,7 @@ def lift(model: nn.Module, *, gather: bool = False) -> Lifted:
 
 def _copied(value: Tensor) -> Tensor:
     data = value.detach()
-    # A clone also where nothing is rounded: a tensor of inference mode cannot be part of a graph.
+    # Cloned even where the precision stays: a tensor made in inference mode cannot be part of a graph.
     data = whole(data).float() if data.dtype in HALVES else whole(data).clone()
     if not isinstance(value, nn.Parameter):
         return data
@@ -185,7 +185,7 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def uses(value: Tensor, tensors: Mapping[int, Tensor]) -> bool:
     """Whether a scalar depends on one of some leaves, by identity, along its graph."""
     seen: set[Any] = set()
-    # No recursion: a graph is as deep as the network is.
+    # Iterative: the graph of a deep network exceeds Python's recursion limit.
     waiting = [value.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -213,7 +213,7 @@ def inner(rows: Tensor, vector: Tensor) -> Tensor:
 
 def norm(tensors: Sequence[Tensor]) -> float:
     """Euclidean norm of all entries together, in the tensors' own precision: not every device has float64."""
-    # In units of the largest entry: squares overflow float32 from 1e19 on.
+    # Scaled by the largest entry: squares overflow float32 above 1e19.
     sizes = [float(t.detach().abs().max()) for t in tensors if t.numel()]
     largest = max(sizes, default=0.0)
     if not 0 < largest < float("inf"):

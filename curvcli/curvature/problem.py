@@ -168,8 +168,8 @@ class Problem:
         """With each batch given to one of these processes, of which each has about as much of the weight."""
         load = [0.0] * ranks.world
         owners = [0] * len(self.batches)
-        # The heaviest first, each to whom has least so far: at most a third over the best split (Graham, SIAM J. Appl. Math.
-        # 17, 1969), and the same on all ranks without a word between them.
+        # Heaviest first, each to the least loaded: at most a third above the best split (Graham, SIAM J. Appl. Math.
+        # 17, 1969), and every rank finds the same split without communication.
         for index in sorted(range(len(owners)), key=lambda i: -self.weights[i]):
             owners[index] = load.index(min(load))
             load[owners[index]] += self.weights[index]
@@ -236,7 +236,7 @@ def measurable(model: nn.Module, *, gather: bool = False) -> Iterator[Lifted]:
     no function: its derivative is not symmetric, and double backward and forward mode give products that differ.
     """
     with exact(), restored(model):
-        # Shards that are not to be gathered are left alone: `Problem.create` refuses such a model.
+        # A sharded model that is not to be gathered is left as it is, and `Problem.create` refuses it.
         lifted = Lifted() if sharded(model) and not gather else lift(model, gather=gather)
         for module in model.modules():
             # functional_call, as the mode "forward" has it, is silently wrong under it (hvp.py).
@@ -250,7 +250,7 @@ def measurable(model: nn.Module, *, gather: bool = False) -> Iterator[Lifted]:
 def _only_masks(embedding: nn.Embedding) -> bool:
     """Whether `padding_idx` does no more than zero a gradient: a subclass may compute positions from it."""
     forward = unwrap(type(embedding).forward)
-    # By the names in the byte code, as source need not be at hand; what has none is taken to use it.
+    # From the names in the byte code, since the source may not be available; without either, assume that it is used.
     names = getattr(getattr(forward, "__code__", None), "co_names", ("padding_idx",))
     return forward is nn.Embedding.forward or "padding_idx" not in names
 
@@ -265,7 +265,7 @@ def check_lifted(problem: Problem, lifted: Lifted) -> None:
     copy = "measure a copy in float32: copy.deepcopy(model).float()"
     try:
         value = problem.batch_loss(0)
-    # A cast to half precision, written into the model or the loss, meets float32 weights as one of these.
+    # A cast to half precision inside the model or the loss fails on float32 weights with one of these.
     except (RuntimeError, TypeError, ValueError) as error:
         if exhausted(error):
             raise
@@ -291,7 +291,7 @@ def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
         for accumulated, part in zip(total, parts, strict=True):
             if part is not None:
                 accumulated.add_(part, alpha=problem.weights[i])
-    # Asked before the sum: after it every rank has the NaN, and none knows whose it is.
+    # Checked before the sum, after which every rank has the NaN and none knows whose it was.
     bad = problem.ranks.each(float(not _finite(total)))
     problem.ranks.sum_(total)
     # Parts that are finite can still overflow in the sum.
@@ -313,7 +313,7 @@ def sharded(model: nn.Module) -> bool:
     """Whether fully_shard, FullyShardedDataParallel or tensor parallelism holds parameters of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody imported it, nobody has used it
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
-    # A DTensor is told by its method: its class would have to be imported.
+    # A DTensor is recognised by its method, without importing its class.
     return any(isinstance(m, kinds) for m in model.modules()) or any(hasattr(p, "to_local") for p in model.parameters())
 
 

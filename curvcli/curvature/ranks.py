@@ -111,7 +111,7 @@ class Processes:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over the processes, in place: small ones together, so that each does not wait alone."""
         with self._speaking():
-            # First, all say that they come with as much: a rank that is missing in all_reduce would hang the others.
+            # First agree on the number of entries: a rank missing from all_reduce would hang the others.
             self._exchange(_WELL, _SUM, [float(sum(t.numel() for t in tensors))])
             large = [t for t in tensors if t.numel() > SMALL]
             small = [t for t in tensors if 0 < t.numel() <= SMALL]
@@ -119,14 +119,14 @@ class Processes:
             joined = [(torch.cat([t.reshape(-1) for t in members]), members) for members in kinds.values()]
             joined += [(t.contiguous(), [t]) for t in large]
             with self._connected():
-                # All under way before one is waited for.
+                # Start all of them before waiting for any.
                 waiting = [self._dist.all_reduce(flat, group=self._group, async_op=True) for flat, _ in joined]
                 for work in waiting:
                     work.wait()
             for flat, members in joined:
                 pieces = flat.reshape(-1).split([t.numel() for t in members])
                 for tensor, piece in zip(members, pieces, strict=True):
-                    # A large one was summed where it lies, if it is contiguous.
+                    # A large contiguous tensor was summed in place.
                     if tensor.data_ptr() != piece.data_ptr():
                         tensor.copy_(piece.view(tensor.shape))
 
@@ -180,7 +180,7 @@ class Processes:
         work = self._dist.all_gather(every, mine, group=self._group, async_op=True)
         work.wait(timeout=timedelta(seconds=seconds))
         if any(int(said[1]) != _LEAVE for said in every):
-            # For its exchange alone, in which those who are elsewhere wait for the reason.
+            # Called for its exchange: the other ranks are waiting there for the reason.
             self._failure(torch.stack(every)[:, 0], "it ended before the others")
 
     def _say(self, error: BaseException) -> None:
@@ -197,7 +197,7 @@ class Processes:
     def _exchange(self, state: int, what: int, numbers: Sequence[float], reason: str = "") -> Tensor:
         """Numbers of every process, of shape (world, SLOTS), where all of them are well and at the same thing."""
         mine = torch.zeros(SLOTS + 3, dtype=torch.float64)
-        # How this rank is, what it speaks of, how many numbers, and these.
+        # Header: this rank's state, the subject, how many numbers; then the numbers.
         mine[0], mine[1], mine[2] = state, what, len(numbers)
         mine[3 : 3 + len(numbers)] = torch.tensor(list(numbers), dtype=torch.float64)
         table = self._gathered(mine)

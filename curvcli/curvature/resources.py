@@ -17,7 +17,7 @@ _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 def free_bytes(device: torch.device) -> float:
     """Memory that a measurement may plan with: 70 % of what is free now."""
-    # Not all of it: allocators keep fragments, and others on the machine take theirs meanwhile.
+    # Not all of it: allocators keep fragments, and other processes need memory meanwhile.
     if device.type == "cuda":
         return 0.7 * torch.cuda.mem_get_info(device)[0]
     return 0.7 * float(psutil.virtual_memory().available)
@@ -32,7 +32,7 @@ def held_bytes(device: torch.device) -> int:
 
 def release(device: torch.device) -> None:
     """Give back what nothing holds any more, after memory ran out."""
-    # Tracebacks hold tensors in circles, which counting references alone does not free.
+    # Tracebacks keep tensors in reference cycles, which only the collector frees.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

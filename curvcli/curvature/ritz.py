@@ -44,7 +44,7 @@ def agreed(found: Extremes, agree: Callable[..., list[float]]) -> Extremes:
     """A result whose numbers and status are the same in all processes of a space; each keeps its own vector."""
     if found.top is None or found.bottom is None:
         return found
-    # Processes exchange numbers alone: a status goes as its place among all of them.
+    # Processes exchange numbers only: a status is sent as its index.
     kinds: tuple[Status, ...] = get_args(Status)
     top, above, bottom, below, ceiling, kind, known = agree(
         found.top.value, found.top.residual, found.bottom.value, found.bottom.residual, found.ceiling,

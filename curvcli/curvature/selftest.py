@@ -30,7 +30,7 @@ def check_second_derivative(problem: Problem, direction: Sequence[Tensor], image
     Raises:
         UnsupportedError: a second derivative is missing.
     """
-    # One batch: a kernel that is wrong on one is wrong on all.
+    # One batch is enough: a kernel that is wrong on one is wrong on all.
     first = problem.subset([0])
     names, parameters = list(problem.parameters), list(problem.parameters.values())
     double = parameters[0].dtype == torch.float64
@@ -46,7 +46,7 @@ def check_second_derivative(problem: Problem, direction: Sequence[Tensor], image
             below = gradient(first, names)
         return [(a - b) / (2 * length) for a, b in zip(above, below, strict=True)]
 
-    # Relative to the weights. Of 1e-3 float32 leaves errors of 3e-5 to 2e-4 on smooth models; shorter, rounding takes over.
+    # Relative to the weights. In float32 1e-3 gave errors of 3e-5 to 2e-4 on smooth models; shorter steps drown in rounding.
     long, short = (difference(r) for r in ((1e-5, 5e-6) if double else (1e-3, 5e-4)))
     scale = max(norm(long), norm(image))
     apart = norm([a - b for a, b in zip(long, short, strict=True)])

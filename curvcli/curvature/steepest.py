@@ -91,7 +91,7 @@ class FrankWolfe:
         for name, start in starts.items():
             climb = climbs[name] = _Climb(product, balls, start)
             self._climb(climb, share)
-        # Rank 0's values: rounded otherwise, two ranks could go on from different starts.
+        # Rank 0's values, or ranks that round differently could go on from different starts.
         reached = dict(zip(climbs, current().first([climb.value for climb in climbs.values()]), strict=True))
         spent = sum(climb.products for climb in climbs.values())
         if not all(isfinite(value) for value in reached.values()):
@@ -104,7 +104,7 @@ class FrankWolfe:
         if not isfinite(best.value):
             return Sharpest(None, None, {}, None, spent, "non-finite")
         settled: SharpnessStatus = "settled" if best.improvement <= self.tolerance else "unsettled"
-        # Not flat yet where a value of 0 or less still rises.
+        # Not flat while a value of 0 or below is still rising.
         status = settled if best.value > 0 else "flat" if settled == "settled" else "unsettled"
         known = best.improvement if isfinite(best.improvement) else None
         return Sharpest(best.value, best.d, reached, known, spent, status)
@@ -139,7 +139,7 @@ class _Climb:
             self.value = there
             return
         share, value = _best(here, cross, there)
-        # H is linear, so the new point's product is between the two that are known, and costs none.
+        # H is linear: the product at the new point interpolates the two that are known, and costs nothing.
         for mine, other in ((self.d, vertex), (self.image, image)):
             for a, b in zip(mine, other, strict=True):
                 a.lerp_(b, share)
@@ -159,7 +159,7 @@ def _best(here: float, cross: float, there: float) -> tuple[float, float]:
     """Where (1-t)^2 here + 2 t (1-t) cross + t^2 there is largest for t in [0, 1], and its value there."""
     bend = here - 2 * cross + there
     shares = [0.0, 1.0]
-    # A parabola that bends up is largest at an end.
+    # A parabola that opens upward is largest at an end.
     if bend < 0 and 0 < (inside := (here - cross) / bend) < 1:
         shares.append(inside)
     return max(

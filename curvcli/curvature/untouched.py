@@ -65,7 +65,7 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
             return False
         hooks_before = dict(hooks)
         saved.append((hooks, hooks_before))
-        # In place: modules, and the code compiled for them, hold this very dictionary.
+        # In place, since modules and compiled code hold on to this dictionary.
         for key in foreign:
             del hooks[key]
         return any(not _home(hooks_before[key]).startswith(_SHARDING) for key in foreign)
@@ -76,7 +76,7 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
                 names.append("all modules")
         for name, module in model.named_modules():
             found = [hush(getattr(module, attribute), _belongs_to(module)) for attribute in _HOOKS]
-            # The forward kinds, first of _HOOKS: no other changes what a module gives.
+            # The first two of _HOOKS are the forward kinds, which alone change what a module returns.
             if any(found[:2]):
                 names.append(name or type(module).__name__)
         for parameter in model.parameters():
@@ -84,7 +84,7 @@ def hushed(model: nn.Module) -> Iterator[list[str]]:
         yield names
     finally:
         for hooks, before in saved:
-            # All anew: hooks fire in the order of the dictionary.
+            # Refilled as a whole: hooks fire in the order of the dictionary.
             hooks.clear()
             hooks.update(before)
 
@@ -110,7 +110,7 @@ class _Saved:
         self.attributes, self.before = vars(module), dict(vars(module))
         containers = [v for v in self.before.values() if isinstance(v, (dict, list, set, deque))]
         self.containers = [(v, dict(v) if isinstance(v, dict) else list(v)) for v in containers]
-        # Copies of values too: running statistics are written in place. Not of parameters, which no forward pass writes.
+        # Values too, since running statistics are written in place; not of parameters, which no forward pass writes.
         tensors = [*module._buffers.values(), *self.before.values()]
         self.tensors = [(t.detach(), t.detach().clone()) for t in tensors if isinstance(t, Tensor)]
 

@@ -98,7 +98,7 @@ class Calibration(Document):
         if group is not None:
             return self.edge[group]
         low, high = min(e.low for e in self.edge.values()), max(e.high for e in self.edge.values())
-        # No run says where this optimizer breaks, so no end may be nearer than any group's.
+        # No run shows where this optimizer breaks: take the widest range that any group had.
         return self.edge[self.widest].model_copy(update={"low": low, "high": high})
 
 
@@ -130,7 +130,7 @@ def bracket_of(judged: Estimate, generalisation: Generalisation, threshold: floa
         # A Ritz value is a lower bound.
         low, high = value, value + residual / threshold
         high = high if judged.ceiling is None else max(high, judged.ceiling / threshold)
-    # A report may be anybody's: the ends are made to hold the value, or logarithms below change sign.
+    # A report may come from anywhere: make the ends include the value, or the logarithms below change sign.
     return Bracket(min(low, value), value, max(high, value))
 
 
@@ -176,7 +176,7 @@ def odds(rho: float, optimizer: str) -> float | None:
     if rho <= 0:
         return None
     known = calibration()
-    # The widest where there is no group: it promises least.
+    # Without a group take the widest, which claims least.
     fit = known.odds[known.group(optimizer) or known.widest]
     power = fit.intercept + fit.slope * log(rho)
     # exp(700) is near the largest double; below that the chance is 0 to any digit that is shown.

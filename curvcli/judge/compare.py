@@ -106,7 +106,7 @@ def _unlike(first: Report, second: Report) -> list[Finding]:
 
 def _large(changes: list[Change]) -> list[Finding]:
     rose = [(c.rho_ratio, c) for c in changes if c.part != "full" and c.rho_ratio and c.ratio and c.low]
-    # By its low end, which lies as far below rho's ratio as it does below lambda's: thresholds are exact.
+    # Compare the low end: rho's ratio has lambda's relative bracket, since thresholds are exact.
     sure = [(ratio, c) for ratio, c in rose if ratio * (c.low or 0.0) / (c.ratio or 1.0) > LARGE]
     if not sure:
         return []

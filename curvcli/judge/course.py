@@ -69,7 +69,7 @@ class _Curve:
     @property
     def noise(self) -> float:
         """Standard deviation of a median about its course: 1.25 sigma / sqrt(n) of white noise, or what wanders."""
-        # sqrt(pi / 2) = 1.25: what a median of normal numbers errs by, over what their mean does.
+        # sqrt(pi / 2) = 1.25 is the standard error of a median of normal numbers over that of their mean.
         return max(1.25 * _white(self.losses) / sqrt(self.window), _wander(self))
 
     @property
@@ -107,7 +107,7 @@ def _found(
 ) -> LossCourse | None:
     if not rows and (unigram is None or shard_loss is None):
         return None
-    # First: what is no number has no place on a curve, and takes away the end of it.
+    # First, since losses that are not finite are not on the curve below, which would end before them.
     if lost := _no_numbers(rows):
         return lost
     curve = _curve([(row.step, row.loss) for row in rows if row.loss is not None])
@@ -122,7 +122,7 @@ def _found(
 
 def doubted(verdict: VerdictName, course: LossCourse | None) -> VerdictName:
     """The verdict on rho, which a loss that is lost leaves unresolved where it would say that nothing is wrong."""
-    # What says that something is wrong stands: a lost network may be too sharp, too.
+    # A verdict that warns stands: a lost network can be too sharp as well.
     return "unresolved" if course is not None and course.lost and verdict in ("stable", "edge") else verdict
 
 
@@ -142,7 +142,7 @@ def course_findings(report: Report) -> list[Finding]:
         found.append(Finding(code="loss-spikes", severity="info", message=message))
     found += _unlike(report, course)
     share, source = course.lr_share, report.optimizer.lr_source
-    # An lr that somebody passed is not the log's, and no share of the log's peak.
+    # A learning rate that the user passed is unrelated to the log's peak.
     if share is not None and 0 < share <= DECAYED and rho is not None and source in ("checkpoint", "log"):
         message = (
             f"the learning rate has decayed to {100 * share:.2g} % of its peak; at the peak's this rho would be "
@@ -213,7 +213,7 @@ def _curve(points: Sequence[tuple[int, float]]) -> _Curve | None:
 def _white(losses: Sequence[float]) -> float:
     """Standard deviation of one loss about its course: from second differences, which a slope leaves at 0, by the median."""
     bends = [a - 2 * b + c for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
-    # 1, -2 and 1 squared add up to 6; 1.4826 makes the median of magnitudes a standard deviation, whatever the outliers.
+    # A second difference has 1 + 4 + 1 = 6 times the variance; 1.4826 makes a median of magnitudes a standard deviation.
     return 1.4826 * median(map(abs, bends)) / sqrt(6)
 
 
@@ -222,7 +222,7 @@ def _wander(curve: _Curve) -> float:
 
     Training falls, so that most differences are no noise. The two largest are left out: a jump lies in one of them, or two.
     """
-    # Counted from the newest backward, which is thereby one of them.
+    # Counted backward, so that the newest window is included.
     apart = curve.medians[:: -curve.window][::-1]
     rises = sorted(b - a for a, b in pairwise(apart) if b > a)[:-2]
     return 1.4826 * median(rises) / sqrt(2) if len(rises) > 2 else 0.0  # of a difference of two
@@ -236,7 +236,7 @@ def _over_best(curve: _Curve, entries: Sequence[Logged]) -> LossCourse:
     share = RESTART_RISE if raised else RISE
     margin = max(share * abs(best), NATS, SIGMAS * curve.noise)
     limit = best + margin
-    # Half a window of medians, each over the limit as soon as half of its losses are: a jump has lasted for a whole one.
+    # A median crosses the limit once half of its window has, so half a window of medians means a jump a full window long.
     lasting = curve.medians[-(curve.window // 2 + 1) :]
     wrecked = place < len(curve.medians) - len(lasting) and all(value > limit for value in lasting)
     # One loss is noisier than the medians that the limit is for.
@@ -287,7 +287,7 @@ def _spikes(curve: _Curve, since: int | None) -> list[int]:
         limit = before + max(_SPIKE * abs(before), NATS, _SPIKE_SIGMAS * white)
         if curve.losses[end] <= limit or (since is not None and curve.steps[end] >= since):
             continue
-        # One that lasts is told once; one that no later loss came back from is no spike.
+        # A spike of several losses counts once; a rise that no later loss came back from is not a spike.
         if end - last > curve.window and min(curve.losses[end:]) <= limit:
             found.append(curve.steps[end])
         last = end

@@ -70,7 +70,7 @@ _WHY = {
 def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     verdict, full, optimizer = report.verdict, report.judged, report.optimizer
     generalisation, data = report.generalisation, report.data
-    # The first reason that holds, from what takes all meaning away to what more data could settle.
+    # The first reason that applies, from what makes rho meaningless to what more data would settle.
     if optimizer.threshold is None:
         why = "no optimizer was taken" if optimizer.name == "none" else "no learning rate is known"
         return Finding(
@@ -91,7 +91,7 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
         return _hot(report)
     if verdict == "unresolved":
         if full.status != "converged":
-            # Where the time ran out more products would not be made.
+            # Where time ran out, allowing more products would not help.
             late = any(part.status == "skipped" for part in report.parts)
             return Finding(
                 code="unresolved-residual",
@@ -272,7 +272,7 @@ def _body(report: Report) -> list[Finding]:
     return [
         Finding(
             code="rare-rows",
-            # Where with them the run would be called unstable, that they are left out is no detail.
+            # If the run would be unstable with these rows, leaving them out deserves more than a note.
             severity="warning" if full.rho is not None and classify(full.rho) == "unstable" else "info",
             message=f"with the {body.rows:,} embedding rows that this shard looks up fewer than ten times it is "
             f"{with_them}: that is their few tokens' luck, and concerns their rows alone; the verdict leaves them out",
@@ -360,7 +360,7 @@ def _quality(report: Report) -> list[Finding]:
                 f"raise {'--budget' if skipped else '--max-hvps'}",
             )
         )
-    # Ends though nothing was held out: one batch in memory is taken for the whole problem.
+    # A bracket without a held-out value: a single batch in memory is taken to be all of the data.
     if generalisation.held_out is None and generalisation.rho_low is not None:
         found.append(
             Finding(

@@ -196,7 +196,7 @@ class ReportReadings:
         if len(known) < len(brackets) or report.judged.rho is None:
             return Reading(what, reason="a value is missing")
         (low, high), before = known[0], known[1:]
-        # Each end's own median holds the median of whatever lies between them: it grows with each of its numbers.
+        # A median is monotone in each of its numbers, so the medians of both ends bracket the median of the true values.
         old_low, old_high = median(b[0] for b in before), median(b[1] for b in before)
         if old_low <= 0:
             return Reading(what, reason=f"the median before may be 0 or below ({old_low:.4g}): nothing can be divided by it")
@@ -233,7 +233,7 @@ class ReportReadings:
                 held, threshold = report.generalisation, report.optimizer.threshold
                 if held.held_out is None or low is None or high is None or not per:
                     return Reading(what, reason=f"the shards differ, and {name or 'the '}report held nothing out")
-                # On tokens of its own each value is fitted to them: what was held out bounds it from below.
+                # On different tokens each value is fitted to its own shard: the held-out value is the lower end.
                 low = min(held.held_out / per, low)
                 if threshold and held.rho_low is not None and held.rho_high is not None:
                     low, high = min(low, held.rho_low * threshold / per), max(high, held.rho_high * threshold / per)

@@ -56,7 +56,7 @@ def judge_run(
     worst = max(known, key=_rho, default=None)
     limit = None
     if name in _ACTS:
-        # Of a hot run nothing has failed: rho alone bounds its rate.
+        # Nothing has failed yet in a hot run: only rho bounds its learning rate.
         failed = course.lr_highest if course and name != "hot" else None
         # Where the newest lies below the edge its rate has decayed: the next run's peak is bounded where it was hottest.
         hottest = max(_late(known), key=_rho, default=newest) if name == "hot" and not _past(newest) else newest
@@ -157,7 +157,7 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
 
 def _late(known: Sequence[Report]) -> list[Report]:
     early = calibration().early_steps
-    # Of a step that is not known nothing says that it is early; step 0 is.
+    # An unknown step (None) is not taken for early; step 0 is early.
     return [report for report in known if report.checkpoint.step is None or report.checkpoint.step >= early]
 
 
@@ -185,7 +185,7 @@ def _flat(newest: Report, known: Sequence[Report]) -> tuple[int | None, str] | N
     for before in known:
         then = before.judged.eigenvalue
         same = (before.data.sha256, before.data.sequence_length) == (data.sha256, data.sequence_length)
-        # On other tokens both loss and lambda are others; of a loss of 0 or less no share means anything.
+        # Different tokens do not compare, and a share of a loss of 0 or below means nothing.
         if not same or then is None or then <= 0 or log10(then / now) < DECADES or before.data.loss <= 0:
             continue
         if data.loss >= NO_BETTER * before.data.loss:

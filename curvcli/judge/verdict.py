@@ -28,7 +28,7 @@ def judge(
     if not certified(judged) or generalisation.rho_low is None or generalisation.rho_high is None:
         return "unresolved"
     found = verdict_at(generalisation.rho_low, generalisation.rho_high, odds)
-    # One part past its edge is enough for a run to fail, and one below it is not enough to hold.
+    # One part past its edge can break a run; one part below its edge does not make it stable.
     return "unresolved" if partial and found == "stable" else found
 
 
@@ -50,7 +50,7 @@ def verdict_at(low: float, high: float, odds: float | None) -> VerdictName:
         return "unstable" if odds is None or odds >= known.unstable_from else "hot"
     if places == {"edge"}:
         return "edge"
-    # Between: never unstable, which asks for the whole bracket, nor stable.
+    # The bracket spans a limit: at most `hot`, since `unstable` requires all of it above.
     if "unstable" in places:
         return "hot" if odds is not None and odds >= known.hot_from else "unresolved"
     return "edge" if odds is not None and odds >= known.stable_below else "unresolved"

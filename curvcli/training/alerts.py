@@ -57,7 +57,7 @@ class Alerts:
         """A new record; its alert, whether or not anybody is told."""
         alert = alert_of(record)
         if self.reaction is not None:
-            # First: an alarm may take its time, and the job reads this at its next step.
+            # First, since an alarm may be slow, and the job reads this file at its next step.
             self._try("the reaction file", lambda: _write(self.reaction, alert))
         if self._worth(alert.level):
             (logger.error if alert.level == "ERROR" else logger.warning if alert.level == "WARN" else logger.info)(
@@ -71,14 +71,14 @@ class Alerts:
         """Whether this level is told, after those before."""
         if level == "INFO":
             self._calm += 1
-            # Not at the first calm record: a rho that hovers about a limit would be told of each time.
+            # Not at the first calm record: a rho that hovers about a limit would alert every time.
             if self._told != "INFO" and self._calm >= CALM:
                 self._told, self._since = "INFO", 0
                 return True
             return False
         self._calm = 0
         self._since += 1
-        # Over the highest told: from ERROR to WARN and back is the same alert.
+        # Above the highest level told so far: ERROR, WARN, ERROR is one alert.
         if LEVELS.index(level) > LEVELS.index(self._told) or self._since >= AGAIN:
             self._told, self._since = level, 0
             return True

@@ -21,9 +21,9 @@ class Watch:
         here = {n: p for n, p in lock.parameters.items() if local(p).numel()}  # of a sharded block, this rank's part
         training = {n: p for n, p in here.items() if p.requires_grad}
         matrices = {n: p for n, p in training.items() if p.dim() >= 2}
-        # A block that was an identity comes alive at what rested; one that was frozen at any of its matrices.
+        # A block that was an identity has to move the weights that rested; one that was frozen, any of its matrices.
         outputs = {n: p for n, p, _ in lock.resting if n in here} if growing else matrices or training
-        # Not biases, if there is more: an output's bias moves in a block that is dead, all of whose matrices are 0.
+        # Matrices, not biases: an output bias gets a gradient even in a dead block, whose matrices are all 0.
         waiting = {n: p for n, p in outputs.items() if p.dim() >= 2} or outputs
         self.before = {n: (p, sample(p)) for n, p in waiting.items()}
         # While outputs are 0 no gradient comes through them; one has to, once they have moved.
@@ -68,7 +68,7 @@ class Stillness:
         for name, parameter in self.lock.parameters.items():
             now = sample(parameter, self.SIZE)
             before = self.before[name].to(now)  # the model may have changed its device or precision
-            # NaN is unlike itself, and has not moved.
+            # NaN compares unequal to itself without having moved.
             if not torch.equal(before.float().nan_to_num(), now.float().nan_to_num()):
                 raise UsageError(
                     f"block {self.lock.index} is locked at step {step}, and its {name} has moved since the step before",
@@ -79,7 +79,7 @@ class Stillness:
 
 def sample(parameter: Tensor, size: int = 65536) -> Tensor:
     """About so many of this rank's values, evenly spaced, copied."""
-    # All of most tensors; of the largest a part does, as an update moves all entries that have a gradient.
+    # A sample of a large tensor is enough: an update moves every entry that has a gradient.
     flat = local(parameter).reshape(-1)
     return flat[:: max(1, flat.numel() // size)].clone()
 

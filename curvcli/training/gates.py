@@ -53,7 +53,7 @@ class Gate:
     def mix(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The gated output in the place of the block's. Raises UnsupportedError for a block that cannot be gated."""
         before = _states(args, kwargs)
-        # Of these types alone: a namedtuple or a ModelOutput is not made anew from its members.
+        # Exact types only: a namedtuple or a ModelOutput cannot be rebuilt from its members.
         after = output[0] if type(output) in (tuple, list) and output else output
         if not isinstance(after, Tensor) or before is None or before.shape != after.shape:
             raise UnsupportedError(

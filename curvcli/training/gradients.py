@@ -29,7 +29,7 @@ class GradientWatch:
         """
         if not 0 < norm < inf:
             return None
-        # Without the new one, or an outlier would widen the range that it is held against.
+        # Not including the new norm, or an outlier would widen the range it is held against.
         before = [log(value) for value in self.norms]
         self.norms.append(norm)
         if len(before) < LEAST:

@@ -73,7 +73,7 @@ def check_shared(locks: Sequence[Lock], model: nn.Module, phases: Iterable[froze
 
     def walk(module: nn.Module, owner: int | None) -> None:
         owner = blocks.get(id(module), owner)
-        # Not named_parameters, which gives a tied weight once: here each of its owners counts.
+        # Not named_parameters, which lists a tied weight once: here every owner counts.
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(_place(parameter), set()).add(owner)
@@ -98,7 +98,7 @@ def check_shared(locks: Sequence[Lock], model: nn.Module, phases: Iterable[froze
 def _place(parameter: Tensor) -> int:
     """Where a parameter's values are in memory: tied ones share it, whether or not they are one object."""
     values = local(parameter)
-    # What holds no value here has the address 0, as all that hold none.
+    # Tensors without values here (an empty shard, meta) all have the same address.
     return values.data_ptr() if values.numel() and not values.is_meta else id(parameter)
 
 
@@ -146,7 +146,7 @@ def _gain(norm: nn.Module) -> list[tuple[str, nn.Parameter, float]]:
         twin._parameters = dict.fromkeys(names)
         for n in names:
             object.__setattr__(twin, n, torch.full(shape, 0.0 if n == "bias" else value))
-        # Of a constant input a LayerNorm gives 0 whatever its gain is.
+        # Not a constant input, for which a LayerNorm gives 0 whatever its gain is.
         if not bool(twin.forward(torch.linspace(-1, 1, shape[-1])[None]).any()):
             return [(n, p, 0.0 if n == "bias" else value) for n, p in norm.named_parameters(recurse=False)]
     raise UnsupportedError(

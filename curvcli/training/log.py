@@ -29,7 +29,7 @@ def jsonl(path: Path) -> Sink:
 
     def write(record: Record) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One write at the end of the file, wherever that is by now: lines of several writers do not mix.
+        # A single write in append mode, so that lines of several writers do not mix.
         line = ("\n" if _torn(path) else "") + record.to_line()
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -31,7 +31,7 @@ def with_names(schedule: Schedule, model: nn.Module) -> Schedule:
         )
     resting = None
     if schedule.lock == "zero-output":
-        # By identity: a lock has its parameters' names within the block.
+        # By identity, since a lock knows its parameters by their names within the block.
         names = {id(parameter): display(name) for name, parameter in model.named_parameters()}
         resting = [
             Resting(name=names[id(parameter)], block=lock.index, value=value)

@@ -86,7 +86,7 @@ class Budget:
             return True
         cost, ledger = self.cost(self.batches), self.ledger
         earned = self.share * ledger.trained >= ledger.spent + cost
-        # A long pause counts as training, and may not pay for measurements at each step after it.
+        # A long pause counts as training, and must not pay for a burst of measurements after it.
         return earned and self.share * (ledger.trained - self._since) >= cost / 2
 
     @property
@@ -96,7 +96,7 @@ class Budget:
 
     def cost(self, batches: int) -> float:
         """Seconds that a measurement on so many batches is expected to take."""
-        # The trial only while there is no other: it has in it what is done once.
+        # The first measurement only until there is another: it includes one-time costs.
         each = median(self._costs) if self._costs else self._trial or 0.0
         return each * batches
 

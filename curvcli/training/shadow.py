@@ -35,11 +35,11 @@ class Shadow:
         Raises UnsupportedError for an optimizer whose state gradients alone do not tell.
         """
         rule, groups = rule_for(view), {name: group for group in view.groups for name in group.names}
-        # Asked of empty moments: whether the rule can make its state of gradients alone.
+        # Probed with empty moments: can the rule build its state from gradients alone?
         nothing = torch.zeros(())
         if not names or any(n not in groups for n in names) or rule.expected(nothing, nothing) is None:
             raise UnsupportedError(f"{view.name} has no second moments to foresee", hint="adaptive mode needs Adam or AdamW")
-        # Another group of blocks comes next.
+        # Another group of blocks joins next: what was averaged is of other parameters.
         if set(names) != set(self.moments):
             self.moments, self.count = {n: torch.zeros_like(problem.parameters[n]) for n in names}, 0
         self.count += 1

@@ -55,7 +55,7 @@ def check_gathered(model: nn.Module, held: Iterable[Tensor], ranks: Ranks) -> bo
             "FullyShardedDataParallel (FSDP1) keeps flat parameters, which have no second derivatives",
             hint=f"use fully_shard (FSDP2), or {beside}",
         )
-    # It leaves no class on a model: its styles are hooks on the modules' inputs and outputs.
+    # Tensor parallelism leaves no class on the model, only hooks on the modules' inputs and outputs.
     if any(_home(hook).startswith("torch.distributed.tensor.") for hook in _hooks(model)):
         raise UnsupportedError("a model under tensor parallelism is not measured while it trains", hint=beside)
     if ranks.world == 1:
@@ -63,7 +63,7 @@ def check_gathered(model: nn.Module, held: Iterable[Tensor], ranks: Ranks) -> bo
             "a model under fully_shard is measured by all ranks together",
             hint="CurvatureTracker(..., split=True), made and stepped on every rank",
         )
-    # While fully_shard has them gathered, modules hold plain tensors and the optimizer still the shards.
+    # While fully_shard has gathered them, modules hold plain tensors, but the optimizer still holds the shards.
     own = {id(p) for p in model.parameters()}
     if any(hasattr(p, "full_tensor") and id(p) not in own for p in held):
         raise UnsupportedError(
@@ -72,7 +72,7 @@ def check_gathered(model: nn.Module, held: Iterable[Tensor], ranks: Ranks) -> bo
         )
     first = next(model.parameters())
     size = 4 * sum(p.numel() for p in model.parameters())  # gathered as float32
-    # Ranks of a machine share its memory, and have a GPU each.
+    # Ranks on one machine share its memory; each has a GPU of its own.
     free = min(ranks.each(resources.free_bytes(first.device) / (ranks.here if first.device.type == "cpu" else 1)))
     if VECTORS * size > free:
         raise UnsupportedError(

@@ -34,7 +34,7 @@ class CurvCallback(TrainerCallback):
         if state.global_step:
             saved = _checkpoint(args, state) / STATE
             if saved.is_file():
-                # Tensors and plain values alone: a checkpoint may be anybody's, and nothing in it is run.
+                # Only tensors and plain values are loaded: a checkpoint is untrusted, and nothing in it may run.
                 self.callbacks.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
             elif self.callbacks.adaptive:
                 raise UsageError(

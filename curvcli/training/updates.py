@@ -63,7 +63,7 @@ def _enter(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict
     act()
     if not _followers or not any(callable(v) for v in (*args[1:], *kwargs.values())):
         return None
-    # The first is the optimizer; of the rest what can be called is a closure.
+    # The first argument is the optimizer itself; any other callable is a closure.
     return (args[0], *(_closing(v, act) for v in args[1:])), {k: _closing(v, act) for k, v in kwargs.items()}
 
 
@@ -117,5 +117,5 @@ def _has_counted(entry: Any) -> bool:
         return bool(entry)
     if entry.get("step") is not None:
         return float(entry["step"]) > 0
-    # Without a count: what was made with the optimizer is 0 until its first step.
+    # No step count: state made at construction (Adagrad's sum) is 0 until the first step.
     return any(bool(v.any()) for v in entry.values() if isinstance(v, Tensor))

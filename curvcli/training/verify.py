@@ -28,7 +28,7 @@ def problems(schedule: Schedule, path: Path) -> list[Finding]:
     found = [*phase_problems(schedule), *structure_problems(schedule, checkpoint, model)]
     if found:
         return found
-    # Any tokens do: gradients and identities are looked at, and no loss.
+    # Any tokens will do: only gradients and identities are checked, not the loss.
     vocabulary = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
     ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0))
     return lock_problems(schedule, model, lambda: causal_loss(model, ids), step=checkpoint.step or schedule.phases[0].step)
@@ -123,7 +123,7 @@ def lock_problems(schedule: Schedule, model: nn.Module, loss: Callable[[], Tenso
     model.zero_grad()
     if schedule.mode == "grow":
         try:
-            # With an optimizer that never steps, as one has to be given.
+            # A warm-up needs an optimizer; this one never steps.
             warmup = ArchitectureWarmup(model, torch.optim.SGD(model.parameters(), lr=0.0), schedule)
             warmup.step(schedule.phases[0].step)
             with torch.no_grad():

@@ -246,13 +246,13 @@ class ArchitectureWarmup:
         while (phase := len(self.started)) < len(phases) and step >= phases[phase].step:
             rho = self.rho_source.rho_with(self._names(frozenset(phases[phase].unlock)))
             allowed = rho is not None and rho <= self.margin
-            # Of one rank for all: each may have measured a rho on its own side of the margin.
+            # One decision for all ranks, which may have measured rho on different sides of the margin.
             if not _agreed(allowed or step >= phases[phase].latest, self.model):
                 break
             why = f"rho {rho:.3g} with it is within {self.margin:g}" if allowed else f"latest step {phases[phase].latest}"
             logger.info("step %d: phase %d begins, %s", step, phase, why)
             self.started.append(step)
-        # A resumed job knows decisions of steps that are still to come.
+        # A resumed job may have loaded decisions that lie ahead of this step.
         begun = sum(1 for began in self.started if began <= step)
         return frozenset(range(self.schedule.depth)) - frozenset(phases[max(begun - 1, 0)].active)
 
@@ -348,7 +348,7 @@ class ArchitectureWarmup:
                 "the optimizer steps before the schedule was told the step", hint="call warmup.step(step) first"
             )
         for _, _, parameter in with_gradient:
-            # No zeros: of a gradient of 0 an optimizer makes state, and decays the weight.
+            # None and not zeros: for a zero gradient an optimizer creates state and applies weight decay.
             parameter.grad = None
         for watch in self._watches:
             watch.see_gradients()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from curvcli import analyze
 from curvcli.curvature.hvp import choose
-from curvcli.curvature.memory import leanest, sample
+from curvcli.curvature.memory import cut, leanest, sample
 from curvcli.curvature.problem import Problem
 from curvcli.errors import InputError, OutOfMemoryError, UnsupportedError, exhausted, memory_named, shortage
 from curvcli.models.blocks import find_blocks, survey
@@ -196,6 +196,17 @@ def test_parts_weigh_what_the_loss_counts(loss: Any) -> None:
 def contrastive(model: nn.Module, batch: Any) -> Tensor:
     x = model(batch[0])
     return nn.functional.cross_entropy(x @ x.T, torch.arange(len(x)))
+
+
+def test_a_batch_without_a_label_is_not_cut() -> None:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
+
+    labels = torch.tensor([0, 1])
+    batches = [{"x": torch.eye(2), "labels": labels}, {"x": torch.eye(2), "labels": torch.full_like(labels, -100)}]
+    found = cut(Problem.create(nn.Linear(2, 2), loss, batches), 1)
+    assert [len(batch["labels"]) for batch in found.batches] == [1, 1, 2]
+    assert found.weights == [0.25, 0.25, 0.5]
 
 
 def test_rows_that_depend_on_each_other_are_not_cut() -> None:
