@@ -1,4 +1,4 @@
-"""Hessian-vector products, exact, by three routes; the fastest that agrees on the real problem is used.
+"""Hessian-vector products, exact, by three routes; the first that fits and agrees on the real problem is used.
 
 Reverse over forward, `torch.func.linearize` and `functional_call` under gradient checkpointing are
 silently wrong on common models (pytorch#196700) and are not among them.

@@ -305,7 +305,7 @@ class CurvatureTracker:
         if preconditioner.ascends:
             problem = problem.negated()
         if self._mode is None:
-            # Not the fastest by the clock, as analyze takes it: a resumed job has to repeat the very same sums.
+            # By a rule and not by the clock: a resumed job has to repeat the very same sums.
             room = resources.free_bytes(next(iter(parameters.values())).device)
             most = problem.most if self.budget is None else self.budget.available  # it may come to measure on all of them
             fits = graph_bytes(problem, cut_short=True) * most <= room
