@@ -73,6 +73,7 @@ def needed(shape: str, rows: int, length: int) -> dict[str, Any]:
     )
     basis = {"8 vectors": LEAST, "16 vectors": WANTED, "32 vectors": 32}
     plans = {name: round(predicted(sizes, "fresh", 1, size).total / GIB, 1) for name, size in basis.items()}
+    plans["on disk"] = round(predicted(sizes, "fresh", 1, 32, on_disk=True).total / GIB, 1)
     said = {"shape": shape, "parameters": sum(nbytes) // 4, "rows": rows, "length": length, "vector_GiB": sum(nbytes) / GIB}
     return {**said, "graph_of_a_row_GiB": round(sizes.graph / GIB, 2), "peak_GiB": plans}
 

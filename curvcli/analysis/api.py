@@ -163,17 +163,18 @@ def prepared(
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
             notes = {**_lifted(lifted, problem), **_cut(problem, len(whole.batches)), **_idle(problem)}
-            basis = None
+            basis, on_disk = None, False
             if limit is not None:
                 part, chosen = fitted(part, limit, mode, solver.max_products)
-                mode, basis = mode if mode == "forward" else chosen.mode, chosen.basis
+                mode, basis, on_disk = mode if mode == "forward" else chosen.mode, chosen.basis, chosen.on_disk > 0
                 notes["memory-plan"] = f"of {limit / GIB:.2f} GiB: {chosen}"
             if blocks is not None:
                 blocks, found = survey(part, blocks)
                 notes |= found
             work = Measurement(
-                part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated, basis=basis
-            )
+                part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated, basis=basis,
+                on_disk=on_disk,
+            )  # fmt: skip
             return finish(work, notes)
 
         given = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)

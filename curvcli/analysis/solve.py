@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curvcli.analysis.companions import companions
 from curvcli.analysis.measured import Measured, Solved
+from curvcli.analysis.plan import unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
@@ -24,6 +25,7 @@ from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
+from curvcli.curvature.scratch import scratch
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, lookups
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -51,6 +53,7 @@ class Measurement:
         depths: bool = True,
         truncated: bool | None = None,
         basis: int | None = None,
+        on_disk: bool = False,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
         self.depths = depths
@@ -80,8 +83,9 @@ class Measurement:
         # Under a limit of memory plan.py has chosen the mode already, by more than what is free.
         self.choice: Choice = choose(trial, mode=mode, memory=free if basis is None else inf, graphs=graphs)
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
-        # A quarter: graphs, the gradient and a product's own vectors need the rest (docs/adr/0007-two-eigensolvers.md).
-        self.solver = replace(solver, basis=basis or max(int(self._free(device) / 4 / vector), 8))
+        if basis is None:
+            basis, on_disk = unplanned(problem, vector, self._free(device), solver.max_products)
+        self.solver = replace(solver, basis=basis, scratch=scratch() if on_disk else None)
         self.device = device
         # Mean losses of the first batch, of the network cut to half its depth and of the whole; None where neither is asked.
         self.losses: tuple[float, float] | None = None
@@ -298,6 +302,8 @@ class Measurement:
     def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved | None:
         """A depth from the one above it; None where that says too little of it."""
         wide = above.extremes
+        if self.solver.scratch is not None:  # its basis has no room either, and would not lie on disk
+            return None
         if not names or wide is None or wide.vector is None:
             return None
         self.in_time()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from curvcli.curvature.operator import Operator
 from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
+from curvcli.curvature.scratch import Scratch, let_go
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Lanczos:
             is larger; infinite waits for nothing. It counts as converged only within a tenth of itself.
         max_products: stop after this many products.
         basis: vectors there is room for; one product each.
+        scratch: where these lie, if not beside the operator's vectors.
         asymmetry: |u.Gv - v.Gu| over the norm of G, at most, before the products are called wrong. Rounding of float32 alone
             came to 2e-3 where a young second moment spans many orders (docs/explanation/accuracy.md).
         seed: of the random start.
@@ -45,6 +47,7 @@ class Lanczos:
     bottom_tolerance: float = inf
     max_products: int = 200
     basis: int = 200
+    scratch: Scratch | None = None
     asymmetry: float = 1e-2
     seed: int = 0
     deadline: float = inf
@@ -68,7 +71,7 @@ class Lanczos:
         """
         size = operator.space.size if support is None else operator.space.count(support)
         start, random_part = self._start(operator, warm, share, support)
-        walk = _Walk(operator, start, support, size)
+        walk = _Walk(operator, start, support, size, self.scratch)
         # e of the module's docstring, for a start of which only a part may be random.
         evidence = self.doubt * sqrt(pi / (2 * size)) * random_part
         most = min(self.basis, self.max_products)
@@ -105,9 +108,13 @@ class Lanczos:
 class _Walk:
     """Lanczos vectors, orthonormal to rounding, and the tridiagonal matrix that G is on them."""
 
-    rows = 8  # of memory taken at once: most solves end within 16 vectors, and may take hundreds
-
-    def __init__(self, operator: Operator, start: Tensor, support: Tensor | None, size: int) -> None:
+    def __init__(
+        self, operator: Operator, start: Tensor, support: Tensor | None, size: int, scratch: Scratch | None
+    ) -> None:
+        # Rows of memory taken at once: most solves end within 16 vectors, and may take hundreds. On disk each comes and goes
+        # by itself, so that one at a time is in memory.
+        self.scratch, self.rows = scratch, 8 if scratch is None else 1
+        self.held, self.dtype = len(start), start.dtype
         self.operator, self.space = operator, operator.space
         self.support, self.size = support, size  # (n,), and its true entries
         self.blocks: list[Tensor] = []  # each (rows, n); the vectors, filled in order
@@ -127,6 +134,7 @@ class _Walk:
         """One product. False where it is not finite."""
         k = self.products
         left = self.operator.matvec(self._row(k))
+        let_go(self._row(k))
         left = left if self.support is None else left * self.support
         if not self.space.finite(left):
             return False
@@ -169,6 +177,7 @@ class _Walk:
         for block in self.blocks:  # added up as they come: all of them would be as many vectors more as there are blocks
             used = min(len(block), self.products - done)
             found += self.space.combine(self.vectors[done : done + used, index], block[:used])
+            let_go(block)
             done += used
         return found
 
@@ -202,8 +211,12 @@ class _Walk:
     def _add(self, vector: Tensor) -> None:
         block, row = divmod(self.products, self.rows)
         if block == len(self.blocks):
-            self.blocks.append(self.space.empty(min(self.rows, self.space.size)))
+            self.blocks.append(self._room(min(self.rows, self.space.size)))
         self.blocks[block][row] = vector
+        let_go(self.blocks[block])
+
+    def _room(self, rows: int) -> Tensor:
+        return self.space.empty(rows) if self.scratch is None else self.scratch.empty(rows, self.held, dtype=self.dtype)
 
     def _row(self, index: int) -> Tensor:
         block, row = divmod(index, self.rows)
@@ -211,11 +224,15 @@ class _Walk:
 
     def _inner(self, vector: Tensor, count: int) -> Tensor:
         """Inner products with the first `count` vectors, in float64 on the CPU."""
-        rows = [block[: count - i * self.rows] for i, block in enumerate(self.blocks)]
-        return torch.cat([self.space.inner(r, vector) for r in rows]).cpu().double()
+        found = []
+        for i, block in enumerate(self.blocks):
+            found.append(self.space.inner(block[: count - i * self.rows], vector))
+            let_go(block)
+        return torch.cat(found).cpu().double()
 
     def _without(self, vector: Tensor, coefficients: Tensor, count: int) -> Tensor:
         for i, block in enumerate(self.blocks):
             part = coefficients[i * self.rows : min((i + 1) * self.rows, count)]
             vector = vector - self.space.combine(part, block[: len(part)])
+            let_go(block)
         return vector

@@ -12,6 +12,7 @@ from curvcli.curvature import resources
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import ModelRoot
 from curvcli.curvature.ranks import ALONE, Ranks
+from curvcli.curvature.scratch import let_go
 from curvcli.curvature.space import OneDevice, Space
 
 LARGE = 2**26  # bytes of a vector from which on free memory is worth the few percent that it costs to ask for it again
@@ -99,10 +100,15 @@ class Folded:
         for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
             image = operator.matvec(vector)
             # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
-            columns.append([float(self.space.inner(v[None], image)[0]) for v in self.vectors])
+            columns.append([self._inner(v, image) for v in self.vectors])
             total += weight * image
         self.ranks.sum_([total])
         return total
+
+    def _inner(self, vector: Tensor, image: Tensor) -> float:
+        found = float(self.space.inner(vector[None], image)[0])
+        let_go(vector)
+        return found
 
     def projected(self) -> Tensor:
         """Every fold between the vectors: shape (folds, k, k), float64, symmetric."""

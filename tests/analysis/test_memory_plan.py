@@ -7,17 +7,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
+import torch
 from torch import Tensor, nn
 
 from curvcli import analyze
 from curvcli.analysis.checkpoint import Options, open_for_analysis
-from curvcli.analysis.plan import LEAST, WANTED, Sizes, fitted, limit_of, plan, predicted
+from curvcli.analysis.plan import LEAST, WANTED, Plan, Sizes, fitted, limit_of, plan, predicted, unplanned
 from curvcli.analysis.track import key_of
 from curvcli.curvature import resources
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.scratch import Scratch
 from curvcli.documents import Report
 from curvcli.errors import InputError, UsageError
 
@@ -65,6 +68,64 @@ def test_where_nothing_fits_it_says_what_would() -> None:
     assert plan(SIZES, (needed + 0.01) * GIB, 8).basis == LEAST
     with pytest.raises(UsageError):
         plan(SIZES, (needed - 0.01) * GIB, 8)
+
+
+def _first_below_wanted() -> Plan:
+    plans = (plan(SIZES, tenths / 10 * GIB, 8) for tenths in range(300, 0, -1))
+    return next(found for found in plans if found.basis < WANTED)
+
+
+def test_a_basis_that_memory_has_no_room_for_lies_on_disk() -> None:
+    limit = _first_below_wanted().total
+    found = plan(SIZES, limit, 8, most=100, disk=40 * GIB)
+    assert (found.basis, found.on_disk) == (80, 40 * GIB)
+    assert found.total <= limit
+    assert found.mode == "kept", "there is room for graphs, where the basis takes that of one vector"
+    assert "at most 80 vectors on disk, where they take up to 40.0 GiB; " in str(found)
+    assert plan(SIZES, limit, 8, most=100, disk=WANTED * GIB / 2 - 1) == plan(SIZES, limit, 8, most=100)
+    assert plan(SIZES, 1000 * GIB, 8, disk=1000 * GIB).on_disk == 0
+    lean = plan(SIZES, 8 * GIB, 8, disk=1000 * GIB)
+    with pytest.raises(UsageError):
+        plan(SIZES, lean.total, 8)
+
+
+def test_without_a_limit_it_is_by_what_is_free(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scratch, "free", 2000)
+    assert unplanned(problem, 10, 640.0, 100) == (16, False)
+    assert unplanned(problem, 10, 600.0, 100) == (100, True)
+    assert unplanned(problem, 50, 600.0, 100) == (20, True)
+    assert unplanned(problem, 100, 600.0, 100) == (LEAST, False)
+    assert unplanned(problem, 50, 600.0, 3) == (LEAST, False), "no more are of use"
+
+
+def test_an_analysis_on_disk_gives_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = models.data()
+
+    def measured() -> Report:
+        net = models.Net(blocks=2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        return analyze(net, models.loss, batches, optimizer, weights=models.weights(batches), mode="fresh")
+
+    free = measured()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    rooms: list[int] = []
+    theirs = Scratch.empty
+
+    def empty(self: Scratch, *shape: int, dtype: Any) -> Tensor:
+        rooms.append(shape[0])
+        return theirs(self, *shape, dtype=dtype)
+
+    monkeypatch.setattr(Scratch, "empty", empty)
+    monkeypatch.setattr("curvcli.analysis.solve.unplanned", lambda problem, *rest: (50, True))
+    disk = measured()
+    assert set(rooms) == {1}
+    assert list(tmp_path.iterdir()) == []
+    assert disk.full.eigenvalue == pytest.approx(free.full.eigenvalue, rel=1e-9)
+    assert disk.generalisation.rho_low == pytest.approx(free.generalisation.rho_low, rel=1e-6)
+    pairs = zip([*disk.layers, *disk.cumulative.restricted], [*free.layers, *free.cumulative.restricted], strict=True)
+    for one, other in pairs:
+        assert (one.status, other.status) == ("converged", "converged")
+        assert one.eigenvalue == pytest.approx(other.eigenvalue, rel=1e-2)
 
 
 def test_limits_are_bytes_or_said_as_people_do() -> None:

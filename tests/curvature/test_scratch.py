@@ -1,0 +1,84 @@
+"""Vectors on disk: the numbers of those in memory, files without a name, and a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvcli.curvature import scratch as module
+from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.operator import DenseOperator, Folded
+from curvcli.curvature.scratch import Scratch, let_go, scratch
+from curvcli.errors import InputError
+
+
+def _matrix(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(90, 90, generator=generator, dtype=torch.float64)
+    return half + half.T
+
+
+@pytest.mark.parametrize("support", [False, True])
+def test_a_basis_on_disk_gives_the_numbers_of_one_in_memory(support: bool, tmp_path: Path) -> None:
+    mask = torch.arange(90) % 7 != 0 if support else None
+    results, folds = [], []
+    for place in (None, Scratch(tmp_path)):
+        operator = Folded([(0.25, DenseOperator(_matrix(1))), (0.75, DenseOperator(_matrix(2)))])
+        found = Lanczos(bottom_tolerance=0.1, scratch=place).extremes(operator, support=mask)
+        assert found.vector is not None
+        results.append(found)
+        folds.append(operator.projected())
+    memory, disk = results
+    assert memory.products > 8, "more than are taken from memory at once"
+    assert (memory.status, memory.products) == (disk.status, disk.products)
+    assert memory.top is not None and disk.top is not None and memory.vector is not None  # noqa: PT018
+    assert disk.top.value == pytest.approx(memory.top.value, rel=1e-12)
+    assert disk.ceiling == pytest.approx(memory.ceiling, rel=1e-9)
+    torch.testing.assert_close(disk.vector, memory.vector, rtol=0, atol=1e-9)
+    torch.testing.assert_close(*folds)
+
+
+def test_what_is_let_go_is_there_when_it_is_asked_for_again_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advised: list[int] = []
+
+    class Told(mmap.mmap):
+        def madvise(self, option: int, *rest: int) -> None:
+            advised.append(option)
+            super().madvise(option, *rest)
+
+    monkeypatch.setattr(mmap, "mmap", Told)
+    row = Scratch(tmp_path).empty(1, 5000, dtype=torch.float32)
+    row[0] = torch.arange(5000)
+    let_go(row[0])
+    let_go(torch.zeros(3))  # of memory, which nobody minds
+    assert advised == [mmap.MADV_DONTNEED]
+    assert torch.equal(row[0], torch.arange(5000).float())
+    assert list(tmp_path.iterdir()) == []
+    assert row.data_ptr() in module._maps
+    del row
+    assert not [address for address, mapped in module._maps.items() if isinstance(mapped, Told)]
+
+
+def test_a_full_disk_is_an_error_with_a_remedy_and_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"cannot keep 1\.00 GiB of vectors in .*No space left.*TMPDIR"):
+        Scratch(tmp_path).empty(2**28, dtype=torch.float32)
+
+
+def test_tmpdir_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert scratch().folder == tmp_path
+    assert scratch().free > 0
+    monkeypatch.delenv("TMPDIR")
+    assert scratch().folder.is_dir()
