@@ -245,14 +245,19 @@ def checkpoint_stamp(path: Path) -> list[tuple[str, int, int]]:
 
 
 def _files_of(path: Path) -> list[tuple[str, Path]]:
-    """A checkpoint's files by their names inside it, linked directories too."""
+    """A checkpoint's files by their names inside it.
+
+    Behind directories that link out of it nothing is read (SECURITY.md), so nothing there counts: a link to / would be the
+    whole disk.
+    """
     if path.is_file():
         return [(path.name, path)]
+    root = path.resolve()
     seen: set[Path] = set()
     found = []
     for folder, folders, names in os.walk(path, followlinks=True):
         real = Path(folder).resolve()
-        if real in seen:  # a link back
+        if real in seen or not real.is_relative_to(root):  # a link back, or out
             folders.clear()
             continue
         seen.add(real)

@@ -85,16 +85,23 @@ def test_digests_go_by_content_and_names_not_by_place(samples: Path, tmp_path: P
 
 
 def test_what_lies_behind_links_counts(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "weights").write_bytes(b"1")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "run" / "back").symlink_to(tmp_path / "run")
-    before = checkpoint_digest(tmp_path / "run"), checkpoint_stamp(tmp_path / "run")
-    (tmp_path / "elsewhere" / "weights").write_bytes(b"22")
-    assert checkpoint_digest(tmp_path / "run") != before[0]
-    assert checkpoint_stamp(tmp_path / "run") != before[1]
-    assert [name for name, *_ in before[1]] == ["linked/weights"]
+    """Of files, as the Hugging Face cache has them, and of the checkpoint itself; of no directory outside of it."""
+    run, outside = tmp_path / "run", tmp_path / "elsewhere"
+    for folder in (outside, run / "inside"):
+        folder.mkdir(parents=True)
+    (outside / "blob").write_bytes(b"1")
+    (run / "inside" / "state").write_bytes(b"1")
+    (run / "weights").symlink_to(outside / "blob")
+    (run / "again").symlink_to(run / "inside")
+    (run / "back").symlink_to(run)
+    (run / "out").symlink_to(outside)
+    (tmp_path / "named").symlink_to(run)
+    for path in (run, tmp_path / "named"):
+        before = checkpoint_digest(path), checkpoint_stamp(path)
+        assert sorted(Path(name).name for name, *_ in before[1]) == ["state", "weights"]
+        (outside / "blob").write_bytes((outside / "blob").read_bytes() + b"2")
+        assert checkpoint_digest(path) != before[0]
+        assert checkpoint_stamp(path) != before[1]
 
 
 def test_the_place_and_the_bound_follow_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
