@@ -30,6 +30,14 @@ class Record(Document):
     update_rms: float | None = Field(
         default=None, description="root mean square of the next update, in units of the learning rate"
     )
+    loss_sigmas: float | None = Field(
+        default=None,
+        description="largest number of standard deviations by which log loss of a step since the last record lay above the "
+        "mean of up to 100 steps before it; null while fewer than ten came before, and in records of older versions",
+    )
+    loss_finite: bool | None = Field(
+        default=None, description="every loss since the last record was a finite number; null where the job gave none"
+    )
     gradient_norm: float | None = Field(default=None, description="of the loss on the probe, over the parameters that train")
     gradient_sigmas: float | None = Field(
         default=None,

@@ -7,15 +7,17 @@ from curvcli.judge.limits import STABLE_BELOW
 from curvcli.judge.steepest import EDGE_TO
 from curvcli.judge.verdict import verdict_of
 
+# Of the log of a step's loss above the run's own; of the zoo's quiet runs 2 % come to it (docs/how-to/training.md).
+LOSS_SIGMAS = 6.0
 _BROKEN = ("failed", "asymmetric")  # statuses of a measurement that could not be made
 
 
 def alert_of(record: Record) -> Alert:
     """What a record says, as an alert.
 
-    - ERROR: a number of the model or of its curvature is not finite; or the verdict is unstable.
-    - WARN: the verdict is hot; Z of Muon or Lion is past its edge, which is advisory; the gradient is out of the run's own
-      range; or nothing could be measured.
+    - ERROR: the loss, a number of the model or of its curvature is not finite; or the verdict is unstable.
+    - WARN: the verdict is hot; Z of Muon or Lion is past its edge, which is advisory; the gradient or the loss is out of the
+      run's own range, whatever the curvature says; or nothing could be measured.
     - INFO: everything else: stable, edge, unresolved, whatever a young optimizer's record says (`early`), and a learning
       rate of 0, at which nothing is to be measured.
     """
@@ -23,9 +25,11 @@ def alert_of(record: Record) -> Alert:
     if record.status == "non-finite":
         return _alert(record, "ERROR", record.message or "a number is not finite", action="stop")
     # Before the verdict and what is broken: of a young optimizer rho says nothing, and at lr 0 nothing is measured.
+    if record.loss_finite is False:
+        return _alert(record, "ERROR", "a loss since the last record is not finite", action="stop")
     if record.early or record.lr == 0:
         return _alert(record, "INFO", "too early to tell" if record.early else "the learning rate is 0")
-    said = _gradient(record)
+    said = _joined(_gradient(record), _loss(record))
     if verdict in ("unstable", "hot"):
         lr = lower_lr(record.lr, record.rho, record.stable_lr)
         level, words = ("ERROR", "unstable") if verdict == "unstable" else ("WARN", "probably too hot")
@@ -56,6 +60,12 @@ def _gradient(record: Record) -> str:
     if not record.gradient_outlier or record.gradient_sigmas is None:
         return ""
     return f"the gradient's norm is {record.gradient_sigmas:.2g} standard deviations above the run's own"
+
+
+def _loss(record: Record) -> str:
+    if record.loss_sigmas is None or record.loss_sigmas <= LOSS_SIGMAS:
+        return ""
+    return f"the loss was {record.loss_sigmas:.2g} standard deviations above the run's own"
 
 
 def _joined(*parts: str) -> str:

@@ -31,8 +31,7 @@ class Callbacks:
         loss: `loss(model, batch)`, the mean loss of a batch; for transformers models their own.
         every: measure every so many steps, whatever that costs; in adaptive mode 10 by default.
         max_overhead: instead of `every`: seconds of measuring for each second of training, at most; 0.05 where neither is
-            given, and on several ranks `every` 10. The tracker chooses how often, and how many batches of the probe; of
-            several ranks the first alone measures by it.
+            given. The tracker chooses how often, and how many batches of the probe.
         max_hvps: products that one measurement may take.
         log: JSONL file for the records; `curv watch` shows it.
         adaptive: let the measured rho decide when a phase begins, within the schedule's bounds.
@@ -69,7 +68,6 @@ class Callbacks:
             raise UsageError("every and max_overhead both say when to measure", hint="pass one of them")
         if unknown := sorted(set(more) - _TRACKERS):
             raise UsageError(f"there is no option {unknown[0]}", hint=f"one of: {', '.join(sorted(_TRACKERS))}")
-        self._said = every is not None or max_overhead is not None
         self.every = 10 if adaptive and every is None else every
         self.max_overhead = 0.05 if self.every is None and max_overhead is None else max_overhead
         self.max_hvps, self.log, self.more = max_hvps, log, more
@@ -81,10 +79,6 @@ class Callbacks:
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Before the first forward pass, weights and optimizer as they will be trained on."""
         self.end()  # of a fit before, with the same callback
-        dist = torch.distributed
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several and not self._said:
-            self.every, self.max_overhead = 10, None  # ranks that measure together have no clock in common
         if self.probe is not None:
             device = next(model.parameters()).device
             probe = [mapped(batch, lambda tensor: tensor.to(device)) for batch in self.probe]
@@ -97,7 +91,7 @@ class Callbacks:
                 max_overhead=self.max_overhead,
                 max_hvps=self.max_hvps,
                 log=self.log if rank() == 0 else None,
-                split=self.max_overhead is None,  # trainers call back on every rank; a budget is the first one's own
+                split=True,  # trainers call back on every rank
                 **self.more,
             )
         if self.schedule is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
+from curvcli.curvature.ranks import Ranks
 from curvcli.errors import UsageError
 
 # Steps between measurements, at most, that a probe is made smaller for; one batch is measured however long that takes.
@@ -88,6 +89,12 @@ class Budget:
         earned = self.share * ledger.trained >= ledger.spent + cost
         # A long pause counts as training, and must not pay for a burst of measurements after it.
         return earned and self.share * (ledger.trained - self._since) >= cost / 2
+
+    def turn(self, ranks: Ranks) -> bool:
+        """Whether to measure now, and on how many batches: by the clock of the first of the ranks that measure together."""
+        due, batches = ranks.first([float(self.due), float(self.batches)])
+        self.batches = int(batches)
+        return bool(due)
 
     @property
     def products(self) -> int:

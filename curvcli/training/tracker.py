@@ -34,8 +34,8 @@ from curvcli.optimizers.update import gradient_quotient, next_update, update_rms
 from curvcli.training.alerts import Alarm, Alerts, wandb
 from curvcli.training.engine import Counting
 from curvcli.training.found import Found, Known, bare, bare_names, calibrated, finite, groups_of, rank
-from curvcli.training.gradients import SIGMAS, GradientWatch
 from curvcli.training.log import Sink, open_log
+from curvcli.training.outliers import SIGMAS, LossWatch, OwnRange
 from curvcli.training.overhead import Ledger, budget_of
 from curvcli.training.shadow import Shadow
 from curvcli.training.steepest import in_norm
@@ -68,14 +68,12 @@ class CurvatureTracker:
             Muon and the Adam of the other parameters, as a list. Of Muon and Lion records have Z instead of rho.
         loss: `loss(model, batch)`, the mean loss of a batch, a scalar.
         probe: frozen batches to measure on; without them the batch given to `step`.
-        weights: predictions in each probe batch, where batches differ in size.
+        weights: predictions in each batch of the probe, where they differ.
         every: measure when the step is a multiple of it, whatever that costs; 1 without it and without `max_overhead`.
         max_overhead: instead of `every`: seconds of measuring for each second of training, at most, as 0.05. It chooses how
             often is measured and on how many of the probe's batches, by what both were measured to take; so give the probe
-            as several batches. Records say both. Of several ranks the first alone measures, and the others wait for it
-            where they meet it next.
-        tolerance: residual over lambda at which an estimate has converged. The value's relative error
-            is of the order of its square over the relative spectral gap.
+            as several batches. Of several ranks the first decides, which without `split` measures alone.
+        tolerance: residual over lambda at which an estimate has converged; the value's error goes with its square.
         max_hvps: products that one estimate may take; it is "unconverged" where these do not do.
         update_ratio: measure the next update's own curvature too (one product more), and with its gradient whether that is
             out of the run's range: the six-sigma rule on the log of its norm.
@@ -94,8 +92,7 @@ class CurvatureTracker:
             tracker, with the same probe, and to call `step` at the same steps. Without it each measures for itself.
 
     Raises:
-        UsageError: `every` and `max_overhead` are both given, `max_overhead` is not above 0 or comes with a split over
-            several ranks, or the reaction file exists and is none.
+        UsageError: `every` and `max_overhead` are both given, or `max_overhead` or an existing reaction file is none.
     """
 
     def __init__(
@@ -126,16 +123,12 @@ class CurvatureTracker:
         self.probe, self.weights = probe, weights
         self.every, self.update_ratio, self.warmup = max(every or 1, 1), update_ratio, warmup
         self.gradient_quotient, self.attention, self.spectral_norms = gradient_quotient, attention, spectral_norms
-        self.gradients, self.ledger = GradientWatch(), Ledger()
+        self.gradients, self.losses, self.ledger = OwnRange(), LossWatch(), Ledger()
         self.budget = budget_of(every, max_overhead, len(probe or ()), max_hvps, self.ledger)
         # The bottom of the spectrum is not looked at: with an infinite tolerance it is always found.
         self.solver = Davidson(tolerance=tolerance, bottom_tolerance=float("inf"), max_products=max(max_hvps, 1), seed=seed)
         self.sinks = [*open_log(log), *sinks]
         self.ranks = ranks_of(split)
-        if self.budget is not None and self.ranks.world > 1:
-            raise UsageError(
-                "ranks that measure together have no clock in common", hint="give every=, and not max_overhead="
-            )
         primary = rank() == 0
         self.alerts = Alerts((wandb, *alerts) if primary else (), Path(reaction) if reaction and primary else None)
         self.last: Record | None = None
@@ -158,6 +151,7 @@ class CurvatureTracker:
             The record, or None where it was not this step's turn.
         """
         self.ledger.enter()
+        self.losses.see(loss)
         if not self._turn(step):
             return None
         synchronize(next(self.model.parameters()).device)
@@ -177,6 +171,7 @@ class CurvatureTracker:
             seconds=seconds,
             overhead=self.ledger.share,
             probe_batches=len(self._batches()) or None,
+            **self.losses.told(),
             **found.__dict__,
         )
         if self.budget is not None:
@@ -196,7 +191,13 @@ class CurvatureTracker:
         """Whether to measure after this step, on this rank."""
         if self.budget is None:
             return step % self.every == 0
-        return rank() == 0 and self.budget.due
+        if self.ranks.world == 1 or self._lost:
+            return rank() == 0 and self.budget.due
+        try:
+            return self.budget.turn(self.ranks)
+        except LostError as error:
+            self._lost = error
+            return True  # a record says so
 
     def _batches(self) -> Sequence[Any]:
         """What of the probe is measured."""
@@ -213,7 +214,8 @@ class CurvatureTracker:
             "direction": dict(self._direction),
             "shadow": self.shadow.state_dict(),
             "ahead": [sorted(self._ahead[0]), self._ahead[1]],
-            "gradients": list(self.gradients.norms),
+            "gradients": list(self.gradients.values),
+            "losses": list(self.losses.range.values),
             "budget": self.budget.state_dict() if self.budget else {},
         }
 
@@ -223,7 +225,7 @@ class CurvatureTracker:
         self._direction = {n: t.to(device) for n, t in state["direction"].items()}
         self.shadow.load_state_dict(state["shadow"], device)
         self._ahead = (frozenset(state["ahead"][0]), state["ahead"][1])
-        self.gradients = GradientWatch(state.get("gradients", ()))
+        self.gradients, self.losses = OwnRange(state.get("gradients", ())), LossWatch(state.get("losses", ()))
         if self.budget is not None:
             self.budget.load_state_dict(state.get("budget", {}))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from warmup_job import Job, batch, build, same
 
 from curvcli.documents import Record
-from curvcli.errors import UsageError
+from curvcli.errors import LostError, UsageError
 from curvcli.training import ArchitectureWarmup, CurvatureTracker
 from curvcli.training.callbacks import Callbacks
 from curvcli.training.overhead import SETTLING, TRIAL, WANTED, Budget, Ledger
@@ -276,13 +276,47 @@ def test_several_ranks_measure_together_at_fixed_steps_and_by_a_budget_on_the_fi
     for options in ({}, {"max_overhead": 0.1}, {"every": 3}):
         Callbacks(probe=[batch(1)], **options).begin(of.model, of.optimizer, 0)
     assert [(o["every"], o["max_overhead"], o["split"]) for o in made] == [
-        (10, None, True),
-        (None, 0.1, False),
+        (None, 0.05, True),
+        (None, 0.1, True),
         (3, None, True),
     ]
 
 
-def test_a_budget_and_ranks_that_measure_together_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvcli.training.tracker.ranks_of", lambda split: type("Two", (), {"world": 2})())
-    with pytest.raises(UsageError, match="no clock in common"):
-        tracker(Job(), max_overhead=0.05, split=True)
+def test_the_first_rank_says_when_and_on_how_much() -> None:
+    """Two ranks, the other's clock says something else."""
+    ledgers = [Ledger(Clock()) for _ in range(2)]
+    first, other = (Budget(0.1, batches=4, most=8, ledger=ledger) for ledger in ledgers)
+    first.batches = 3
+
+    class Ranks:
+        world = 2
+
+        def __init__(self) -> None:
+            self.said: list[float] | None = None
+
+        def first(self, numbers: list[float]) -> list[float]:
+            self.said = self.said or list(numbers)
+            return self.said
+
+    for settled in (False, True):
+        ranks: Any = Ranks()
+        if settled:
+            first.paid(1.0, 5)
+            assert (first.due, other.due) == (False, True)
+        assert [first.turn(ranks), other.turn(ranks)] == [not settled] * 2
+        assert (first.batches, other.batches) == (3, 3)
+
+
+def test_a_rank_that_is_lost_is_a_record_and_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        world, rank, here = 2, 0, 2
+
+        def first(self, numbers: list[float]) -> list[float]:
+            raise LostError("rank 0 of 2 lost the connection to another")
+
+    monkeypatch.setattr("curvcli.training.tracker.ranks_of", lambda split: Gone())
+    watcher = tracker(Job(), max_overhead=0.05, split=True)
+    record = watcher.step(0)
+    assert record is not None
+    assert (record.status, record.message) == ("failed", "LostError: rank 0 of 2 lost the connection to another")
+    assert watcher.step(1) is None

@@ -13,7 +13,7 @@ from warmup_job import batch, build
 
 from curvcli.models.attention import attention
 from curvcli.training import CurvatureTracker
-from curvcli.training.gradients import LEAST, WINDOW, GradientWatch
+from curvcli.training.outliers import LEAST, WINDOW, LossWatch, OwnRange
 
 
 def _tracked(**more: Any) -> tuple[models.Net, torch.optim.AdamW, list[Any], CurvatureTracker]:
@@ -55,7 +55,7 @@ def test_what_is_not_asked_for_costs_nothing() -> None:
 
 def test_six_sigmas() -> None:
     """Against the mean and deviation by torch; neither the outlier nor what follows is judged by itself."""
-    watch = GradientWatch()
+    watch = OwnRange()
     norms = [1.0 + 0.1 * math.sin(3 * i) for i in range(LEAST)]
     assert [watch.sigmas(norm) for norm in norms] == [None] * LEAST
     logs = torch.tensor(norms, dtype=torch.float64).log()
@@ -63,10 +63,32 @@ def test_six_sigmas() -> None:
     assert watch.sigmas(2.0) == pytest.approx(wanted)
     assert wanted > 6
     assert [watch.sigmas(odd) for odd in (0.0, math.inf, math.nan)] == [None] * 3
-    assert len(watch.norms) == LEAST + 1
-    still = GradientWatch([1.0] * 50)
+    assert len(watch.values) == LEAST + 1
+    still = OwnRange([1.0] * 50)
     assert abs(still.sigmas(1.0 + 1e-9) or 1) < 1e-6, "rounding is no outlier"
-    assert len(GradientWatch([1.0] * 500).norms) == WINDOW
+    assert len(OwnRange([1.0] * 500).values) == WINDOW
+
+
+def test_the_loss_of_steps_that_are_not_measured_counts() -> None:
+    net, batches = models.Net(), models.data()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    models.train(net, optimizer, batches, steps=2)
+    tracker = CurvatureTracker(net, optimizer, models.loss, probe=batches[:1], every=20)
+    records = []
+    for step in range(61):
+        loss = {30: 9.0, 50: math.nan}.get(step, 1.0 + 0.1 * math.sin(3 * step))
+        records.append(tracker.step(step, loss=None if step > 55 else loss))
+    first, second, third, last = (record for record in records if record is not None)
+    assert (first.loss_sigmas, first.loss_finite) == (None, True)
+    assert second.loss_sigmas is not None
+    assert abs(second.loss_sigmas) < 3
+    assert third.loss_sigmas is not None
+    assert third.loss_sigmas > 6
+    assert (third.loss_finite, last.loss_finite) == (True, False)
+    watch = LossWatch(tracker.state_dict()["losses"])
+    watch.see(9.5)
+    assert watch.told()["loss_sigmas"] > 2
+    assert watch.told() == {"loss_sigmas": None, "loss_finite": None}
 
 
 def test_an_outlier_is_flagged_and_a_resumed_job_knows_the_range() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -92,6 +93,29 @@ def test_records_are_those_of_one_process_and_training_is_bit_equal(world: int, 
             for name in ("eigenvalue", "rho", "gradient_norm", "gradient_quotient", "attention_logit", "update_rms"):
                 # The runs differ by the rounding of their gradients, which Adam's first steps make much of.
                 assert other[name] == pytest.approx(one[name], rel=2e-2), (file.stem, name)
+
+
+def _budgeted(rank: int, path: Path) -> None:
+    model = _wrapped("resharded")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tracker = CurvatureTracker(model, optimizer, causal, probe=PROBE, weights=WEIGHTS, split=True, max_overhead=1.0)
+    records = []
+    for step in range(12):
+        causal(model, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 1:
+            time.sleep(0.02)  # by its own clock it would have earned more
+        records.append(tracker.step(step))
+    torch.save([plain([record]) if record else None for record in records], path / f"{rank}.pt")
+
+
+def test_within_a_budget_all_ranks_measure_at_the_steps_of_the_first(tmp_path: Path) -> None:
+    launch(_budgeted, tmp_path, world=2)
+    first, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first == other
+    assert first[0][0]["status"] in ("converged", "unconverged")
+    assert [record is None for record in first].count(True) > 0
 
 
 def _exact(rank: int, path: Path) -> None:
