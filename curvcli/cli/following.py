@@ -11,7 +11,7 @@ import typer
 
 from curvcli.analysis.launch import launched
 from curvcli.cli.notify import notify
-from curvcli.errors import UsageError, plain
+from curvcli.errors import CurvError, UsageError, plain
 
 if TYPE_CHECKING:
     from curvcli.analysis.follow import Look
@@ -64,7 +64,10 @@ def _say(
     if look.trouble is not None or look.track is None:
         typer.echo(plain(f"curv: {look.trouble}; still watching"), err=True)
         return
-    write(look.track, output, plot)
+    try:
+        write(look.track, output, plot)
+    except CurvError as error:  # a disk that is full now has room again when the next one is written
+        typer.echo(f"curv: {error}; still watching", err=True)
     for line in _new_lines(look.track, told):
         typer.echo(line)
     for event in look.events:

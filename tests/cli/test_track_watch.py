@@ -107,6 +107,16 @@ def test_lines_documents_and_events(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "t.svg").exists()
 
 
+def test_a_document_that_cannot_be_written_does_not_end_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("")
+    looks = [Look(course_of([1.0])), Look(course_of([1.0, 1.1]))]
+    watched(iter(looks), [], tmp_path / "taken" / "t.json", None, _write, Told())
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert [line.endswith("; still watching") for line in said.err.splitlines()] == [True, True]
+    assert "cannot write" in said.err
+
+
 @pytest.mark.parametrize(
     "words", ["--watch --budget 2m", "--watch --estimate", "--watch --format csv", "--notify true", "--interval 3"]
 )
