@@ -38,10 +38,11 @@ STORE = HERE / "results" / "warmup.jsonl"
 STEPS, MOST, WARMUP = 200, 300, 20
 OPEN = 100  # step at which the last block is unlocked, or its gate open
 UNLOCKS = (60, 80, OPEN)
+EARLIEST, LATEST = (20, 30, 40), (140, 160, 180)  # between which curvature may trigger each
 SEEDS, TUNING = range(5), (100, 101)
 CLIPS = (0.03, 0.1, 0.3, 3.0)  # beside the 1 of all other runs
 LRS = {"post-norm": (3e-3, 1e-2, 3e-2), "pre-norm-deep": (3e-2, 1e-1, 3e-1)}
-ARMS = ("plain", "grow", "gates", "qk-norm", "clip", "warm-up")
+ARMS = ("plain", "grow", "gates", "qk-norm", "clip", "warm-up", "trigger")
 OUTPUTS = ["attention.out", "feed.2"]
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by the number of seeds
 
@@ -77,12 +78,13 @@ class Normed(nn.Module):
 
 
 def schedule(depth: int, arm: str) -> Schedule:
-    """Half the blocks, then one more at each unlock; or gates that open in proportion to the depth."""
-    half, growing = depth // 2, arm == "grow"
+    """Half the blocks, then one more at each unlock, fixed or triggered; or gates that open in proportion to the depth."""
+    half, growing = depth // 2, arm != "gates"
+    steps, latest = (EARLIEST, LATEST) if arm == "trigger" else (UNLOCKS, UNLOCKS)
     active = [list(range(half + k)) for k in range(depth - half + 1)] if growing else [list(range(depth))]
     phases = [
-        Phase(step=step, latest=step, active=now, unlock=[now[-1]] if k else [], lr=None, predicted_rho=None)
-        for k, (step, now) in enumerate(zip((0, *UNLOCKS), active, strict=False))
+        Phase(step=step, latest=last, active=now, unlock=[now[-1]] if k else [], lr=None, predicted_rho=None)
+        for k, (step, last, now) in enumerate(zip((0, *steps), (0, *latest), active, strict=False))
     ]
     return Schedule(
         mode="grow", depth=depth, order="last", blocks=None, lock="zero-output" if growing else "residual-gate",
@@ -92,28 +94,33 @@ def schedule(depth: int, arm: str) -> Schedule:
     )  # fmt: skip
 
 
-def made(run: Run) -> tuple[Task, torch.optim.Optimizer, ArchitectureWarmup | None]:
+def made(run: Run) -> tuple[Task, torch.optim.Optimizer, ArchitectureWarmup | None, CurvatureTracker]:
+    """What trains, and what looks on: by the tracker's rho with the next block the arm `trigger` unlocks it."""
     family = FAMILIES[run.family]
     task = build(family, run.seed)
     if run.arm == "qk-norm":
         for part in [m for m in task.model.modules() if isinstance(m, Attention)]:
             part.qkv = Normed(part.qkv, part.heads)
     optimizer = optimizer_of(family, task.model, run.lr)
-    if run.arm not in ("grow", "gates"):
-        return task, optimizer, None
+    shard = torch.Generator().manual_seed(2000 + run.seed)
+    tracker = CurvatureTracker(task.model, optimizer, task.loss, probe=[task.draw(16, shard)], every=10, update_ratio=False)
+    if run.arm not in ("grow", "gates", "trigger"):
+        return task, optimizer, None, tracker
     plan = schedule(len(task.model.layers), run.arm)
-    return task, optimizer, ArchitectureWarmup(task.model, optimizer, plan, outputs=OUTPUTS if run.arm == "grow" else None)
+    tracker.warmup = ArchitectureWarmup(
+        task.model, optimizer, plan, outputs=None if run.arm == "gates" else OUTPUTS,
+        rho_source=tracker if run.arm == "trigger" else None,
+    )  # fmt: skip
+    return task, optimizer, tracker.warmup, tracker
 
 
 def play(run: Run) -> dict[str, Any]:
     """Train one run to its end, or to where its loss is no number; ramps of seed 0 with rho every tenth step."""
     started = process_time()
     family = FAMILIES[run.family]
-    task, optimizer, warmup = made(run)
-    draw, shard = (torch.Generator().manual_seed(base + run.seed) for base in (1000, 2000))
-    tracker = CurvatureTracker(
-        task.model, optimizer, task.loss, probe=[task.draw(16, shard)], every=10, update_ratio=False, warmup=warmup
-    )
+    task, optimizer, warmup, tracker = made(run)
+    draw = torch.Generator().manual_seed(1000 + run.seed)
+    watched = (run.protocol == "ramp" and run.seed == 0) or run.arm == "trigger"
     losses: list[float] = []
     rho: list[tuple[int, float, float]] = []
     for step in range(MOST if run.protocol == "ramp" else STEPS):
@@ -129,7 +136,7 @@ def play(run: Run) -> dict[str, Any]:
         if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
             break
         optimizer.step()
-        if run.protocol == "ramp" and run.seed == 0 and (found := tracker.step(step)) and found.status == "converged":
+        if watched and (found := tracker.step(step)) and found.status == "converged":
             rho += [] if found.rho is None else [(step, run.lr_at(step), float(f"{found.rho:.4g}"))]
         if run.protocol == "ramp" and over(losses, task.constant):
             break
@@ -138,13 +145,14 @@ def play(run: Run) -> dict[str, Any]:
         "constant": round(task.constant, 5),
         "losses": [float(f"{v:.5g}") if math.isfinite(v) else None for v in losses],
         "rho": rho,
+        **({"unlocked": warmup.started[1:]} if warmup is not None and run.arm == "trigger" else {}),
         "seconds": round(process_time() - started, 1),
     }
 
 
 def arms(family: str, protocol: str) -> list[str]:
     """A norm behind the sum makes no identity of a block whose outputs are zero; a ramp is a warm-up."""
-    left = {("post-norm", "grow")}
+    left = {("post-norm", "grow"), ("post-norm", "trigger")}
     return [arm for arm in ARMS if (family, arm) not in left and not (protocol == "ramp" and arm == "warm-up")]
 
 
@@ -162,6 +170,10 @@ def wanted(clip: dict[str, float]) -> list[Run]:
                     continue  # what all other runs have came out best: these would be the plain ones again
                 found.append(Run(family, arm, protocol, lr, seed, clip[family] if arm == "clip" else 1.0))
     return sorted(found, key=lambda run: run.protocol != "ramp")  # which are the answer, of all seeds
+
+
+# Whose rho and unlocks are in the figure.
+TRIGGERED = {Run("pre-norm-deep", "trigger", "ramp", FAMILIES["pre-norm-deep"].rates[0], 0)}
 
 
 def stored() -> list[dict[str, Any]]:
@@ -243,10 +255,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def plot(rows: Sequence[dict[str, Any]]) -> None:
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
-    colours = dict(zip(ARMS, ("#333333", "#1f4e9c", "#c2641a", "#2a8c4a", "#8c4a8c", "#999999"), strict=True))
+    colours = dict(zip(ARMS, ("#333333", "#1f4e9c", "#c2641a", "#2a8c4a", "#8c4a8c", "#999999", "#b8860b"), strict=True))
     for place, family in enumerate(LRS):
         axes = figure.add_subplot(1, 2, place + 1)
-        for row in sorted((r for r in rows if r["family"] == family and r["rho"]), key=lambda r: ARMS.index(r["arm"])):
+        for row in sorted(
+            (r for r in rows if r["family"] == family and r["rho"] and r["protocol"] == "ramp" and not r["seed"]),
+            key=lambda r: ARMS.index(r["arm"]),
+        ):
             axes.plot(
                 [s for s, _, _ in row["rho"]], [v for _, _, v in row["rho"]], color=colours[row["arm"]], label=row["arm"]
             )
@@ -256,6 +271,8 @@ def plot(rows: Sequence[dict[str, Any]]) -> None:
         if family == "pre-norm-deep":
             for step in UNLOCKS:
                 axes.axvline(step, color=colours["grow"], linewidth=1.2, linestyle=":")
+            for step in (step for row in rows if key(row) in TRIGGERED for step in row["unlocked"]):
+                axes.axvline(step, color=colours["trigger"], linewidth=1.2, linestyle=":")
         axes.axvspan(0, OPEN, color=colours["gates"], alpha=0.06)
         axes.axhline(1, color="#c0392b", linewidth=0.8)
         axes.set_yscale("log")
