@@ -43,7 +43,8 @@ def schema(
     document: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="Kind of document: report, track, compare, explain, schedule, curvature, alert or gate."
+            metavar="NAME",
+            help="Kind of document: report, track, compare, compare-tracks, explain, schedule, curvature, alert or gate.",
         ),
     ],
 ) -> None:

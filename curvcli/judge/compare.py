@@ -21,7 +21,7 @@ def compare(first: Report, second: Report, *, names: tuple[str, str]) -> Compari
     for layer in first.layers:
         if layer.name in later:
             changes.append(_change("layer", layer.name, layer, later[layer.name]))
-    findings = [*_unlike(first, second), *_large(changes), *_verdict(first, second)]
+    findings = [*unlike(first, second), *_large(changes), *_verdict(first, second)]
     return Comparison(
         first=_side(first, names[0]),
         second=_side(second, names[1]),
@@ -85,11 +85,15 @@ def _relied_on(estimate: Estimate) -> tuple[float, float] | None:
     return (value, residual) if certified(estimate) and value is not None and residual is not None else None
 
 
-def _unlike(first: Report, second: Report) -> list[Finding]:
-    """What makes the ratios no like for like."""
+def unlike(first: Report, second: Report, *, what: str = "checkpoints") -> list[Finding]:
+    """What makes the ratios no like for like.
+
+    Args:
+        what: the two are: checkpoints, or runs.
+    """
     shards = [(r.data.sha256, r.data.sequence_length) for r in (first, second)]
     found = []
-    for code, what, a, b in (
+    for code, which, a, b in (
         ("other-data", "tokens", shards[0], shards[1]),
         ("other-optimizer", "optimizer", first.optimizer.name, second.optimizer.name),
         ("other-preconditioner", "preconditioner", first.optimizer.preconditioner, second.optimizer.preconditioner),
@@ -99,7 +103,7 @@ def _unlike(first: Report, second: Report) -> list[Finding]:
         if a != b:
             # A digest, or a list of all layers, tells a reader nothing.
             shown = "" if code in ("other-data", "other-layers") else f" ({a}, {b})"
-            message = f"the two have different {what}{shown}: their ratios compare more than the checkpoints"
+            message = f"the two have different {which}{shown}: their ratios compare more than the {what}"
             found.append(Finding(code=code, severity="warning", message=message))
     return found
 

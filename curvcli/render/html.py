@@ -21,12 +21,14 @@ from curvcli.documents import (
     Report,
     Schedule,
     Track,
+    TrackComparison,
     load_comparison,
     load_explanation,
     load_gate,
     load_report,
     load_schedule,
     load_track,
+    load_track_comparison,
     schema_of,
 )
 from curvcli.documents.columns import PARTS, POINTS, Column, Part, parts, shown
@@ -35,6 +37,8 @@ from curvcli.render.advice import advice, track_advice
 from curvcli.render.cells import Cell, part_cells, point_cells, present, summary
 from curvcli.render.compare_plot import growth
 from curvcli.render.compare_plot import picture as comparison_picture
+from curvcli.render.compare_tracks import FURTHER, LETTERS, facts, ranking, shown_pairs
+from curvcli.render.compare_tracks_plot import picture as runs_picture
 from curvcli.render.explain import LEAST, WHAT, sections, visible
 from curvcli.render.frame import number
 from curvcli.render.gate_plot import picture as gate_picture
@@ -68,7 +72,7 @@ def page(path: Path) -> str:
     return render(load(path))
 
 
-def top(document: Report | Track | Gate | Schedule) -> str:
+def top(document: Report | Track | Gate | Schedule | Comparison | TrackComparison) -> str:
     """The top of a document's page, verdict and findings, as a fragment of HTML with its own style and no script."""
     match document:
         case Report():
@@ -79,6 +83,10 @@ def top(document: Report | Track | Gate | Schedule) -> str:
             text = schedule_page(document, layout=TOP)
         case Gate():
             text = gate_page(document, layout=TOP)
+        case Comparison():
+            text = comparison_page(document, layout=TOP)
+        case TrackComparison():
+            text = track_comparison_page(document, layout=TOP)
     return text
 
 
@@ -146,6 +154,28 @@ def comparison_page(found: Comparison, layout: str = WHOLE) -> str:
     return _render("compare.html", document=found, layout=layout, compared=found, chart=chart, norm=norm)
 
 
+def track_comparison_page(found: TrackComparison, layout: str = WHOLE) -> str:
+    """Which run is further below its edge, both over steps, and their numbers side by side."""
+    says = "rho, lambda, learning rate and loss of both runs over steps; the numbers are in the table of steps"
+    chart = None
+    if layout == WHOLE and found.steps:
+        chart = _charts("runs", says, lambda width: runs_picture(found, width=width))
+    return _render(
+        "compare_tracks.html",
+        document=found,
+        layout=layout,
+        compared=found,
+        chart=chart,
+        sides=list(zip(LETTERS, (found.first, found.second), strict=True)),
+        letters=LETTERS,
+        ranking=ranking(found),
+        facts=facts,
+        pairs=shown_pairs(found),
+        further=FURTHER,
+        run_like=RUN_LIKE,
+    )
+
+
 def track_page(track: Track, layout: str = WHOLE) -> str:
     """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
     last, found, cells = newest(track), rows(track), heat(track)
@@ -183,6 +213,7 @@ def explanation_page(found: Explanation, layout: str = WHOLE) -> str:
 PAGES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], str]]] = {
     "curv.compare/1": (load_comparison, comparison_page),
     "curv.explain/1": (load_explanation, explanation_page),
+    "curv.compare-tracks/1": (load_track_comparison, track_comparison_page),
     "curv.gate/1": (load_gate, gate_page),
     "curv.report/1": (load_report, report_page),
     "curv.schedule/1": (load_schedule, schedule_page),

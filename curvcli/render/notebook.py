@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from curvcli.documents import Gate, Report, Schedule, Track, write_whole
+from curvcli.documents import Comparison, Gate, Report, Schedule, Track, TrackComparison, write_whole
 from curvcli.documents.columns import POINTS, shown
 from curvcli.errors import UnsupportedError, UsageError, counted, plain
 from curvcli.render.cells import records
+from curvcli.render.compare_plot import picture as comparison_picture
+from curvcli.render.compare_tracks import ranking, record
+from curvcli.render.compare_tracks_plot import picture as runs_picture
 from curvcli.render.gate_plot import picture as gate_picture
 from curvcli.render.headline import verdict_line
 from curvcli.render.html import top
@@ -18,7 +21,7 @@ from curvcli.render.schedule_plot import picture as schedule_picture
 from curvcli.render.track_plot import steps
 from curvcli.render.track_points import newest, rows, run_verdict
 
-Seen: TypeAlias = "Report | Track | Gate | Schedule"
+Seen: TypeAlias = "Report | Track | Gate | Schedule | Comparison | TrackComparison"
 
 
 def line(document: Seen) -> str:
@@ -37,6 +40,11 @@ def line(document: Seen) -> str:
         case Schedule():
             unlocks = counted(len(document.phases) - 1, "unlock")
             text = f"Schedule: {document.mode}, {counted(document.depth, 'block')}, {unlocks}"
+        case Comparison():
+            both = f"{document.first.verdict} and {document.second.verdict}"
+            text = f"Comparison of {document.first.path} with {document.second.path}: {both}"
+        case TrackComparison():
+            text = f"TrackComparison of {document.first.path} with {document.second.path}: {ranking(document)}"
     return plain(f"<{text}>")
 
 
@@ -56,6 +64,10 @@ def picture(document: Seen, path: Path | str | None = None) -> Picture:
             drawn = gate_picture(document)
         case Schedule():
             drawn = schedule_picture(document)
+        case Comparison():
+            drawn = comparison_picture(document)
+        case TrackComparison():
+            drawn = runs_picture(document)
     if path is not None:
         suffix = Path(path).suffix[1:].lower()
         if suffix not in FORMATS:
@@ -82,4 +94,8 @@ def frame(document: Seen) -> Any:
             found = [outcome.model_dump() for outcome in document.outcomes]
         case Schedule():
             found = [phase.model_dump() for phase in document.phases]
+        case Comparison():
+            found = [change.model_dump() for change in document.changes]
+        case TrackComparison():
+            found = [record(step) for step in document.steps]
     return DataFrame(found)

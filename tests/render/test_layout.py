@@ -14,14 +14,25 @@ from logs import record
 from pages import HOSTILE, SCHEDULE, Text, decided
 from places import ASSETS
 from schedules import schedule
-from tracks import asset, course, long, track
+from tracks import asset, at, course, failed, long, track
 
-from curvcli.documents import Comparison, Log, Report, Schedule, load_report
+from curvcli.documents import Comparison, Log, Report, Schedule, TrackComparison, TrackPoint, load_report
 from curvcli.judge.compare import compare
+from curvcli.judge.compare_tracks import compare_tracks
 from curvcli.render.compare_plot import growth
 from curvcli.render.compare_plot import picture as comparison_picture
+from curvcli.render.compare_tracks_plot import picture as runs_picture
 from curvcli.render.gate_plot import picture as gate_picture
-from curvcli.render.html import comparison_page, gate_page, page, report_page, schedule_page, top, track_page
+from curvcli.render.html import (
+    comparison_page,
+    gate_page,
+    page,
+    report_page,
+    schedule_page,
+    top,
+    track_comparison_page,
+    track_page,
+)
 from curvcli.render.picture import NARROW, WIDE, Picture, foot
 from curvcli.render.plot import picture
 from curvcli.render.plot_log import picture as log_picture
@@ -44,6 +55,12 @@ def compared() -> Comparison:
     return compare(asset("calm"), asset("hot"), names=("calm/60", "hot/60"))
 
 
+def runs() -> TrackComparison:
+    calm = asset("calm")
+    other: list[Report | TrackPoint] = [failed(20), *(at(calm, step, 0.4 + step / 50) for step in (30, 40, 60, 80, 90))]
+    return compare_tracks(course(), track(other, run="other"), names=("runs/hot/track.json", "runs/calm/track.json"))
+
+
 def text(html: str) -> str:
     return " ".join(Text(html).text.split())
 
@@ -55,7 +72,11 @@ PAGES: dict[str, Callable[[], str]] = {
     "gate": lambda: gate_page(decided()),
     "explain": lambda: page(ASSETS / "explain-60.json"),
     "compare": lambda: comparison_page(compared()),
+    "runs": lambda: track_comparison_page(runs()),
 }
+
+
+FAST = ("report", "track", "schedule", "gate", "compare")  # of those, in a browser
 
 
 @cache
@@ -113,6 +134,7 @@ PICTURES: dict[str, Callable[[float], Picture]] = {
     "gate": lambda width: gate_picture(decided(), width=width),
     "log": lambda width: log_picture(Log(Path("x"), exists=True, records=tuple(map(record, range(6)))), width=width),
     "compare": lambda width: comparison_picture(compared(), width=width),
+    "runs": lambda width: runs_picture(runs(), width=width),
 }
 
 
@@ -271,7 +293,7 @@ CHARTS = """[...document.querySelectorAll('.scroll svg:not(.bar svg)')]
     * s.getBoundingClientRect().width / s.viewBox.baseVal.width])"""
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in PAGES])
 def test_a_page_on_a_phone_and_on_a_screen(browser: Browser, tmp_path: Path, name: str) -> None:
     out = tmp_path / "page.html"
     out.write_text(html_of(name))

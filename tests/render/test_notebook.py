@@ -37,6 +37,8 @@ DOCUMENTS: dict[str, Any] = {
     "Track": lambda: course_of([1.0, 1.1, 1.0]),
     "Gate": gate,
     "Schedule": lambda: schedule(4, (0, [0, 1]), (5, range(4))),
+    "Comparison": lambda: curvcli.compare(report(), load_report(ASSETS / "calm-60.gate.report.json")),
+    "TrackComparison": lambda: curvcli.compare(course_of([1.0, 1.1]), course_of([1.0, 0.9])),
 }  # fmt: skip
 
 
@@ -114,6 +116,8 @@ def test_frames() -> None:
     assert list(track.to_frame().rho) == [p.report.judged.rho for p in track.points]
     assert list(gate().to_frame().outcome) == [o.outcome for o in gate().outcomes]
     assert list(DOCUMENTS["Schedule"]().to_frame().step) == [0, 5]
+    assert list(DOCUMENTS["Comparison"]().to_frame().part)[:2] == ["full", "ends"]
+    assert list(DOCUMENTS["TrackComparison"]().to_frame().rho_b) == [1.0, 0.9]
 
 
 def test_without_pandas_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from tracks import asset, at, course, failed, long, track
 
 from curvcli.documents import Report, Schedule, TrainingStep, VerdictName, load_report
 from curvcli.judge.compare import compare
-from curvcli.render.html import comparison_page, gate_page, report_page, schedule_page, track_page
+from curvcli.judge.compare_tracks import compare_tracks
+from curvcli.render.html import comparison_page, gate_page, report_page, schedule_page, track_comparison_page, track_page
 from curvcli.render.picture import FORMATS, Picture
 from curvcli.render.plot import picture
 from curvcli.render.schedule_plot import plot as plot_schedule
@@ -267,6 +268,7 @@ LABELLED: dict[str, Callable[[], str]] = {
     "schedule": lambda: schedule_page(Schedule.model_validate(SCHEDULE)),
     "gate": lambda: gate_page(decided()),
     "compare": lambda: comparison_page(compare(asset("calm"), asset("hot"), names=("a", "b"))),
+    "runs": lambda: track_comparison_page(compare_tracks(course(), long(20, 4), names=("a", "b"))),
 }
 
 
@@ -278,7 +280,7 @@ LABELLED: dict[str, Callable[[], str]] = {
         "schedule",
         "gate",
         "compare",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("no log", "long")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("runs", "no log", "long")),
     ],
 )
 def test_labels_keep_apart(browser: Browser, tmp_path: Path, name: str) -> None:
@@ -322,6 +324,7 @@ TOGETHER = [
     ("measured", "surge", "limit", "bracket"),
     ("measured", "logged", "limit"),  # a schedule: what is predicted, the learning rate, the edge
     ("measured", "soft", "bracket"),  # a comparison: rho, lambda, their bracket
+    ("first", "second", "limit", "soft"),  # two runs, the edge, and since when one is below
     ("stable", "unstable", "unresolved"),  # a gate's rules
     ("ink", "layer"),  # a bar and its bracket
     ("ink", "ends"),
