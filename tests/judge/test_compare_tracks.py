@@ -73,7 +73,7 @@ def test_on_the_same_tokens_brackets_are_those_of_residuals_and_else_of_the_data
     assert step.second is not None
     assert (step.second.low, step.second.high) == (CALM.generalisation.rho_low, CALM.generalisation.rho_high)
     assert [f.code for f in found.findings] == ["other-data"]
-    nothing = {"held_out": None, "rho_low": None, "rho_high": None, "confidence": None}
+    nothing = {"held_out": None}  # a shard of one batch: its ends say nothing of the data
     single = elsewhere.model_copy(update={"generalisation": CALM.generalisation.model_copy(update=nothing)})
     found = compared(run("a", {10: 1.0}), run("b", {10: 1.0}, single))
     assert (found.ranked, found.further) == (0, None)
