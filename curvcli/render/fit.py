@@ -50,6 +50,17 @@ def fitting(cells: Sequence[dict[str, str]], width: int, titles: Sequence[str], 
     return kept
 
 
+def round_log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Powers of ten from `low` to `high`, as many as fit into `most`; with 2 and 5 times them where they are few."""
+    first, last = ceil(log10(low) - 1e-9), floor(log10(high) + 1e-9)
+    apart = max(1, ceil((last - first + 1) / max(1, most)))
+    found = [10.0**power for power in range(first, last + 1, apart)]
+    if len(found) > 2 or most < 4:
+        return found
+    every = [step * 10.0**power for power in range(first - 1, last + 1) for step in (1, 2, 5)]
+    return [tick for tick in every if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+
+
 def thin(points: Points, columns: int) -> Points:
     """At most four points a column: first, least, greatest, last. A spike of one record stays."""
     if len(points) <= 4 * columns:

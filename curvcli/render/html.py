@@ -18,13 +18,17 @@ from curvcli.documents import (
     Document,
     Explanation,
     Gate,
+    Log,
+    Record,
     Report,
     Schedule,
     Track,
     TrackComparison,
+    find_log,
     load_comparison,
     load_explanation,
     load_gate,
+    load_records,
     load_report,
     load_schedule,
     load_track,
@@ -32,9 +36,12 @@ from curvcli.documents import (
     schema_of,
 )
 from curvcli.documents.columns import PARTS, POINTS, Column, Part, parts, shown
-from curvcli.errors import InputError, plain
+from curvcli.errors import InputError, counted, plain
+from curvcli.judge.level import alert_of
+from curvcli.judge.verdict import verdict_of
 from curvcli.render.advice import advice, track_advice
-from curvcli.render.cells import Cell, part_cells, point_cells, present, summary
+from curvcli.render.beside import companions_line, cost_line, level_line
+from curvcli.render.cells import Cell, part_cells, point_cells, present, record_cells, record_columns, summary
 from curvcli.render.compare_plot import growth
 from curvcli.render.compare_plot import picture as comparison_picture
 from curvcli.render.compare_tracks import FURTHER, LETTERS, facts, ranking, shown_pairs
@@ -43,9 +50,10 @@ from curvcli.render.explain import LEAST, WHAT, sections, visible
 from curvcli.render.frame import number
 from curvcli.render.gate_plot import picture as gate_picture
 from curvcli.render.gate_plot import ratios
-from curvcli.render.largest_lr import told
+from curvcli.render.largest_lr import record_lines, told
 from curvcli.render.picture import NARROW, WIDE, Picture
 from curvcli.render.plot import picture
+from curvcli.render.plot_log import picture as log_picture
 from curvcli.render.schedule_plot import picture as schedule_picture
 from curvcli.render.schedule_table import ORDERS, ranges
 from curvcli.render.series import heat, report_series
@@ -55,10 +63,13 @@ from curvcli.render.track_points import axis, newest, rows, run_verdict
 
 # Layouts: a page, and the top of one in somebody else's page, which shows no chart.
 WHOLE, TOP = "base.html", "fragment.html"
+MOST_RECORDS, MOST_RAISED = 500, 10  # of a log: in its table, and of those at WARN or ERROR in its list
 
 
 def page(path: Path) -> str:
-    """The page of a document. Raises InputError where the file is none that has a page."""
+    """The page of a document or of a job's log. Raises InputError where the file is none that has a page."""
+    if (path.is_dir() or path.suffix == ".jsonl") and (log := find_log(path)) is not None:
+        return log_page(load_records(log))
     if path.is_dir():
         raise InputError(
             f"{path} is a directory, and a page is made of a document",
@@ -72,7 +83,7 @@ def page(path: Path) -> str:
     return render(load(path))
 
 
-def top(document: Report | Track | Gate | Schedule | Comparison | TrackComparison) -> str:
+def top(document: Report | Track | Gate | Schedule | Comparison | TrackComparison | Log) -> str:
     """The top of a document's page, verdict and findings, as a fragment of HTML with its own style and no script."""
     match document:
         case Report():
@@ -87,6 +98,8 @@ def top(document: Report | Track | Gate | Schedule | Comparison | TrackCompariso
             text = comparison_page(document, layout=TOP)
         case TrackComparison():
             text = track_comparison_page(document, layout=TOP)
+        case Log():
+            text = log_page(document, layout=TOP)
     return text
 
 
@@ -209,6 +222,35 @@ def explanation_page(found: Explanation, layout: str = WHOLE) -> str:
     )
 
 
+def log_page(log: Log, layout: str = WHOLE) -> str:
+    """Where a job stands, what its records warn of, everything in them over steps, and the newest of them."""
+    last = log.records[-1] if log.records else None
+    shown = log.records[-MOST_RECORDS:]
+    columns = record_columns(shown)
+    says = "rho, lambda, learning rate, loss and what else the records have over steps; the numbers are in the table below"
+    chart = None
+    if layout == WHOLE and last:
+        chart = _charts("log", says, lambda width: log_picture(log, width=width))
+    raised = [(alert_of(r).level, f"step {r.step:,}: {level_line(r)}") for r in log.records if level_line(r)]
+    lines = [*record_lines(last), *filter(None, (companions_line(last), cost_line(last)))] if last else []
+    return _render(
+        "log.html",
+        document=log,
+        layout=layout,
+        log=log,
+        last=last,
+        verdict=verdict_of(last) if last else "unresolved",
+        lines=lines,
+        raised=[("error" if level == "ERROR" else "warning", text) for level, text in raised[-MOST_RAISED:]],
+        more=max(0, len(raised) - MOST_RAISED),
+        damage=f"{counted(log.damaged, 'damaged line')}, the last: {log.damage}" if log.damaged else "",
+        chart=chart,
+        columns=columns,
+        cells=[record_cells(record, columns) for record in reversed(shown)] if layout == WHOLE else [],
+        hidden=len(log.records) - len(shown),
+    )
+
+
 # A document's page: how it is read, how it is drawn. A further document is a further line.
 PAGES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], str]]] = {
     "curv.compare/1": (load_comparison, comparison_page),
@@ -227,7 +269,7 @@ def _charts(name: str, says: str, draw: Callable[[float], Picture]) -> Markup:
     return Markup('<div class="on-wide">{}</div><div class="on-narrow">{}</div>').format(wide, narrow)
 
 
-def _render(template: str, *, document: Document, **values: object) -> str:
+def _render(template: str, *, document: Document | Log, **values: object) -> str:
     environment = Environment(
         loader=PackageLoader("curvcli.render"),
         autoescape=True,
@@ -236,7 +278,7 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, said=said, told=told, ranges=ranges, visible=visible)
+    environment.filters.update(number=number, said=said, told=told, ranges=ranges, visible=visible, counted=counted)
     environment.globals.update(least=LEAST)
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")
@@ -250,7 +292,7 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         style=Markup(style),  # noqa: S704  (a file of this package)
         script=Markup(script),  # noqa: S704  (a file of this package)
         fragment_style=Markup(_fragment_style()),  # noqa: S704  (the same)
-        schema=document.model_dump(by_alias=True)["schema"],
+        schema=getattr(document, "schema_", Record.model_fields["schema_"].default),
         **values,
     )
 

@@ -130,9 +130,9 @@ def test_csv_has_both_at_full_precision() -> None:
 
 @pytest.mark.parametrize("width", [60, 64, 70, 76, 84, 92, 100, 108, 116, 200])
 def test_a_terminal_has_both_columns_of_a_pair_or_none(width: int) -> None:
-    console = Console(width=width, file=io.StringIO())
-    show(compared(A, B), console)
-    lines = console.file.getvalue().splitlines()
+    shown = io.StringIO()
+    show(compared(A, B), Console(width=width, file=shown))
+    lines = shown.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     head = next(line for line in lines if line.split()[:1] == ["step"])
     titles = [title.strip() for title in head.split("  ") if title.strip()]

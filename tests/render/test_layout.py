@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import Browser, troubles
-from logs import record
+from logs import job, record
 from pages import HOSTILE, SCHEDULE, Text, decided
 from places import ASSETS
 from schedules import schedule
@@ -26,6 +26,7 @@ from curvcli.render.gate_plot import picture as gate_picture
 from curvcli.render.html import (
     comparison_page,
     gate_page,
+    log_page,
     page,
     report_page,
     schedule_page,
@@ -73,6 +74,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "explain": lambda: page(ASSETS / "explain-60.json"),
     "compare": lambda: comparison_page(compared()),
     "runs": lambda: track_comparison_page(runs()),
+    "log": lambda: log_page(job()),
 }
 
 
@@ -135,11 +137,12 @@ PICTURES: dict[str, Callable[[float], Picture]] = {
     "log": lambda width: log_picture(Log(Path("x"), exists=True, records=tuple(map(record, range(6)))), width=width),
     "compare": lambda width: comparison_picture(compared(), width=width),
     "runs": lambda width: runs_picture(runs(), width=width),
+    "a job's log": lambda width: log_picture(job(), width=width),
 }
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", [n if n != "a job's log" else pytest.param(n, marks=pytest.mark.slow) for n in PICTURES])
 def test_every_axis_has_a_label_and_more_than_one_tick(name: str, width: float) -> None:
     drawn = PICTURES[name](width)
     drawn.figure.draw_without_rendering()

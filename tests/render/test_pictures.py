@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from browser import Browser, troubles
+from logs import job
 from pages import HOSTILE, SCHEDULE, decided
 from places import ASSETS, ROOT
 from tracks import asset, at, course, failed, long, track
@@ -20,7 +21,15 @@ from tracks import asset, at, course, failed, long, track
 from curvcli.documents import Report, Schedule, TrainingStep, VerdictName, load_report
 from curvcli.judge.compare import compare
 from curvcli.judge.compare_tracks import compare_tracks
-from curvcli.render.html import comparison_page, gate_page, report_page, schedule_page, track_comparison_page, track_page
+from curvcli.render.html import (
+    comparison_page,
+    gate_page,
+    log_page,
+    report_page,
+    schedule_page,
+    track_comparison_page,
+    track_page,
+)
 from curvcli.render.picture import FORMATS, Picture
 from curvcli.render.plot import picture
 from curvcli.render.schedule_plot import plot as plot_schedule
@@ -268,6 +277,7 @@ LABELLED: dict[str, Callable[[], str]] = {
     "schedule": lambda: schedule_page(Schedule.model_validate(SCHEDULE)),
     "gate": lambda: gate_page(decided()),
     "compare": lambda: comparison_page(compare(asset("calm"), asset("hot"), names=("a", "b"))),
+    "log": lambda: log_page(job()),
     "runs": lambda: track_comparison_page(compare_tracks(course(), long(20, 4), names=("a", "b"))),
 }
 
@@ -280,7 +290,7 @@ LABELLED: dict[str, Callable[[], str]] = {
         "schedule",
         "gate",
         "compare",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("runs", "no log", "long")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("runs", "log", "no log", "long")),
     ],
 )
 def test_labels_keep_apart(browser: Browser, tmp_path: Path, name: str) -> None:
@@ -325,6 +335,8 @@ TOGETHER = [
     ("measured", "logged", "limit"),  # a schedule: what is predicted, the learning rate, the edge
     ("measured", "soft", "bracket"),  # a comparison: rho, lambda, their bracket
     ("first", "second", "limit", "soft"),  # two runs, the edge, and since when one is below
+    ("measured", "truncated", "limit", "soft"),  # a job's log
+    ("edge", "unstable"),  # its levels
     ("stable", "unstable", "unresolved"),  # a gate's rules
     ("ink", "layer"),  # a bar and its bracket
     ("ink", "ends"),
