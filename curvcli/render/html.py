@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from curvcli.documents import (
     Comparison,
@@ -58,6 +58,7 @@ from curvcli.render.schedule_plot import picture as schedule_picture
 from curvcli.render.schedule_table import ORDERS, ranges
 from curvcli.render.series import heat, report_series
 from curvcli.render.style import GATE_LIKE, RUN_LIKE, said, variables
+from curvcli.render.table_csv import of_table
 from curvcli.render.track_plot import heat_map, steps
 from curvcli.render.track_points import axis, newest, rows, run_verdict
 
@@ -269,7 +270,7 @@ def _charts(name: str, says: str, draw: Callable[[float], Picture]) -> Markup:
     return Markup('<div class="on-wide">{}</div><div class="on-narrow">{}</div>').format(wide, narrow)
 
 
-def _render(template: str, *, document: Document | Log, **values: object) -> str:
+def _render(template: str, *, document: Document | Log, layout: str, **values: object) -> str:
     environment = Environment(
         loader=PackageLoader("curvcli.render"),
         autoescape=True,
@@ -279,7 +280,8 @@ def _render(template: str, *, document: Document | Log, **values: object) -> str
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, said=said, told=told, ranges=ranges, visible=visible, counted=counted)
-    environment.globals.update(least=LEAST)
+    environment.globals.update(least=LEAST, whole=layout == WHOLE)
+    environment.filters["as_csv"] = lambda table: escape(of_table(table))  # nothing of it is taken away: it is lines
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")
     # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.
@@ -288,6 +290,7 @@ def _render(template: str, *, document: Document | Log, **values: object) -> str
         "base-uri 'none'; form-action 'none'"
     )
     return environment.get_template(template).render(
+        layout=layout,
         policy=policy,
         style=Markup(style),  # noqa: S704  (a file of this package)
         script=Markup(script),  # noqa: S704  (a file of this package)

@@ -325,9 +325,9 @@ def test_tables_hint_and_shares_unfold_without_script(browser: Browser, tmp_path
     try:
         browser.open(out, width=480)
         assert all(hinted for _, hinted in browser.run(FRAMES))
-        folded = "document.querySelector('details table').checkVisibility({contentVisibilityAuto: true})"
+        folded = "document.querySelector('details:not(.csv) table').checkVisibility({contentVisibilityAuto: true})"
         assert browser.run(folded) is False
-        browser.run("document.querySelector('summary').focus()")
+        browser.run("document.querySelector('details:not(.csv) > summary').focus()")
         browser.press("Enter", 13, "\r")
         assert browser.run(folded) is True
     finally:
