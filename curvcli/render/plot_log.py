@@ -135,7 +135,7 @@ def _scale(axes: Axes, name: str, data: dict[str, Series]) -> int:
 
 def _levels(drawn: Picture, axes: Axes, raised: list[Record]) -> None:
     """Records at WARN and ERROR, told apart by height and shape too."""
-    for level, colour, marker in (("WARN", "edge", "^"), ("ERROR", "unstable", "X")):
+    for level, colour, marker in (("WARN", "ink", "^"), ("ERROR", "unstable", "X")):
         at = [record for record in raised if alert_of(record).level == level]
         if at:
             (dots,) = axes.plot(
