@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from curvcli.documents import Record, Report
@@ -64,8 +64,8 @@ def record_columns(records: Sequence[Record]) -> list[Column[Record]]:
     """Columns of a log's table: the record's own, and the verdict and the level that follow from it."""
     own = present(RECORDS, records)
     judged: tuple[Column[Record], ...] = (
-        Column("verdict", "verdict", lambda r: said(verdict_of(r)), kind="word"),
-        Column("level", "level", lambda r: alert_of(r).level, kind="word"),
+        Column("verdict", "verdict", lambda r: said(verdict_of(r)), kind="word", leaves=None),
+        Column("level", "level", lambda r: alert_of(r).level, kind="word", leaves=None),
     )
     return [*own[:1], *judged, *own[1:]]
 
@@ -75,7 +75,8 @@ def record_cells(record: Record, columns: Sequence[Column[Record]]) -> list[Cell
     cells = []
     for column in columns:
         doubt = column.solved and column.get(record) is not None and not certified(record)
-        cells.append(_cell(column, record, weak=doubt, mark="?" if doubt else ""))
+        found = _cell(column, record, weak=doubt, mark="?" if doubt else "")
+        cells.append(found if column.leaves is None else replace(found, classes=f"{found.classes} aside".strip()))
     return cells
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import nan
+
 from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
@@ -38,11 +40,19 @@ def picture(found: TrackComparison, *, width: float = WIDE) -> Picture:
     return Picture(lambda drawn: _draw(drawn, found, shown), [p[2] for p in shown], ranking(found), width=width)
 
 
+def _line(found: TrackComparison, field: str, side: int) -> Series:
+    """Steps and values of one of the two, NaN where its checkpoint has none: there its line breaks.
+
+    It joins its own checkpoints, whatever steps the other has.
+    """
+    every = [(step.step, run) for step in found.steps if (run := sides_of(step)[side]) is not None]
+    return [at for at, _ in every], [nan if (y := getattr(run, field)) is None else y for _, run in every]
+
+
 def _points(found: TrackComparison, field: str, side: int) -> Series:
-    """Steps and values of one of the two. Its line joins its own checkpoints, whatever steps the other has."""
-    every = [(step.step, sides_of(step)[side]) for step in found.steps]
-    known = [(at, value) for at, run in every if run is not None and (value := getattr(run, field)) is not None]
-    return [at for at, _ in known], [value for _, value in known]
+    """The same without the steps that have no value."""
+    known = [(at, y) for at, y in zip(*_line(found, field, side), strict=True) if y == y]
+    return [at for at, _ in known], [y for _, y in known]
 
 
 def _draw(drawn: Picture, found: TrackComparison, shown: list[tuple[str, str, float]]) -> None:
@@ -60,7 +70,7 @@ def _draw(drawn: Picture, found: TrackComparison, shown: list[tuple[str, str, fl
                 continue
             if field == "rho":
                 _bracket(axes, found, place, colour, size)
-            axes.plot(x, y, color=light(colour), linewidth=1.3)
+            axes.plot(*_line(found, field, place), color=light(colour), linewidth=1.3)
             (dots,) = axes.plot(
                 x, y, linestyle="", marker=marker, color=light(colour), markersize=size, zorder=3, label=names[place],
                 markerfacecolor=light("page" if place else colour),
@@ -72,7 +82,7 @@ def _draw(drawn: Picture, found: TrackComparison, shown: list[tuple[str, str, fl
             axes.axvline(found.since, color=light("soft"), linewidth=1, linestyle=":", zorder=0.5)
             letter = LETTERS[0 if found.further == "first" else 1]
             axes.set_title(
-                f"dotted: {letter} is below from step {found.since:,} on", loc="right", fontsize=9, color=light("soft")
+                f"dotted: {letter} is lower from step {found.since:,} on", loc="right", fontsize=9, color=light("soft")
             )
     bottom = drawn.axes[-1]
     bottom.set_xlabel("step")

@@ -232,7 +232,9 @@ def log_page(log: Log, layout: str = WHOLE) -> str:
     chart = None
     if layout == WHOLE and last:
         chart = _charts("log", says, lambda width: log_picture(log, width=width))
-    raised = [(alert_of(r).level, f"step {r.step:,}: {level_line(r)}") for r in log.records if level_line(r)]
+    severity = {"ERROR": "error", "WARN": "warning"}
+    levels = [(alert_of(record).level, record) for record in log.records]
+    raised = [(severity[level], f"step {r.step:,}", level_line(r)) for level, r in levels if level in severity]
     lines = [*record_lines(last), *filter(None, (companions_line(last), cost_line(last)))] if last else []
     return _render(
         "log.html",
@@ -242,9 +244,8 @@ def log_page(log: Log, layout: str = WHOLE) -> str:
         last=last,
         verdict=verdict_of(last) if last else "unresolved",
         lines=lines,
-        raised=[("error" if level == "ERROR" else "warning", text) for level, text in raised[-MOST_RAISED:]],
+        raised=raised[-MOST_RAISED:],
         more=max(0, len(raised) - MOST_RAISED),
-        damage=f"{counted(log.damaged, 'damaged line')}, the last: {log.damage}" if log.damaged else "",
         chart=chart,
         columns=columns,
         cells=[record_cells(record, columns) for record in reversed(shown)] if layout == WHOLE else [],

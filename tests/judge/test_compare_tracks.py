@@ -94,6 +94,13 @@ def test_what_is_not_certified_or_too_early_ranks_nothing() -> None:
     assert step.second.rho is not None
 
 
+def test_a_line_breaks_where_its_checkpoint_has_no_value() -> None:
+    weak = track([at(CALM, 10, 0.4), at(CALM, 20, 0.5, status="unconverged"), at(CALM, 30, 0.6)], run="b")
+    drawn = compared(run("a", {10: 0.5, 30: 0.5}), weak).plot().axes[0]
+    lines = [line.get_ydata() for line in drawn.lines if line.get_linestyle() == "-" and len(line.get_xdata()) > 1]
+    assert [[y != y for y in line] for line in lines if len(line) > 1][:2] == [[False, False], [False, True, False]]
+
+
 def test_past_the_edge_nobody_is_below_it() -> None:
     found = compared(run("a", {10: 4.0}), run("b", {10: 5.0}))
     assert ranking(found).startswith("A is less far past its edge since step 10")

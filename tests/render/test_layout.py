@@ -313,7 +313,8 @@ def test_a_page_on_a_phone_and_on_a_screen(browser: Browser, tmp_path: Path, nam
             assert kind.endswith("-narrow") is narrow
             assert whole, "the newest checkpoint and the deepest block are in sight"
             assert size >= 9, kind
-    browser.open(out, width=600, media="print")
+    browser.open(out, width=700, media="print")
+    assert browser.run("document.documentElement.scrollWidth") <= 700
     assert all(not hinted for _, hinted in browser.run(FRAMES))
     assert all(not kind.endswith("-narrow") for kind, *_ in browser.run(CHARTS))
 
