@@ -70,7 +70,10 @@ MOST_RECORDS, MOST_RAISED = 500, 10  # of a log: in its table, and of those at W
 def page(path: Path) -> str:
     """The page of a document or of a job's log. Raises InputError where the file is none that has a page."""
     if (path.is_dir() or path.suffix == ".jsonl") and (log := find_log(path)) is not None:
-        return log_page(load_records(log))
+        found = load_records(log)
+        if not found.records:
+            raise InputError(f"{log} has no record yet", hint="a page is made once the tracker has written one")
+        return log_page(found)
     if path.is_dir():
         raise InputError(
             f"{path} is a directory, and a page is made of a document",

@@ -91,10 +91,12 @@ def test_the_command_takes_a_log_or_its_directory(tmp_path: Path, place: str) ->
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_log_without_records_has_a_page_and_one_of_something_else_has_none(tmp_path: Path) -> None:
+def test_a_log_without_records_and_one_of_something_else_have_none(tmp_path: Path) -> None:
     path = tmp_path / "curvature.jsonl"
     path.write_text("")
-    assert "no record yet" in text(page(path))
+    with pytest.raises(InputError, match="has no record yet; a page is made once"):
+        page(path)
+    assert "no record yet" in text(log_page(Log(path))), "in a notebook"
     path.write_text('{"schema": "curv.report/1"}\n')
     with pytest.raises(InputError, match=r"is no curv\.curvature/1 log"):
         page(path)
