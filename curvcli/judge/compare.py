@@ -31,6 +31,11 @@ def compare(first: Report, second: Report, *, names: tuple[str, str]) -> Compari
     )
 
 
+def shard_of(report: Report) -> tuple[str, int | None]:
+    """What tells the tokens of one report from another's."""
+    return report.data.sha256, report.data.sequence_length
+
+
 def _side(report: Report, name: str) -> Side:
     return Side(
         path=name,
@@ -91,10 +96,9 @@ def unlike(first: Report, second: Report, *, what: str = "checkpoints") -> list[
     Args:
         what: the two are: checkpoints, or runs.
     """
-    shards = [(r.data.sha256, r.data.sequence_length) for r in (first, second)]
     found = []
     for code, which, a, b in (
-        ("other-data", "tokens", shards[0], shards[1]),
+        ("other-data", "tokens", shard_of(first), shard_of(second)),
         ("other-optimizer", "optimizer", first.optimizer.name, second.optimizer.name),
         ("other-preconditioner", "preconditioner", first.optimizer.preconditioner, second.optimizer.preconditioner),
         ("other-layers", "layers", [x.name for x in first.layers], [x.name for x in second.layers]),

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 from curvcli.documents import Finding, Report, StepSide, Track, TrackComparison, TrackPoint, TrackSide, TrackStep, Versions
-from curvcli.judge.compare import unlike
+from curvcli.judge.compare import shard_of, unlike
 from curvcli.judge.limits import certified
-from curvcli.judge.readings import on_shard, shard_of
+from curvcli.judge.readings import on_shard
 from curvcli.judge.run import judge_track
 
 Which: TypeAlias = Literal["first", "second"] | None

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from curvcli.documents import Estimate, Report, RunVerdict, Track, TrackPoint, VerdictName
 from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
 from curvcli.documents.columns import parts as parts_of
+from curvcli.judge.compare import shard_of
 from curvcli.judge.limits import certified
 from curvcli.judge.run import judge_run, judge_track
 from curvcli.judge.steepest import alone, words
@@ -394,8 +395,3 @@ def on_shard(value: float | None, residual: float | None, unit: float | None) ->
     if value is None or residual is None or not unit or unit <= 0:
         return None, None
     return value, value + residual / unit
-
-
-def shard_of(report: Report) -> tuple[str, int | None]:
-    """What tells the tokens of one report from another's."""
-    return report.data.sha256, report.data.sequence_length

@@ -38,7 +38,7 @@ class _Cells(HTMLParser):
         given = dict(attrs)
         if tag == "tr":
             self.rows.append([])
-        elif tag in ("th", "td"):
+        elif tag in ("th", "td") and given.get("class") != "bar":  # a bar is a picture of another cell
             self._text = []
             self._value = given.get("data-value")
             self._spanned = int(given.get("colspan") or 1)

@@ -11,6 +11,7 @@ import pytest
 from browser import CONTRAST, Browser
 from logs import job
 from pages import SCHEDULE, decided
+from places import ASSETS
 from tracks import asset, course
 
 from curvcli.documents import Schedule
@@ -26,6 +27,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "compare": lambda: html.comparison_page(compare(asset("calm"), asset("hot"), names=("a", "b"))),
     "runs": lambda: html.track_comparison_page(compare_tracks(course(), course(), names=("a", "b"))),
     "log": lambda: html.log_page(job()),
+    "explain": lambda: html.page(ASSETS / "explain-60.json"),
 }
 UNFOLD = "document.querySelectorAll('details').forEach((fold) => { fold.hidden = false; fold.open = true; })"
 RUN = """axe.run(document, {resultTypes: ['violations']}).then((found) => found.violations.map(

@@ -78,7 +78,7 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
-FAST = ("report", "track", "schedule", "gate", "compare")  # of those, in a browser
+FAST = ("report", "track", "schedule", "gate", "compare", "explain")  # of those, in a browser
 
 
 @cache

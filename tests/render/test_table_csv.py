@@ -63,6 +63,7 @@ def test_doubt_and_bounds_are_no_plain_numbers() -> None:
     [
         ('<td class="n" data-value="-0.125">-0.125</td>', "-0.125"),
         ('<td class="n" data-value="">-</td>', '""'),
+        ('<td>a</td><td class="bar"><svg></svg></td><td>b</td>', "a,b"),
         ("<td>=1+1</td>", "'=1+1"),
         ("<td>-x, &quot;y&quot;</td>", '"\'-x, ""y"""'),
         ("<td>a &lt;b&gt;</td><td colspan='2'>c</td>", "a <b>,c,"),
