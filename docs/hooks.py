@@ -25,7 +25,7 @@ _ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Puts the fields of the documents in their place, and makes links out of docs/ links into the repository."""
-    markdown = re.sub(r"<!-- fields of (\w+) -->", lambda found: _fields(found[1]), markdown)
+    markdown = re.sub(r"<!-- fields of ([\w-]+) -->", lambda found: _fields(found[1]), markdown)
 
     def outward(found: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), found[1]))

@@ -103,6 +103,9 @@ def masters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("report", "last-good", "before", "after", "reports/last", "reports/last-good"):
         shutil.copy(ASSETS / "hot-60.json", home / f"{name}.json")
     (home / "track.json").write_text(course_of([1.0, 1.1, 1.0]).to_json())
+    for name in ("calm", "hot"):
+        (home / name).mkdir()
+        shutil.copy(home / "track.json", home / name)
     (home / "schedule.json").write_text(grow(8).to_json())
     for place in ("run", "runs/first"):
         write(home / place / "curvature.jsonl", *map(record, range(3)))

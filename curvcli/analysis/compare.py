@@ -1,59 +1,102 @@
-"""Two checkpoints side by side, measured where they are no reports yet. Imports torch only to measure."""
+"""Two checkpoints side by side, measured where they are no reports yet, or two tracks. Imports torch only to measure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from curvcli.analysis.options import Options, changed, options_of
-from curvcli.documents import Comparison, Report, load_report, schema_of
+from curvcli.documents import Comparison, Report, Track, TrackComparison, load_report, load_track, schema_of
 from curvcli.errors import InputError, UsageError
 from curvcli.judge.compare import compare as compare_reports
+from curvcli.judge.compare_tracks import compare_tracks
+
+Side = Path | str | Report | Track
 
 
+@overload
 def compare(
-    a: Path | str | Report, b: Path | str | Report, *, progress: Callable[[str, float], None] | None = None, **options: Any
-) -> Comparison:
-    """What changed between two checkpoints: `curv compare` from Python.
+    a: Track, b: Track | Path | str, *, progress: Callable[[str, float], None] | None = None, **options: Any
+) -> TrackComparison: ...
+@overload
+def compare(
+    a: Report, b: Report | Path | str, *, progress: Callable[[str, float], None] | None = None, **options: Any
+) -> Comparison: ...
+@overload
+def compare(
+    a: Side, b: Side, *, progress: Callable[[str, float], None] | None = None, **options: Any
+) -> Comparison | TrackComparison: ...
+def compare(
+    a: Side, b: Side, *, progress: Callable[[str, float], None] | None = None, **options: Any
+) -> Comparison | TrackComparison:
+    """What changed between two checkpoints, or how two runs differ step by step: `curv compare` from Python.
 
-    Checkpoints are measured, each from a random start and without the curves over depth; two reports are compared as they
-    are, without importing torch.
+    Checkpoints are measured, each from a random start and without the curves over depth; two reports or two tracks are
+    compared as they are, without importing torch.
 
     Args:
-        a: the earlier one: a report, the path of one, or a checkpoint's.
-        b: the later one.
+        a: the earlier one: a report, the path of one, or a checkpoint's; of two runs a track, or the path of one.
+        b: the later one, or the other run's track.
         progress: called with what is being done and the fraction done.
         **options: how checkpoints are measured, by the names of `curvcli.analysis.options.Options` (data, tokens,
             sequence_length, lr, ...); the same for both.
 
     Returns:
         Eigenvalue and rho of both and their ratios with brackets, of the full model and of each layer; findings say what
-        makes the two no like for like.
+        makes the two no like for like. Of two tracks, both at each step of either, and which is further below its edge.
 
     Raises:
-        UsageError: an option is none, or is given with two reports.
-        InputError: one of the two is neither report nor checkpoint, or cannot be read.
+        UsageError: an option is none, or is given with two reports or tracks.
+        InputError: one of the two is neither report, track nor checkpoint, or cannot be read; or only one is a track.
     """
     how = options_of(options, fixed=("depths", "deadline", "truncated"))
-    sides = [side if isinstance(side, Report) else Path(side) for side in (a, b)]
-    done = [isinstance(side, Report) or _is_report(side) for side in sides]
-    if all(done) and (given := changed(how)):
-        flag = f"--{given[0].replace('_', '-')}"
-        raise UsageError(f"{flag} is for checkpoints, and both are reports", hint=f"drop {flag}")
+    sides = [side if isinstance(side, (Report, Track)) else Path(side) for side in (a, b)]
+    kinds = [_kind(side) for side in sides]
+    if "track" in kinds:
+        return _tracks(sides, kinds, how)
+    done = [kind == "report" for kind in kinds]
+    if all(done):
+        _no_options(how, "reports")
     if not all(done) and progress:
         progress("importing torch", 0.0)
     reports = []
     for place, (side, is_report) in enumerate(zip(sides, done, strict=True)):
         if isinstance(side, Report):
             reports.append(side)
-        elif is_report:
+        elif isinstance(side, Path) and is_report:
             reports.append(load_report(side))
-        else:
+        elif isinstance(side, Path):
             reports.append(_measured(side, how, place, progress or (lambda stage, done: None)))
-    first, second = (side.checkpoint.path if isinstance(side, Report) else str(side) for side in sides)
+    first, second = map(_name, sides)
     return compare_reports(*reports, names=(first, second))
+
+
+def _tracks(sides: list[Path | Report | Track], kinds: list[str], how: Options) -> TrackComparison:
+    """Of two tracks. Raises InputError where one of the two is something else."""
+    if kinds != ["track", "track"]:
+        place = kinds.index("track")
+        raise InputError(
+            f"{_name(sides[place])} is a track of many checkpoints, and {_name(sides[1 - place])} is none",
+            hint="name two tracks, or two checkpoints or reports; against a run's past, curv gate REPORT --baseline TRACK",
+        )
+    _no_options(how, "tracks")
+    loaded = (load_track(side) if isinstance(side, Path) else side for side in sides)
+    first, second = (track for track in loaded if isinstance(track, Track))
+    return compare_tracks(first, second, names=(_name(sides[0]), _name(sides[1])))
+
+
+def _no_options(how: Options, what: str) -> None:
+    """Raise UsageError where an option of measuring is given, and nothing is measured."""
+    if given := changed(how):
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"{flag} is for checkpoints, and both are {what}", hint=f"drop {flag}")
+
+
+def _name(side: Path | Report | Track) -> str:
+    """What the user called it."""
+    return side.checkpoint.path if isinstance(side, Report) else side.run if isinstance(side, Track) else str(side)
 
 
 def _measured(path: Path, how: Options, place: int, progress: Callable[[str, float], None]) -> Report:
@@ -67,18 +110,18 @@ def _measured(path: Path, how: Options, place: int, progress: Callable[[str, flo
     return analyze_checkpoint(path, replace(how, depths=False), within)
 
 
-def _is_report(path: Path) -> bool:
-    """Whether this is a document, by its content or its name. Raises InputError where it is another than a report."""
-    if path.is_dir() or not (path.suffix == ".json" or _starts_as_json(path)):
-        return False
-    if (schema := schema_of(path)) == "curv.track/1":
+def _kind(side: Path | Report | Track) -> str:
+    """report, track or checkpoint, by content or name. Raises InputError where it is another document."""
+    if isinstance(side, (Report, Track)):
+        return "report" if isinstance(side, Report) else "track"
+    if side.is_dir() or not (side.suffix == ".json" or _starts_as_json(side)):
+        return "checkpoint"
+    kinds = {"curv.report/1": "report", "curv.track/1": "track"}
+    if (schema := schema_of(side)) not in kinds or schema is None:
         raise InputError(
-            f"{path} is a track of many checkpoints, and two single ones are compared",
-            hint="name checkpoints or reports; against another track, curv gate TRACK --baseline TRACK --max-regression 10",
+            f"{side} is {schema or 'no document of curv'}, no report", hint="give two reports, checkpoints or tracks"
         )
-    if schema != "curv.report/1":
-        raise InputError(f"{path} is {schema or 'no document of curv'}, no report", hint="give reports or checkpoints")
-    return True
+    return kinds[schema]
 
 
 def _starts_as_json(path: Path) -> bool:

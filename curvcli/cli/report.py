@@ -14,18 +14,22 @@ from curvcli.cli.app import app, check_outputs, exit_codes
     epilog="Examples:\n\n"
     "`curv report report.json -o report.html`\n\n"
     "`curv report track.json -o track.html`\n\n"
+    "`curv report run/curvature.jsonl -o run.html`\n\n"
     "`curv analyze ckpt/ -o report.json && curv report report.json > report.html`"
 )
 def report(
     document: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="Document that curv analyze, track, schedule, gate or compare wrote with -o."),
+        typer.Argument(
+            metavar="FILE",
+            help="Document that curv analyze, track, schedule, gate or compare wrote with -o, or a job's log.",
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the page (HTML) here.  [default: stdout]")
     ] = None,
 ) -> None:
-    """Turn a document into one self-contained HTML file: no network, light and dark, fit for print."""
+    """Turn a document, or a job's log, into one self-contained HTML file: no network, light and dark, fit for print."""
     with exit_codes():
         check_outputs(output, None)
         from curvcli.documents import write_whole
@@ -43,7 +47,8 @@ def schema(
     document: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="Kind of document: report, track, compare, explain, schedule, curvature, alert or gate."
+            metavar="NAME",
+            help="Kind of document: report, track, compare, compare-tracks, explain, schedule, curvature, alert or gate.",
         ),
     ],
 ) -> None:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from curvcli.documents.alert import Alert, AlertAction, LevelName, load_alert
     from curvcli.documents.base import Document, Finding, Severity, Versions, dumps, first_problem, read_document, schema_of
-    from curvcli.documents.compare import Change, Comparison, Side, load_comparison
+    from curvcli.documents.compare import (
+        Change,
+        Comparison,
+        Side,
+        StepSide,
+        TrackComparison,
+        TrackSide,
+        TrackStep,
+        load_comparison,
+        load_track_comparison,
+    )
     from curvcli.documents.explain import (
         Explanation,
         HeadMass,
@@ -130,12 +140,16 @@ __all__ = [
     "Steepest",
     "SteepestReading",
     "SteepestStatus",
+    "StepSide",
     "Subject",
     "TokenKind",
     "TokenShare",
     "TokensPoint",
     "Track",
+    "TrackComparison",
     "TrackPoint",
+    "TrackSide",
+    "TrackStep",
     "TrainingStep",
     "Update",
     "VerdictName",
@@ -154,6 +168,7 @@ __all__ = [
     "load_report",
     "load_schedule",
     "load_track",
+    "load_track_comparison",
     "read_document",
     "schema_of",
     "write_whole",
@@ -162,7 +177,17 @@ __all__ = [
 _MODULES = {
     "alert": ("Alert", "AlertAction", "LevelName", "load_alert"),
     "base": ("Document", "Finding", "Severity", "Versions", "dumps", "first_problem", "read_document", "schema_of"),
-    "compare": ("Change", "Comparison", "Side", "load_comparison"),
+    "compare": (
+        "Change",
+        "Comparison",
+        "Side",
+        "StepSide",
+        "TrackComparison",
+        "TrackSide",
+        "TrackStep",
+        "load_comparison",
+        "load_track_comparison",
+    ),
     "explain": (
         "Explanation",
         "HeadMass",

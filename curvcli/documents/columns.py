@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
 if TYPE_CHECKING:
+    from curvcli.documents.record import Record
     from curvcli.documents.report import Estimate, Report
     from curvcli.documents.track import TrackPoint
 
@@ -234,7 +235,7 @@ PARTS: tuple[Column[Part], ...] = (
         "most_negative", "most negative", lambda p: p.estimate.most_negative, digits=3, rank=60, absent=("table",),
         before=_bound,
     ),
-    Column("ceiling", "at most", lambda p: p.estimate.ceiling, digits=4, rank=55, absent=("table",)),
+    Column("ceiling", "at most", lambda p: p.estimate.ceiling, digits=4, rank=55, absent=("table",), optional=True),
     Column("most_negative_residual", "its residual", lambda p: p.estimate.most_negative_residual, absent=_PEOPLE),
     Column("most_negative_status", "its status", lambda p: p.estimate.most_negative_status, kind="word", absent=_PEOPLE),
     Column(
@@ -350,3 +351,28 @@ POINTS: tuple[Column[Measurement], ...] = (
     Column("surged", "surged", _at(lambda p: str(p.surged).lower()), kind="word", absent=_PEOPLE),
     Column("message", "message", _at(lambda p: p.message), kind="word", absent=_PEOPLE),
 )  # fmt: skip
+
+# Of a training job's log, in the order of its page's table, which on paper loses those that leave; rules are on none.
+RECORDS: tuple[Column[Record], ...] = (
+    Column("step", "step", lambda r: r.step, kind="count", leaves=None),
+    Column("loss", "loss", lambda r: r.loss, unit="nats per token", leaves=None),
+    Column("lr", "lr", lambda r: r.lr, digits=3, leaves=None),
+    Column("eigenvalue", "lambda", lambda r: r.eigenvalue, solved=True, optional=True, leaves=None),
+    Column("rho", "rho", lambda r: r.rho, digits=3, solved=True, optional=True, leaves=None),
+    Column("z", "Z", lambda r: r.z, digits=3, optional=True, leaves=None),
+    Column("residual", "residual", lambda r: r.residual, digits=2, optional=True),
+    Column("update_ratio", "lr/critical", lambda r: r.update_ratio, digits=3, optional=True, leaves=None),
+    Column("gradient_norm", "gradient norm", lambda r: r.gradient_norm, digits=3, optional=True, leaves=None),
+    Column("gradient_sigmas", "its sd", lambda r: r.gradient_sigmas, digits=2, optional=True),
+    Column("update_rms", "update RMS", lambda r: r.update_rms, digits=3, optional=True),
+    Column("gradient_quotient", "g'Hg/g'g", lambda r: r.gradient_quotient, digits=3, optional=True),
+    Column("attention_logit", "attention logit", lambda r: r.attention_logit, digits=3, optional=True),
+    Column("attention_entropy", "attention entropy", lambda r: r.attention_entropy, unit="nats", digits=3, optional=True),
+    Column("spectral_norm", "spectral norm", lambda r: r.spectral_norm, digits=3, optional=True),
+    Column("active_depth", "depth", lambda r: r.active_depth, kind="count", optional=True, leaves=None),
+    Column("hvps", "HVPs", lambda r: r.hvps, kind="count"),
+    Column("seconds", "seconds", lambda r: r.seconds, unit="s", digits=2),
+    Column("overhead", "share of time", lambda r: r.overhead, digits=2, optional=True, leaves=None),
+    Column("status", "status", lambda r: r.status, kind="word", leaves=None),
+    Column("message", "message", lambda r: r.message, kind="word", optional=True, leaves=None),
+)

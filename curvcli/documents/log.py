@@ -15,6 +15,7 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from curvcli.documents.record import Record
+from curvcli.documents.shown import Shown
 from curvcli.errors import InputError
 
 LOG_NAME = "curvature.jsonl"
@@ -23,8 +24,8 @@ _LONGEST = 1 << 20  # bytes of one line; a record has a few hundred
 _TAIL = 4096  # bytes before the read position that must still be there: more than a record, whose step is at its beginning
 
 
-@dataclass(frozen=True)
-class Log:
+@dataclass(frozen=True, repr=False)
+class Log(Shown):
     """What is known of a log at one moment.
 
     `records` rise in step: where a resumed job goes back, its records replace those from that step on,

@@ -7,7 +7,7 @@ from typing import Any
 
 from curvcli.documents.alert import Alert
 from curvcli.documents.base import Document, read_document, schema_of
-from curvcli.documents.compare import Comparison
+from curvcli.documents.compare import Comparison, TrackComparison
 from curvcli.documents.explain import Explanation
 from curvcli.documents.gate import Gate
 from curvcli.documents.log import Log, find_log, load_records
@@ -24,6 +24,7 @@ SCHEMAS: dict[str, type[Document]] = {
     "gate": Gate,
     "track": Track,
     "compare": Comparison,
+    "compare-tracks": TrackComparison,
     "explain": Explanation,
     "alert": Alert,
 }

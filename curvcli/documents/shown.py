@@ -50,6 +50,8 @@ class Shown:
     def to_frame(self) -> Any:
         """A pandas.DataFrame: of a report a row a part, of a track a checkpoint, of a gate a rule, of a schedule a phase.
 
+        Of a comparison of checkpoints a row is a part, of tracks a step; of a job's log it is a record.
+
         Columns are named as in CSV, values are at full precision; what is not known is missing, and `status` says why.
 
         Raises:

@@ -21,7 +21,7 @@ def compare(first: Report, second: Report, *, names: tuple[str, str]) -> Compari
     for layer in first.layers:
         if layer.name in later:
             changes.append(_change("layer", layer.name, layer, later[layer.name]))
-    findings = [*_unlike(first, second), *_large(changes), *_verdict(first, second)]
+    findings = [*unlike(first, second), *_large(changes), *_verdict(first, second)]
     return Comparison(
         first=_side(first, names[0]),
         second=_side(second, names[1]),
@@ -29,6 +29,11 @@ def compare(first: Report, second: Report, *, names: tuple[str, str]) -> Compari
         findings=findings,
         versions=Versions.installed(),
     )
+
+
+def shard_of(report: Report) -> tuple[str, int | None]:
+    """What tells the tokens of one report from another's."""
+    return report.data.sha256, report.data.sequence_length
 
 
 def _side(report: Report, name: str) -> Side:
@@ -85,12 +90,15 @@ def _relied_on(estimate: Estimate) -> tuple[float, float] | None:
     return (value, residual) if certified(estimate) and value is not None and residual is not None else None
 
 
-def _unlike(first: Report, second: Report) -> list[Finding]:
-    """What makes the ratios no like for like."""
-    shards = [(r.data.sha256, r.data.sequence_length) for r in (first, second)]
+def unlike(first: Report, second: Report, *, what: str = "checkpoints") -> list[Finding]:
+    """What makes the ratios no like for like.
+
+    Args:
+        what: the two are: checkpoints, or runs.
+    """
     found = []
-    for code, what, a, b in (
-        ("other-data", "tokens", shards[0], shards[1]),
+    for code, which, a, b in (
+        ("other-data", "tokens", shard_of(first), shard_of(second)),
         ("other-optimizer", "optimizer", first.optimizer.name, second.optimizer.name),
         ("other-preconditioner", "preconditioner", first.optimizer.preconditioner, second.optimizer.preconditioner),
         ("other-layers", "layers", [x.name for x in first.layers], [x.name for x in second.layers]),
@@ -99,7 +107,7 @@ def _unlike(first: Report, second: Report) -> list[Finding]:
         if a != b:
             # A digest, or a list of all layers, tells a reader nothing.
             shown = "" if code in ("other-data", "other-layers") else f" ({a}, {b})"
-            message = f"the two have different {what}{shown}: their ratios compare more than the checkpoints"
+            message = f"the two have different {which}{shown}: their ratios compare more than the {what}"
             found.append(Finding(code=code, severity="warning", message=message))
     return found
 

@@ -296,6 +296,7 @@ def _shape(
     known = [(part, part.eigenvalue) for part in parts if part.eigenvalue is not None and certified(part)]
     if known and full.eigenvalue:
         sharpest, value = max(known, key=lambda pair: pair[1])
+        written = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
         found.append(
             Finding(
                 code="sharpest-layer",
@@ -305,7 +306,7 @@ def _shape(
                     if sharpest is ends
                     else f"{sharpest.name} is the sharpest layer"
                 )
-                + f", lambda {value:.3g}, {value / full.eigenvalue:.0%} of the full model's",
+                + f", lambda {written}, {value / full.eigenvalue:.0%} of the full model's",
             )
         )
     if ends is not None and ends.eigenvalue and full.eigenvalue and ends.eigenvalue > 0.5 * full.eigenvalue > 0:

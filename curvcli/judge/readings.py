@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from curvcli.documents import Estimate, Report, RunVerdict, Track, TrackPoint, VerdictName
 from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
 from curvcli.documents.columns import parts as parts_of
+from curvcli.judge.compare import shard_of
 from curvcli.judge.limits import certified
 from curvcli.judge.run import judge_run, judge_track
 from curvcli.judge.steepest import alone, words
@@ -105,7 +106,7 @@ class ReportReadings:
         if reason := _why(self.report, estimate) or _early(self.report):
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         threshold = self.report.optimizer.threshold
-        low, high = _on_shard(estimate.rho, estimate.residual, threshold)
+        low, high = on_shard(estimate.rho, estimate.residual, threshold)
         # Nothing lies above the ceiling; reports of older versions have none, and go by the residual.
         if estimate.ceiling is not None and threshold and high is not None:
             high = max(high, estimate.ceiling / threshold)
@@ -189,9 +190,9 @@ class ReportReadings:
         for old in self.history:
             if reason := incomparable(report, old):
                 return Reading(what, reason=f"the baseline does not compare: {reason}")
-            if _shard(old) != _shard(report):
+            if shard_of(old) != shard_of(report):
                 return Reading(what, reason="the shards differ; measure the whole run on one")
-        brackets = [_on_shard(r.judged.rho, r.judged.residual, r.optimizer.threshold) for r in (report, *self.history)]
+        brackets = [on_shard(r.judged.rho, r.judged.residual, r.optimizer.threshold) for r in (report, *self.history)]
         known = [(low, high) for low, high in brackets if low is not None and high is not None]
         if len(known) < len(brackets) or report.judged.rho is None:
             return Reading(what, reason="a value is missing")
@@ -222,13 +223,13 @@ class ReportReadings:
             return Reading(what, reason="there is nothing to compare with; pass --baseline")
         if reason := incomparable(self.report, self.baseline):
             return Reading(what, reason=f"the baseline does not compare: {reason}")
-        same = _shard(self.report) == _shard(self.baseline)
+        same = shard_of(self.report) == shard_of(self.baseline)
         pairs = []
         for name, report in (("", self.report), ("the baseline's ", self.baseline)):
             value, per = number(report), unit(report)
             if reason := _reason(report.judged) or ("" if per and per > 0 else _NO_RHO):
                 return Reading(what, reason=f"{name}{'lambda ' if name else ''}{reason}")
-            low, high = _on_shard(value, report.judged.residual, per)
+            low, high = on_shard(value, report.judged.residual, per)
             if not same:
                 held, threshold = report.generalisation, report.optimizer.threshold
                 if held.held_out is None or low is None or high is None or not per:
@@ -319,7 +320,7 @@ def _same_checkpoint(a: Report, b: Report) -> bool:
     if a.checkpoint.step != b.checkpoint.step:
         return False
     return a.checkpoint.path == b.checkpoint.path or (
-        _shard(a) == _shard(b) and isclose(a.data.loss, b.data.loss, rel_tol=1e-6)
+        shard_of(a) == shard_of(b) and isclose(a.data.loss, b.data.loss, rel_tol=1e-6)
     )
 
 
@@ -389,12 +390,8 @@ def _early(report: Report) -> str:
     return f"too early: {said}"
 
 
-def _on_shard(value: float | None, residual: float | None, unit: float | None) -> tuple[float | None, float | None]:
+def on_shard(value: float | None, residual: float | None, unit: float | None) -> tuple[float | None, float | None]:
     """From the Ritz value, which is a lower bound, to the end of its residual."""
     if value is None or residual is None or not unit or unit <= 0:
         return None, None
     return value, value + residual / unit
-
-
-def _shard(report: Report) -> tuple[str, int | None]:
-    return report.data.sha256, report.data.sequence_length

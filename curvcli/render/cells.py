@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from curvcli.documents import Report
-from curvcli.documents.columns import PARTS, POINTS, Column, Measurement, Part, Value, parts, shown
+from curvcli.documents import Record, Report
+from curvcli.documents.columns import PARTS, POINTS, RECORDS, Column, Measurement, Part, Value, parts, shown
+from curvcli.judge.level import alert_of
 from curvcli.judge.limits import certified
+from curvcli.judge.verdict import verdict_of
 from curvcli.render.frame import number
+from curvcli.render.style import said
 from curvcli.render.track_points import Row
 
 T = TypeVar("T")
@@ -54,6 +57,26 @@ def point_cells(row: Row, columns: Sequence[Column[Measurement]]) -> list[Cell]:
             cells.append(Cell(row.verdict, row.verdict, "" if row.certified else "weak", word=True))
         else:
             cells.append(_cell(column, row.measured, weak=doubt, mark="?" if doubt else ""))
+    return cells
+
+
+def record_columns(records: Sequence[Record]) -> list[Column[Record]]:
+    """Columns of a log's table: the record's own, and the verdict and the level that follow from it."""
+    own = present(RECORDS, records)
+    judged: tuple[Column[Record], ...] = (
+        Column("verdict", "verdict", lambda r: said(verdict_of(r)), kind="word", leaves=None),
+        Column("level", "level", lambda r: alert_of(r).level, kind="word", leaves=None),
+    )
+    return [*own[:1], *judged, *own[1:]]
+
+
+def record_cells(record: Record, columns: Sequence[Column[Record]]) -> list[Cell]:
+    """A record's line in a page: what has not converged has a question mark."""
+    cells = []
+    for column in columns:
+        doubt = column.solved and column.get(record) is not None and not certified(record)
+        found = _cell(column, record, weak=doubt, mark="?" if doubt else "")
+        cells.append(found if column.leaves is None else replace(found, classes=f"{found.classes} aside".strip()))
     return cells
 
 

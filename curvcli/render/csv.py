@@ -33,6 +33,13 @@ def write(columns: Sequence[str], rows: Iterable[Mapping[str, object]], *, endin
     return text.getvalue()
 
 
+def lines(rows: Iterable[Sequence[object]]) -> str:
+    """A line per row of values, which end in a line feed."""
+    text = StringIO()
+    standard.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 def cell(value: object) -> object:
     """A cell of a CSV file: text on one line that no spreadsheet runs, anything else as it is."""
     if not isinstance(value, str):

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import ceil, floor, log10
 
 Points = list[tuple[int, float]]
 # Above this rho a linear axis would press the edge to the floor.
 LOG_ABOVE = 5.0
+DECADES = 2.0  # that values span where a logarithmic axis shows more of them
+
+
+def spans_decades(values: Iterable[float]) -> bool:
+    """Whether values are all above 0 and span two decades or more; NaN counts for none."""
+    known = [value for value in values if value == value]
+    return bool(known) and min(known) > 0 and max(known) / min(known) >= 10**DECADES
+
+
+def round_ticks(low: float, high: float, most: int, *, least: float = 0.0) -> list[float]:
+    """Ticks from `low` to `high`, 1, 2 or 5 times a power of ten apart, as many as fit into `most`.
+
+    Args:
+        least: smallest distance between two, 1 where they are counts.
+    """
+    span = high - low
+    if span <= 0 or most < 1:
+        return [low]
+    power = 10.0 ** floor(log10(span / most))
+    apart = next(step * power for step in (1, 2, 5, 10) if step * power >= span / most * (1 - 1e-9))
+    apart = max(apart, least)
+    return [n * apart for n in range(ceil(low / apart - 1e-9), floor(high / apart + 1e-9) + 1)]
 
 
 def fitting(cells: Sequence[dict[str, str]], width: int, titles: Sequence[str], least_needed: Sequence[str]) -> list[str]:
@@ -25,6 +48,17 @@ def fitting(cells: Sequence[dict[str, str]], width: int, titles: Sequence[str], 
         if title in kept:
             kept.remove(title)
     return kept
+
+
+def round_log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Powers of ten from `low` to `high`, as many as fit into `most`; with 2 and 5 times them where they are few."""
+    first, last = ceil(log10(low) - 1e-9), floor(log10(high) + 1e-9)
+    apart = max(1, ceil((last - first + 1) / max(1, most)))
+    found = [10.0**power for power in range(first, last + 1, apart)]
+    if len(found) > 2 or most < 4:
+        return found
+    every = [step * 10.0**power for power in range(first - 1, last + 1) for step in (1, 2, 5)]
+    return [tick for tick in every if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
 
 
 def thin(points: Points, columns: int) -> Points:

@@ -11,50 +11,69 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from curvcli.documents import (
     Comparison,
     Document,
     Explanation,
     Gate,
+    Log,
+    Record,
     Report,
     Schedule,
     Track,
+    TrackComparison,
+    find_log,
     load_comparison,
     load_explanation,
     load_gate,
+    load_records,
     load_report,
     load_schedule,
     load_track,
+    load_track_comparison,
     schema_of,
 )
 from curvcli.documents.columns import PARTS, POINTS, Column, Part, parts, shown
-from curvcli.errors import InputError, plain
+from curvcli.errors import InputError, counted, plain
+from curvcli.judge.level import alert_of
+from curvcli.judge.verdict import verdict_of
 from curvcli.render.advice import advice, track_advice
-from curvcli.render.cells import Cell, part_cells, point_cells, present, summary
+from curvcli.render.beside import companions_line, cost_line, level_line
+from curvcli.render.cells import Cell, part_cells, point_cells, present, record_cells, record_columns, summary
 from curvcli.render.compare_plot import growth
 from curvcli.render.compare_plot import picture as comparison_picture
+from curvcli.render.compare_tracks import FURTHER, LETTERS, facts, ranking, shown_pairs
+from curvcli.render.compare_tracks_plot import picture as runs_picture
 from curvcli.render.explain import LEAST, WHAT, sections, visible
 from curvcli.render.frame import number
 from curvcli.render.gate_plot import picture as gate_picture
 from curvcli.render.gate_plot import ratios
-from curvcli.render.largest_lr import told
+from curvcli.render.largest_lr import record_lines, told
 from curvcli.render.picture import NARROW, WIDE, Picture
 from curvcli.render.plot import picture
+from curvcli.render.plot_log import picture as log_picture
 from curvcli.render.schedule_plot import picture as schedule_picture
 from curvcli.render.schedule_table import ORDERS, ranges
 from curvcli.render.series import heat, report_series
 from curvcli.render.style import GATE_LIKE, RUN_LIKE, said, variables
+from curvcli.render.table_csv import of_table
 from curvcli.render.track_plot import heat_map, steps
 from curvcli.render.track_points import axis, newest, rows, run_verdict
 
 # Layouts: a page, and the top of one in somebody else's page, which shows no chart.
 WHOLE, TOP = "base.html", "fragment.html"
+MOST_RECORDS, MOST_RAISED = 500, 10  # of a log: in its table, and of those at WARN or ERROR in its list
 
 
 def page(path: Path) -> str:
-    """The page of a document. Raises InputError where the file is none that has a page."""
+    """The page of a document or of a job's log. Raises InputError where the file is none that has a page."""
+    if (path.is_dir() or path.suffix == ".jsonl") and (log := find_log(path)) is not None:
+        found = load_records(log)
+        if not found.records:
+            raise InputError(f"{log} has no record yet", hint="a page is made once the tracker has written one")
+        return log_page(found)
     if path.is_dir():
         raise InputError(
             f"{path} is a directory, and a page is made of a document",
@@ -68,7 +87,7 @@ def page(path: Path) -> str:
     return render(load(path))
 
 
-def top(document: Report | Track | Gate | Schedule) -> str:
+def top(document: Report | Track | Gate | Schedule | Comparison | TrackComparison | Log) -> str:
     """The top of a document's page, verdict and findings, as a fragment of HTML with its own style and no script."""
     match document:
         case Report():
@@ -79,6 +98,12 @@ def top(document: Report | Track | Gate | Schedule) -> str:
             text = schedule_page(document, layout=TOP)
         case Gate():
             text = gate_page(document, layout=TOP)
+        case Comparison():
+            text = comparison_page(document, layout=TOP)
+        case TrackComparison():
+            text = track_comparison_page(document, layout=TOP)
+        case Log():
+            text = log_page(document, layout=TOP)
     return text
 
 
@@ -146,6 +171,28 @@ def comparison_page(found: Comparison, layout: str = WHOLE) -> str:
     return _render("compare.html", document=found, layout=layout, compared=found, chart=chart, norm=norm)
 
 
+def track_comparison_page(found: TrackComparison, layout: str = WHOLE) -> str:
+    """Which run is further below its edge, both over steps, and their numbers side by side."""
+    says = "rho, lambda, learning rate and loss of both runs over steps; the numbers are in the table of steps"
+    chart = None
+    if layout == WHOLE and found.steps:
+        chart = _charts("runs", says, lambda width: runs_picture(found, width=width))
+    return _render(
+        "compare_tracks.html",
+        document=found,
+        layout=layout,
+        compared=found,
+        chart=chart,
+        sides=list(zip(LETTERS, (found.first, found.second), strict=True)),
+        letters=LETTERS,
+        ranking=ranking(found),
+        facts=facts,
+        pairs=shown_pairs(found),
+        further=FURTHER,
+        run_like=RUN_LIKE,
+    )
+
+
 def track_page(track: Track, layout: str = WHOLE) -> str:
     """Verdict of the newest checkpoint, findings, next steps, curves over steps, rho by layer, numbers, provenance."""
     last, found, cells = newest(track), rows(track), heat(track)
@@ -179,10 +226,41 @@ def explanation_page(found: Explanation, layout: str = WHOLE) -> str:
     )
 
 
+def log_page(log: Log, layout: str = WHOLE) -> str:
+    """Where a job stands, what its records warn of, everything in them over steps, and the newest of them."""
+    last = log.records[-1] if log.records else None
+    shown = log.records[-MOST_RECORDS:]
+    columns = record_columns(shown)
+    says = "rho, lambda, learning rate, loss and what else the records have over steps; the numbers are in the table below"
+    chart = None
+    if layout == WHOLE and last:
+        chart = _charts("log", says, lambda width: log_picture(log, width=width))
+    severity = {"ERROR": "error", "WARN": "warning"}
+    levels = [(alert_of(record).level, record) for record in log.records]
+    raised = [(severity[level], f"step {r.step:,}", level_line(r)) for level, r in levels if level in severity]
+    lines = [*record_lines(last), *filter(None, (companions_line(last), cost_line(last)))] if last else []
+    return _render(
+        "log.html",
+        document=log,
+        layout=layout,
+        log=log,
+        last=last,
+        verdict=verdict_of(last) if last else "unresolved",
+        lines=lines,
+        raised=raised[-MOST_RAISED:],
+        more=max(0, len(raised) - MOST_RAISED),
+        chart=chart,
+        columns=columns,
+        cells=[record_cells(record, columns) for record in reversed(shown)] if layout == WHOLE else [],
+        hidden=len(log.records) - len(shown),
+    )
+
+
 # A document's page: how it is read, how it is drawn. A further document is a further line.
 PAGES: dict[str, tuple[Callable[[Path], Any], Callable[[Any], str]]] = {
     "curv.compare/1": (load_comparison, comparison_page),
     "curv.explain/1": (load_explanation, explanation_page),
+    "curv.compare-tracks/1": (load_track_comparison, track_comparison_page),
     "curv.gate/1": (load_gate, gate_page),
     "curv.report/1": (load_report, report_page),
     "curv.schedule/1": (load_schedule, schedule_page),
@@ -196,7 +274,7 @@ def _charts(name: str, says: str, draw: Callable[[float], Picture]) -> Markup:
     return Markup('<div class="on-wide">{}</div><div class="on-narrow">{}</div>').format(wide, narrow)
 
 
-def _render(template: str, *, document: Document, **values: object) -> str:
+def _render(template: str, *, document: Document | Log, layout: str, **values: object) -> str:
     environment = Environment(
         loader=PackageLoader("curvcli.render"),
         autoescape=True,
@@ -205,8 +283,9 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, said=said, told=told, ranges=ranges, visible=visible)
-    environment.globals.update(least=LEAST)
+    environment.filters.update(number=number, said=said, told=told, ranges=ranges, visible=visible, counted=counted)
+    environment.globals.update(least=LEAST, whole=layout == WHOLE)
+    environment.filters["as_csv"] = lambda table: escape(of_table(table))  # nothing of it is taken away: it is lines
     environment.filters["bytes"] = lambda count: f"{count / 2**30:.1f} GiB"
     style, script = variables() + _asset("style.css"), _asset("sort.js")
     # Not 'unsafe-inline': the browser runs and applies these two texts and no other, whatever got into the page.
@@ -215,11 +294,12 @@ def _render(template: str, *, document: Document, **values: object) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     return environment.get_template(template).render(
+        layout=layout,
         policy=policy,
         style=Markup(style),  # noqa: S704  (a file of this package)
         script=Markup(script),  # noqa: S704  (a file of this package)
         fragment_style=Markup(_fragment_style()),  # noqa: S704  (the same)
-        schema=document.model_dump(by_alias=True)["schema"],
+        schema=getattr(document, "schema_", Record.model_fields["schema_"].default),
         **values,
     )
 

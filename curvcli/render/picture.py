@@ -123,6 +123,11 @@ def readable_log(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def round_steps(axis: Axis, *, narrow: bool) -> None:
+    """Whole ticks of an axis of steps, 1, 2 or 5 times a power of ten apart."""
+    axis.set_major_locator(MaxNLocator(nbins=4 if narrow else 8, integer=True, steps=[1, 2, 5, 10]))
+
+
 def foot(least: float) -> float:
     """Where bars on a logarithmic axis begin: the next of 1, 2 and 5 times a power of ten, well below the least of them."""
     power = 10.0 ** floor(log10(least / 1.2))

@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from curvcli.documents import Schedule
 from curvcli.errors import counted
-from curvcli.render.picture import WIDE, Picture
+from curvcli.render.picture import WIDE, Picture, round_steps
 from curvcli.render.series import Series, schedule_series
 from curvcli.render.style import light
 
@@ -44,7 +44,7 @@ def _draw(drawn: Picture, schedule: Schedule, data: dict[str, Series]) -> None:
         panel.grid(axis="y")
     bottom = drawn.axes[-1]
     bottom.set_xlabel("step (dotted lines: blocks join)" if len(schedule.phases) > 1 else "step")
-    bottom.xaxis.set_major_locator(MaxNLocator(nbins=4 if drawn.narrow else 8, integer=True))
+    round_steps(bottom.xaxis, narrow=drawn.narrow)
     bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     bottom.set_xlim(data["depth"][0][0], data["depth"][0][-1])
     if "rho" in data:

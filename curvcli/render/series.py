@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import nan
+from operator import attrgetter
 
 from curvcli.documents import Estimate, Record, Report, Schedule, Track
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
@@ -22,6 +23,11 @@ SCHEDULE_POINTS, LOG_POINTS = 600, 1000
 # Classes of rho in the map, the verdict's own limits among them.
 LIMITS = (0.1, 0.2, 0.4, STABLE_BELOW, UNSTABLE_ABOVE, 2 * UNSTABLE_ABOVE)
 LONGEST_NAME = 24
+# Fields of a job's record that are drawn as they are.
+BESIDE_RHO = (
+    "loss", "z", "update_ratio", "gradient_norm", "gradient_quotient", "update_rms", "attention_logit", "attention_entropy",
+    "spectral_norm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,12 +137,13 @@ def schedule_series(schedule: Schedule) -> dict[str, Series]:
 def log_series(records: tuple[Record, ...]) -> dict[str, Series]:
     """What is drawn: steps and values of each curve. Curvature that did not converge stands apart.
 
-    A value that is missing is NaN where curves are drawn as lines, so that the line breaks there.
+    A value that is missing is NaN where curves are drawn as lines, so that the line breaks there. A long log is thinned,
+    each unbroken run to its first, least, greatest and last values.
     """
 
     def pick(value: Callable[[Record], float | None], converged: bool | None = None) -> Series:
         chosen = [(r.step, value(r) if converged is None or certified(r) is converged else None) for r in records]
-        return [step for step, _ in chosen], [nan if y is None else y for _, y in chosen]
+        return _thinned([(step, nan if y is None else y) for step, y in chosen])
 
     return {
         "rho": pick(lambda r: r.rho, converged=True),
@@ -144,8 +151,21 @@ def log_series(records: tuple[Record, ...]) -> dict[str, Series]:
         "lambda": pick(lambda r: r.eigenvalue, converged=True),
         "threshold": pick(_threshold),
         "lr": pick(lambda r: r.lr),
-        "loss": pick(lambda r: r.loss),
+        "share of time": pick(lambda r: None if r.overhead is None else 100 * r.overhead),
+        **{name: pick(attrgetter(name)) for name in BESIDE_RHO},
     }
+
+
+def _thinned(points: list[tuple[int, float]]) -> Series:
+    """Every point of a short line; of a long one those that a reader could tell apart, its breaks kept."""
+    if len(points) > 4 * LOG_POINTS:
+        kept: list[tuple[int, float]] = []
+        for missing, run in groupby(points, key=lambda point: point[1] != point[1]):
+            members = list(run)
+            share = 1 + LOG_POINTS * len(members) // len(points)
+            kept += members[:1] if missing else thin(members, share)
+        points = kept
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def unlocks(records: tuple[Record, ...]) -> list[tuple[int, int]]:

@@ -18,6 +18,8 @@ PALETTE: dict[str, tuple[str, str]] = {
     "limit": ("#9b0020", "#ff8a80"),  # rho = 1, and the threshold of lambda
     "measured": ("#1f4e9c", "#86b3ff"),
     "restricted": ("#1f4e9c", "#86b3ff"),
+    "first": ("#1f4e9c", "#86b3ff"),  # of two runs
+    "second": ("#b05410", "#ffab6b"),
     "truncated": ("#b05410", "#ffab6b"),
     "surge": ("#b05410", "#ffab6b"),
     "unlock": ("#b05410", "#ffab6b"),

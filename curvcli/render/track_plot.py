@@ -10,14 +10,14 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import StrMethodFormatter
 from matplotlib.transforms import AffineDeltaTransform
 
 from curvcli.documents import Track
 from curvcli.errors import plain
 from curvcli.render.fit import LOG_ABOVE
 from curvcli.render.frame import number
-from curvcli.render.picture import EDGE, WIDE, Picture, readable_log
+from curvcli.render.picture import EDGE, WIDE, Picture, readable_log, round_steps
 from curvcli.render.series import Heat, Series, classes, newest_columns, told, track_series
 from curvcli.render.style import light, said
 from curvcli.render.track_points import axis, newest, rows, run_verdict
@@ -69,7 +69,7 @@ def _steps(drawn: Picture, track: Track, data: dict[str, Series], names: Sequenc
             _logged(drawn, axes, data["lr" if name.endswith("rate") else "loss"], len(track.points), size)
     bottom = drawn.axes[-1]
     bottom.set_xlabel(axis(track))
-    bottom.xaxis.set_major_locator(MaxNLocator(nbins=4 if drawn.narrow else 8, integer=True))
+    round_steps(bottom.xaxis, narrow=drawn.narrow)
     bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     drawn.axes[0].set_title(
         _surges(surges, LONGEST // (2 if drawn.narrow else 1)), loc="right", fontsize=9, color=light("surge")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
@@ -15,7 +16,7 @@ from curvcli.errors import counted, plain
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 from curvcli.judge.verdict import verdict_of
 from curvcli.render.beside import companions_line, cost_line, level_line
-from curvcli.render.fit import LOG_ABOVE, Points, fitting, thin
+from curvcli.render.fit import LOG_ABOVE, Points, fitting, round_log_ticks, round_ticks, thin
 from curvcli.render.frame import number
 from curvcli.render.largest_lr import record_lines
 from curvcli.render.series import unlocks
@@ -167,7 +168,7 @@ def draw(records: tuple[Record, ...], width: int, lines: int, utf8: bool = True)
     data = curve(records)
     values = [y for run in data.runs for _, y in run] + [y for _, y in data.doubtful]
     place = log10 if data.logarithmic else float
-    low, high, ticks = _axis(values, data.logarithmic)
+    low, high, ticks = _axis(values, data.logarithmic, lines - 4)
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.limit_size(False, False)
@@ -188,7 +189,7 @@ def draw(records: tuple[Record, ...], width: int, lines: int, utf8: bool = True)
     plotext.xlim(first, last)
     plotext.ylim(place(low), place(high))
     plotext.yticks([place(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
-    marks = sorted({round(first + (last - first) * part / 4) for part in range(5)})
+    marks = _marks(first, last, width)
     plotext.xticks(marks, [f"{mark:,}" for mark in marks])
     picture = plotext.build().rstrip("\n")
     caption = Text(f"{'Z' if shows_z(records) else 'rho'} over steps, edge 1", style="dim")
@@ -206,15 +207,31 @@ def draw(records: tuple[Record, ...], width: int, lines: int, utf8: bool = True)
     return Text.assemble(caption, "\n", Text.from_ansi(picture if utf8 else picture.translate(_ASCII)))
 
 
-def _axis(values: list[float], logarithmic: bool) -> tuple[float, float, list[float]]:
-    """Lower end, upper end and ticks; the edge is always on the axis."""
+def _axis(values: list[float], logarithmic: bool, lines: int) -> tuple[float, float, list[float]]:
+    """Lower end, upper end and ticks of a canvas that is so many lines high; the edge is always on the axis, and a tick."""
+    most = max(2, lines // 2)
     if logarithmic:
         least, greatest = min(floor(log10(min(v, 1.0))) for v in values), ceil(log10(max(values)))
-        return 10.0**least, 10.0**greatest, [10.0**power for power in range(least, greatest + 1)]
-    top = max([UNSTABLE_ABOVE, *values]) * 1.05
-    bottom = min([0.0, *values])
-    steps = [float(n) for n in range(ceil(bottom), floor(top) + 1)]
-    return bottom, top, sorted({*steps, 0.5} if top < 3 else steps)
+        low, high = 10.0**least, 10.0**greatest
+        return low, high, _with_edge(round_log_ticks(low, high, most), low, high, lines, log10)
+    high = max([UNSTABLE_ABOVE, *values]) * 1.05
+    low = min([0.0, *values])
+    return low, high, _with_edge(round_ticks(low, high, most), low, high, lines, float)
+
+
+def _with_edge(
+    ticks: list[float], low: float, high: float, lines: int, place: Callable[[float], float]
+) -> list[float]:  # fmt: skip
+    """The ticks with one at the edge, without those that would stand on its line of the terminal or on the next."""
+    room = 2 * (place(high) - place(low)) / max(1, lines)
+    return sorted({1.0, *(tick for tick in ticks if abs(place(tick) - place(1.0)) >= room)})
+
+
+def _marks(first: int, last: int, width: int) -> list[int]:
+    """Round steps, so many that their labels stand apart; the two ends where fewer than two round ones lie between."""
+    longest = len(f"{last:,}") + 4
+    marks = [round(step) for step in round_ticks(first, last, max(2, min(6, width // longest)), least=1)]
+    return marks if len(marks) > 1 else [first, last]
 
 
 def table(records: tuple[Record, ...], width: int) -> Table:

@@ -25,6 +25,7 @@ from curvcli.documents import (
     load_report,
     load_schedule,
     load_track,
+    load_track_comparison,
 )
 from curvcli.errors import InputError
 
@@ -34,13 +35,14 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "schedule": load_schedule,
     "gate": load_gate,
     "compare": load_comparison,
+    "compare-tracks": load_track_comparison,
     "explain": load_explanation,
     "curvature": load_records,
     "alert": load_alert,
 }
 # By the version that wrote them. The loose ones are older than the oldest of these: one report has no `ends`.
 WRITTEN = [*sorted((ASSETS / "documents").rglob("*.json*")), *sorted(ASSETS.glob("*.json"))]
-YOUNGER = {"0.1.0": {"explain", "alert"}}  # kinds that the version did not have
+YOUNGER = {"0.1.0": {"explain", "alert", "compare-tracks"}}  # kinds that the version did not have
 VERSIONS = sorted((ASSETS / "documents").iterdir())
 
 

@@ -26,8 +26,10 @@ from curvcli.documents import (
     load_report,
     load_schedule,
     load_track,
+    load_track_comparison,
 )
 from curvcli.judge.compare import compare
+from curvcli.judge.compare_tracks import compare_tracks
 from curvcli.judge.gate import decide
 from curvcli.judge.readings import ReportReadings
 from curvcli.render.html import page
@@ -85,6 +87,7 @@ def _written(kind: str, file: Path) -> None:
         "track.json": lambda: course_of([1.0, None, 1.2]).to_json(),
         "schedule.json": lambda: grow(8).to_json(),
         "compare.json": lambda: compare(report, report, names=("a", "b")).to_json(),
+        "compare-tracks.json": lambda: compare_tracks(course_of([1.0]), course_of([1.1]), names=("a", "b")).to_json(),
         "gate.json": lambda: decide(
             [Rule(name="max-rho", limit=1.0, source="x")], ReportReadings(report), report, path="a", kind="report"
         ).to_json(),
@@ -100,6 +103,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "track.json": _track,
     "schedule.json": _schedule,
     "compare.json": load_comparison,
+    "compare-tracks.json": load_track_comparison,
     "gate.json": load_gate,
     "curvature.jsonl": load_records,
 }

@@ -10,18 +10,30 @@ from typing import Any
 
 import pytest
 from browser import Browser, troubles
-from logs import record
+from logs import job, record
 from pages import HOSTILE, SCHEDULE, Text, decided
 from places import ASSETS
 from schedules import schedule
-from tracks import asset, course, long, track
+from tracks import asset, at, course, failed, long, track
 
-from curvcli.documents import Comparison, Log, Report, Schedule, load_report
+from curvcli.documents import Comparison, Log, Report, Schedule, TrackComparison, TrackPoint, load_report
 from curvcli.judge.compare import compare
+from curvcli.judge.compare_tracks import compare_tracks
 from curvcli.render.compare_plot import growth
 from curvcli.render.compare_plot import picture as comparison_picture
+from curvcli.render.compare_tracks_plot import picture as runs_picture
 from curvcli.render.gate_plot import picture as gate_picture
-from curvcli.render.html import comparison_page, gate_page, page, report_page, schedule_page, top, track_page
+from curvcli.render.html import (
+    comparison_page,
+    gate_page,
+    log_page,
+    page,
+    report_page,
+    schedule_page,
+    top,
+    track_comparison_page,
+    track_page,
+)
 from curvcli.render.picture import NARROW, WIDE, Picture, foot
 from curvcli.render.plot import picture
 from curvcli.render.plot_log import picture as log_picture
@@ -44,6 +56,12 @@ def compared() -> Comparison:
     return compare(asset("calm"), asset("hot"), names=("calm/60", "hot/60"))
 
 
+def runs() -> TrackComparison:
+    calm = asset("calm")
+    other: list[Report | TrackPoint] = [failed(20), *(at(calm, step, 0.4 + step / 50) for step in (30, 40, 60, 80, 90))]
+    return compare_tracks(course(), track(other, run="other"), names=("runs/hot/track.json", "runs/calm/track.json"))
+
+
 def text(html: str) -> str:
     return " ".join(Text(html).text.split())
 
@@ -55,7 +73,12 @@ PAGES: dict[str, Callable[[], str]] = {
     "gate": lambda: gate_page(decided()),
     "explain": lambda: page(ASSETS / "explain-60.json"),
     "compare": lambda: comparison_page(compared()),
+    "runs": lambda: track_comparison_page(runs()),
+    "log": lambda: log_page(job()),
 }
+
+
+FAST = ("report", "track", "schedule", "gate", "compare", "explain")  # of those, in a browser
 
 
 @cache
@@ -113,11 +136,13 @@ PICTURES: dict[str, Callable[[float], Picture]] = {
     "gate": lambda width: gate_picture(decided(), width=width),
     "log": lambda width: log_picture(Log(Path("x"), exists=True, records=tuple(map(record, range(6)))), width=width),
     "compare": lambda width: comparison_picture(compared(), width=width),
+    "runs": lambda width: runs_picture(runs(), width=width),
+    "a job's log": lambda width: log_picture(job(), width=width),
 }
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", [n if n != "a job's log" else pytest.param(n, marks=pytest.mark.slow) for n in PICTURES])
 def test_every_axis_has_a_label_and_more_than_one_tick(name: str, width: float) -> None:
     drawn = PICTURES[name](width)
     drawn.figure.draw_without_rendering()
@@ -271,7 +296,7 @@ CHARTS = """[...document.querySelectorAll('.scroll svg:not(.bar svg)')]
     * s.getBoundingClientRect().width / s.viewBox.baseVal.width])"""
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in PAGES])
 def test_a_page_on_a_phone_and_on_a_screen(browser: Browser, tmp_path: Path, name: str) -> None:
     out = tmp_path / "page.html"
     out.write_text(html_of(name))
@@ -288,7 +313,8 @@ def test_a_page_on_a_phone_and_on_a_screen(browser: Browser, tmp_path: Path, nam
             assert kind.endswith("-narrow") is narrow
             assert whole, "the newest checkpoint and the deepest block are in sight"
             assert size >= 9, kind
-    browser.open(out, width=600, media="print")
+    browser.open(out, width=700, media="print")
+    assert browser.run("document.documentElement.scrollWidth") <= 700
     assert all(not hinted for _, hinted in browser.run(FRAMES))
     assert all(not kind.endswith("-narrow") for kind, *_ in browser.run(CHARTS))
 
@@ -300,9 +326,9 @@ def test_tables_hint_and_shares_unfold_without_script(browser: Browser, tmp_path
     try:
         browser.open(out, width=480)
         assert all(hinted for _, hinted in browser.run(FRAMES))
-        folded = "document.querySelector('details table').checkVisibility({contentVisibilityAuto: true})"
+        folded = "document.querySelector('details:not(.csv) table').checkVisibility({contentVisibilityAuto: true})"
         assert browser.run(folded) is False
-        browser.run("document.querySelector('summary').focus()")
+        browser.run("document.querySelector('details:not(.csv) > summary').focus()")
         browser.press("Enter", 13, "\r")
         assert browser.run(folded) is True
     finally:

@@ -37,7 +37,13 @@ DOCUMENTS: dict[str, Any] = {
     "Track": lambda: course_of([1.0, 1.1, 1.0]),
     "Gate": gate,
     "Schedule": lambda: schedule(4, (0, [0, 1]), (5, range(4))),
+    "Comparison": lambda: curvcli.compare(report(), load_report(ASSETS / "calm-60.gate.report.json")),
+    "Log": lambda: Log(Path("curvature.jsonl"), records=tuple(record(n, early=n < 3) for n in range(5))),
+    "TrackComparison": lambda: curvcli.compare(course_of([1.0, 1.1]), course_of([1.0, 0.9])),
 }  # fmt: skip
+
+
+SOON = ("Report", "Track", "Gate", "Schedule")  # the rest are drawn by slow tests
 
 
 @pytest.fixture(params=DOCUMENTS)
@@ -96,6 +102,9 @@ def test_nothing_of_a_document_is_markup() -> None:
     assert "<script" not in judged.model_copy(update={"subject": subject})._repr_html_()
 
 
+@pytest.mark.parametrize(
+    "document", [n if n in SOON else pytest.param(n, marks=pytest.mark.slow) for n in DOCUMENTS], indirect=True
+)
 def test_a_picture_is_shown_and_written(document: Report, tmp_path: Path) -> None:
     drawn = document.plot(tmp_path / "p.svg")
     assert isinstance(drawn, Picture)
@@ -114,6 +123,12 @@ def test_frames() -> None:
     assert list(track.to_frame().rho) == [p.report.judged.rho for p in track.points]
     assert list(gate().to_frame().outcome) == [o.outcome for o in gate().outcomes]
     assert list(DOCUMENTS["Schedule"]().to_frame().step) == [0, 5]
+    log = DOCUMENTS["Log"]()
+    assert list(log.to_frame().rho) == [r.rho for r in log.records]
+    assert list(log.to_frame().verdict) == ["early"] * 3 + ["stable"] * 2
+    assert {"level", "stable_lr_low", "gradient_norm"} <= set(log.to_frame().columns)
+    assert list(DOCUMENTS["Comparison"]().to_frame().part)[:2] == ["full", "ends"]
+    assert list(DOCUMENTS["TrackComparison"]().to_frame().rho_b) == [1.0, 0.9]
 
 
 def test_without_pandas_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +138,8 @@ def test_without_pandas_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_any_document_is_read(document: Report, tmp_path: Path) -> None:
+    if isinstance(document, Log):
+        return  # which is lines of records: see below
     (tmp_path / "d.json").write_text(document.to_json())
     assert curvcli.load(tmp_path / "d.json") == document
     assert curvcli.load(str(tmp_path / "d.json")) == document

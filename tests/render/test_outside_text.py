@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -182,15 +181,17 @@ def test_a_directory_is_told_what_a_page_is_made_of(tmp_path: Path) -> None:
     assert "is a directory, and a page is made of a document; measure it first: curv analyze" in done.stderr
 
 
-def test_two_tracks_are_told_what_is_compared(tmp_path: Path) -> None:
+def test_a_track_and_a_report_are_told_what_is_compared(tmp_path: Path) -> None:
     from tracks import course_of
 
-    track = tmp_path / "track.json"
+    track, report = tmp_path / "track.json", tmp_path / "report.json"
     track.write_text(course_of([1.0, 1.1, 1.2]).to_json())
-    shutil.copy(track, tmp_path / "second.json")
-    done = CliRunner().invoke(app, ["compare", str(track), str(tmp_path / "second.json")])
-    assert done.exit_code == 2
-    assert "is a track of many checkpoints, and two single ones are compared" in done.stderr
-    remedy = ["gate", str(track), "--baseline", str(tmp_path / "second.json"), "--max-regression", "10"]
+    report.write_text(HOT.to_json())
+    for words in ([str(track), str(report)], [str(report), str(track)]):
+        done = CliRunner().invoke(app, ["compare", *words])
+        assert done.exit_code == 2
+        assert "is a track of many checkpoints, and " in done.stderr
+        assert "is none; name two tracks" in done.stderr
+    remedy = ["gate", str(report), "--baseline", str(track), "--max-regression", "10"]
     done = CliRunner().invoke(app, remedy)
-    assert done.exit_code in (0, 3), done.stderr
+    assert done.exit_code in (0, 1, 3), done.stderr

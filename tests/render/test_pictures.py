@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import combinations, pairwise
+from itertools import pairwise
 from math import log
 from pathlib import Path
-from typing import get_args
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from browser import Browser, troubles
+from logs import job
 from pages import HOSTILE, SCHEDULE, decided
-from places import ASSETS, ROOT
+from places import ASSETS
 from tracks import asset, at, course, failed, long, track
 
-from curvcli.documents import Report, Schedule, TrainingStep, VerdictName, load_report
+from curvcli.documents import Report, Schedule, TrainingStep, load_report
 from curvcli.judge.compare import compare
-from curvcli.render.html import comparison_page, gate_page, report_page, schedule_page, track_page
+from curvcli.judge.compare_tracks import compare_tracks
+from curvcli.render.html import (
+    comparison_page,
+    gate_page,
+    log_page,
+    report_page,
+    schedule_page,
+    track_comparison_page,
+    track_page,
+)
 from curvcli.render.picture import FORMATS, Picture
 from curvcli.render.plot import picture
 from curvcli.render.schedule_plot import plot as plot_schedule
 from curvcli.render.series import heat, report_series
-from curvcli.render.style import COLOURS, PALETTE, light, variables
+from curvcli.render.style import PALETTE, light
 from curvcli.render.track_plot import heat_map, plot_track, steps
 
 ASSET = ASSETS / "hot-60.report.json"
@@ -267,6 +275,8 @@ LABELLED: dict[str, Callable[[], str]] = {
     "schedule": lambda: schedule_page(Schedule.model_validate(SCHEDULE)),
     "gate": lambda: gate_page(decided()),
     "compare": lambda: comparison_page(compare(asset("calm"), asset("hot"), names=("a", "b"))),
+    "log": lambda: log_page(job()),
+    "runs": lambda: track_comparison_page(compare_tracks(course(), long(20, 4), names=("a", "b"))),
 }
 
 
@@ -278,7 +288,7 @@ LABELLED: dict[str, Callable[[], str]] = {
         "schedule",
         "gate",
         "compare",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("no log", "long")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("runs", "log", "no log", "long")),
     ],
 )
 def test_labels_keep_apart(browser: Browser, tmp_path: Path, name: str) -> None:
@@ -300,62 +310,3 @@ def test_a_page_shows_the_palette_of_its_scheme(browser: Browser, tmp_path: Path
     for name in used:
         value = browser.run(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')")
         assert value == PALETTE[name][scheme]
-
-
-# --- colours ---------------------------------------------------------------------------------------------------------
-
-# Machado, Oliveira and Fernandes 2009, severity 1.0: linear RGB as the three kinds of dichromats see it.
-SEEN = {
-    "everybody": np.eye(3),
-    "protanopia": np.array(
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
-    ),
-    "deuteranopia": np.array(
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
-    ),
-    "tritanopia": np.array(
-        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
-    ),
-}  # fmt: skip
-TOGETHER = [
-    ("restricted", "truncated", "layer", "ends", "limit"),
-    ("measured", "surge", "limit", "bracket"),
-    ("measured", "logged", "limit"),  # a schedule: what is predicted, the learning rate, the edge
-    ("measured", "soft", "bracket"),  # a comparison: rho, lambda, their bracket
-    ("stable", "unstable", "unresolved"),  # a gate's rules
-    ("ink", "layer"),  # a bar and its bracket
-    ("ink", "ends"),
-]
-
-
-def lab(colour: str, seen: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* (D65) of #rrggbb as it is seen."""
-    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    linear = np.clip(seen @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4), 0, 1)
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
-    f = np.cbrt(np.maximum(xyz / [0.9505, 1, 1.089], 1e-3))
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
-
-
-@pytest.mark.parametrize("seen", SEEN)
-@pytest.mark.parametrize("scheme", [0, 1])
-def test_what_shares_a_picture_is_told_apart_by_everybody(seen: str, scheme: int) -> None:
-    for names in (*TOGETHER, get_args(VerdictName)):
-        for one, other in combinations(names, 2):
-            apart = lab(PALETTE[one][scheme], SEEN[seen]) - lab(PALETTE[other][scheme], SEEN[seen])
-            assert np.linalg.norm(apart) > 12, (one, other)
-    for n in range(6):
-        apart = lab(PALETTE[f"rho{n}"][scheme], SEEN[seen]) - lab(PALETTE[f"rho{n + 1}"][scheme], SEEN[seen])
-        assert np.linalg.norm(apart) > 10, n
-
-
-def test_colours_have_one_home() -> None:
-    """One dark twin each, and no colour written down anywhere else."""
-    assert len(set(PALETTE.values())) == len({look[0] for look in PALETTE.values()})
-    package = ROOT / "curvcli" / "render"
-    for path in [*package.rglob("*.py"), *package.rglob("*.css"), *package.rglob("*.html")]:
-        if path.name != "style.py":
-            assert not re.search(r"#[0-9a-fA-F]{6}\b", path.read_text()), path
-    css = variables() + (package / "templates/style.css").read_text()
-    assert set(re.findall(r"var\(--(\w+)\)", css)) <= set(PALETTE)
-    assert set(get_args(VerdictName)) <= set(COLOURS)

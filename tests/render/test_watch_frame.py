@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from logs import record
 from rich.console import Console
 
 from curvcli.documents import Log
-from curvcli.render.fit import fitting, thin
-from curvcli.render.plot_log import plot_log
+from curvcli.render.fit import fitting, round_log_ticks, round_ticks, spans_decades, thin
+from curvcli.render.plot_log import picture, plot_log
 from curvcli.render.series import log_series
 from curvcli.render.watch import LEAST_NEEDED, TITLES, curve, draw, header, screen
 
@@ -140,3 +143,78 @@ def test_level_companions_and_cost_are_shown() -> None:
     assert not any(word in calm for word in ("INFO", "gradient", "measuring"))
     failed = header(Log(Path("x"), exists=True, records=(record(0, None, message="oom \x1b[2J"),), age=3.0)).plain
     assert "\n WARN: oom ?[2J" in failed
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most", "found"),
+    [
+        (0, 1.3125, 5, [0, 0.5, 1]), (0, 4.9, 6, [0, 1, 2, 3, 4]), (-31, 12, 5, [-30, -20, -10, 0, 10]),
+        (7, 1190, 5, [500, 1000]), (0, 1000, 5, [0, 200, 400, 600, 800, 1000]), (3, 3, 5, [3]),
+    ],
+)  # fmt: skip
+def test_ticks_are_1_2_or_5_times_a_power_of_ten(low: float, high: float, most: int, found: list[float]) -> None:
+    assert round_ticks(low, high, most) == pytest.approx(found)
+
+
+def test_counts_have_no_tick_between_them() -> None:
+    assert round_ticks(0, 2, 6, least=1) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most", "found"),
+    [(0.01, 100, 6, [0.01, 0.1, 1, 10, 100]), (1, 10, 6, [1, 2, 5, 10]), (1e-6, 1e6, 5, [1e-6, 1e-3, 1, 1e3, 1e6])],
+)
+def test_ticks_of_a_logarithmic_axis(low: float, high: float, most: int, found: list[float]) -> None:
+    assert round_log_ticks(low, high, most) == pytest.approx(found)
+
+
+@pytest.mark.parametrize(("last", "rho"), [(1190, 0.9), (73, 4.7), (123_456, 80.0), (1, 0.1), (9_999_999, 3e4)])
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_labels_of_a_terminal_are_round_and_stand_apart(last: int, rho: float, width: int) -> None:
+    records = tuple(record(last * n // 20, 0.05 + rho * n / 20) for n in (range(21) if last > 20 else (0, 20)))
+    lines = draw(records, width, 14).plain.splitlines()
+    steps = [int(word.replace(",", "")) for word in lines[-1].split()]
+    assert len(steps) > 1
+    assert len({b - a for a, b in pairwise(steps)}) == 1
+    assert str(steps[1] - steps[0]).rstrip("0") in ("1", "2", "5")
+    shown = [re.match(r"\s*([\d.e+-]+)[├┤]", line) for line in lines]
+    rows = [(place, float(found[1])) for place, found in enumerate(shown) if found]
+    assert 1.0 in [value for _, value in rows], "the edge"
+    assert len(rows) > 1
+    assert [value for _, value in rows] == sorted((value for _, value in rows), reverse=True)
+
+
+def test_a_picture_has_a_logarithmic_axis_where_values_span_decades() -> None:
+    assert spans_decades([0.01, float("nan"), 1.0])
+    assert not spans_decades([0.02, 1.0])
+    assert not spans_decades([0.0, 1.0])
+    assert not spans_decades([])
+    records = tuple(record(n, 0.5, lr=10.0 ** (n - 5), loss=3.0 + n) for n in range(4))
+    scales = {axes.get_ylabel(): axes.get_yscale() for axes in picture(Log(Path("x"), records=records)).axes}
+    assert scales == {"rho": "linear", "lambda": "log", "learning\nrate": "log", "training\nloss": "linear"}
+
+
+def test_what_has_no_place_on_a_logarithmic_axis_is_counted_and_no_line_leads_to_it() -> None:
+    drawn = picture(Log(Path("x"), records=(record(0, 0.1), record(10, 50.0), record(20, -0.2), record(30, 60.0))))
+    assert drawn.axes[-1].get_xlabel() == "step\noff the axis, as not above 0: 1 of rho, 1 of lambda"
+    rho = drawn.axes[0].lines[0].get_ydata()
+    assert [y != y for y in rho] == [False, False, True, False]
+
+
+def test_labels_of_unlocks_stand_apart_and_the_newest_stays() -> None:
+    records = tuple(record(n, 0.5, active_depth=n // 2) for n in range(100))
+    drawn = picture(Log(Path("x"), records=records))
+    labels = [text for text in drawn.axes[0].texts if text.get_text()]
+    places = [text.get_position()[0] for text in labels]
+    assert labels[-1].get_text() == "49"
+    assert 10 < len(places) < 26
+    assert min(b - a for a, b in pairwise(places)) >= 0.04 * 99
+    assert len([line for line in drawn.axes[0].lines if np.ptp(line.get_xdata()) == 0]) == 49, "each has its line"
+
+
+def test_a_long_log_is_thinned_and_its_breaks_and_spikes_stay() -> None:
+    records = tuple(record(n, 40.0 if n == 2543 else None if n == 4000 else 0.5) for n in range(4200))
+    steps, values = log_series(records)["rho"]
+    assert len(steps) < 4100
+    assert 40.0 in values
+    assert [step for step, y in zip(steps, values, strict=True) if y != y] == [4000]

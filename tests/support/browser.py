@@ -79,8 +79,9 @@ class Browser:
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
 
-    def run(self, expression: str) -> Any:
-        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+    def run(self, expression: str, *, wait: bool = False) -> Any:
+        """The value of an expression; of what it promises, once it is there, with `wait`."""
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=wait)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 

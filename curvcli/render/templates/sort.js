@@ -29,3 +29,29 @@ for (const frame of document.querySelectorAll(".scroll")) {
   new ResizeObserver(mark).observe(frame);
   mark();
 }
+// The CSV below each table: a button copies it. Without script, or where nothing may be copied, it unfolds.
+for (const fold of document.querySelectorAll("details.csv")) {
+  const text = fold.querySelector("pre");
+  const bar = document.createElement("p");
+  const button = document.createElement("button");
+  const said = document.createElement("span");
+  bar.className = "copy";
+  button.type = "button";
+  button.textContent = "Copy as CSV";
+  button.setAttribute("aria-label", `Copy as CSV: ${fold.dataset.label}`);
+  said.setAttribute("role", "status");
+  bar.append(button, said);
+  fold.before(bar);
+  fold.hidden = true;
+  const failed = () => {
+    fold.hidden = false;
+    fold.open = true;
+    getSelection().selectAllChildren(text);
+    said.textContent = "cannot be copied from here: the text below is selected";
+  };
+  button.addEventListener("click", () => {
+    const done = () => { said.textContent = "copied"; };
+    if (!navigator.clipboard) { failed(); return; }
+    navigator.clipboard.writeText(text.textContent).then(done, failed);
+  });
+}
