@@ -24,6 +24,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "curvcli.optimizers.sgd:SGD": ("SGD",),
     "curvcli.optimizers.adaptive:RMSprop": ("RMSprop",),
     "curvcli.optimizers.adaptive:Adagrad": ("Adagrad",),
+    "curvcli.optimizers.adaptive:Adadelta": ("Adadelta",),
     "curvcli.optimizers.adam_mini:AdamMini": ("AdamMini",),
     "curvcli.optimizers.ademamix:AdEMAMix": ("AdEMAMix",),
     "curvcli.optimizers.adafactor:Adafactor": ("Adafactor",),

@@ -182,9 +182,6 @@ REFUSED: list[Refused] = [
         "its update is rectified by a factor that its buffer holds; not supported",
     ),
     Refused(
-        "Adadelta", ("adadelta",), lambda s: "acc_delta" in s.keys, "its learning rate depends on the state; not supported"
-    ),
-    Refused(
         "ASGD", ("asgd",), lambda s: {"ax", "eta"} <= s.keys, "it keeps an average of the weights beside them; not supported"
     ),
 ]
