@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "curvcli.optimizers.adam_mini:AdamMini": ("AdamMini",),
     "curvcli.optimizers.ademamix:AdEMAMix": ("AdEMAMix",),
     "curvcli.optimizers.adafactor:Adafactor": ("Adafactor",),
+    "curvcli.optimizers.galore:GaLoreAdamW": ("GaLoreAdamW",),
     "curvcli.optimizers.schedule_free:ScheduleFreeAdamW": ("AdamWScheduleFree",),
     "curvcli.optimizers.schedule_free:ScheduleFreeSGD": ("SGDScheduleFree",),
     "curvcli.optimizers.lion:Lion": ("Lion",),
