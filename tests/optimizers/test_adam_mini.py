@@ -48,6 +48,7 @@ def trained() -> tuple[models.Net, torch.optim.Optimizer, list]:
     return net, optimizer, batches
 
 
+@pytest.mark.slow
 def test_rho_is_that_of_the_optimizers_own_answer() -> None:
     net, optimizer, batches = trained()
     after, still, parts = stepped.answer(optimizer, net)

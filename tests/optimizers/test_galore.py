@@ -25,8 +25,6 @@ from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.preconditioner import live, prepare
 from curvcli.training import CurvatureTracker
 
-slow = pytest.mark.slow
-
 
 def trained(kind: str, ours: bool) -> tuple[models.Net, torch.optim.Optimizer, list]:
     net, batches = models.Net(seed=2, blocks=2, width=4), models.data()
@@ -58,10 +56,9 @@ def answers(optimizer: torch.optim.Optimizer, net: nn.Module, h: float = 1e-6) -
     return after, still, torch.block_diag(*blocks)
 
 
-@pytest.mark.parametrize(
-    ("kind", "ours"),
-    [("std", True), *(pytest.param(kind, ours, marks=slow) for kind in galore.KINDS for ours in (True, False))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", galore.KINDS)
+@pytest.mark.parametrize("ours", [True, False])
 def test_rho_is_that_of_the_optimizers_own_answer(kind: str, ours: bool) -> None:
     net, optimizer, batches = trained(kind, ours)
     after, still, inverse = answers(optimizer, net)
