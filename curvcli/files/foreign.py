@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Packages whose objects trainers put beside the weights: settings, enumerations, loss scalers, random states. Classes
-# of a training script itself are __main__'s.
+# Packages whose objects trainers put beside the weights: settings, enumerations, loss scalers, random states,
+# projectors of optimizers. Classes of a training script itself are __main__'s.
 _PACKAGES = frozenset(
     ("__main__", "accelerate", "deepspeed", "lightning", "lightning_fabric", "megatron", "numpy", "omegaconf", "pathlib")
-) | {"pytorch_lightning", "transformers"}
+) | {"apollo_torch", "galore_torch", "pytorch_lightning", "transformers"}
 # From modules that can act, single names. The built-in types and typing's are what a typed configuration says its entries
 # are, operator.getitem is how List[int] is written down.
 _NAMES = frozenset(

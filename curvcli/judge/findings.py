@@ -45,7 +45,7 @@ def explain(
         logged_loss: last training loss in the run's own log, in nats per token.
     """
     found = [*given, *_loss(report.data.loss, logged_loss)]
-    found += _preconditioner(report.optimizer, idle, left_out, notes)
+    found += _preconditioner(report.optimizer, idle, left_out, notes, any(f.code == "projected-updates" for f in given))
     found += _update(report.update)
     found += _body(report)
     found += _shape(report.full, report.parts, report.outside, report.attribution)
@@ -173,7 +173,7 @@ def _hot(report: Report) -> Finding:
     )
 
 
-def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str]) -> list[Finding]:
+def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str], projects: bool) -> list[Finding]:
     found = [Finding(code=code, severity="info", message=message) for code, message in notes.items()]
     if optimizer.preconditioner == "estimated":
         found.append(
@@ -206,13 +206,9 @@ def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[
             )
         )
     if idle:
-        found.append(
-            Finding(
-                code="idle-entries",
-                severity="info",
-                message=f"{idle:,} weights never had a gradient (second moment 0, tokens not seen yet) and are left out",
-            )
-        )
+        never = "never had a gradient (second moment 0, tokens not seen yet)"
+        what = f"dimensions are projected away or {never}, which are" if projects else f"weights {never} and are"
+        found.append(Finding(code="idle-entries", severity="info", message=f"{idle:,} {what} left out"))
     if left_out:
         found.append(
             Finding(

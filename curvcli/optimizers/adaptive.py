@@ -1,4 +1,4 @@
-"""RMSprop and Adagrad: gradients divided by a root of their squares' average or sum."""
+"""RMSprop, Adagrad and Adadelta: gradients divided by a root of their squares' average or sum."""
 
 from __future__ import annotations
 
@@ -71,3 +71,26 @@ class Adagrad(Rule):
         """lr / (1 + (t - 1) lr_decay). Raises InputError where lr is missing, or t while it decays."""
         decay = group.number("lr_decay", 0.0, least=0.0)
         return group.number("lr") / (1 + (steps(state) - 1) * decay) if decay else group.number("lr")
+
+
+class Adadelta(Rule):
+    """Zeiler, arXiv 1212.5701, as torch.optim has it: threshold 2/lr, P being held still.
+
+    P goes on moving as RMSprop's does: full-batch training with it settles a little above the edge.
+    """
+
+    names = frozenset({"Adadelta"})
+    state = frozenset({"square_avg", "acc_delta"})
+    extra = frozenset({"step"})
+    second = "square_avg"
+    options = frozenset({"lr", "rho", "eps", "weight_decay", "maximize"})
+
+    def preconditioner(self, group: Group, state: State) -> Diagonal:
+        """P = sqrt(v + eps) / sqrt(u + eps), u the average of squared updates without lr, in the parameter's shape.
+
+        Raises:
+            InputError: an average is missing or has negative entries.
+            UnsupportedError: one is quantised.
+        """
+        square, updates, eps = moment(state, "square_avg"), moment(state, "acc_delta"), group.number("eps", 1e-6)
+        return Diagonal.of(((square + eps) / (updates + eps)).sqrt(), square)

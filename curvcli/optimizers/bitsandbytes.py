@@ -1,4 +1,4 @@
-"""State as others store it, as torch names it: bitsandbytes' moments of 32 bits and of 8 bits in blocks, Moonlight's."""
+"""State as others store it, as torch names it: bitsandbytes' moments of 32 or 8 bits, Moonlight's, GaLore's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvcli.errors import InputError
+from curvcli.optimizers.projected import unprojected
 
 # What it quantises is under this key of each parameter's state, and what it does not quantise too.
 _NESTED = "__bnb_optimizer_quant_state__"
@@ -27,7 +28,7 @@ def as_torch(entry: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[st
     Args:
         options: of its group; three betas are AdEMAMix's.
     """
-    entry = _flat(entry)
+    entry = unprojected(_flat(entry))
     if set(entry) >= set(_NUMBERED):
         return {_NUMBERED.get(key, key): entry[key] for key in entry}
     if not {"state1", "state2"} <= set(entry):

@@ -21,6 +21,7 @@ from curvcli.optimizers.bitsandbytes import unseen
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.muon import beside, unstacked
 from curvcli.optimizers.options import scrutinise
+from curvcli.optimizers.projected import class_name
 
 Kind = Literal["checkpoint", "estimated", "none"]
 
@@ -300,8 +301,7 @@ def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
         for square, mean, found in zip(squares, means, gradients, strict=True):
             square.add_(found.square(), alpha=share)
             mean.add_(found, alpha=share)
-    expected = Adam().expected
-    state = {n: expected(m, s) for n, m, s in zip(names, means, squares, strict=True)}
+    state = {n: Adam().expected(m, s) for n, m, s in zip(names, means, squares, strict=True)}
     return OptimizerView((Group(tuple(names), options),), state, "AdamW")
 
 
@@ -338,7 +338,7 @@ def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) ->
     state = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names and entry}
     state = dict(unstacked([(group.names, group.options) for group in groups], state))
     kind = type(optimizer)
-    return OptimizerView(groups, state, kind.__name__, vouched=f"{kind.__module__}.".startswith("torch.optim."))
+    return OptimizerView(groups, state, class_name(kind), vouched=f"{kind.__module__}.".startswith("torch.optim."))
 
 
 def _said(view: OptimizerView, frozen: set[str], ascends: bool) -> list[Finding]:

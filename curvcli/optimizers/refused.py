@@ -143,10 +143,22 @@ REFUSED: list[Refused] = [
         "its learning rate is multiplied by an estimate of its own; not supported",
     ),
     Refused(
-        "GaLore",
+        "APOLLO",
+        ("apollo",),
+        lambda s: "scale_type" in s.options or "scaled_grad" in s.keys,
+        "it scales gradients by a ratio of norms of themselves, which is no linear map of the gradient",
+    ),
+    Refused(
+        "GaLore, and not its AdamW",
         ("galore",),
-        lambda s: "projector" in s.keys or "update_proj_gap" in s.options,
-        "its moments are of projected gradients; not supported",
+        lambda s: "projector" in s.keys,
+        "its moments are of projected gradients, in a layout or by a projector that is not known; not supported",
+    ),
+    Refused(
+        "a cautious AdamW",
+        ("cautious",),
+        lambda s: False,  # its files are those of transformers' AdamW
+        "it masks entries of the update by their sign, which is no linear map of the gradient",
     ),
     Refused(
         "8-bit Adam",
@@ -180,9 +192,6 @@ REFUSED: list[Refused] = [
         (),
         lambda s: s.name is None and bool(s.options & {"buffer", "degenerated_to_sgd"}),
         "its update is rectified by a factor that its buffer holds; not supported",
-    ),
-    Refused(
-        "Adadelta", ("adadelta",), lambda s: "acc_delta" in s.keys, "its learning rate depends on the state; not supported"
     ),
     Refused(
         "ASGD", ("asgd",), lambda s: {"ax", "eta"} <= s.keys, "it keeps an average of the weights beside them; not supported"

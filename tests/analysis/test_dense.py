@@ -52,9 +52,13 @@ OPTIMIZERS: dict[str, tuple[Callable, Callable]] = {
         lambda s, g: (s["square_avg"] - s["grad_avg"] ** 2).sqrt() + g["eps"],
     ),
     "adagrad": (lambda p: torch.optim.Adagrad(p, lr=1e-2), lambda s, g: s["sum"].sqrt() + g["eps"]),
+    "adadelta": (
+        lambda p: torch.optim.Adadelta(p, weight_decay=0.1),
+        lambda s, g: ((s["square_avg"] + g["eps"]) / (s["acc_delta"] + g["eps"])).sqrt(),
+    ),
     "nadam": (lambda p: torch.optim.NAdam(p, lr=3e-3), _nadam),
 }
-COUPLED = {"adam-l2": 0.3, "nesterov": 0.05}
+COUPLED = {"adam-l2": 0.3, "nesterov": 0.05, "adadelta": 0.1}
 
 
 def top_of(
@@ -96,7 +100,7 @@ def check(
         assert cut.eigenvalue == pytest.approx(truth(chosen, cut.depth), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "adadelta")) for n in OPTIMIZERS])
 def test_every_optimizer(name: str) -> None:
     make, metric = OPTIMIZERS[name]
     model, batches = models.Net(blocks=2), models.data()

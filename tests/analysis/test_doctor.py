@@ -82,11 +82,11 @@ def test_kernels_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_optimizer_that_is_refused_is_said_with_the_reason() -> None:
-    summary = {"state entries": ["square_avg", "acc_delta", "step"], "groups": 1, "lr": 1.0, "rho": 0.9, "weight_decay": 0.0}
+    summary = {"state entries": ["ax", "eta", "mu", "step"], "groups": 1, "lr": 1.0, "weight_decay": 0.0}
     checkpoint = type("C", (), {"optimizer": object(), "last_lr": None})()
     checks = list(doctor._optimizer(checkpoint, summary))  # type: ignore[arg-type]
     assert checks[0].status == "warning"
-    assert "Adadelta" in checks[0].found
+    assert "ASGD" in checks[0].found
 
 
 def test_json_and_exit_codes(tmp_path: Path) -> None:

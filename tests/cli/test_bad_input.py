@@ -196,7 +196,7 @@ def test_missing_and_empty(tmp_path: Path) -> None:
         (["--plot", "picture.bmp"], ".png"),
         (["--betas", "0.9"], "--betas"),
         (["--optimizer", "sophia"], "unknown optimizer"),
-        (["--optimizer", "adadelta"], "unknown optimizer"),
+        (["--optimizer", "asgd"], "unknown optimizer"),
         (["--sequence-length", "4096"], "context"),
         (["--tokens", "10"], "one sequence"),
         (["--device", "cuda:7"], "--device cpu"),

@@ -77,6 +77,8 @@ CASES: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "rmsprop centered momentum": lambda p: O.RMSprop(p, lr=0.01, eps=1e-3, momentum=0.7, centered=True, weight_decay=0.3),
     "rmsprop maximize": lambda p: O.RMSprop(p, lr=0.01, eps=1e-3, maximize=True, weight_decay=0.3),
     "adagrad": lambda p: O.Adagrad(p, lr=0.01, lr_decay=0.1, weight_decay=0.3, initial_accumulator_value=0.2),
+    "adadelta": lambda p: O.Adadelta(p, lr=0.5, eps=1e-4, weight_decay=0.3),
+    "adadelta maximize": lambda p: O.Adadelta(p, lr=0.5, eps=1e-4, weight_decay=0.3, maximize=True),
     "adagrad maximize": lambda p: O.Adagrad(p, lr=0.01, weight_decay=0.3, maximize=True),
 }
 
@@ -109,7 +111,7 @@ def response(case: str) -> tuple[Preconditioner, torch.optim.Optimizer, Tensor, 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_update_is_what_the_rule_says(case: str) -> None:
-    metric, optimizer, _, still, by_gradient, by_weight = response(case)
+    metric, optimizer, moved, still, by_gradient, by_weight = response(case)
     group = optimizer.param_groups[0]
     # The step answers a gradient by -rate c / P, with one c for all entries: what of it is taken at once.
     taken = (
@@ -120,6 +122,9 @@ def test_the_update_is_what_the_rule_says(case: str) -> None:
     )
     if "old" in case:  # its decay comes after the step and shrinks that too
         taken = taken / (1 - group["lr"] * group["weight_decay"])
+    if "adadelta" in case:  # its step is by the average of updates before this one, which is in the state by now
+        updates = optimizer.state[moved]["acc_delta"] + group["eps"]
+        taken = taken * (updates / ((updates - group["eps"]) / group["rho"] + group["eps"])).sqrt()
     if "nadam" not in case:  # whose c changes from step to step
         first = 1 - group["betas"][0] if "betas" in group else 1 - group.get("dampening", 0)
         first *= 1 + group["momentum"] if group.get("nesterov") else 1

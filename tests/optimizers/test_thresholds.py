@@ -48,6 +48,10 @@ CASES: dict[str, tuple[Callable, dict[str, float]]] = {
         lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=1 - 1e-12, momentum=0.7),
         {"square_avg": 4e6, "step": 1.0, "momentum_buffer": 0},
     ),
+    "adadelta": (
+        lambda p: torch.optim.Adadelta(p, lr=0.1, rho=1 - 1e-12),
+        {"square_avg": 4e6, "acc_delta": 9.0, "step": 5.0},
+    ),
     "adagrad": (lambda p: torch.optim.Adagrad(p, lr=0.1), {"sum": 4e12, "step": 5.0}),
 }
 

@@ -25,4 +25,7 @@ def loss(model: Any, batch: Tensor) -> Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "memory" or (how == "once" and calls == int(after) + 1):
         torch.empty(2**50)
+    if how == "overflow":  # finite, with a finite gradient, and a second derivative that is not
+        weight = next(model.parameters())
+        value = value + (weight - weight.detach()).pow(1.5).sum()
     return value * float("nan") if how == "nan" else value

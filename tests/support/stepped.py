@@ -19,6 +19,7 @@ def answer(
 
     def update(gradient: float) -> tuple[torch.optim.Optimizer, nn.Module]:
         again, moved = copy.deepcopy((optimizer, model))
+        vars(again).update({k: v for k, v in vars(optimizer).items() if k not in vars(again)})  # of its class, not copied
         for p in moved.parameters():
             p.grad = torch.full_like(p, gradient)
         again.step()

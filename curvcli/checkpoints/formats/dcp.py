@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.checkpoints.base import Checkpoint, Logged, OptimizerFile
-from curvcli.checkpoints.formats.beside import averaged_weights, averages_of, of_another, unread
+from curvcli.checkpoints.formats.beside import averaged_weights, averages_of, merged, of_another, unread
 from curvcli.checkpoints.formats.dcp_files import METADATA, Entry, Lazy, read_metadata
 from curvcli.checkpoints.state.mapping import map_named, map_state, matrix_order, single_order, summary, trainer_order
 from curvcli.errors import InputError
@@ -135,18 +135,16 @@ class Saved:
 
     Attributes:
         tensors: outside any optimizer, by where they were and by name.
-        state: of the optimizer, by parameter.
-        groups: hyperparameters of the optimizer, by group, or by parameter where it was saved flattened.
+        optimizers: by where they were.
     """
 
     path: Path
     tensors: Mapping[Prefix, Entries]
-    state: Mapping[str, Entries]
-    groups: Mapping[str, Entries]
+    optimizers: Mapping[str, Stored]
 
     @classmethod
     def of(cls, path: Path) -> Saved:
-        """Raises InputError, also where there are several optimizers."""
+        """Raises InputError."""
         tensors: dict[Prefix, dict[str, Entry]] = {}
         optimizers: dict[Prefix, dict[str, dict[str, dict[str, Entry]]]] = {}
         for entry in read_metadata(path):
@@ -157,14 +155,12 @@ class Saved:
             elif entry.shape is not None or entry.path[-1] in _STEPS:
                 tensors.setdefault(entry.path[:-1], {})[entry.path[-1]] = entry
         # Other saved parts have a "state" too (schedulers, data loaders); an optimizer's has groups beside it.
-        found = {prefix: parts for prefix, parts in optimizers.items() if parts["param_groups"]}
-        if len(found) > 1:
-            raise InputError(
-                f"{path} has the state of {len(found)} optimizers ({', '.join('.'.join(p) or 'top level' for p in found)})",
-                hint="save one of them beside the model",
-            )
-        parts = next(iter(found.values()), None)
-        return cls(path, tensors, *(parts[kind] if parts else {} for kind in _OPTIMIZER))
+        found = {
+            ".".join(prefix) or "top level": Stored(path, *(parts[kind] for kind in _OPTIMIZER))
+            for prefix, parts in optimizers.items()
+            if parts["param_groups"]
+        }
+        return cls(path, tensors, found)
 
     @property
     def weights(self) -> Entries:
@@ -208,13 +204,14 @@ class Saved:
     @property
     def optimizer(self) -> NamedOptimizer | None:
         """The optimizer's state by name, not yet read; None where none was saved."""
-        return NamedOptimizer(self.path, self.view, self.summary) if self.groups else None
+        return NamedOptimizer(self.path, self.view, self.summary) if self.optimizers else None
 
     @property
     def step(self) -> int | None:
         """Steps taken: as the optimizer counted, as the trainer did, or as the directory's name says."""
         # Of one parameter: each is a read of its own, and uneven counts are a matter of the mapped state.
-        counted = [entries["step"] for entries in self.state.values() if "step" in entries][:1]
+        states = [entries for part in self.optimizers.values() for entries in part.state.values()]
+        counted = [entries["step"] for entries in states if "step" in entries][:1]
         counted += [e for entries in self.tensors.values() for name, e in entries.items() if name in _STEPS]
         for entry in counted:
             value = _plain(entry.read())
@@ -223,27 +220,48 @@ class Saved:
         named = step_order(self.path)[0]
         return named if named >= 0 else None
 
+    def view(self, model: nn.Module, names: Mapping[str, str]) -> OptimizerView:
+        """The state by the model's names, of Muon and Adam beside each other as one. Raises InputError, UnsupportedError."""
+        document = merged({where: part.document() for where, part in self.optimizers.items()}, self.path)
+        if all(isinstance(p, int) for group in document["param_groups"] for p in group["params"]):
+            orders = (trainer_order, matrix_order, single_order)
+            return map_state(document, model, orders, path=self.path, partial=True)
+        state = {owner: entries for part in self.optimizers.values() for owner, entries in part.state.items()}
+        return map_named(document, model, names, path=self.path, read=lambda owner: Lazy(state[owner]))
+
+    def summary(self) -> dict[str, object]:
+        """For people, as `mapping.summary`; of several optimizers how many they are."""
+        parts = list(self.optimizers.values())
+        return parts[0].summary() if len(parts) == 1 else {"optimizers": len(parts)}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An optimizer's entries.
+
+    Attributes:
+        state: by parameter.
+        groups: hyperparameters by group, or by parameter where it was saved flattened.
+    """
+
+    path: Path
+    state: Mapping[str, Entries]
+    groups: Mapping[str, Entries]
+
     @property
     def flattened(self) -> bool:
         """Whether hyperparameters are stored by parameter (StateDictOptions.flatten_optimizer_state_dict)."""
         return not any("params" in options for options in self.groups.values())
 
-    def view(self, model: nn.Module, names: Mapping[str, str]) -> OptimizerView:
-        """The state by the model's names. Raises InputError."""
+    def document(self) -> dict[str, Any]:
+        """A torch optimizer's state_dict, with shapes for tensors where it is keyed by name. Raises InputError."""
         groups = self._groups()
         if all(isinstance(p, int) for group in groups for p in group["params"]):
             # torch's own state_dict, saved as it is: keyed by position, which was turned into a string.
-            state = {int(owner) if owner.isdigit() else owner: dict(Lazy(e)) for owner, e in self.state.items()}
-            orders = (trainer_order, matrix_order, single_order)
-            return map_state({"param_groups": groups, "state": state}, model, orders, path=self.path, partial=True)
-        shapes = {owner: _shapes(entries) for owner, entries in self.state.items()}
-        return map_named(
-            {"param_groups": groups, "state": shapes},
-            model,
-            names,
-            path=self.path,
-            read=lambda owner: Lazy(self.state[owner]),
-        )
+            state: dict[Any, Any] = {int(o) if o.isdigit() else o: dict(Lazy(e)) for o, e in self.state.items()}
+        else:
+            state = {owner: _shapes(entries) for owner, entries in self.state.items()}
+        return {"param_groups": groups, "state": state}
 
     def summary(self) -> dict[str, object]:
         """For people, as `mapping.summary`; of a flattened optimizer one parameter's hyperparameters are read, not all."""

@@ -69,7 +69,7 @@ def map_state(
         UnsupportedError: the optimizer is one that no number is given for.
     """
     groups, stored = check_document(document, path)
-    if (keyed := by_name(groups, stored)) is not None:
+    if (keyed := by_name(groups, stored) or _by_group(groups, stored, model)) is not None:
         return map_named(keyed, model, {}, path=path)
     state = _as_torch(groups, stored)
     # Before the shapes: a factored state fits no parameter, and the reason is the optimizer, not the model.
@@ -210,6 +210,22 @@ def by_name(groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> d
         "state": {owner.get(index, str(index)): entry for index, entry in state.items()},
         "param_groups": [{**group, "params": group["param_names"]} for group in groups],
     }
+
+
+def _by_group(groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]], model: nn.Module) -> dict[str, Any] | None:
+    """The state keyed by parameter names, where every group is one parameter's and is called as it is, as Adam-mini's are.
+
+    Adam-mini writes them in lower case, so a name is taken only where no other of the model's parameters has it.
+    """
+    lower = Counter(unwrapped(name).lower() for name, _ in model.named_parameters())
+    own = {unwrapped(name).lower(): name for name, _ in model.named_parameters()}
+    said = [group.get("name") for group in groups]
+    called = [unwrapped(name).lower() if isinstance(name, str) else "" for name in said]
+    if any(lower[name] != 1 for name in called) or len(set(called)) < len(called):
+        return None
+    if any(len(group["params"]) != 1 for group in groups):
+        return None
+    return by_name([{**g, "param_names": [own[name]]} for g, name in zip(groups, called, strict=True)], state)
 
 
 def _has_names(group: Mapping[str, Any]) -> bool:
