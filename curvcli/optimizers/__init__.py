@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "curvcli.optimizers.adaptive:Adagrad": ("Adagrad",),
     "curvcli.optimizers.ademamix:AdEMAMix": ("AdEMAMix",),
     "curvcli.optimizers.adafactor:Adafactor": ("Adafactor",),
+    "curvcli.optimizers.soap:SOAP": ("SOAP",),
     "curvcli.optimizers.schedule_free:ScheduleFreeAdamW": ("AdamWScheduleFree",),
     "curvcli.optimizers.schedule_free:ScheduleFreeSGD": ("SGDScheduleFree",),
     "curvcli.optimizers.lion:Lion": ("Lion",),

@@ -11,6 +11,9 @@ from curvcli.optimizers.base import NO_OPTIMIZER, OptimizerView
 _NO_THRESHOLD = "its update is no linear map of the gradient, so no Euclidean stability threshold exists"
 
 
+_FACTORS = ("Q", "GG", "precond", "inv_precond", "pre_cond", "inv_pre_cond")
+
+
 class Seen:
     """An optimizer's options and state by name; values that are None are not set."""
 
@@ -83,10 +86,16 @@ REFUSED: list[Refused] = [
         "it divides the update by how far it is from its average; not supported",
     ),
     Refused(
-        "SOAP or Shampoo",
-        ("soap", "shampoo"),
-        lambda s: bool(s.keys & {"Q", "GG", "precond", "inv_precond"}),
-        "its preconditioner is not diagonal; not supported",
+        "a variant of SOAP or Shampoo",
+        ("soap", "shampoo", "psgd"),
+        lambda s: (
+            any("_by_soap_" in key for key in s.keys)  # heavyball's
+            or (
+                any(_has(s.keys, part) for part in _FACTORS)
+                and not (s.keys >= {"exp_avg", "exp_avg_sq"} and all(_has(s.keys, part) for part in ("Q", "GG")))
+            )
+        ),
+        "its preconditioner is not diagonal, and how it is stored is not known; not supported",
     ),
     Refused(
         "AdEMAMix",
@@ -201,6 +210,10 @@ def refuse(view: OptimizerView, known: Collection[str] = ()) -> None:
     for each in REFUSED:
         if any(name in named for name in each.names) or each.looks_like(seen):
             raise UnsupportedError(f"the optimizer is {each.family}: {each.reason}", hint=NO_OPTIMIZER)
+
+
+def _has(keys: Collection[str], part: str) -> bool:
+    return any(key == part or key.startswith(f"{part}_") for key in keys)
 
 
 def _length(value: object) -> int:

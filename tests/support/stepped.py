@@ -29,6 +29,44 @@ def answer(
     return after, still, {n: (behind[n].detach() - p.detach()) / (2 * h) for n, p in ahead.items()}
 
 
+def answers(
+    optimizer: torch.optim.Optimizer, model: nn.Module, h: float = 1e-6
+) -> tuple[torch.optim.Optimizer, nn.Module, dict[str, Tensor]]:
+    """As `answer`, for a P that is a matrix for each tensor: minus the derivative of each weight by each gradient, (n, n).
+
+    One entry of every tensor at once: no tensor's step looks at another's gradient.
+    """
+
+    def update(entry: int, gradient: float) -> tuple[torch.optim.Optimizer, nn.Module]:
+        again, moved = copy.deepcopy((optimizer, model))
+        for p in moved.parameters():
+            p.grad = torch.zeros_like(p)
+            if entry < p.numel():
+                p.grad.view(-1)[entry] = gradient
+        again.step()
+        return again, moved
+
+    after, still = update(0, 0.0)
+    found = {n: torch.zeros(p.numel(), p.numel(), dtype=p.dtype) for n, p in model.named_parameters()}
+    for entry in range(max(len(matrix) for matrix in found.values())):
+        ahead, behind = (dict(update(entry, sign * h)[1].named_parameters()) for sign in (1, -1))
+        for n, matrix in found.items():
+            if entry < len(matrix):
+                matrix[:, entry] = ((behind[n] - ahead[n]).detach() / (2 * h)).reshape(-1)
+    return after, still, found
+
+
+def root(matrices: Mapping[str, Tensor]) -> Tensor:
+    """P^(-1/2) of a whole model, from P^(-1) of each tensor as `answers` has them."""
+    parts = []
+    for matrix in matrices.values():
+        assert float((matrix - matrix.T).abs().max()) < 1e-6 * float(matrix.abs().max()), "no gradient's map"
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        parts.append(vectors @ torch.diag(values.sqrt()) @ vectors.T)
+    whole: Tensor = torch.block_diag(*parts)
+    return whole
+
+
 def grows(
     optimizer: torch.optim.Optimizer,
     weight: nn.Parameter,

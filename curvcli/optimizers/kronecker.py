@@ -1,0 +1,50 @@
+"""Matrices of an optimizer's state, one for each side of a parameter: where they are kept, and what they have to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from curvcli.curvature.rotated import Sides
+from curvcli.errors import InputError
+from curvcli.optimizers.base import State
+
+MOST_SIDES = 8  # of a parameter: convolutions have up to five dimensions
+# Of eigenvectors in float32 it is 1e-6, in bfloat16 3e-3; the relative error of P is as large.
+_ORTHOGONAL = 2e-2
+
+
+def matrices(state: State, key: str) -> dict[int, Tensor]:
+    """The tensors named `key_0`, `key_1`, ..., by their number: the side of the parameter that they are for."""
+    found = {i: state.get(f"{key}_{i}") for i in range(MOST_SIDES)}
+    return {i: value for i, value in found.items() if isinstance(value, Tensor)}
+
+
+def rotated(state: State) -> bool:
+    """Whether a parameter's second moment is in a basis that stands beside it, as SOAP's is."""
+    return any(f"Q_{i}" in state for i in range(MOST_SIDES))
+
+
+def basis(known: Mapping[int, Tensor], shape: tuple[int, ...]) -> Sides:
+    """Orthogonal matrices as the sides of a tensor of a shape, in order; of sides without one the identity.
+
+    Where fewer dimensions are left than the shape has, neighbours were merged. Raises InputError for what is not orthogonal.
+    """
+    for place, matrix in known.items():
+        error = _skewness(matrix)
+        if not error < _ORTHOGONAL:
+            raise InputError(
+                f"optimizer state 'Q_{place}' of shape {tuple(matrix.shape)} is no orthogonal basis (off by {error:.2g})",
+                hint="the optimizer state is damaged: use another checkpoint",
+            )
+    return tuple(known.get(i) for i in range(max(len(shape), max(known) + 1)))
+
+
+def _skewness(matrix: Tensor) -> float:
+    """Largest entry of |Q^T Q - I|, infinite for what is not square."""
+    if matrix.dim() != 2 or len(matrix) != matrix.shape[1] or not matrix.is_floating_point():
+        return float("inf")
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return float((matrix.T @ matrix - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)).abs().max())
