@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from curvcli.curvature.balls import Ball
 from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
-from curvcli.optimizers.bitsandbytes import as_torch
+from curvcli.optimizers.bitsandbytes import Renamed, as_torch
 
 Options = Mapping[str, Any]
 State = Mapping[str, Any]
+
+_DOTTED = re.compile(r"[A-Za-z]+\.\d{1,2}")
 
 NO_OPTIMIZER = "pass --optimizer none (in Python optimizer=None) for the curvature of the loss itself, without rho"
 
@@ -282,7 +285,11 @@ def scalar(value: Any) -> float:
 
 
 def unlisted(entry: State) -> State:
-    """State with the tensors of a list each by its place: Q_0, Q_1. What is read when asked for has no lists."""
+    """State with the tensors of a list each by its place: Q_0, Q_1, where torch.distributed.checkpoint says Q.0, Q.1."""
+    dotted = {key: key.replace(".", "_") for key in entry if _DOTTED.fullmatch(key)}
+    if dotted:
+        return Renamed(entry, {new: old for old, new in dotted.items()})
+    # What is read when it is asked for has no lists.
     listed = [k for k, v in entry.items() if isinstance(v, (list, tuple))] if isinstance(entry, dict) else []
     placed = {f"{k}_{i}": v for k in listed for i, v in enumerate(entry[k]) if isinstance(v, Tensor)}
     if not placed:

@@ -13,8 +13,10 @@ import pytest
 import stepped
 import tiny
 import torch
+import torch.distributed.checkpoint as dcp
 from schedules import schedule
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import curvcli
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint
@@ -150,7 +152,16 @@ def by_torch(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> 
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
 
 
-@pytest.mark.parametrize(("save", "options"), [(by_torch, {}), (by_us, {"max_precond_dim": 60})])
+def by_dcp(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    (path / "model.safetensors").unlink()
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=path)
+
+
+LARGE = {"max_precond_dim": 60}  # less than the vocabulary
+
+
+@pytest.mark.parametrize(("save", "options"), [(by_torch, {}), (by_us, LARGE), (by_dcp, LARGE)])
 def test_saved_state_is_read_as_it_was(save: Callable, options: dict, tmp_path: Path) -> None:
     model, optimizer = saved(tmp_path, save, **options)
     checkpoint = open_checkpoint(tmp_path)
@@ -268,7 +279,7 @@ def test_without_a_class_name_it_is_known_by_its_state() -> None:
 def test_a_step_that_only_made_the_basis_corrects_no_bias() -> None:
     """pytorch_optimizer counts it, in the group; the authors' file does not count it, and counts each tensor's."""
     ones = torch.ones(3, 2)
-    group = {"max_precond_dim": None, "max_precondition_dim": 9, "step": 6}
+    group: dict[str, Any] = {"max_precond_dim": None, "max_precondition_dim": 9, "step": 6}
     theirs, own = view({"step": None}, **group), view()
     torch.testing.assert_close(theirs.root["w"].apply(ones), own.root["w"].apply(ones))
     p = (1 - 0.9**5) / (1 - 0.9**5) ** 0.5 * (1 + 1e-8) / (1 - 1e-4)
@@ -278,10 +289,10 @@ def test_a_step_that_only_made_the_basis_corrects_no_bias() -> None:
 def test_a_direction_that_is_a_guess_is_none() -> None:
     torch.manual_seed(0)
     sides = [torch.linalg.qr(torch.randn(n, n))[0] for n in (30, 20)]
-    state = {"exp_avg": torch.randn(30, 20), "exp_avg_sq": torch.rand(30, 20), "Q": sides, "GG": sides}
+    v = torch.rand(30, 20)
+    state = {"exp_avg": torch.randn(30, 20), "exp_avg_sq": v, "Q": sides, "GG": sides}
     assert view(state, shape=(30, 20)).direction is None
-    followed = {**state, "exp_avg": state["exp_avg_sq"].sqrt()}
-    assert view(followed, shape=(30, 20)).direction is not None
+    assert view({**state, "exp_avg": v.sqrt()}, shape=(30, 20)).direction is not None
 
 
 def test_moments_in_a_basis_of_their_own_are_not_held_to_bounds_of_one_that_stays(tmp_path: Path) -> None:
