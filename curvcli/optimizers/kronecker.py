@@ -14,6 +14,8 @@ from curvcli.optimizers.base import State
 MOST_SIDES = 8  # of a parameter: convolutions have up to five dimensions
 # Of eigenvectors in float32 it is 1e-6, in bfloat16 3e-3; the relative error of P is as large.
 _ORTHOGONAL = 2e-2
+_ROUNDING = 1e-4  # of the largest eigenvalue
+_SYMMETRIC = 2e-2  # of the largest entry; inverse roots by SVD in float32 are symmetric to 1e-5, in bfloat16 to 4e-3
 
 
 def matrices(state: State, key: str) -> dict[int, Tensor]:
@@ -40,6 +42,25 @@ def basis(known: Mapping[int, Tensor], shape: tuple[int, ...]) -> Sides:
                 hint="the optimizer state is damaged: use another checkpoint",
             )
     return tuple(known.get(i) for i in range(max(len(shape), max(known) + 1)))
+
+
+def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors, of shape (n, n), in columns, and eigenvalues, of shape (n,), of a stored matrix, at least in float32.
+
+    An eigenvalue that is below 0 by rounding is 0.
+
+    Raises InputError where it is not symmetric, or has an eigenvalue below 0.
+    """
+    if matrix.is_floating_point() and bool(torch.isfinite(matrix).all()):
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        if float((matrix - matrix.T).abs().max()) <= _SYMMETRIC * float(matrix.abs().max()):
+            values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+            if not bool((values < -_ROUNDING * values[-1].abs()).any()):
+                return vectors, values.clamp_min(0)
+    raise InputError(
+        f"optimizer state of shape {tuple(matrix.shape)} is not symmetric and positive, as roots of outer products are",
+        hint="the optimizer state is damaged: use another checkpoint",
+    )
 
 
 def _skewness(matrix: Tensor) -> float:

@@ -129,3 +129,65 @@ def _kron(x: Tensor, bases: list[Any], shape: tuple[int, ...], *, back: bool = F
         if len(q):
             y = torch.tensordot(q if back else q.T, y.movedim(i, 0), dims=1).movedim(0, i)
     return y.reshape(x.shape)
+
+
+class Shampoo(torch.optim.Optimizer):
+    """arXiv 1802.09568, algorithm 2; state, options and momentum as in pytorch_optimizer, with roots at every step."""
+
+    keys, eps, every = ("pre_cond", "inv_pre_cond"), "matrix_eps", 1
+    chained = False
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **options: Any) -> None:
+        defaults = {
+            "lr": lr, "momentum": 0.0, "weight_decay": 0.0, "weight_decouple": False, "fixed_decay": False,
+            "matrix_eps": 1e-6,
+        }  # fmt: skip
+        super().__init__(params, {**defaults, **options})
+
+    def exponent(self, order: int) -> float:
+        return -1 / (2 * order)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                s, b = self.state[p], group["momentum"]
+                sums, roots = ([f"{key}_{i}" for i in range(p.dim())] for key in self.keys)
+                if not s:
+                    s["momentum_buffer"] = p.grad.clone()
+                    s.update({k: group[self.eps] * torch.eye(n, dtype=p.dtype) for k, n in zip(sums, p.shape, strict=True)})
+                    s.update({k: p.new_zeros(n, n) for k, n in zip(roots, p.shape, strict=True)})
+                s["step"] = group["step"]
+                u = (1 - b) * p.grad + b * s["momentum_buffer"] if b else p.grad
+                if group.get("weight_decouple"):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                else:
+                    u = u + group["weight_decay"] * p
+                gathered = u
+                for i in range(p.dim()):
+                    unfolded = (u if self.chained else gathered).movedim(i, 0).reshape(p.shape[i], -1)
+                    s[sums[i]] += unfolded @ unfolded.T
+                    if group["step"] % self.every == 0:
+                        values, vectors = torch.linalg.eigh(s[sums[i]])
+                        s[roots[i]] = vectors @ torch.diag(values ** self.exponent(p.dim())) @ vectors.T
+                    u = torch.tensordot(s[roots[i]], u.movedim(i, 0), dims=1).movedim(0, i)
+                s["momentum_buffer"] = u
+                p.sub_(group["lr"] * u)
+
+
+class EarlyShampoo(Shampoo):
+    """As torch_optimizer has it: the exponent -1/order, sums of what earlier sides have made of the gradient, its names."""
+
+    keys, eps = ("precond", "inv_precond"), "epsilon"
+    chained = True
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.1, **options: Any) -> None:
+        defaults = {"lr": lr, "momentum": 0.0, "weight_decay": 0.0, "epsilon": 1e-4, "update_freq": 1}
+        torch.optim.Optimizer.__init__(self, params, {**defaults, **options})
+
+    def exponent(self, order: int) -> float:
+        return -1 / order
+
+
+EarlyShampoo.__name__ = "Shampoo"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
+
 
 def answer(
     optimizer: torch.optim.Optimizer, model: nn.Module, h: float = 1e-6
@@ -65,6 +67,40 @@ def root(matrices: Mapping[str, Tensor]) -> Tensor:
         parts.append(vectors @ torch.diag(values.sqrt()) @ vectors.T)
     whole: Tensor = torch.block_diag(*parts)
     return whole
+
+
+def metric(optimizer: torch.optim.Optimizer, model: nn.Module) -> Preconditioner:
+    """What curv makes of an optimizer."""
+    parameters = dict(model.named_parameters())
+    return prepare(live(optimizer, parameters), parameters)
+
+
+def as_matrix(of: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """A linear map of tensors in a weight's shape as its matrix, (n, n)."""
+    unit = torch.eye(weight.numel(), dtype=weight.dtype)
+    return torch.stack([of(row.view(weight.shape)).reshape(-1) for row in unit], dim=1)
+
+
+def leaves(
+    optimizer: torch.optim.Optimizer, weight: nn.Parameter, factor: float, steps: int = 500, start: float = 1e-6
+) -> bool:
+    """Whether the optimizer goes fiftyfold away from the minimum of a quadratic at so many times its threshold.
+
+    The quadratic's Hessian is any, with no axis of P's.
+    """
+    found, random = metric(optimizer, nn.ParameterDict({"w": weight})), torch.randn(2 * [weight.numel()], dtype=weight.dtype)
+    half, hessian = as_matrix(found.root["w"].apply, weight), random @ random.T
+    assert found.threshold is not None
+    hessian *= factor * found.threshold / float(torch.linalg.eigvalsh(half @ hessian @ half)[-1])
+    hessian -= found.decay["w"] * torch.eye(len(hessian), dtype=weight.dtype) if "w" in found.decay else 0.0
+    largest = 0.0
+    with torch.no_grad():
+        weight.fill_(start)
+    for _ in range(steps):
+        weight.grad = (hessian @ weight.detach().reshape(-1)).view(weight.shape)
+        optimizer.step()
+        largest = max(largest, float(weight.detach().abs().max()))
+    return largest > 50 * start
 
 
 def grows(
