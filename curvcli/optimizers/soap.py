@@ -13,9 +13,12 @@ from torch import Tensor
 from curvcli.curvature.inverse_root import Diagonal, InverseRoot
 from curvcli.curvature.rotated import Rotated, Sides, turned
 from curvcli.errors import InputError, UnsupportedError, UsageError
+from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State, moment, scalar, steps
 from curvcli.optimizers.kronecker import MOST_SIDES, basis, matrices
 
+# Options by which a group is SOAP's, and not that of an Adam beside it.
+_OWN = frozenset({"shampoo_beta", "precondition_frequency", "max_precond_dim", "max_precondition_dim"})
 # Lists of matrices; where none is a tensor they stay lists.
 _Q, _GG = (frozenset({key, *(f"{key}_{i}" for i in range(MOST_SIDES))}) for key in ("Q", "GG"))
 _SIZED = "it divides each tensor's update by its size, which is no linear map of the gradient"
@@ -29,19 +32,19 @@ class SOAP(Rule):
 
     w <- (1 - lr wd) (w - lr P^(-1) m): the decay comes after the step and shrinks it too. P is diagonal in the basis Q that
     the next step uses. Both skip a tensor's first gradient, which makes Q; pytorch_optimizer counts that as a step.
+
+    Parameters of groups that have none of SOAP's options follow Adam, with P and threshold of their own.
     """
 
     names = frozenset({"SOAP"})
     state = frozenset({"exp_avg", "exp_avg_sq"})
-    extra = frozenset({"step", "precondition_frequency", "shampoo_beta", "turned"}) | _Q | _GG
+    extra = Adam.extra | {"precondition_frequency", "shampoo_beta", "turned"} | _Q | _GG
     counts = frozenset({"step", "precondition_frequency", "shampoo_beta", "turned", "Q", "GG"})
+    unset = Adam.unset
     by_shape = _Q | _GG
     shaped_otherwise = _Q | _GG
     second = "exp_avg_sq"
-    options = frozenset(
-        {"lr", "betas", "eps", "weight_decay", "shampoo_beta", "precondition_frequency", "max_precond_dim"}
-        | {"max_precondition_dim", "merge_dims", "precondition_1d", "correct_bias"}
-    )
+    options = Adam.options | _OWN | {"merge_dims", "precondition_1d"}
     refusals: Mapping[str, str] = {
         **Rule.refusals,
         "normalize_grads": _SIZED,
@@ -49,9 +52,14 @@ class SOAP(Rule):
         "warmup_steps": "a variant's, which corrects its averages as it goes",
     }
 
+    _adam = Adam()
+
     def name(self, view: OptimizerView) -> str:
-        """Always SOAP."""
-        return "SOAP"
+        """SOAP, or "SOAP with AdamW" where some parameters follow that."""
+        others = [group for group in view.groups if group.names and not rotates(group)]
+        if not others:
+            return "SOAP"
+        return "SOAP with AdamW" if all(self.decoupled(group, None) for group in others) else "SOAP with Adam"
 
     def matches(self, view: OptimizerView) -> bool:
         """Whether Adam's moments stand beside factors and their eigenbases."""
@@ -64,7 +72,8 @@ class SOAP(Rule):
         """
         if not view.state or all("turned" in entry for entry in view.state.values()):
             return view
-        found = 0.0 if all("max_precondition_dim" in group.options for group in view.groups) else _stored(view)
+        own = [group for group in view.groups if rotates(group)]
+        found = 0.0 if all("max_precondition_dim" in group.options for group in own) else _stored(view)
         state = {name: ChainMap({"turned": found}, entry) for name, entry in view.state.items()}  # type: ignore[arg-type]
         return replace(view, state=state)
 
@@ -76,6 +85,8 @@ class SOAP(Rule):
             UnsupportedError: it is not known how the parameter's dimensions were merged.
             UsageError: the decay of one step is more than the weight.
         """
+        if not rotates(group):
+            return self._adam.preconditioner(group, state)
         square, sides = moment(state, "exp_avg_sq"), _sides(group, state)
         factor = 1.0
         # A tensor whose first gradient was skipped has not moved: all of it is idle.
@@ -103,8 +114,8 @@ class SOAP(Rule):
         return (1 - group.betas[0]) / (1 + group.betas[0])
 
     def decoupled(self, group: Group, name: str | None) -> bool:
-        """Always."""
-        return True
+        """Always; as Adam's group says for others, and yes where it does not."""
+        return rotates(group) or self._adam.decoupled(group, None)
 
     def momentum(self, group: Group, state: State) -> Tensor | None:
         """The first moment in the weights' own basis, in the parameter's shape; None where its own is not known."""
@@ -113,6 +124,11 @@ class SOAP(Rule):
         if sides is None or scalar(state.get("turned")) == 0:
             return stored
         return _turned(stored, sides, back=True) if scalar(state.get("turned")) == 1 else None
+
+
+def rotates(group: Group) -> bool:
+    """Whether a group's options say that it is SOAP's."""
+    return not _OWN.isdisjoint(group.options)
 
 
 def _taken(group: Group, state: State) -> float:
