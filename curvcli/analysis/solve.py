@@ -20,6 +20,7 @@ from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.folds import Folds
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
+from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
@@ -233,6 +234,13 @@ class Measurement:
             self.notes |= self._overflown(operator)
         rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
         rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
+        if mixed := [
+            n for n, mask in rows.items() if not _apart(self.preconditioner.root[n], self.problem.parameters[n], mask)
+        ]:
+            self.notes["rows-mixed"] = (
+                f"the preconditioner of {', '.join(mixed)} mixes its rows: those that the shard hardly looks up stay in"
+            )
+            rows = {n: mask for n, mask in rows.items() if n not in mixed}
         vector = full.extremes.vector if full.extremes else None
         # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
         if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
@@ -382,6 +390,13 @@ def _folds(operator: Folded) -> Folds | None:
     if len(operator.folds) < 2:
         return None
     return Folds([weight for weight, _ in operator.folds], operator.projected())
+
+
+def _apart(root: InverseRoot, weight: Tensor, rows: Tensor) -> bool:
+    """Whether P keeps some rows apart from the others. Where it mixes them, to cut a vector holds no weights still."""
+    probe = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    probe[rows.to(weight.device)] = 0
+    return not bool(root.apply(probe)[rows.to(weight.device)].any())
 
 
 def _entries(parameter: Tensor, rare: Tensor | None) -> Tensor:

@@ -87,3 +87,14 @@ def test_the_tracker_follows_both() -> None:
     truth = models.top(half @ models.dense_hessian(net, batches, list(found.root)) @ half)
     assert found.threshold is not None
     assert record.rho == pytest.approx(truth / found.threshold, rel=1e-4)
+
+
+def test_a_file_of_soap_and_muon_or_of_two_adams_is_refused(tmp_path: Path) -> None:
+    moments = {"exp_avg": torch.ones(2, 2), "exp_avg_sq": torch.ones(2, 2), "step": 3}
+    soap = {"state": {0: moments}, "param_groups": [{"params": [0], "lr": 0.1, "max_precond_dim": 9}]}
+    adam = {"state": {0: moments}, "param_groups": [{"params": [0], "lr": 0.1}]}
+    muon = {"state": {0: {"momentum_buffer": torch.ones(2, 2)}}, "param_groups": [{"params": [0], "lr": 0.1, "ns_steps": 5}]}
+    assert len(merged({"a": soap, "b": adam}, tmp_path)["state"]) == 2
+    for others in ({"a": soap, "b": muon}, {"a": adam, "b": adam}):
+        with pytest.raises(UnsupportedError, match="has 2 optimizers"):
+            merged(others, tmp_path)
