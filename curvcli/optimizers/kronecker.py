@@ -30,18 +30,21 @@ def rotated(state: State) -> bool:
 
 
 def basis(known: Mapping[int, Tensor], shape: tuple[int, ...]) -> Sides:
-    """Orthogonal matrices as the sides of a tensor of a shape, in order; of sides without one the identity.
+    """Square matrices as the sides of a tensor of a shape, in order; of sides without one the identity.
 
-    Where fewer dimensions are left than the shape has, neighbours were merged. Raises InputError for what is not orthogonal.
+    Where fewer dimensions are left than the shape has, neighbours were merged. Raises InputError for what is not square.
     """
     for place, matrix in known.items():
-        error = _skewness(matrix)
-        if not error < _ORTHOGONAL:
-            raise InputError(
-                f"optimizer state 'Q_{place}' of shape {tuple(matrix.shape)} is no orthogonal basis (off by {error:.2g})",
-                hint="the optimizer state is damaged: use another checkpoint",
-            )
+        if matrix.dim() != 2 or len(matrix) != matrix.shape[1] or not matrix.is_floating_point():
+            raise _no_basis(place, matrix, "not square")
     return tuple(known.get(i) for i in range(max(len(shape), max(known) + 1)))
+
+
+def prove(sides: Sides) -> None:
+    """Raises InputError where a side is not orthogonal. Costs a product of matrices each."""
+    for place, matrix in enumerate(sides):
+        if matrix is not None and not (error := _skewness(matrix)) < _ORTHOGONAL:
+            raise _no_basis(place, matrix, f"off by {error:.2g}")
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,9 +66,14 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def _no_basis(place: int, matrix: Tensor, why: str) -> InputError:
+    return InputError(
+        f"optimizer state 'Q_{place}' of shape {tuple(matrix.shape)} is no orthogonal basis ({why})",
+        hint="the optimizer state is damaged: use another checkpoint",
+    )
+
+
 def _skewness(matrix: Tensor) -> float:
-    """Largest entry of |Q^T Q - I|, infinite for what is not square."""
-    if matrix.dim() != 2 or len(matrix) != matrix.shape[1] or not matrix.is_floating_point():
-        return float("inf")
+    """Largest entry of |Q^T Q - I|."""
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     return float((matrix.T @ matrix - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)).abs().max())

@@ -104,7 +104,7 @@ REFUSED: list[Refused] = [
         "a variant of SOAP or Shampoo",
         ("soap", "shampoo", "psgd"),
         lambda s: (
-            any("_by_soap_" in key for key in s.keys)  # heavyball's
+            any("soap_" in key for key in s.keys)  # heavyball's
             or (any(_has(s.keys, part) for part in _FACTORS) and not any(known <= _parts(s.keys) for known in _KNOWN))
         ),
         "its preconditioner is not diagonal, and how it is stored is not known; not supported",

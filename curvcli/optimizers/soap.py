@@ -15,7 +15,7 @@ from curvcli.curvature.rotated import Rotated, Sides, turned
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State, moment, scalar, steps
-from curvcli.optimizers.kronecker import MOST_SIDES, basis, matrices
+from curvcli.optimizers.kronecker import MOST_SIDES, basis, matrices, prove
 
 # Options by which a group is SOAP's, and not that of an Adam beside it.
 _OWN = frozenset({"shampoo_beta", "precondition_frequency", "max_precond_dim", "max_precondition_dim"})
@@ -87,10 +87,13 @@ class SOAP(Rule):
         """
         if not rotates(group):
             return self._adam.preconditioner(group, state)
+        if group.flag("amsgrad"):
+            raise UnsupportedError("SOAP's option amsgrad is on: a variant's; not supported", hint=NO_OPTIMIZER)
         square, sides = moment(state, "exp_avg_sq"), _sides(group, state)
         factor = 1.0
         # A tensor whose first gradient was skipped has not moved: all of it is idle.
-        if group.flag("correct_bias", True) and bool(square.any()):
+        corrected = all(group.flag(key, True) for key in ("correct_bias", "bias_correction"))
+        if corrected and bool(square.any()):
             t = _taken(group, state)
             first, second = (1 - beta**t for beta in group.betas)
             factor = first / math.sqrt(second)
@@ -106,6 +109,7 @@ class SOAP(Rule):
         entries = (square.sqrt() + group.number("eps", 1e-8)) * factor
         if sides is None:
             return Diagonal.of(entries, square)
+        prove(sides)
         shape = merged(tuple(square.shape), sides)
         return Rotated(sides, Diagonal.of(entries.reshape(shape), square.reshape(shape)))
 

@@ -296,8 +296,11 @@ def test_moments_in_a_basis_of_their_own_are_not_held_to_bounds_of_one_that_stay
         ({}, {"normalize_gradient": True}, "divides each tensor's update by its size", UnsupportedError),
         ({}, {"warmup_steps": 1}, "corrects its averages", UnsupportedError),
         ({"Q": [torch.eye(3), 2 * torch.eye(2)]}, {}, r"'Q_1' of shape \(2, 2\) is no orthogonal basis", InputError),
-        ({"Q": [torch.eye(3), torch.ones(2)]}, {}, "no orthogonal basis", InputError),
-        ({"Q": [torch.eye(3), torch.full((2, 2), float("nan"))]}, {}, "no orthogonal basis .off by nan", InputError),
+        ({}, {"amsgrad": True}, "amsgrad is on", UnsupportedError),
+        ({"Q": [torch.eye(3), torch.ones(2)]}, {}, "no orthogonal basis .not square", InputError),
+        ({"Q": [torch.eye(3), torch.ones(2, 3)]}, {}, "no orthogonal basis .not square", InputError),
+        ({"Q": [torch.eye(3), torch.eye(2).int()]}, {}, "no orthogonal basis .not square", InputError),
+        ({"Q": [torch.eye(3), torch.full((2, 2), float("nan"))]}, {}, "NaN or inf", InputError),
         ({"Q": [torch.eye(3), []]}, {}, "no basis 'Q_1'", InputError),
         ({"Q": [torch.eye(2), torch.eye(3)]}, {}, "another model", InputError),
         ({"Q": [torch.eye(3), torch.eye(2), torch.eye(2)]}, {}, "another model", InputError),
@@ -306,7 +309,7 @@ def test_moments_in_a_basis_of_their_own_are_not_held_to_bounds_of_one_that_stay
         ({"step": 0}, {}, "counts 0 steps", InputError),
         ({"exp_avg_sq": torch.zeros(3, 2)}, {}, "second moment of every weight is 0", InputError),
         ({}, {"lr": 1.0, "weight_decay": 1.5}, "takes more than the weight", UsageError),
-        ({"GG": None, "Q": None, "update_by_soap_Q_0": torch.eye(3)}, {}, "variant of SOAP", UnsupportedError),
+        ({"GG": None, "Q": None, "scale_by_kl_soap_Q_0": torch.eye(3)}, {}, "variant of SOAP", UnsupportedError),
     ],
 )
 def test_what_changes_the_update_or_is_damaged_is_an_error(
