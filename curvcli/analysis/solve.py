@@ -20,7 +20,6 @@ from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.folds import Folds
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
-from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
@@ -28,7 +27,7 @@ from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import scratch
 from curvcli.errors import OutOfTime, UnsupportedError
-from curvcli.models.rows import Lookups, lookups
+from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update
 
@@ -235,7 +234,7 @@ class Measurement:
         rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
         rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
         if mixed := [
-            n for n, mask in rows.items() if not _apart(self.preconditioner.root[n], self.problem.parameters[n], mask)
+            n for n, mask in rows.items() if not apart(self.preconditioner.root[n], self.problem.parameters[n], mask)
         ]:
             self.notes["rows-mixed"] = (
                 f"the preconditioner of {', '.join(mixed)} mixes its rows: those that the shard hardly looks up stay in"
@@ -245,7 +244,7 @@ class Measurement:
         # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
         if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
             return found
-        mask = torch.cat([_entries(self.problem.parameters[n], rows.get(n)) for n in self.names])
+        mask = torch.cat([outside(self.problem.parameters[n], rows.get(n)) for n in self.names])
         # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
         if self.ranks.first([float(vector[~mask].cpu().double().square().sum())])[0] < RARE_MASS:
             return found
@@ -390,17 +389,3 @@ def _folds(operator: Folded) -> Folds | None:
     if len(operator.folds) < 2:
         return None
     return Folds([weight for weight, _ in operator.folds], operator.projected())
-
-
-def _apart(root: InverseRoot, weight: Tensor, rows: Tensor) -> bool:
-    """Whether P keeps some rows apart from the others. Where it mixes them, to cut a vector holds no weights still."""
-    probe = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    probe[rows.to(weight.device)] = 0
-    return not bool(root.apply(probe)[rows.to(weight.device)].any())
-
-
-def _entries(parameter: Tensor, rare: Tensor | None) -> Tensor:
-    """True on the entries of a parameter, flat, that are in no rare row."""
-    if rare is None:
-        return torch.ones(parameter.numel(), dtype=torch.bool, device=parameter.device)
-    return (~rare).to(parameter.device)[:, None].expand(parameter.shape[0], parameter[0].numel()).reshape(-1)

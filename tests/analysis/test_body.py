@@ -13,13 +13,12 @@ from torch import Tensor
 
 from curvcli.analysis import api
 from curvcli.analysis.api import analyze
-from curvcli.analysis.solve import _apart
 from curvcli.curvature.inverse_root import Diagonal
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.rotated import Rotated
 from curvcli.documents import Report
-from curvcli.models.rows import lookups
+from curvcli.models.rows import apart, lookups
 
 RARE = 6  # the token
 
@@ -121,9 +120,9 @@ def test_rows_that_p_mixes_are_none_to_leave_out() -> None:
     whole = torch.linalg.qr(torch.randn(4, 4))[0]
     others = torch.eye(4)
     others[~rare[:, None] & ~rare] = side.reshape(-1)
-    for left, apart in ((None, True), (whole, False), (others, True)):
-        assert _apart(Rotated((left, side), entries), weight, rare) == apart
-    assert _apart(entries, weight, rare)
+    for left, alone in ((None, True), (whole, False), (others, True)):
+        assert apart(Rotated((left, side), entries), weight, rare) == alone
+    assert apart(entries, weight, rare)
 
 
 @pytest.mark.slow

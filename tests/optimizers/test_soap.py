@@ -267,6 +267,8 @@ def test_a_step_that_only_made_the_basis_corrects_no_bias() -> None:
     torch.testing.assert_close(theirs.root["w"].apply(ones), own.root["w"].apply(ones))
     p = (1 - 0.9**5) / (1 - 0.9**5) ** 0.5 * (1 + 1e-8) / (1 - 1e-4)
     torch.testing.assert_close(own.root["w"].solve(ones), ones / p)
+    for bare in (view(correct_bias=False), view(bias_correction=False)):
+        torch.testing.assert_close(bare.root["w"].solve(ones), ones * (1 - 1e-4) / (1 + 1e-8))
 
 
 def test_a_direction_that_is_a_guess_is_none() -> None:
