@@ -66,7 +66,7 @@ class Lookups:
 
 
 def apart(root: InverseRoot, weight: Tensor, rows: Tensor) -> bool:
-    """Whether P keeps some rows of a weight apart from the others. Where it mixes them, to cut a vector holds no weights still.
+    """Whether P keeps some rows of a weight apart from the others; where it mixes them, to cut a vector holds none still.
 
     Args:
         rows: boolean, of shape (rows,).
