@@ -27,7 +27,7 @@ from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import scratch
 from curvcli.errors import OutOfTime, UnsupportedError
-from curvcli.models.rows import Lookups, lookups
+from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update
 
@@ -233,11 +233,18 @@ class Measurement:
             self.notes |= self._overflown(operator)
         rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
         rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
+        if mixed := [
+            n for n, mask in rows.items() if not apart(self.preconditioner.root[n], self.problem.parameters[n], mask)
+        ]:
+            self.notes["rows-mixed"] = (
+                f"the preconditioner of {', '.join(mixed)} mixes its rows: those that the shard hardly looks up stay in"
+            )
+            rows = {n: mask for n, mask in rows.items() if n not in mixed}
         vector = full.extremes.vector if full.extremes else None
         # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
         if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
             return found
-        mask = torch.cat([_entries(self.problem.parameters[n], rows.get(n)) for n in self.names])
+        mask = torch.cat([outside(self.problem.parameters[n], rows.get(n)) for n in self.names])
         # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
         if self.ranks.first([float(vector[~mask].cpu().double().square().sum())])[0] < RARE_MASS:
             return found
@@ -382,10 +389,3 @@ def _folds(operator: Folded) -> Folds | None:
     if len(operator.folds) < 2:
         return None
     return Folds([weight for weight, _ in operator.folds], operator.projected())
-
-
-def _entries(parameter: Tensor, rare: Tensor | None) -> Tensor:
-    """True on the entries of a parameter, flat, that are in no rare row."""
-    if rare is None:
-        return torch.ones(parameter.numel(), dtype=torch.bool, device=parameter.device)
-    return (~rare).to(parameter.device)[:, None].expand(parameter.shape[0], parameter[0].numel()).reshape(-1)

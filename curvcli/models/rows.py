@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.curvature.problem import Problem
 
 RowKind = Literal["tokens", "positions"]
@@ -62,6 +63,24 @@ class Lookups:
         """True on rows, of shape (rows,), looked up fewer than `most` times, if at all; None for other weights."""
         counts = self.counts.get(id(weight))
         return None if counts is None else counts < most
+
+
+def apart(root: InverseRoot, weight: Tensor, rows: Tensor) -> bool:
+    """Whether P keeps some rows of a weight apart from the others; where it mixes them, to cut a vector holds none still.
+
+    Args:
+        rows: boolean, of shape (rows,).
+    """
+    probe = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    probe[rows.to(weight.device)] = 0
+    return not bool(root.apply(probe)[rows.to(weight.device)].any())
+
+
+def outside(parameter: Tensor, rare: Tensor | None) -> Tensor:
+    """True on the entries of a parameter, flat, that are in no rare row."""
+    if rare is None:
+        return torch.ones(parameter.numel(), dtype=torch.bool, device=parameter.device)
+    return (~rare).to(parameter.device)[:, None].expand(parameter.shape[0], parameter[0].numel()).reshape(-1)
 
 
 def lookups(problem: Problem) -> tuple[float, Lookups]:

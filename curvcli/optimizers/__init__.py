@@ -29,6 +29,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "curvcli.optimizers.ademamix:AdEMAMix": ("AdEMAMix",),
     "curvcli.optimizers.adafactor:Adafactor": ("Adafactor",),
     "curvcli.optimizers.galore:GaLoreAdamW": ("GaLoreAdamW",),
+    "curvcli.optimizers.soap:SOAP": ("SOAP",),
+    "curvcli.optimizers.shampoo:Shampoo": ("Shampoo",),
     "curvcli.optimizers.schedule_free:ScheduleFreeAdamW": ("AdamWScheduleFree",),
     "curvcli.optimizers.schedule_free:ScheduleFreeSGD": ("SGDScheduleFree",),
     "curvcli.optimizers.lion:Lion": ("Lion",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from curvcli.curvature.balls import Ball
 from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
-from curvcli.optimizers.bitsandbytes import as_torch
+from curvcli.optimizers.bitsandbytes import Renamed, as_torch
 
 Options = Mapping[str, Any]
 State = Mapping[str, Any]
+
+_DOTTED = re.compile(r"[A-Za-z]+\.\d{1,2}")
 
 NO_OPTIMIZER = "pass --optimizer none (in Python optimizer=None) for the curvature of the loss itself, without rho"
 
@@ -83,7 +86,7 @@ class OptimizerView:
     """Optimizer state by parameter name, its entries named as in torch.optim whoever wrote them.
 
     bitsandbytes' moments (state1, state2) become exp_avg and exp_avg_sq, in float32; a step that is counted for a whole
-    group, as fused Adams do, becomes each parameter's.
+    group, as fused Adams do, becomes each parameter's; a list of tensors (SOAP's Q) becomes entries Q_0, Q_1.
 
     Attributes:
         name: the class, where it is known.
@@ -281,13 +284,27 @@ def scalar(value: Any) -> float:
         return float("nan")
 
 
+def unlisted(entry: State) -> State:
+    """State with the tensors of a list each by its place: Q_0, Q_1, where torch.distributed.checkpoint says Q.0, Q.1."""
+    dotted = {key: key.replace(".", "_") for key in entry if _DOTTED.fullmatch(key)}
+    if dotted:
+        return Renamed(entry, {new: old for old, new in dotted.items()})
+    # What is read when it is asked for has no lists.
+    listed = [k for k, v in entry.items() if isinstance(v, (list, tuple))] if isinstance(entry, dict) else []
+    placed = {f"{k}_{i}": v for k in listed for i, v in enumerate(entry[k]) if isinstance(v, Tensor)}
+    if not placed:
+        return entry
+    empty = {k for k in listed if not any(isinstance(v, Tensor) for v in entry[k])}
+    return {**{k: v for k, v in entry.items() if k not in listed or k in empty}, **placed}
+
+
 def _counted(options: Options) -> Any:
     """Steps that are counted for a whole group: as fused Adams do, and Schedule-Free."""
     return options.get("k") if "weight_sum" in options else options.get("step")
 
 
 def _as_torch(entry: State, options: Options) -> State:
-    entry, step = as_torch(entry, options), _counted(options)
+    entry, step = unlisted(as_torch(entry, options)), _counted(options)
     return entry if step is None or "step" in entry else ChainMap({"step": step}, entry)  # type: ignore[arg-type]
 
 

@@ -129,7 +129,7 @@ class _Moments(Mapping[str, Any]):
         return value[row]
 
 
-class _Renamed(Mapping[str, Any]):
+class Renamed(Mapping[str, Any]):
     """State under other names, read when it is asked for."""
 
     def __init__(self, entry: Mapping[str, Any], stored: Mapping[str, str]) -> None:
@@ -152,5 +152,5 @@ def _flat(entry: Mapping[str, Any]) -> Mapping[str, Any]:
         return entry
     inner = entry.get(_NESTED)
     flat = {key: key.removeprefix(f"{_NESTED}.") for key in entry if key != _NESTED}
-    entry = _Renamed({k: entry[k] for k in flat}, {new: old for old, new in flat.items()})
+    entry = Renamed({k: entry[k] for k in flat}, {new: old for old, new in flat.items()})
     return {**entry, **inner} if isinstance(inner, Mapping) else entry

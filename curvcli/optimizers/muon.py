@@ -15,6 +15,7 @@ from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Options, Rule, State, scalar
+from curvcli.optimizers.soap import SOAP
 
 _VARIANTS = frozenset({"NorMuon", "SingleDeviceNorMuon", "NorMuonWithAuxAdam", "SingleDeviceNorMuonWithAuxAdam", "MuonH"})
 _FLAGS = ("algorithm", "kind", "optimizer", "optim")  # options whose value may be "muon"
@@ -166,17 +167,18 @@ def _normalised(group: Group, state: State) -> bool:
 
 
 def beside(views: Sequence[OptimizerView]) -> OptimizerView:
-    """Muon's view and those of Adams that move the other parameters, as one. Raises UnsupportedError for others."""
+    """Muon's or SOAP's view and those of Adams for the other parameters, as one. Raises UnsupportedError for others."""
     names = [view.name or "one of unknown name" for view in views]
-    if not set(names) & Muon.names or set(names) - Muon.names - Adam.names:
+    leads = [family for family in (Muon.names, SOAP.names) if family & set(names)]
+    if len(leads) != 1 or set(names) - leads[0] - Adam.names:
         raise UnsupportedError(
             f"there are {len(views)} optimizers ({', '.join(names)})",
-            hint="pass one, or Muon and the AdamW of the other parameters",
+            hint="pass one, or Muon or SOAP and the AdamW of the other parameters",
         )
     return OptimizerView(
         tuple(group for view in views for group in view.groups),
         {name: entry for view in views for name, entry in view.state.items()},
-        next(name for name in names if name in Muon.names),
+        next(name for name in names if name in leads[0]),
         vouched=all(view.vouched for view in views),
         findings=tuple(finding for view in views for finding in view.findings),
     )

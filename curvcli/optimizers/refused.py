@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -9,6 +10,16 @@ from curvcli.errors import UnsupportedError
 from curvcli.optimizers.base import NO_OPTIMIZER, OptimizerView
 
 _NO_THRESHOLD = "its update is no linear map of the gradient, so no Euclidean stability threshold exists"
+
+
+_NUMBER = re.compile(r"_\d+$")
+# Matrices for each side of a tensor, and what stands beside them where there is a rule.
+_FACTORS = ("Q", "GG", "precond", "inv_precond", "pre_cond", "inv_pre_cond")
+_KNOWN = (
+    {"exp_avg", "exp_avg_sq", "Q", "GG"},
+    {"momentum_buffer", "precond", "inv_precond"},
+    {"momentum_buffer", "pre_cond", "inv_pre_cond"},
+)
 
 
 class Seen:
@@ -83,10 +94,20 @@ REFUSED: list[Refused] = [
         "it divides the update by how far it is from its average; not supported",
     ),
     Refused(
-        "SOAP or Shampoo",
-        ("soap", "shampoo"),
-        lambda s: bool(s.keys & {"Q", "GG", "precond", "inv_precond"}),
-        "its preconditioner is not diagonal; not supported",
+        "Shampoo with grafting",
+        ("scalableshampoo", "distributedshampoo"),
+        lambda s: {"pre_conditioner", "graft"} <= s.keys or any("factor_matrices" in key for key in s.keys),
+        "each tensor's step is made as long as another optimizer's, so it is no linear map of the gradient, and "
+        "its matrices are kept by block or in objects; a threshold for such steps would be needed; not supported",
+    ),
+    Refused(
+        "a variant of SOAP or Shampoo",
+        ("soap", "shampoo", "psgd"),
+        lambda s: (
+            any("soap_" in key for key in s.keys)  # heavyball's
+            or (any(_has(s.keys, part) for part in _FACTORS) and not any(known <= _parts(s.keys) for known in _KNOWN))
+        ),
+        "its preconditioner is not diagonal, and how it is stored is not known; not supported",
     ),
     Refused(
         "AdEMAMix",
@@ -210,6 +231,15 @@ def refuse(view: OptimizerView, known: Collection[str] = ()) -> None:
     for each in REFUSED:
         if any(name in named for name in each.names) or each.looks_like(seen):
             raise UnsupportedError(f"the optimizer is {each.family}: {each.reason}", hint=NO_OPTIMIZER)
+
+
+def _has(keys: Collection[str], part: str) -> bool:
+    return part in _parts(keys)
+
+
+def _parts(keys: Collection[str]) -> set[str]:
+    """Names of entries, without the number of the side that a matrix is for."""
+    return {_NUMBER.sub("", key) for key in keys}
 
 
 def _length(value: object) -> int:

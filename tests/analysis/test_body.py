@@ -5,16 +5,20 @@ from __future__ import annotations
 from functools import partial
 
 import models
+import published
 import pytest
+import stepped
 import torch
 from torch import Tensor
 
 from curvcli.analysis import api
 from curvcli.analysis.api import analyze
+from curvcli.curvature.inverse_root import Diagonal
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.rotated import Rotated
 from curvcli.documents import Report
-from curvcli.models.rows import lookups
+from curvcli.models.rows import apart, lookups
 
 RARE = 6  # the token
 
@@ -108,3 +112,42 @@ def test_lookups_are_counted_over_all_batches() -> None:
     assert rare is not None
     assert rare.nonzero().flatten().tolist() == [RARE]
     assert found.rare(model.head.weight, 10) is None  # type: ignore[arg-type]
+
+
+def test_rows_that_p_mixes_are_none_to_leave_out() -> None:
+    weight, rare = torch.ones(4, 3), torch.tensor([False, True, False, False])
+    entries, side = Diagonal(1 + torch.rand(4, 3)), torch.linalg.qr(torch.randn(3, 3))[0]
+    whole = torch.linalg.qr(torch.randn(4, 4))[0]
+    others = torch.eye(4)
+    others[~rare[:, None] & ~rare] = side.reshape(-1)
+    for left, alone in ((None, True), (whole, False), (others, True)):
+        assert apart(Rotated((left, side), entries), weight, rare) == alone
+    assert apart(entries, weight, rare)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("largest", [6, 9])
+def test_the_body_of_soap(largest: int) -> None:
+    """With the vocabulary over `max_precond_dim` P is of each row alone; below, rows are mixed and none is left out."""
+    model = models.Net(blocks=1)
+    optimizer = published.SOAP(model.parameters(), lr=1e-3, betas=(0.9, 0.999), max_precond_dim=largest)
+    models.train(model, optimizer, shard(2), steps=20)
+    optimizer.state[model.embed.weight]["exp_avg_sq"][RARE] *= 1e-8
+    report = analyze(model, models.loss, shard(2), optimizer, tolerance=1e-6, max_hvps=300)
+    assert ("rows-mixed" in {f.code for f in report.findings}) == (largest == 9)
+    if largest == 9:
+        assert report.body is None
+        return
+    assert report.body is not None
+    found = stepped.metric(optimizer, model)
+    p = torch.block_diag(
+        *(torch.linalg.inv(stepped.as_matrix(r.solve, model.get_parameter(n).detach())) for n, r in found.root.items())
+    )
+    kept = torch.ones(len(p), dtype=torch.bool)
+    kept[RARE * 5 : (RARE + 1) * 5] = False
+    values, vectors = torch.linalg.eigh(p[kept][:, kept])
+    half = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    hessian = models.dense_hessian(model, shard(2), list(found.root))[kept][:, kept]
+    assert report.body.eigenvalue == pytest.approx(models.top(half @ hessian @ half), rel=1e-4)
+    assert report.full.eigenvalue is not None
+    assert report.full.eigenvalue > 1.2 * report.body.eigenvalue

@@ -43,6 +43,28 @@ def test_plateau(case: str) -> None:
     assert low * 0.95 <= median <= high * 1.05, rhos
 
 
+ADADELTA = {"defaults": {}, "eps": {"eps": 1e-4}, "rho": {"rho": 0.99}, "lr": {"lr": 3.0}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ADADELTA)
+def test_adadelta_settles_at_the_edge_while_its_preconditioner_moves(case: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10)).double()
+    inputs, targets = torch.randn(128, 16).double(), torch.randn(128, 10).double()
+    optimizer = torch.optim.Adadelta(model.parameters(), **ADADELTA[case])
+    loss = lambda m, b: nn.functional.mse_loss(m(b[0]), b[1])  # noqa: E731
+    rhos = []
+    for step in range(4000):
+        optimizer.zero_grad()
+        loss(model, (inputs, targets)).backward()
+        optimizer.step()
+        if step >= 1000 and step % 500 == 0:
+            rhos.append(analyze(model, loss, [(inputs, targets)], optimizer, depths=False).full.rho or 0.0)
+    assert 0.98 <= min(rhos), rhos
+    assert max(rhos) <= 1.22, rhos
+
+
 NORMALISED: dict[str, Any] = {
     "lion": (lambda m, r: [Lion([*m, *r], lr=3e-4)], 0.95, 1.1),
     "muon": (lambda m, r: [torch.optim.Muon(m, lr=1e-2, weight_decay=0.0), torch.optim.AdamW(r, lr=1e-3)], 0.9, 1.4),

@@ -15,6 +15,7 @@ from curvcli.files.names import averaged, of_average, unwrapped
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.muon import orthogonalises
 from curvcli.optimizers.refused import refuse
+from curvcli.optimizers.soap import rotates
 
 # A word of its own: optimizer_states, optim.pt and adam-optimizer_0.bin, and not optimization.log.
 _OPTIMIZER = re.compile(r"(?:^|[-_.\d])optim(?:izer)?s?(?:_states?|_state_dict)?(?=[-_.\d]|$)", re.IGNORECASE)
@@ -54,7 +55,7 @@ def optimizers_in(document: Any) -> dict[str, Any]:
 
 
 def merged(documents: Mapping[str, Any], path: Path) -> Any:
-    """The one optimizer, or Muon for some parameters and Adam for the others as one with both's groups.
+    """The one optimizer, or Muon or SOAP for some parameters and Adam for the others as one with both's groups.
 
     Raises UnsupportedError where there are several of another kind.
     """
@@ -62,9 +63,10 @@ def merged(documents: Mapping[str, Any], path: Path) -> Any:
         return next(iter(documents.values()))
     parts = [check_document(document, path) for document in documents.values()]
     muon = [any(orthogonalises(Group((), group)) for group in groups) for groups, _ in parts]
+    soap = [any(rotates(Group((), group)) for group in groups) for groups, _ in parts]
     adam = [bool(state) and all("exp_avg_sq" in entry for entry in state.values()) for _, state in parts]
     named = [by_name(groups, state) for groups, state in parts]
-    if not any(muon) or not all(one or other for one, other in zip(muon, adam, strict=True)):
+    if any(muon) == any(soap) or not all(one or other for one, other in zip(muon, adam, strict=True)):
         raise several(documents, path)
     if all(each is not None for each in named):
         parts = [check_document(each, path) for each in named]

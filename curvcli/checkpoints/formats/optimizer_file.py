@@ -30,8 +30,8 @@ _SCHEMA = "curv.optimizer/1"
 def save_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> Path:
     """Write an optimizer's state so that curv reads it beside a model saved with `save_pretrained`.
 
-    Tensors are stored as `<entry>.<parameter>`, as in `exp_avg_sq.model.norm.weight`; groups with their parameters'
-    names and hyperparameters, and numbers such as the step, as JSON in the file's metadata.
+    Tensors are stored as `<entry>.<parameter>`, as in `exp_avg_sq.model.norm.weight`, those of a list `Q` as of `Q_0`;
+    groups with their parameters' names and hyperparameters, and numbers such as the step, as JSON in the file's metadata.
 
     Args:
         path: directory of the checkpoint; `optimizer.safetensors` is written into it, whole or not at all.

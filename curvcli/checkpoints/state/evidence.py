@@ -24,6 +24,8 @@ from curvcli.documents import Finding
 from curvcli.errors import InputError
 from curvcli.optimizers import second_moments
 from curvcli.optimizers.base import OptimizerView
+from curvcli.optimizers.kronecker import rotated
+from curvcli.optimizers.soap import entrywise
 
 _SAMPLE = 2**15  # entries of a tensor: a rank correlation of them is good to 0.01
 # On the sample checkpoints, in the right order: two layers against each other are right by 0.16 or more, single
@@ -203,6 +205,8 @@ def _swapped(what: str, margin: float, path: object) -> InputError:
 
 def _second(view: OptimizerView, name: str) -> Tensor | None:
     entry = view.state[name]
+    if rotated(entry):
+        return entrywise(next(group for group in view.groups if name in group.names), entry)
     return next((entry[k] for k in second_moments() if isinstance(entry.get(k), Tensor) and entry[k].dim()), None)
 
 

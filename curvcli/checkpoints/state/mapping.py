@@ -13,7 +13,7 @@ from curvcli.checkpoints.state.partial import assignments, left_out
 from curvcli.errors import InputError
 from curvcli.files.names import unwrapped
 from curvcli.optimizers import shaped_otherwise
-from curvcli.optimizers.base import Group, OptimizerView, State
+from curvcli.optimizers.base import Group, OptimizerView, State, unlisted
 from curvcli.optimizers.bitsandbytes import as_torch
 from curvcli.optimizers.muon import unstacked
 from curvcli.optimizers.refused import refuse
@@ -328,7 +328,7 @@ def check_document(document: Any, path: object) -> tuple[list[dict[str, Any]], d
 def _as_torch(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, State]) -> dict[Any, State]:
     """State under torch's names, whose shapes are the parameters': once, so that whoever compares moments sees the same."""
     options = {index: group for group in groups for index in group["params"] if isinstance(index, (int, str))}
-    return {index: as_torch(entry, options.get(index, {})) for index, entry in state.items()}
+    return {index: unlisted(as_torch(entry, options.get(index, {}))) for index, entry in state.items()}
 
 
 def summary(document: Any, path: object) -> dict[str, object]:
