@@ -23,7 +23,7 @@ from curvcli.cli import app
 
 EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir())
-TRAINED = ("nanogpt_loop", "transformers_trainer", "lightning", "accelerate", "torchtitan")
+TRAINED = ("nanogpt_loop", "transformers_trainer", "lightning", "accelerate", "accelerate_fsdp", "torchtitan")
 LAUNCHED = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 FEW = ["--tokens", "128", "--max-hvps", "4", "--mode", "kept", "--device", "cpu", "-q"]
 
@@ -81,6 +81,10 @@ def test_it_runs(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None
         shown = curv(*words[1:], *(FEW if measures else []))
         assert shown.returncode in ((0, 1, 3) if words[1] == "gate" else (0,)), (words, shown.stderr)
         assert shown.stdout or "-o" in words
+    for log in folder.rglob("curvature.jsonl"):
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [record["reason"] for record in records if record["status"] == "failed"] == []
+        assert records
 
 
 def test_the_workflow_is_one_of_the_action() -> None:
