@@ -23,7 +23,7 @@ from curvcli.cli import app
 
 EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir())
-TRAINED = ("nanogpt_loop", "transformers_trainer", "lightning", "accelerate", "accelerate_fsdp", "torchtitan")
+TRAINED = ("nanogpt_loop", "transformers_trainer", "lightning", "accelerate", "accelerate_fsdp", "axolotl", "torchtitan")
 LAUNCHED = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 FEW = ["--tokens", "128", "--max-hvps", "4", "--mode", "kept", "--device", "cpu", "-q"]
 

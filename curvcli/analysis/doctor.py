@@ -114,10 +114,11 @@ def examine(path: Path | None = None, data: Sequence[Path] | None = None, model:
     ]
     given = "".join(f" --data {shlex.quote(str(file))}" for file in data or ())
     unnamed = checkpoint.architecture == UNNAMED
-    given += " --model package.module:factory" if unnamed else "" if model is None else f" --model {shlex.quote(model)}"
+    network = "" if model is None else f" --model {shlex.quote(model)}"
+    given += " --model package.module:factory" if unnamed else network
     if read.status == "error":
         # A configuration that cannot be read has to be mended first: neither of these would run.
-        ways = [f"curv init {named}", f"curv analyze {named} --data FILE{given}"]
+        ways = [f"curv init {named}{network}", f"curv analyze {named} --data FILE{given}"]
         return Examined(machine, extras, checks, ways if _has_config(checkpoint) else [f"curv doctor {named}{given}"])
     lr = " --lr LR" if any(c.what == "learning rate" and c.status == "warning" for c in checks) else ""
     commands = [f"curv analyze {named}{given}{lr} --estimate", f"curv analyze {named}{given}{lr}"]
