@@ -311,14 +311,12 @@ class ArchitectureWarmup:
 
     def _hook_gradients(self) -> None:
         """Zero the gradients of locked blocks as they come, of parameters that began to require them too."""
-        waiting = [
-            (lock.index, name, p)
-            for lock in self.lockable
-            for name, p in lock.parameters.items()
-            if p.requires_grad and id(p) not in self._hooked
-        ]
-        given = set().union(*(held(optimizer) for optimizer in self.optimizers)) if waiting else set()
-        for index, name, parameter in waiting:
+        trained = [(lock.index, n, p) for lock in self.lockable for n, p in lock.parameters.items() if p.requires_grad]
+        waiting = [each for each in trained if id(each[2]) not in self._hooked]
+        # At the first step all of them, for an engine may have taken the optimizer over since.
+        asked = trained if self.current is None else waiting
+        given = set().union(*(held(optimizer) for optimizer in self.optimizers)) if asked else set()
+        for index, name, parameter in asked:
             if id(parameter) not in given:
                 raise UsageError(
                     f"{name} of block {index} is in no optimizer that the warm-up was given",
@@ -363,9 +361,7 @@ class ArchitectureWarmup:
                     )
             return
         if self.current is None and (not making or self._resting is None):
-            remedy = (
-                "warmup.resume_at(step) before torch.distributed.checkpoint loads" if making else "warmup.step(step) first"
-            )
+            remedy = "warmup.resume_at(step) before a checkpoint is loaded by DCP" if making else "warmup.step(step) first"
             raise UsageError("the optimizer steps before the schedule was told the step", hint=f"call {remedy}")
         for _, _, parameter in with_gradient:
             # None and not zeros: for a zero gradient an optimizer creates state and applies weight decay.

@@ -378,3 +378,12 @@ def test_state_that_dcp_has_an_optimizer_make() -> None:
         job.model(input_ids=batch(0), labels=batch(0)).loss.backward()
         with pytest.raises(UsageError, match=r"warmup\.step\(step\) first"):
             job.optimizer.step()
+
+
+def test_an_engine_that_takes_the_optimizer_over_after_the_warm_up_was_made() -> None:
+    """As DeepSpeed's does in `initialize`: one flat tensor, whose state and count of steps all blocks would share."""
+    job = Job()
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in job.model.parameters()]))
+    job.optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(UsageError, match="DeepSpeed"):
+        job.warmup.step(0)

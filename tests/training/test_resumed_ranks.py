@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import launch
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -47,8 +46,8 @@ class Sharded:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
         self.warmup = ArchitectureWarmup(self.model, self.optimizer, GROW)
         self.tracker = CurvatureTracker(
-            self.model, self.optimizer, lambda model, ids: model(input_ids=ids, labels=ids).loss, probe=[batch(99), batch(98)],
-            every=3, split=True, warmup=self.warmup,
+            self.model, self.optimizer, lambda model, ids: model(input_ids=ids, labels=ids).loss,
+            probe=[batch(99), batch(98)], every=3, split=True, warmup=self.warmup,
         )  # fmt: skip
         self.records: list[Any] = []
 
