@@ -85,6 +85,8 @@ def package(session: nox.Session) -> None:
     built = sorted(str(path) for path in (ROOT / "dist").iterdir())
     session.run("twine", "check", "--strict", *built)
     (wheel,) = (path for path in built if path.endswith(".whl"))
+    if "OWNER" in PROJECT["urls"]["Homepage"]:
+        session.warn("OWNER stands for the project's home, in the metadata too: not to be published (CONTRIBUTING.md)")
     if dead := _relative_links(Path(wheel)):
         session.error(f"a package page has no file behind {dead[0]}")
     python = _clean_environment(session, "package", wheel)
