@@ -122,8 +122,8 @@ def _needs(problem: Problem) -> str:
     size = sum(p.numel() * p.element_size() for p in parameters)
     free = resources.free_bytes(parameters[0].device)
     return (
-        f"a batch of {counted(_rows(problem.batches[0]) or 1, 'row')} needs about {_gib(size)} for each vector, of which 16 are held, "
-        f"and {_gib(graph_bytes(problem, cut_short=True))} or more for its graph; {_gib(free)} are free"
+        f"a batch of {counted(_rows(problem.batches[0]) or 1, 'row')} needs about {_gib(size)} for each vector, of which "
+        f"16 are held, and {_gib(graph_bytes(problem, cut_short=True))} or more for its graph; {_gib(free)} are free"
     )
 
 

@@ -112,8 +112,9 @@ def state_findings(view: OptimizerView, step: int | None, path: object) -> list[
         found.append(
             _finding(
                 "step-mismatch",
-                f"the optimizer counts {counted(view.step, 'step')} and the checkpoint {step}: files of two checkpoints, a damaged "
-                "count, an optimizer carried over, or steps skipped by loss scaling; bias correction uses the optimizer's",
+                f"the optimizer counts {counted(view.step, 'step')} and the checkpoint {step}: files of two checkpoints, "
+                "a damaged count, an optimizer carried over, or steps skipped by loss scaling; bias correction uses the "
+                "optimizer's",
             )
         )
     return found
