@@ -97,6 +97,15 @@ def package(session: nox.Session) -> None:
     built = sorted(str(path) for path in (ROOT / "dist").iterdir())
     session.run("twine", "check", "--strict", *built)
     (wheel,) = (path for path in built if path.endswith(".whl"))
+    # What the Dockerfile copies is enough to install from: its RUN steps as far as a machine without docker goes.
+    image = Path(session.create_tmp()) / "src"
+    for line in re.findall(r"^COPY (.+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE):
+        *sources, target = line.split()
+        for source in sources:
+            place = image.parent / target.lstrip("/") / ("" if (ROOT / source).is_dir() else source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, place)
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(image / "dist"), str(image), silent=True)
     if "OWNER" in PROJECT["urls"]["Homepage"]:
         session.warn("OWNER stands for the project's home, in the metadata too: not to be published (CONTRIBUTING.md)")
     if dead := _relative_links(Path(wheel)):
