@@ -130,7 +130,7 @@ def oldest(session: nox.Session) -> None:
     bounds = [re.match(r"([\w-]+)>=([\w.]+)", line) for line in PROJECT["dependencies"]]
     pinned = [f"{bound[1]}=={bound[2]}" for bound in bounds if bound and bound[1] != "torch"]
     assert len(pinned) == len(bounds) - 1, "a dependency has no lower bound"
-    tools = ["hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist"]
+    tools = ["hypothesis", "jsonschema", "pyarrow", "pytest", "pytest-timeout", "pytest-xdist"]
     python = _clean_environment(session, "oldest", *pinned, "-e", str(ROOT), *tools)
     chosen = session.posargs or [*OLDEST, "--deselect", FRAMED, "-k", NEWER]
     session.run(python, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *chosen, external=True)
