@@ -18,8 +18,8 @@ VERDICT = re.compile(r"^ ([A-Z][A-Z ]*?) +rho ([\d.]+)", re.MULTILINE)
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
-# Tests that need no trainer and meet each dependency: documents, the command line, pages, products, the solver, networks and
-# checkpoints of transformers. How help is framed is the newest typer's affair; in transformers 4 there are no experts'
+# Tests that need no trainer and meet each dependency: documents, the command line, pages, products, the solver, networks of
+# transformers. How help is framed is the newest typer's affair; in transformers 4 there are no experts'
 # kernels to choose, and some networks (vit, albert, bloom, t5) have other names and ways within.
 OLDEST = [
     "tests/test_readme.py",
@@ -27,7 +27,6 @@ OLDEST = [
     "tests/render/test_html.py",
     "tests/judge/test_gate.py",
     "tests/models/test_architectures.py",
-    "tests/checkpoints/test_weights.py",
 ]
 FRAMED = "tests/test_readme.py::test_the_page_of_help_texts_is_up_to_date"
 NEWER = "not (vit and found) and not albert and not bloom and not mixtral and not shared and not t5"
@@ -130,7 +129,7 @@ def oldest(session: nox.Session) -> None:
     bounds = [re.match(r"([\w-]+)>=([\w.]+)", line) for line in PROJECT["dependencies"]]
     pinned = [f"{bound[1]}=={bound[2]}" for bound in bounds if bound and bound[1] != "torch"]
     assert len(pinned) == len(bounds) - 1, "a dependency has no lower bound"
-    tools = ["hypothesis", "jsonschema", "pyarrow", "pytest", "pytest-timeout", "pytest-xdist"]
+    tools = ["hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist"]
     python = _clean_environment(session, "oldest", *pinned, "-e", str(ROOT), *tools)
     chosen = session.posargs or [*OLDEST, "--deselect", FRAMED, "-k", NEWER]
     session.run(python, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *chosen, external=True)
