@@ -23,7 +23,8 @@ from curvcli.cli import app
 
 EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir())
-TRAINED = ("nanogpt_loop", "transformers_trainer", "lightning", "accelerate")
+TRAINED = ("nanogpt_loop", "transformers_trainer", "lightning", "accelerate", "accelerate_fsdp", "axolotl", "torchtitan")
+LAUNCHED = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 FEW = ["--tokens", "128", "--max-hvps", "4", "--mode", "kept", "--device", "cpu", "-q"]
 
 
@@ -52,7 +53,8 @@ def test_every_folder_is_in_the_list_and_has_a_readme() -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_lines_are_understood(name: str) -> None:
     found = lines(EXAMPLES / name)
-    assert found[0][:2] == ["python", "train.py"]
+    assert found[0][0] in LAUNCHED
+    assert "train.py" in found[0]
     for words in found:
         if words[0] == "curv":
             command = get_command(app).commands[words[1]]  # type: ignore[attr-defined]
@@ -66,8 +68,8 @@ def test_it_runs(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None
     folder = home / name
     monkeypatch.chdir(folder)
     for words in lines(folder):
-        if words[0] == "python":
-            small = [sys.executable, *words[1:]]
+        if words[0] in LAUNCHED:
+            small = [*LAUNCHED[words[0]], *words[1:]]
             small[small.index("--steps") + 1] = "20"  # early is the first dozen, in which nothing is judged
             done = subprocess.run(
                 small, capture_output=True, text=True, timeout=300, check=False,
@@ -79,6 +81,10 @@ def test_it_runs(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None
         shown = curv(*words[1:], *(FEW if measures else []))
         assert shown.returncode in ((0, 1, 3) if words[1] == "gate" else (0,)), (words, shown.stderr)
         assert shown.stdout or "-o" in words
+    for log in folder.rglob("curvature.jsonl"):
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [record["reason"] for record in records if record["status"] == "failed"] == []
+        assert records
 
 
 def test_the_workflow_is_one_of_the_action() -> None:

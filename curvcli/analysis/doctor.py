@@ -20,7 +20,7 @@ from curvcli.analysis.checkpoint import DEFAULT_TOKENS, architecture_of
 from curvcli.analysis.config import find_config
 from curvcli.analysis.estimate import HELD
 from curvcli.checkpoints import open_checkpoint
-from curvcli.checkpoints.base import Checkpoint
+from curvcli.checkpoints.base import UNNAMED, Checkpoint
 from curvcli.curvature.resources import free_bytes
 from curvcli.data.shards import find_sources
 from curvcli.documents import Versions
@@ -106,17 +106,19 @@ def examine(path: Path | None = None, data: Sequence[Path] | None = None, model:
     read = _data(checkpoint, data)
     checks = [
         Check("checkpoint", "ok", f"{checkpoint.path} ({checkpoint.format}, {_step(checkpoint)})"),
-        Check("network", "ok", f"{checkpoint.architecture}, {checkpoint.task}"),
+        _network(checkpoint),
         *_optimizer(checkpoint, optimizer),
         read,
         _memory(checkpoint, optimizer, device),
         *(Check("finding", "warning", f"{f.code}: {f.message}") for f in checkpoint.findings),
     ]
     given = "".join(f" --data {shlex.quote(str(file))}" for file in data or ())
-    given += "" if model is None else f" --model {shlex.quote(model)}"
+    unnamed = checkpoint.architecture == UNNAMED
+    network = "" if model is None else f" --model {shlex.quote(model)}"
+    given += " --model package.module:factory" if unnamed else network
     if read.status == "error":
         # A configuration that cannot be read has to be mended first: neither of these would run.
-        ways = [f"curv init {named}", f"curv analyze {named} --data FILE"]
+        ways = [f"curv init {named}{network}", f"curv analyze {named} --data FILE{given}"]
         return Examined(machine, extras, checks, ways if _has_config(checkpoint) else [f"curv doctor {named}{given}"])
     lr = " --lr LR" if any(c.what == "learning rate" and c.status == "warning" for c in checks) else ""
     commands = [f"curv analyze {named}{given}{lr} --estimate", f"curv analyze {named}{given}{lr}"]
@@ -171,6 +173,13 @@ def _extras() -> Iterator[Check]:
             yield Check(package, "ok", f"{version(package)}: {what}")
         except PackageNotFoundError:
             yield Check(package, "info", f"not installed: {what}", remedy)
+
+
+def _network(checkpoint: Checkpoint) -> Check:
+    if checkpoint.architecture == UNNAMED:
+        remedy = "pass --model package.module:factory, or --model DIR of a transformers config.json"
+        return Check("network", "error", checkpoint.architecture, remedy)
+    return Check("network", "ok", f"{checkpoint.architecture}, {checkpoint.task}")
 
 
 def _optimizer(checkpoint: Checkpoint, summary: Mapping[str, object] | None) -> Iterator[Check]:

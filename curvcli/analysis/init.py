@@ -17,7 +17,7 @@ from curvcli.errors import CurvError, InputError, UsageError
 
 NAME = "curv.toml"
 # Where data of a run usually lie, from the run's directory, its parent and the working directory.
-_FOLDERS = ("", "data", "dataset", "datasets", "shards")
+_FOLDERS = ("", "data", "dataset", "datasets", "shards", "last_run_prepared")  # the last is axolotl's
 _SUFFIXES = (".bin", ".npy", ".parquet", ".jsonl", ".arrow", ".txt")
 _LOOK = 200  # entries of a folder that are looked at
 _BY = {"trainer": "the transformers Trainer", "nanogpt": "nanoGPT", "lightning": "Lightning", "deepspeed": "DeepSpeed"}

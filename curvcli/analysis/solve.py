@@ -335,9 +335,13 @@ class Measurement:
         for depth in range(len(self.layer_names)):
             self.stages.enter(f"truncated at depth {depth}")
             self.in_time()
+            names = self.upto(depth)
+            if not names:  # as of LoRA, at depth 0: nothing that trains is left, and no gradient
+                found.truncated.append(Solved(names, None))
+                continue
             # In the whole network's mode: a part of it takes less of everything.
             hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
-            found.truncated.append(self.solve(hvp, self.upto(depth), self.coarse).bare())
+            found.truncated.append(self.solve(hvp, names, self.coarse).bare())
 
     def completed(self, found: Measured) -> Measured:
         """With entries for what was not reached."""

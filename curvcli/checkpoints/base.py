@@ -49,6 +49,10 @@ class Logged:
     non_finite: bool = False  # a loss was logged that is no number, or infinite
 
 
+# The architecture of weights that lie without a network.
+UNNAMED = "not named in the checkpoint"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose headers were read; weights and state are loaded by the calls.

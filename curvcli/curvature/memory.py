@@ -14,7 +14,7 @@ from curvcli.curvature.hvp import graph_bytes
 from curvcli.curvature.precision import mapped
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import Ranks
-from curvcli.errors import LEANER, OutOfMemoryError, exhausted, shortage
+from curvcli.errors import LEANER, OutOfMemoryError, counted, exhausted, shortage
 
 TRIED = 4  # rows that ways to multiply are tried and tested on: what is wrong with one is wrong on few rows, too
 T = TypeVar("T")
@@ -122,8 +122,8 @@ def _needs(problem: Problem) -> str:
     size = sum(p.numel() * p.element_size() for p in parameters)
     free = resources.free_bytes(parameters[0].device)
     return (
-        f"a batch of {_rows(problem.batches[0]) or 1} rows needs about {_gib(size)} for each vector, of which 16 are held, "
-        f"and {_gib(graph_bytes(problem, cut_short=True))} or more for its graph; {_gib(free)} are free"
+        f"a batch of {counted(_rows(problem.batches[0]) or 1, 'row')} needs about {_gib(size)} for each vector, of which "
+        f"16 are held, and {_gib(graph_bytes(problem, cut_short=True))} or more for its graph; {_gib(free)} are free"
     )
 
 

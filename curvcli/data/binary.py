@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvcli.errors import InputError
+from curvcli.errors import InputError, counted
 
 Ids = NDArray[np.generic]
 
@@ -64,7 +64,8 @@ def _with_header(path: Path, size: int, magic: int, version: int, count: int) ->
     expected = _HEADER + count * np.dtype(dtype).itemsize
     if count <= 0 or size != expected:
         raise InputError(
-            f"{path} has {size:,} bytes, its header says {count:,} tokens, {expected:,} bytes", hint="copy the file again"
+            f"{path} has {size:,} bytes, its header says {counted(count, 'token')}, {expected:,} bytes",
+            hint="copy the file again",
         )
     return f"llm.c .bin, {np.dtype(dtype).name}", np.memmap(path, dtype=dtype, mode="r", offset=_HEADER)
 

@@ -13,6 +13,8 @@ Accepts = Callable[[Path], bool]
 
 # Names begin a word, so that misstep-3 has no step; "ba" is Composer's count of batches.
 _STEP = re.compile(r"(?:^|[^a-zA-Z])(?:step|iter|checkpoint|ckpt|ba)[=_-]?(\d{1,15})")
+# Where a job's directory has its checkpoints in a folder of their own: torchtitan, Lightning.
+_BELOW = ("checkpoint", "checkpoints")
 # transformers 4.36 and 4.37 saved into tmp-checkpoint-N and renamed that; others write a suffix.
 _ASIDE = re.compile(
     r"(?:^|[-_.])(?:te?mp|partial|incomplete|unfinished|staging|bak|backup|old|broken|corrupt(?:ed)?)\d*(?:[-_.]|$)|~$",
@@ -39,9 +41,10 @@ def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path} is no regular file", hint="a pipe or device cannot be read twice: save it first")
     # Checkpoints inside come before the directory as one: the Trainer ends by saving the model into the run's own directory.
-    numbered = [p for p in _listing(path) if step_of(p) is not None and accepts(p)]
-    if numbered:
-        return sorted(numbered, key=step_order)
+    for place in (path, *(path / name for name in _BELOW)):
+        numbered = [p for p in _listing(place) if step_of(p) is not None and accepts(p)] if place.is_dir() else []
+        if numbered:
+            return sorted(numbered, key=step_order)
     if accepts(path):
         return [path]
     single = path / "ckpt.pt"
@@ -68,6 +71,7 @@ def unfinished(run: Path, chosen: Path, accepts: Accepts) -> list[tuple[Path, st
     """What lies in a run, is newer than a checkpoint by its number, and is none; each with the reason. Raises InputError."""
     # Only names of the same form say that a save of this kind was begun: logs and exports have numbers too.
     step, form = step_of(chosen), re.sub(r"\d+", "#", chosen.name)
+    run = next((run / name for name in _BELOW if chosen.parent == run / name), run)
     found = []
     for path in sorted(_listing(run)) if run.is_dir() and step is not None else ():
         match = _STEP.search(path.name)

@@ -344,8 +344,8 @@ def _quality(report: Report) -> list[Finding]:
                 f"{skipped[0]} the first; raise --budget",
             )
         )
-    # What has no parameter with a lambda is empty, and no failure, where the optimizer's norm is what others have.
-    parts = [(name, e) for name, e in parts if report.steepest is None or e.status != "empty"]
+    # What is empty has no parameter that moves, or none with a lambda: more products do not change that.
+    parts = [(name, e) for name, e in parts if e.status != "empty"]
     # More products do not mend what is asymmetric, or overflows: the table says that of each, and the headline why.
     weak = [name for name, e in parts if e.status not in ("converged", "skipped", "asymmetric", "non-finite")]
     if weak:

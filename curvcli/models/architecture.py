@@ -13,7 +13,7 @@ from curvcli.files.names import averaged, obsolete, of_average, unwrapped
 from curvcli.files.safe import check_finite
 from curvcli.files.tensors import TensorInfo
 from curvcli.models.base import Architecture
-from curvcli.models.registered import configured, twice_differentiable
+from curvcli.models.registered import configured, of_network, twice_differentiable
 from curvcli.models.user_code import blamed, imported
 
 
@@ -24,10 +24,16 @@ def beside(path: Path) -> Architecture | None:
 
 
 def config_beside(path: Path) -> Path | None:
-    """The config.json that says which network a checkpoint is of, where it has none of its own in another form."""
+    """The config.json that says which network a checkpoint is of, where it has none of its own in another form.
+
+    Above the checkpoint there may be one of the job (torchtitan writes its own beside `checkpoint/`): it is passed over.
+    """
     start = path if path.is_dir() else path.parent
+    if (start / "config.json").is_file():
+        return start / "config.json"
     # Two above are enough for checkpoint-N/pytorch_model_fsdp_0 in a run; further up lies what is none of the run's.
-    return next((d / "config.json" for d in (start, *start.absolute().parents[:2]) if (d / "config.json").is_file()), None)
+    above = (d / "config.json" for d in start.absolute().parents[:2])
+    return next((file for file in above if file.is_file() and of_network(file)), None)
 
 
 def named(spec: str) -> Architecture:
@@ -126,6 +132,8 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> dict[
     """
     names = match(model, weights, path)
     own = model.state_dict()
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    made: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, key in names.items():
             value = weights[key]
@@ -134,7 +142,29 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: object) -> dict[
                     f"{path}: {key} has shape {tuple(value.shape)}, the model's {name} {tuple(own[name].shape)}",
                     hint="name the network that was trained with --model",
                 )
-            own[name].copy_(value)  # state_dict's tensors share the model's memory
+            if own[name].untyped_storage().data_ptr() in held:
+                own[name].copy_(value)
+            else:  # a hook of the model's made it, as of a part of a fused matrix: what is written there is in no weight
+                made[name] = value.to(own[name].dtype)
+    _take(model, made, path)
     model.eval()
     check_finite(model)
     return names
+
+
+def _take(model: nn.Module, made: Mapping[str, Tensor], path: object) -> None:
+    """Entries that are not the model's own tensors, by its own way of loading them. Raises InputError where it has none."""
+    if not made:
+        return
+    try:
+        model.load_state_dict(dict(made), strict=False)
+    except Exception as error:
+        message = f"{path}: the model does not load {min(made)}: {error}"
+        raise InputError(message[:500], hint="mend its load_state_dict hooks") from error
+    now = model.state_dict()
+    lost = [name for name, value in made.items() if not torch.equal(now[name].cpu(), value.cpu())]
+    if lost:
+        raise InputError(
+            f"{path}: the model's state_dict has {lost[0]}, made of other weights, and its load_state_dict does not take it",
+            hint="give the network a load_state_dict hook that undoes the other, or name one that stores its parameters",
+        )

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import psutil
 import torch
@@ -39,7 +39,7 @@ def configured(where: Path) -> Architecture:
     """
     file = where / "config.json" if where.is_dir() else where
     config = read_json(file)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if not _names_model(config):
         raise InputError(f"{file} names no model_type", hint="it is not a transformers configuration")
     check_config(config, file)
     # Of a model for images and text: its language model's sizes count.
@@ -60,6 +60,15 @@ def configured(where: Path) -> Architecture:
         tokenizer=file.parent if any((file.parent / f).exists() for f in tokenizers) else None,
         configuration=file,
     )
+
+
+def of_network(file: Path) -> bool:
+    """Whether a JSON file describes a network of transformers. One that cannot be read is an error elsewhere: InputError."""
+    return _names_model(read_json(file))
+
+
+def _names_model(config: object) -> TypeGuard[dict[str, Any]]:
+    return isinstance(config, dict) and isinstance(config.get("model_type"), str)
 
 
 def build(

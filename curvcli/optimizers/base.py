@@ -312,3 +312,10 @@ def _override(key: str) -> str:
     if key in ("lr", "eps", "weight_decay", "momentum"):
         return f"pass --{key.replace('_', '-')} to override it"
     return f"use another checkpoint, or {NO_OPTIMIZER}"
+
+
+def innermost(optimizer: Any) -> Any:
+    """An optimizer without the wrappers of accelerate and Lightning, which have its groups and state and another class."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer

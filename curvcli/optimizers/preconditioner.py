@@ -16,7 +16,7 @@ from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.adam import Adam
-from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State
+from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State, innermost
 from curvcli.optimizers.bitsandbytes import unseen
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.muon import beside, unstacked
@@ -325,7 +325,7 @@ def live(
 
 
 def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> OptimizerView:
-    names = {id(p): n for n, p in parameters.items()}
+    names, optimizer = {id(p): n for n, p in parameters.items()}, innermost(optimizer)
     mode = getattr(optimizer, "adam_w_mode", None)  # apex' and DeepSpeed's fused Adam, which say it nowhere else
     extra = {} if mode is None else {"adam_w_mode": bool(mode)}
     groups = tuple(

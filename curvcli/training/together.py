@@ -58,7 +58,7 @@ def check_gathered(model: nn.Module, held: Iterable[Tensor], ranks: Ranks) -> bo
     # Tensor parallelism leaves no class on the model, only hooks on the modules' inputs and outputs.
     if any(_home(hook).startswith("torch.distributed.tensor.") for hook in _hooks(model)):
         raise UnsupportedError("a model under tensor parallelism is not measured while it trains", hint=beside)
-    if ranks.world == 1:
+    if ranks.world == 1 and torch.distributed.get_world_size() > 1:
         raise UnsupportedError(
             "a model under fully_shard is measured by all ranks together",
             hint="CurvatureTracker(..., split=True), made and stepped on every rank",

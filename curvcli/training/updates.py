@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from curvcli.errors import UsageError
+from curvcli.optimizers.base import innermost
 
 
 class Follower(Protocol):
@@ -90,9 +91,7 @@ def bare(optimizer: Any) -> list[torch.optim.Optimizer]:
     """One optimizer or several, without the wrappers of accelerate and Lightning. Raises UsageError for anything else."""
     given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
     found = []
-    for each in given:
-        while isinstance(inner := getattr(each, "optimizer", None), torch.optim.Optimizer):
-            each = inner
+    for each in map(innermost, given):
         if not isinstance(each, torch.optim.Optimizer):
             raise UsageError(
                 f"a {type(each).__name__} is no torch.optim.Optimizer", hint="pass the optimizer, or a list of optimizers"

@@ -103,6 +103,7 @@ class ArchitectureWarmup:
         self.margin = margin or self.schedule.margin or STABLE_BELOW
         self.locked: frozenset[int] = frozenset()
         self.current: int | None = None
+        self._resting: frozenset[int] | None = None  # without state in a checkpoint that is about to be loaded
         self.started: list[int] = []  # in adaptive mode: the step at which each phase began
         everything = frozenset(range(self.schedule.depth))
         phases = [everything - frozenset(phase.active) for phase in self.schedule.phases]
@@ -187,6 +188,15 @@ class ArchitectureWarmup:
             )
         self.started = [int(step) for step in state["started"]]
 
+    def resume_at(self, step: int) -> None:
+        """Say which step the job resumes at, before torch.distributed.checkpoint loads into its optimizer.
+
+        For a place to load into, that has a new optimizer make its state, in a step at learning rate 0. Blocks that were
+        locked in the update before `step` get none, as they have none in the checkpoint. In adaptive mode load the
+        job's decisions first.
+        """
+        self._resting = self._decided(step - 1)
+
     def detach(self) -> None:
         """Let go of model and optimizers; nothing is locked any longer. A new warm-up on the model does so, too."""
         for handle in (*self._handles, *self.gates):
@@ -252,6 +262,13 @@ class ArchitectureWarmup:
             why = f"rho {rho:.3g} with it is within {self.margin:g}" if allowed else f"latest step {phases[phase].latest}"
             logger.info("step %d: phase %d begins, %s", step, phase, why)
             self.started.append(step)
+        return self._decided(step)
+
+    def _decided(self, step: int) -> frozenset[int]:
+        """What is locked at a step, by the decisions made so far."""
+        if self.rho_source is None:
+            return self.schedule.locked_at(step)
+        phases = self.schedule.phases
         # A resumed job may have loaded decisions that lie ahead of this step.
         begun = sum(1 for began in self.started if began <= step)
         return frozenset(range(self.schedule.depth)) - frozenset(phases[max(begun - 1, 0)].active)
@@ -294,14 +311,12 @@ class ArchitectureWarmup:
 
     def _hook_gradients(self) -> None:
         """Zero the gradients of locked blocks as they come, of parameters that began to require them too."""
-        waiting = [
-            (lock.index, name, p)
-            for lock in self.lockable
-            for name, p in lock.parameters.items()
-            if p.requires_grad and id(p) not in self._hooked
-        ]
-        given = set().union(*(held(optimizer) for optimizer in self.optimizers)) if waiting else set()
-        for index, name, parameter in waiting:
+        trained = [(lock.index, n, p) for lock in self.lockable for n, p in lock.parameters.items() if p.requires_grad]
+        waiting = [each for each in trained if id(each[2]) not in self._hooked]
+        # At the first step all of them, for an engine may have taken the optimizer over since.
+        asked = trained if self.current is None else waiting
+        given = set().union(*(held(optimizer) for optimizer in self.optimizers)) if asked else set()
+        for index, name, parameter in asked:
             if id(parameter) not in given:
                 raise UsageError(
                     f"{name} of block {index} is in no optimizer that the warm-up was given",
@@ -331,7 +346,9 @@ class ArchitectureWarmup:
         Raises UsageError where the schedule was not told the step, or where an optimizer that the warm-up was not given
         would train a locked block.
         """
-        with_gradient = [(i, n, p) for i in self.locked for n, p in self.locks[i].parameters.items() if p.grad is not None]
+        making = self.current is None and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
+        locked = self._resting if making and self._resting is not None else self.locked
+        with_gradient = [(i, n, p) for i in locked for n, p in self.locks[i].parameters.items() if p.grad is not None]
         if not any(optimizer is own for own in self.optimizers):
             inside = held(optimizer) if with_gradient else set()
             for index, name, parameter in with_gradient:
@@ -343,10 +360,9 @@ class ArchitectureWarmup:
                         "warmup.detach() ends the locks",
                     )
             return
-        if self.current is None:
-            raise UsageError(
-                "the optimizer steps before the schedule was told the step", hint="call warmup.step(step) first"
-            )
+        if self.current is None and (not making or self._resting is None):
+            remedy = "warmup.resume_at(step) before a checkpoint is loaded by DCP" if making else "warmup.step(step) first"
+            raise UsageError("the optimizer steps before the schedule was told the step", hint=f"call {remedy}")
         for _, _, parameter in with_gradient:
             # None and not zeros: for a zero gradient an optimizer creates state and applies weight decay.
             parameter.grad = None

@@ -43,6 +43,8 @@ def test_what_is_missing_is_named_with_a_remedy(tmp_path: Path) -> None:
         assert check.status == status, what
         assert check.remedy, what
     assert done.commands[0] == f"curv init {tmp_path}"
+    named = examine(tmp_path, model=str(tmp_path / "checkpoint-10"))
+    assert named.commands[0] == f"curv init {tmp_path} --model {tmp_path / 'checkpoint-10'}"
 
 
 def test_a_configuration_that_cannot_be_read_is_not_to_be_written_anew(tmp_path: Path) -> None:

@@ -66,10 +66,13 @@ def test_they_are_left_out_of_a_trained_network_and_the_finding_says_why() -> No
         grow_from(Measured(report), lr=LrSchedule(kind="constant", peak=0.1, warmup_steps=0, total_steps=None))
 
 
-def test_they_are_measured_where_cutting_costs_no_loss() -> None:
-    report, half, whole = measured(trained=False)
+@pytest.mark.parametrize("mode", ["fresh", "kept"])
+def test_they_are_measured_where_cutting_costs_no_loss(mode: str) -> None:
+    """At depth 0 nothing that trains is left, as of LoRA: that network has no gradient, and no graph that could be kept."""
+    report, half, whole = measured(trained=False, mode=mode)
     assert half < 1.1 * whole
-    assert [e.status for e in report.cumulative.truncated[1:]] == ["converged"] * DEPTH
+    assert [e.status for e in report.cumulative.truncated] == ["empty", *["converged"] * DEPTH]
+    assert "unconverged-parts" not in {finding.code for finding in report.findings}
     assert not [finding for finding in report.findings if finding.code == "truncated-left-out"]
 
 

@@ -14,6 +14,7 @@ from curvcli.curvature.inverse_root import Diagonal, InverseRoot, ModelRoot, Mul
 from curvcli.curvature.operator import PreconditionedHessian
 from curvcli.curvature.problem import Problem
 from curvcli.optimizers.base import Group
+from curvcli.optimizers.preconditioner import live, prepare
 
 KINDS = ("kronecker", "rotated", "low rank", "diagonal", "multiple")
 Measured = tuple[models.Net, Problem, ModelRoot, dict[str, Tensor]]
@@ -138,3 +139,19 @@ def test_the_toy_is_the_rule_of_its_optimizer() -> None:
     state, group = optimizer.state[weight], Group(("w",), optimizer.param_groups[0])
     root = WhitenRule().preconditioner(group, state)
     torch.testing.assert_close(before - weight.detach(), 0.1 * root.solve(state["exp_avg"]))
+
+
+def test_an_optimizer_that_accelerate_has_wrapped() -> None:
+    """The class, by which the rule is found, is that of what is within. examples/accelerate_fsdp has accelerate's own."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    found, own = (live(each, {"w": weight}) for each in (Wrapper(Wrapper(optimizer)), optimizer))
+    assert (found.name, found.vouched, found.groups) == (own.name, own.vouched, own.groups)
+    assert prepare(found, {"w": weight}).threshold == prepare(own, {"w": weight}).threshold

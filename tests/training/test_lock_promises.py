@@ -361,3 +361,29 @@ def test_a_block_that_gives_no_tensor_cannot_be_proven() -> None:
     ArchitectureWarmup(net, torch.optim.SGD(net.parameters(), lr=0.1), GROW).step(0)
     with pytest.raises(UnsupportedError, match="block 2, a Block, gives no tensor first"):
         net.layers[2](x=torch.randn(2, 4))
+
+
+def test_state_that_dcp_has_an_optimizer_make() -> None:
+    """A place to load into, made in a step at learning rate 0: with state for what the checkpoint has state of."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    job = Job()
+    with pytest.raises(UsageError, match="resume_at"):
+        get_optimizer_state_dict(job.model, job.optimizer)
+    for step, having in ((5, {None, 0, 1, 2}), (8, {None, 0, 1, 2}), (9, {None, 0, 1, 2, 3})):
+        job = Job()
+        job.warmup.resume_at(step)
+        get_optimizer_state_dict(job.model, job.optimizer)
+        assert {block_of(n) for n, p in job.model.named_parameters() if job.optimizer.state[p]} == having
+        job.model(input_ids=batch(0), labels=batch(0)).loss.backward()
+        with pytest.raises(UsageError, match=r"warmup\.step\(step\) first"):
+            job.optimizer.step()
+
+
+def test_an_engine_that_takes_the_optimizer_over_after_the_warm_up_was_made() -> None:
+    """As DeepSpeed's does in `initialize`: one flat tensor, whose state and count of steps all blocks would share."""
+    job = Job()
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in job.model.parameters()]))
+    job.optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(UsageError, match="DeepSpeed"):
+        job.warmup.step(0)

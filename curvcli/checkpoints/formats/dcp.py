@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvcli.checkpoints.base import Checkpoint, Logged, OptimizerFile
+from curvcli.checkpoints.base import UNNAMED, Checkpoint, Logged, OptimizerFile
 from curvcli.checkpoints.formats.beside import averaged_weights, averages_of, merged, of_another, unread
 from curvcli.checkpoints.formats.dcp_files import METADATA, Entry, Lazy, read_metadata
 from curvcli.checkpoints.state.mapping import map_named, map_state, matrix_order, single_order, summary, trainer_order
@@ -114,7 +114,7 @@ def assemble(
     return Checkpoint(
         path=path,
         format=format,
-        architecture=found.name if found else "not named in the checkpoint",
+        architecture=found.name if found else UNNAMED,
         tensors=tuple(tensors),
         model=model,
         optimizer=state,

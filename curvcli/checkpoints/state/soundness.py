@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.documents import Finding
-from curvcli.errors import InputError
+from curvcli.errors import InputError, counted
 from curvcli.optimizers import averages
 from curvcli.optimizers.base import Group, OptimizerView
 from curvcli.optimizers.kronecker import rotated
@@ -117,8 +117,9 @@ def state_findings(view: OptimizerView, step: int | None, path: object) -> list[
         found.append(
             _finding(
                 "step-mismatch",
-                f"the optimizer counts {view.step} steps and the checkpoint {step}: files of two checkpoints, a damaged "
-                "count, an optimizer carried over, or steps skipped by loss scaling; bias correction uses the optimizer's",
+                f"the optimizer counts {counted(view.step, 'step')} and the checkpoint {step}: files of two checkpoints, "
+                "a damaged count, an optimizer carried over, or steps skipped by loss scaling; bias correction uses the "
+                "optimizer's",
             )
         )
     return found
