@@ -62,6 +62,39 @@ def test_blocks_go_back_as_they_are_freed() -> None:
     assert int(freed("not")[1]) < 100  # so that it is worth telling
 
 
+KEPT = """
+import resource, sys, torch
+from curvcli.curvature import resources
+told = sys.argv[1] == "told" and resources.keep_blocks()
+del (first := [torch.ones(2**22)])[:]
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    tensors = [torch.ones(2**20) for _ in range(40)]  # 4 MiB each, 40,000 pages in all
+    del tensors
+print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(resources._malloc_trim() is None, reason="glibc alone can be told")
+def test_blocks_that_are_kept_are_not_asked_for_again() -> None:
+    def faults(word: str) -> list[str]:
+        run = subprocess.run([sys.executable, "-c", KEPT, word], check=True, capture_output=True, text=True)
+        return run.stdout.split()
+
+    told, few = faults("told")
+    assert told == "True"
+    assert int(few) < 60_000  # once, and not twenty times
+    assert int(faults("not")[1]) > 400_000
+
+
+def test_both_limits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(resources, "_told", lambda *pair: not told.append(pair))
+    assert resources.keep_blocks()
+    assert told == [(-3, 32 * 2**20), (-1, 256 * 2**20)]  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+
+
 @pytest.mark.parametrize(("large", "asked"), [(17, 0), (16, 1)])
 def test_only_products_of_large_models_ask(large: int, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class Twice:
