@@ -100,6 +100,8 @@ class Opened:
         device = _device(options.device)
         if device.type == "cpu" and options.memory is not None:
             resources.return_blocks()  # what reading takes counts, too
+        elif device.type == "cpu":
+            resources.keep_blocks()
         model = checkpoint.model()
         found = [*checkpoint.findings, *weight_findings(model)]
         shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)

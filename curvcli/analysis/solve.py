@@ -293,39 +293,43 @@ class Measurement:
         it. Where that is near enough, a few products from the vector of the depth above do, and none of a fresh start.
         """
         last = len(self.layer_names)
-        above = found.full
+        above, falls = found.full, False
         found.restricted.update({0: found.ends or Solved(self.outer, None), last: above.bare()})
         for depth in range(last - 1, 0, -1):
             self.stages.enter(f"restricted to depth {depth}")
-            solved = self.lowered(hvp, self.upto(depth), above)
-            if solved is None:
-                solved = self.solve(hvp, self.upto(depth), self.sharp)
+            names = self.upto(depth)
+            solved = Solved(names, None) if falls else self.lowered(hvp, names, above)
+            if not solved.converged:
+                # A ceiling serves the depths below where they fall less than what it is allowed to lie above.
+                near = above.value <= (1 + 7 * self.solver.tolerance) * solved.value
+                solved = self.solve(hvp, names, self.sharp if near else self.coarse)
+            falls = above.value > (1 + 10 * self.solver.tolerance) * solved.value
             found.restricted[depth] = solved.bare()
             if steep:
                 steep.depth(depth)
             # A depth that failed leaves no vector to start from: keep the one above it.
             above = solved if solved.extremes and solved.extremes.vector is not None else above
 
-    def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved | None:
-        """A depth from the one above it; None where that says too little of it."""
+    def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved:
+        """A depth from the one above it; not converged where that says too little of it."""
         wide = above.extremes
         if self.solver.scratch is not None:  # its basis has no room either, and would not lie on disk
-            return None
+            return Solved(names, None)
         if not names or wide is None or wide.vector is None:
-            return None
+            return Solved(names, None)
         self.in_time()
         operator = self.operator(hvp, names)
         start = operator.root.carry(wide.vector, self.preconditioner.root.restrict(above.names))
         # Davidson, as Lanczos has no ceiling from a warm start; here that of the depth above holds (Cauchy interlacing).
-        warm = Davidson(self.coarse.tolerance, inf, WARM, basis=6, seed=self.solver.seed, deadline=self.solver.deadline)
+        allowed = 1 + 10 * self.solver.tolerance
+        warm = Davidson(
+            self.coarse.tolerance, inf, WARM, basis=6, seed=self.solver.seed, deadline=self.solver.deadline,
+            least=wide.ceiling / allowed if wide.ceiling > 0 else -inf,
+        )  # fmt: skip
         extremes = warm.extremes(operator, [start])
         top, ceiling = extremes.top, wide.ceiling
-        if (
-            top is None
-            or extremes.status != "converged"
-            or ceiling - top.value > 10 * self.solver.tolerance * abs(top.value)
-        ):
-            return None
+        if top is not None and ceiling - top.value > (allowed - 1) * abs(top.value):
+            extremes = replace(extremes, status="max-hvps")
         return Solved(names, replace(extremes, bottom=None, ceiling=ceiling))
 
     def shortened(self, found: Measured) -> None:

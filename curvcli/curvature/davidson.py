@@ -39,6 +39,8 @@ class Davidson:
         asymmetry: |u.Gv - v.Gu| over the norm of G, at most, before the products are called wrong.
         seed: of the random start.
         deadline: instant of `time.monotonic()` at which to stop with what there is.
+        least: top value below which the result is of no use: the solve ends as "max-hvps" once it is not to be expected to
+            rise so far, an error being about residual^2 over the spectral gap, which is taken for half the value.
     """
 
     tolerance: float = 1e-2
@@ -48,6 +50,7 @@ class Davidson:
     asymmetry: float = 1e-3
     seed: int = 0
     deadline: float = float("inf")
+    least: float = -float("inf")
 
     @property
     def expired(self) -> bool:
@@ -75,7 +78,9 @@ class Davidson:
             # One vector, as from a warm start that is an eigenvector still, says nothing of the other end, nor that
             # nothing lies above it.
             bottom_done = bottom_done and (space.count > 1 or space.complete or self.bottom_tolerance == float("inf"))
+            reach = top.value + 2 * top.residual**2 / max(abs(top.value), 1e-30)
             over = (top_done and bottom_done) or space.complete or space.products >= self.max_products or self.expired
+            over = over or reach < self.least
             over, top_done = map(bool, operator.space.agree(over, top_done))
             status: Status = "converged" if top_done or space.complete else "max-hvps"
             if space.skew > self.asymmetry * space.norm:

@@ -138,19 +138,18 @@ class _Walk:
         left = left if self.support is None else left * self.support
         if not self.space.finite(left):
             return False
-        first = self._inner(left, k + 1)
-        left = self._without(left, first, k + 1)
-        second = self._inner(left, k + 1)  # "twice is enough" (Parlett, The Symmetric Eigenvalue Problem, section 6.9)
-        left = self._without(left, second, k + 1)
+        # Of a symmetric G what is left of an image by the last two vectors is orthogonal to all: of those before them it
+        # has rounding alone, and one pass over the basis takes that away ("twice is enough": Parlett, The Symmetric
+        # Eigenvalue Problem, section 6.9; the first time is that of the last two).
+        local = {i: float(self.space.inner(self._row(i)[None], left)[0]) for i in range(max(k - 1, 0), k + 1)}
+        for i, part in local.items():
+            left = torch.sub(left, self._row(i), alpha=part)
+        found = self._inner(left, k + 1)
+        left = self._without(left, found, k + 1)
         rest = self.space.norm(left)
-        # Of a symmetric G all inner products are 0 but those with the last two vectors, and that with the one before is
-        # the norm that was left there.
-        expected = first.new_zeros(k)
-        if k:
-            expected[-1] = self.beside[-1]
-            self.skew = max(self.skew, float((first[:k] - expected).abs().max()))
-        # Including what the second pass still found.
-        self.diagonal.append(float(first[k] + second[k]))
+        if k:  # inner products that a symmetric G would not have, or not so
+            self.skew = max(self.skew, abs(local[k - 1] - self.beside[-1]), float(found[:k].abs().max()))
+        self.diagonal.append(local[k] + float(found[k]))
         self.beside.append(rest)
         # Dense, (k, k): an eigenproblem of some dozen numbers costs nothing beside a product.
         matrix = torch.diag(torch.tensor(self.diagonal, dtype=torch.float64))
@@ -161,7 +160,7 @@ class _Walk:
         # No start but one without a part in some eigenvector ends before the space does: all eigenvalues are found.
         self.complete = k + 1 >= self.size or rest <= self.rounding * self.norm
         if not self.complete:
-            self._add(left / rest)
+            self._add(left, rest)
         return True
 
     def pair(self, index: int) -> Ritz:
@@ -208,11 +207,11 @@ class _Walk:
             before = beside
         return total
 
-    def _add(self, vector: Tensor) -> None:
+    def _add(self, vector: Tensor, norm: float = 1.0) -> None:
         block, row = divmod(self.products, self.rows)
         if block == len(self.blocks):
             self.blocks.append(self._room(min(self.rows, self.space.size)))
-        self.blocks[block][row] = vector
+        torch.div(vector, norm, out=self.blocks[block][row])
         let_go(self.blocks[block])
 
     def _room(self, rows: int) -> Tensor:

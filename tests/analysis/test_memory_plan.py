@@ -197,7 +197,7 @@ def test_solves_end_where_the_basis_does(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("memory", ["1T", None])
-def test_free_blocks_go_back_from_before_the_model_is_read(
+def test_free_blocks_go_back_or_are_kept_from_before_the_model_is_read(
     run: Path, memory: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -205,11 +205,12 @@ def test_free_blocks_go_back_from_before_the_model_is_read(
     def model() -> nn.Module:
         raise InputError("read")
 
-    monkeypatch.setattr(resources, "return_blocks", lambda: told.append("told"))
+    monkeypatch.setattr(resources, "return_blocks", lambda: told.append("return"))
+    monkeypatch.setattr(resources, "keep_blocks", lambda: told.append("keep"))
     opened = open_for_analysis(run, Options(tokens=64, sequence_length=16, memory=memory, device="cpu"))
     with pytest.raises(InputError, match="read"):
         replace(opened, checkpoint=replace(opened.checkpoint, model=model)).measure()
-    assert bool(told) == (memory is not None)
+    assert told == ["return" if memory else "keep"]
 
 
 def test_limits_are_a_part_of_what_reports_are_kept_under(run: Path) -> None:

@@ -100,6 +100,16 @@ def test_a_start_that_is_an_eigenvector_is_no_proof_of_either_end(noise: float) 
     assert found.bottom.value == pytest.approx(-3.0, rel=1e-2)
 
 
+@pytest.mark.parametrize(("least", "products"), [(9.0, 1), (5.0, 4)])
+def test_a_value_that_is_out_of_reach_is_not_waited_for(least: float, products: int) -> None:
+    matrix = spectrum([*torch.linspace(-1, 1, 60).tolist(), 6.0])
+    top = torch.linalg.eigh(matrix).eigenvectors[:, -1]
+    start = top + 0.02 * torch.randn(61, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solver = Davidson(tolerance=1e-6, bottom_tolerance=float("inf"), max_products=4, least=least)
+    found = solver.extremes(DenseOperator(matrix), [start])
+    assert (found.status, found.products) == ("max-hvps", products)
+
+
 def test_nan_in_a_product_is_a_status() -> None:
     matrix = torch.full((10, 10), float("nan"))
     found = Davidson().extremes(DenseOperator(matrix))

@@ -98,6 +98,28 @@ def test_limits() -> None:
     assert (broken.status, broken.top, broken.ceiling) == ("non-finite", None, inf)
 
 
+@pytest.mark.parametrize("largest", [101.0, 3e4])
+def test_the_basis_is_orthonormal_to_rounding(largest: float) -> None:
+    # Outliers are found one after the other, and of the image that finds one little is left by the vectors before.
+    values = [-40.0, *torch.linspace(-1, 1, 195).tolist(), 50.0, 50.01, 100.0, largest]
+    operator = Folded([(0.5, DenseOperator(matrix_of(values, dtype=torch.float32)))] * 2)
+    Lanczos(tolerance=0.0, max_products=40).extremes(operator)
+    basis = torch.stack(operator.vectors).double()
+    assert len(basis) == 40
+    assert float((basis @ basis.T - torch.eye(40)).abs().max()) < 2e-6
+
+
+def test_a_crooked_entry_far_from_the_last_vectors_is_seen() -> None:
+    matrix = matrix_of(torch.linspace(-3, 4, 60))
+    operator = Folded([(0.5, DenseOperator(matrix))] * 2)
+    Lanczos(tolerance=0.0, max_products=9).extremes(operator)
+    first, later = operator.vectors[1], operator.vectors[6]
+    found = Lanczos(tolerance=0.0, max_products=9).extremes(DenseOperator(matrix + torch.outer(first, later)))
+    assert found.status == "asymmetric"
+    last = torch.outer(operator.vectors[5], later)  # beside the diagonal, too
+    assert Lanczos(tolerance=0.0, max_products=9).extremes(DenseOperator(matrix + last)).status == "asymmetric"
+
+
 def test_both_ends_where_the_lower_is_waited_for() -> None:
     values = [-3.0, *torch.linspace(0, 2, 300).tolist(), 40.0]
     found = Lanczos(bottom_tolerance=0.01).extremes(DenseOperator(matrix_of(values)))

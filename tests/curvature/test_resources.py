@@ -62,6 +62,34 @@ def test_blocks_go_back_as_they_are_freed() -> None:
     assert int(freed("not")[1]) < 100  # so that it is worth telling
 
 
+KEPT = """
+import sys, psutil, torch
+from curvcli.curvature import resources
+told = sys.argv[1] == "told" and resources.keep_blocks()
+del (first := [torch.ones(2**22)])[:]
+tensors = [torch.ones(2**19) for _ in range(50)]  # 2 MiB each
+held = psutil.Process().memory_info().rss
+del tensors
+print(told, (held - psutil.Process().memory_info().rss) >> 20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(resources._malloc_trim() is None, reason="glibc alone can be told")
+def test_blocks_that_are_kept_are_there_for_the_next_product() -> None:
+    run = subprocess.run([sys.executable, "-c", KEPT, "told"], check=True, capture_output=True, text=True)
+    told, freed = run.stdout.split()  # not told it is 95, where nothing happens to lie behind the last tensor
+    assert told == "True"
+    assert int(freed) < 10
+
+
+def test_both_limits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(resources, "_told", lambda *pair: not told.append(pair))
+    assert resources.keep_blocks()
+    assert told == [(-3, 32 * 2**20), (-1, 256 * 2**20)]  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+
+
 @pytest.mark.parametrize(("large", "asked"), [(17, 0), (16, 1)])
 def test_only_products_of_large_models_ask(large: int, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
     class Twice:

@@ -138,3 +138,12 @@ def test_products_and_norms_of_long_vectors_are_good_to_rounding(size: int) -> N
     truth = (rows.double() @ rows[1].double()).tolist()
     assert space.inner(rows, rows[1]).tolist() == pytest.approx(truth, rel=5e-6)
     assert space.norm(rows[1]) ** 2 == pytest.approx(truth[1], rel=5e-6)
+
+
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -float("inf")])
+def test_one_entry_that_is_not_finite_is_seen(entry: float) -> None:
+    vector = torch.linspace(-1, 1, 1001)
+    space = OneDevice(1001, vector.dtype, vector.device)
+    assert space.finite(vector)
+    vector[77] = entry
+    assert not space.finite(vector)
