@@ -203,7 +203,7 @@ def test_keys_hold_what_the_report_depends_on(calm: Path, tmp_path: Path) -> Non
     (bare / "weights").write_bytes(b"1")
     moved = replace(opened, checkpoint=replace(opened.checkpoint, path=bare))
     keys = set()
-    for config in ('{"heads": 4}', '{"heads": 8}'):
+    for config in ('{"model_type": "llama", "heads": 4}', '{"model_type": "llama", "heads": 8}'):
         (tmp_path / "run" / "config.json").write_text(config)
         keys.add(key_of(moved))
     assert len(keys) == 2

@@ -228,7 +228,7 @@ def test_nothing_fits() -> None:
         analyze(net, lambda m, b: Short.apply(models.loss(m, b)), batches, weights=models.weights(batches))
     said = str(raised.value)
     assert said.startswith("out of memory in a Hessian-vector product: 4611686018427387904 bytes more were asked for; ")
-    assert "a batch of 1 rows needs about" in said
+    assert "a batch of 1 row needs about" in said
     assert said.endswith("use --mode fresh, --batch-size 1, a shorter --sequence-length or fewer --tokens")
 
 
