@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import nn
@@ -15,12 +15,14 @@ from curvcli.analysis.measured import Measured
 from curvcli.analysis.plan import GIB, fitted, limit_of
 from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress
+from curvcli.curvature.gathering import Weights
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import leanest, spread
 from curvcli.curvature.precision import Lifted
 from curvcli.curvature.problem import Loss, Problem, check_lifted, measurable
-from curvcli.curvature.ranks import current, same
+from curvcli.curvature.ranks import agreed, current, same
+from curvcli.curvature.shards import Shards
 from curvcli.errors import UsageError
 from curvcli.models.blocks import find_blocks, locate, survey
 from curvcli.optimizers.adam import ESTIMATED
@@ -29,6 +31,7 @@ from curvcli.optimizers.given import scaled
 from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, prepare
 
 T = TypeVar("T")
+Shard: TypeAlias = Literal["vectors", "all"]
 Live: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
@@ -58,6 +61,7 @@ def analyze(
     truncated: bool | None = None,
     on_verdict: Callable[[documents.Report], None] | None = None,
     memory: int | str | None = None,
+    shard: Shard | None = None,
     provenance: Provenance | None = None,
 ) -> documents.Report:
     """Curvature of a model as its optimizer sees it, in full, per layer and cumulative over depth.
@@ -90,6 +94,9 @@ def analyze(
         memory: most that the process may take at its peak (on a GPU, the tensors there), in bytes or as "8GiB": how products
             are made, in how large batches, and how many vectors there are follow from it, and freed memory goes back to
             the system at once, which costs 16 to 36 % of the time. None plans with what is free.
+        shard: where several processes measure together (`curvature.ranks.within`): "vectors" divides preconditioner and
+            vectors over them, "all" weights and optimizer state too, for a model that nobody needs afterwards: it is left
+            without its weights. Products are made on gathered weights, by fresh graphs. None divides the batches alone.
         provenance: what the report says of its inputs; needed only where they are files.
 
     Returns:
@@ -107,8 +114,11 @@ def analyze(
         said = replace(said, notes={**said.notes, **notes})
 
         def early(found: Measured) -> None:
-            if on_verdict is not None:
-                on_verdict(_provisional(write(work, found, said, tokens)))
+            # Where slices are held, all have to write what rank 0 shows.
+            if on_verdict is not None if shard is None else agreed(on_verdict is not None)[0]:
+                report = _provisional(write(work, found, said, tokens))
+                if on_verdict is not None:
+                    on_verdict(report)
 
         return write(work, work.run(early), said, tokens)
 
@@ -118,7 +128,7 @@ def analyze(
     solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
     return prepared(
         model, loss, batches, optimizer, finish, weights=weights, layers=layers, lr=lr, mode=mode, solver=solver,
-        progress=progress, depths=depths, truncated=truncated, memory=memory,
+        progress=progress, depths=depths, truncated=truncated, memory=memory, shard=shard,
     )  # fmt: skip
 
 
@@ -138,6 +148,7 @@ def prepared(
     depths: bool = True,
     truncated: bool | None = None,
     memory: int | str | None = None,
+    shard: Shard | None = None,
 ) -> T:
     """What is made of a measurement that is set up and has not begun, by the leanest plan that memory does for.
 
@@ -157,15 +168,15 @@ def prepared(
     say = progress or (lambda stage, done: None)
     with measurable(module) as lifted:
 
-        def measure(problem: Problem, mode: Mode | Literal["auto"]) -> T:
-            preconditioner = _preconditioner(problem, optimizer, lr)
+        def set_up(problem: Problem, mode: Mode | Literal["auto"]) -> tuple[Measurement, dict[str, str]]:
+            preconditioner = known or _preconditioner(problem, optimizer, lr, shards)
             # An optimizer that maximises descends minus the loss, whose Hessian is the one with an edge.
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
             notes = {**_lifted(lifted, problem), **_cut(problem, len(whole.batches)), **_idle(problem)}
             basis, on_disk = None, False
             if limit is not None:
-                part, chosen = fitted(part, limit, mode, solver.max_products)
+                part, chosen = fitted(part, limit, mode, solver.max_products, sharded=shards is not None)
                 mode, basis, on_disk = mode if mode == "forward" else chosen.mode, chosen.basis, chosen.on_disk > 0
                 notes["memory-plan"] = f"of {limit / GIB:.2f} GiB: {chosen}"
             if blocks is not None:
@@ -175,6 +186,11 @@ def prepared(
                 part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated, basis=basis,
                 on_disk=on_disk,
             )  # fmt: skip
+            return work, notes
+
+        def measure(problem: Problem, mode: Mode | Literal["auto"]) -> T:
+            with problem.gathered():
+                work, notes = set_up(problem, mode)
             return finish(work, notes)
 
         given = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
@@ -183,6 +199,15 @@ def prepared(
         # Ranks that read different files would sum products of different functions, and no number would show it.
         same("weights, optimizer state or data", given.parameters, given.batches, state)
         whole = spread(given, current())
+        shards, known = None, None
+        if shard is not None:
+            shards = Shards(current(), {n: p.shape for n, p in given.parameters.items()})
+        if shard == "all":
+            if isinstance(optimizer, OptimizerView):  # once, so that its state makes room before anything is solved
+                known = _preconditioner(whole, optimizer, lr, shards)
+                cast("dict[str, Any]", optimizer.state).clear()
+            whole = replace(whole, gathered=Weights(module, current()).whole)
+            mode = _on_slices(mode)
         return leanest(whole, mode, measure)
 
 
@@ -199,15 +224,27 @@ def check_effort(tolerance: float, max_hvps: int, *, depths: bool = True, trunca
         raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
 
 
-def _preconditioner(problem: Problem, optimizer: OptimizerView | Estimated | None, lr: float | None) -> Preconditioner:
+def _on_slices(mode: Mode | Literal["auto"]) -> Mode:
+    """The mode where weights are there while a product is made, and not between. Raises UsageError where it has none."""
+    if mode == "kept":
+        raise UsageError(
+            "kept graphs hold the whole weights, which --shard divides", hint="drop --mode kept, or measure without --shard"
+        )
+    return "fresh" if mode == "auto" else mode
+
+
+def _preconditioner(
+    problem: Problem, optimizer: OptimizerView | Estimated | None, lr: float | None, shards: Shards | None
+) -> Preconditioner:
     parameters = problem.parameters
     if not parameters:
         raise UsageError("no parameter of the model requires a gradient", hint="unfreeze what is to be measured")
     if optimizer is None:
-        return identity(parameters)
+        return identity(parameters, shards)
     if isinstance(optimizer, Estimated):
-        return prepare(scaled(estimate(problem, optimizer.options), parameters, lr), parameters, kind="estimated")
-    return prepare(scaled(optimizer, parameters, lr), parameters)
+        found = scaled(estimate(problem, optimizer.options), parameters, lr)
+        return prepare(found, parameters, kind="estimated", shards=shards)
+    return prepare(scaled(optimizer, parameters, lr), parameters, shards=shards)
 
 
 def _lifted(lifted: Lifted, problem: Problem) -> dict[str, str]:

@@ -89,6 +89,7 @@ class Opened:
                 depths=options.depths,
                 truncated=options.truncated,
                 memory=options.memory,
+                shard="all" if options.shard else None,
                 on_verdict=on_verdict,
                 provenance=ready.provenance,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import hypot
 
 from torch import Tensor
 
@@ -30,23 +31,25 @@ def companions(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[Co
     modules = work.blocks.modules if work.blocks else ()
     seen: list[Attention] = []
     first = work.problem
-    try:
-        seen = attention(modules, lambda: [first.batch_loss(i) for i in first.given[0]]) if modules else []
-    except Exception as error:  # whatever a network raises where its functions are looked at: it has none of these numbers
-        if exhausted(error):
-            raise
+    with first.gathered():
+        try:
+            seen = attention(modules, lambda: [first.batch_loss(i) for i in first.given[0]]) if modules else []
+        except Exception as error:  # whatever a network raises where its functions are looked at: it has none of these
+            if exhausted(error):
+                raise
+        norms = [largest_spectral_norm(module) for module in modules]
     layers = [
         LayerCompanions(
             attention_logit=seen[i].logit if seen else None,
             attention_entropy=seen[i].entropy if seen else None,
-            spectral_norm=largest_spectral_norm(module),
+            spectral_norm=norms[i],
             update_rms=update_rms(work.preconditioner, work.layer_moving[i]),
         )
-        for i, module in enumerate(modules)
+        for i in range(len(modules))
     ]
     raw, weighted = quotients(work, hvp, gradients)
     whole = Companions(
-        gradient_norm=norm(gradients),
+        gradient_norm=hypot(*work.preconditioner.root.holders.each(norm(gradients))),
         gradient_quotient=raw,
         preconditioned_quotient=weighted,
         update_rms=update_rms(work.preconditioner, work.moving),
@@ -62,7 +65,8 @@ def quotients(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[flo
     """
     names, root = work.names, work.preconditioner.root
     work.in_time()
-    raw = gradient_quotient(hvp, work.moving, gradients)
+    holders = root.holders
+    raw = gradient_quotient(hvp, work.moving, gradients, holders)
     if not names:
         return raw, None
     work.in_time()
@@ -70,5 +74,6 @@ def quotients(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[flo
     # P^(-1) g, and 0 where nothing moves.
     steps = [root[n].apply(root[n].apply(g)) for n, g in zip(names, gradients, strict=True)]
     decays = [work.preconditioner.decay.get(n, 0.0) for n in names]
-    bend = inner(steps, hvp.product(names, steps)) + sum(d * inner([u], [u]) for d, u in zip(decays, steps, strict=True))
-    return raw, over(bend, inner(steps, gradients))
+    bend = inner(steps, hvp.product(names, steps), holders)
+    bend += sum(d * inner([u], [u], holders) for d, u in zip(decays, steps, strict=True))
+    return raw, over(bend, inner(steps, gradients, holders))

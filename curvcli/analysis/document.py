@@ -239,20 +239,23 @@ class _Writer:
         if vector is None:
             return [], None
         kinds = row_kinds(self.problem)
+        root = self.preconditioner.root.restrict(self.names)
+        each, shards = root.holders.each, root.shards
         squares = vector.cpu().double().square()
         # Its norm is 1 up to float32's rounding.
-        squares /= squares.sum()
-        sizes = [self.problem.parameters[n].numel() for n in self.names]
+        squares /= sum(each(float(squares.sum())))
         found = []
-        for name, piece in zip(self.names, squares.split(sizes), strict=True):
-            parameter = self.problem.parameters[name]
+        for name, own in zip(self.names, squares.split(root.sizes), strict=True):
+            parameter, piece = self.problem.parameters[name], own
+            if shards is not None:  # one tensor at a time
+                piece = shards.gather([name], [own])[0].reshape(-1)
             shape, rows, kind = parameter.shape, None, kinds.get(id(parameter))
             if kind is not None:
                 shares, ids = piece.view(shape).sum(dim=1).topk(min(5, shape[0]))
                 rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
             found.append(documents.Attribution(tensor=display(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
         # The participation ratio: 1 if one entry has all, n if all have the same.
-        return sorted(found, key=lambda m: -m.mass), float(1 / squares.square().sum())
+        return sorted(found, key=lambda m: -m.mass), 1 / sum(each(float(squares.square().sum())))
 
 
 def _in_memory(parameters: int, layers: int) -> documents.Checkpoint:

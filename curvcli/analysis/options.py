@@ -41,6 +41,7 @@ class Options:
         max_hvps: Hessian-vector products that one estimate may take, at least 3.
         deadline: instant of `time.monotonic()` from which nothing more is started.
         memory: most that the process may take at its peak, in bytes or as "8GiB"; by what is free by default.
+        shard: where several processes measure together, divide weights, moments and vectors over them.
         depths: measure the curves over depth too, up to half of the work.
         truncated: measure the networks cut short too, one of these curves; None where their loss says that they are near
             initialisation, where alone they mean something.
@@ -66,6 +67,7 @@ class Options:
     max_hvps: int = 100
     memory: int | str | None = None
     deadline: float = float("inf")
+    shard: bool = False
     depths: bool = True
     truncated: bool | None = None
 

@@ -38,6 +38,7 @@ class Sizes:
         logits: of one row, where the loss may go over them in chunks; 0 where they are a part of the graph.
         rows: of the shard, a number.
         itemsize: of an entry.
+        gathered: what a product gathers where `held` and `vector` are slices: weights, tangents and images; else 0.
     """
 
     held: int
@@ -47,6 +48,7 @@ class Sizes:
     logits: int
     rows: int
     itemsize: int = 4
+    gathered: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def limit_of(memory: int | str | None) -> int | None:
     return found
 
 
-def fitted(problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int) -> tuple[Problem, Plan]:
+def fitted(
+    problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int, *, sharded: bool = False
+) -> tuple[Problem, Plan]:
     """The same mean loss in batches that fit a limit, and the plan for them.
 
     To be called when everything is held but what solving takes: a row's graph is measured here, and free blocks go back
@@ -92,6 +96,7 @@ def fitted(problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int
         limit: bytes that the process may take at its peak; on a GPU, the tensors there.
         mode: one to insist on, or "auto".
         most: products that a solve may take, and so vectors that it can use.
+        sharded: processes divide the vectors.
 
     Raises:
         UsageError: nothing fits; it says what the leanest way would need.
@@ -109,12 +114,13 @@ def fitted(problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int
     nbytes = [p.nbytes for p in parameters]
     sizes = Sizes(
         held=resources.held_bytes(device),
-        vector=sum(nbytes),
+        vector=-(-sum(nbytes) // problem.ranks.world) if sharded else sum(nbytes),
         largest=max(nbytes),
         graph=graph,
         logits=_ids(single.batches[0]) * widest(problem.model) * itemsize,
         rows=single.shared(problem.ranks).most,  # that one process will have
         itemsize=itemsize,
+        gathered=2 * sum(nbytes) if sharded else 0,
     )
     # One plan for all processes, by the largest number that one of them has.
     most_of = {name: int(max(problem.ranks.each(number))) for name, number in asdict(sizes).items()}
@@ -165,7 +171,7 @@ def predicted(sizes: Sizes, mode: Literal["kept", "fresh"], batch_rows: int, bas
         basis=basis,
         held=sizes.held + int(BESIDE * sizes.vector),
         graphs=sizes.graph * sizes.rows if mode == "kept" else 0,
-        product=WORKING * sizes.vector + working + (graph if mode == "fresh" else 0),
+        product=WORKING * sizes.vector + sizes.gathered + working + (graph if mode == "fresh" else 0),
         basis_bytes=(1 if on_disk else basis) * sizes.vector,
         on_disk=basis * sizes.vector if on_disk else 0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from math import inf, isfinite
 from typing import Literal
@@ -19,6 +20,7 @@ from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.folds import Folds
+from curvcli.curvature.gathering import Gathered
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import sample
@@ -26,6 +28,7 @@ from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import scratch
+from curvcli.curvature.shards import Shards
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -57,6 +60,8 @@ class Measurement:
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
         self.depths = depths
+        self.shards = preconditioner.root.shards
+        self.held: Callable[[], AbstractContextManager[None]] | None = None
         self.started = time.perf_counter()
         self.hvps = 0.0
         self.peak = 0  # bytes, of the process that held most
@@ -83,6 +88,7 @@ class Measurement:
         # Under a limit of memory plan.py has chosen the mode already, by more than what is free.
         self.choice: Choice = choose(trial, mode=mode, memory=free if basis is None else inf, graphs=graphs)
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
+        vector = -(-vector // self.ranks.world) if self.shards else vector
         if basis is None:
             basis, on_disk = unplanned(problem, vector, self._free(device), solver.max_products)
         self.solver = replace(solver, basis=basis, scratch=scratch() if on_disk else None)
@@ -126,14 +132,24 @@ class Measurement:
 
     def folded(self, hvp: HVP) -> Folded:
         """G of the full model, or of some of its entries, as the mean of those of the shard's folds."""
+        of = 1 if self.shards else self.ranks.world
         weights, given = self.problem.weights, self.problem.given
         folds: list[tuple[float, Operator]] = []
         # Folds are runs of neighbouring batches: these are alike, and would tie interleaved folds to each other.
         for those in torch.arange(len(given)).tensor_split(min(FOLDS, len(given))):
             part = [i for which in those.tolist() for i in given[which]]
             share = sum(weights[i] for i in part)
-            folds.append((share, self.operator(hvp.subset(part).part(), self.names, share, of=self.ranks.world)))
-        return Folded(folds, self.ranks)
+            folds.append((share, self.operator(hvp.subset(part).part(), self.names, share, of=of)))
+        return Folded(folds, self.ranks, self.held)
+
+    def build(self, problem: Problem) -> HVP:
+        """Products with the Hessian of a problem's mean loss, on slices where processes divide the parameters."""
+        engine = build(problem, self.choice.mode)
+        if self.shards is None:
+            return engine
+        found = Gathered(engine.part(), self.shards, problem.gathered)
+        self.held = found.held
+        return found
 
     @property
     def coarse(self) -> Lanczos:
@@ -170,11 +186,13 @@ class Measurement:
         self.in_time()
         self.stages.enter("gradient")
         gradients = gradient(self.problem, self.moving)
+        if self.shards is not None:
+            gradients = [self.shards.part(n, g) for n, g in zip(self.moving, gradients, strict=True)]
         loss, looked_up = lookups(self.problem)
         if not isfinite(loss):
             raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")
         self.in_time()
-        hvp = build(self.problem, self.choice.mode)
+        hvp = self.build(self.problem)
         found = self.full(hvp, loss, looked_up)
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
@@ -244,9 +262,11 @@ class Measurement:
         # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
         if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
             return found
-        mask = torch.cat([outside(self.problem.parameters[n], rows.get(n)) for n in self.names])
+        outer = [(n, outside(self.problem.parameters[n], rows.get(n))) for n in self.names]
+        mask = torch.cat([own if self.shards is None else self.shards.part(n, own) for n, own in outer])
+        mass = float(vector[~mask].cpu().double().square().sum())
         # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
-        if self.ranks.first([float(vector[~mask].cpu().double().square().sum())])[0] < RARE_MASS:
+        if (sum(self.ranks.each(mass)) if self.shards else self.ranks.first([mass])[0]) < RARE_MASS:
             return found
         self.stages.enter("full model without rare rows")
         if self.late:
@@ -262,7 +282,7 @@ class Measurement:
         parts = [fold.matvec(operator.vectors[-1]) for _, fold in operator.folds]
         bad = self.ranks.each(float(not all(bool(torch.isfinite(part).all()) for part in parts)))
         ranks = [str(rank) for rank, found in enumerate(bad) if found]
-        if len(bad) == 1 or not ranks:
+        if len(bad) == 1 or not ranks or self.shards:  # where slices are held, each has those of all batches
             return {}
         return {"rank-overflow": f"a product is not finite in the batches of rank {', '.join(ranks)} of {len(bad)}"}
 
@@ -344,7 +364,7 @@ class Measurement:
                 found.truncated.append(Solved(names, None))
                 continue
             # In the whole network's mode: a part of it takes less of everything.
-            hvp = build(self.problem.truncated(self.blocks, depth), self.choice.mode)
+            hvp = self.build(self.problem.truncated(self.blocks, depth))
             found.truncated.append(self.solve(hvp, names, self.coarse).bare())
 
     def completed(self, found: Measured) -> Measured:

@@ -279,7 +279,7 @@ def key_of(opened: Opened) -> str:
         content = [checkpoint_digest(p) for p in (checkpoint.path, config, *checkpoint.sources) if p]
     except OSError as error:
         raise InputError(f"cannot read {checkpoint.path}: {error.strerror}", hint="check its permissions") from error
-    how = {k: v for k, v in asdict(opened.options).items() if k not in ("data", "deadline")}
+    how = {k: v for k, v in asdict(opened.options).items() if k not in ("data", "deadline", "shard")}
     versions = Versions.installed()
     return cache_key(
         checkpoint=[*content, checkpoint.step],  # the step may be from the directory's name

@@ -14,7 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from curvcli.curvature.space import space_of
+from curvcli.curvature.ranks import ALONE, Ranks
+from curvcli.curvature.shards import Sharded, Shards
+from curvcli.curvature.space import OneDevice, space_of
 
 
 class InverseRoot(Protocol):
@@ -155,15 +157,24 @@ class ModelRoot(Mapping[str, InverseRoot]):
     Args:
         roots: by name, in the order of the flat vector. None where no parameter is preconditioned.
         parameters: by name: whose shapes, precision and device vectors have. All of one precision, on one device.
+        shards: where each process holds slices of the parameters, flat ones; `roots` and vectors are of these then.
     """
 
-    def __init__(self, roots: Mapping[str, InverseRoot], parameters: Mapping[str, Tensor]) -> None:
-        self._roots = dict(roots)
-        self._shapes = {n: parameters[n].shape for n in roots}
+    def __init__(
+        self, roots: Mapping[str, InverseRoot], parameters: Mapping[str, Tensor], shards: Shards | None = None
+    ) -> None:
+        self._roots, self.shards = dict(roots), shards
         # Where nothing is preconditioned, any parameter gives precision and device.
         first = parameters[next(iter(roots or parameters))]
-        self.sizes = [shape.numel() for shape in self._shapes.values()]  # of the pieces of a flat vector, in order
-        self.space = space_of(sum(self.sizes), first.dtype, first.device)
+        self.space: OneDevice | Sharded
+        if shards is None:
+            self._shapes = {n: parameters[n].shape for n in roots}
+            self.sizes = [shape.numel() for shape in self._shapes.values()]  # of the pieces of a flat vector, in order
+            self.space = space_of(sum(self.sizes), first.dtype, first.device)
+        else:
+            self.space = Sharded(shards, tuple(roots), first.dtype, first.device)
+            self.sizes = self.space.sizes
+            self._shapes = {n: torch.Size([size]) for n, size in zip(roots, self.sizes, strict=True)}
 
     def __getitem__(self, name: str) -> InverseRoot:
         return self._roots[name]
@@ -175,6 +186,11 @@ class ModelRoot(Mapping[str, InverseRoot]):
         return len(self._roots)
 
     @property
+    def holders(self) -> Ranks:
+        """The processes whose numbers make up one of a whole vector: this one alone, where it holds vectors as a whole."""
+        return self.shards.ranks if self.shards else ALONE
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The parameters that move, in the order of the flat vector."""
         return tuple(self._roots)
@@ -183,16 +199,16 @@ class ModelRoot(Mapping[str, InverseRoot]):
         """Of some parameters alone, in the order given. Raises ValueError where none are."""
         if not names:
             raise ValueError("an operator needs at least one parameter")
-        return ModelRoot({n: self._roots[n] for n in names}, self._empty())
+        return ModelRoot({n: self._roots[n] for n in names}, self._empty(), self.shards)
 
     def none(self) -> ModelRoot:
         """Of no parameter, in the same precision on the same device."""
         # A nameless parameter stands for precision and device; no root runs over it.
-        return ModelRoot({}, {"": torch.empty((), dtype=self.space.dtype, device=self.space.device)})
+        return ModelRoot({}, {"": torch.empty((), dtype=self.space.dtype, device=self.space.device)}, self.shards)
 
     def joined(self, roots: Mapping[str, InverseRoot], parameters: Mapping[str, Tensor]) -> ModelRoot:
         """With more parameters, which take the place of those of the same name."""
-        return ModelRoot({**self._roots, **roots}, parameters)
+        return ModelRoot({**self._roots, **roots}, parameters, self.shards)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A flat vector, of shape (n,), as tensors in the parameters' shapes (views)."""

@@ -121,9 +121,11 @@ def _needs(problem: Problem) -> str:
     parameters = list(problem.parameters.values())
     size = sum(p.numel() * p.element_size() for p in parameters)
     free = resources.free_bytes(parameters[0].device)
+    with problem.gathered():
+        graph = graph_bytes(problem, cut_short=True)
     return (
         f"a batch of {counted(_rows(problem.batches[0]) or 1, 'row')} needs about {_gib(size)} for each vector, of which "
-        f"16 are held, and {_gib(graph_bytes(problem, cut_short=True))} or more for its graph; {_gib(free)} are free"
+        f"16 are held, and {_gib(graph)} or more for its graph; {_gib(free)} are free"
     )
 
 
@@ -168,7 +170,7 @@ def _counting(problem: Problem) -> Count | None:
     chosen = chosen if len(chosen) > 1 else [0, len(alone) - 1]
     together = mapped(batch, lambda t: t[chosen] if t.dim() else t)
     some = replace(problem, batches=[together, *(alone[i] for i in chosen)], weights=[1.0] * (len(chosen) + 1))
-    with torch.no_grad():
+    with torch.no_grad(), problem.gathered():
         whole, *single = (float(some.batch_loss(i)) for i in range(len(chosen) + 1))
     for way, count in zip(ways, counts, strict=True):
         shares = [count[i] for i in chosen]

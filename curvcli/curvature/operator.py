@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from curvcli.curvature import resources
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import ModelRoot
+from curvcli.curvature.precision import inner
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.scratch import let_go
 from curvcli.curvature.space import OneDevice, Space
@@ -84,12 +86,19 @@ class Folded:
 
     Args:
         folds: a weight, which sum to 1, and an operator for each; all on one space. Where several processes measure
-            together, what this one's batches add to it.
+            together, what this one's batches add to it, or all of it on the entries that are held here.
         ranks: these processes, which sum a product once and not once a fold.
+        held: where entries are divided over them: within it products are along one vector alone.
     """
 
-    def __init__(self, folds: Sequence[tuple[float, Operator]], ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        folds: Sequence[tuple[float, Operator]],
+        ranks: Ranks = ALONE,
+        held: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> None:
         self.folds, self.space, self.ranks = folds, folds[0][1].space, ranks
+        self.sharded, self.held = held is not None, held or nullcontext
         self.vectors: list[Tensor] = []  # each (n,), as they were given
         self.columns: list[list[list[float]]] = [[] for _ in folds]  # by fold: of vector j, v_i.G v_j for i <= j
 
@@ -99,16 +108,19 @@ class Folded:
         if len(self.folds) == 1 and self.ranks.world == 1:  # nothing to compare it with
             return self.folds[0][1].matvec(vector)
         total = torch.zeros_like(vector)
-        for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
-            image = operator.matvec(vector)
-            # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
-            columns.append([self._inner(v, image) for v in self.vectors])
-            total += weight * image
-        self.ranks.sum_([total])
+        with self.held():
+            for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
+                image = operator.matvec(vector)
+                # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
+                columns.append([self._inner(v, image) for v in self.vectors])
+                total += weight * image
+        if not self.sharded:
+            self.ranks.sum_([total])
         return total
 
     def _inner(self, vector: Tensor, image: Tensor) -> float:
-        found = float(self.space.inner(vector[None], image)[0])
+        # Of what is here alone: `projected` adds up what the processes found.
+        found = float(inner(vector[None], image)[0])
         let_go(vector)
         return found
 

@@ -85,6 +85,7 @@ class Problem:
         ranks: the processes that measure it together.
         owners: the rank that computes each batch; none where each process computes all.
         origins: the batch, as they were given, that each is a part of; none where each is a whole one.
+        gathered: within it the parameters are there, where processes divide them; all of these have to come to it.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class Problem:
     ranks: Ranks = field(default=ALONE, repr=False)
     owners: Sequence[int] = ()
     origins: Sequence[int] = ()
+    gathered: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
 
     @classmethod
     def create(
@@ -197,7 +199,7 @@ class Problem:
 
     def mean_loss(self) -> float:
         """Mean loss over the shard."""
-        with torch.no_grad():
+        with torch.no_grad(), self.gathered():
             mine = sum(self.weights[i] * float(self.batch_loss(i)) for i in self.own)
         if self.ranks.world == 1:
             return mine
@@ -286,11 +288,12 @@ def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
     parameters = problem.parameters
     chosen = [parameters[n] for n in names]
     total = [torch.zeros_like(p) for p in chosen]
-    for i in problem.own:
-        parts = torch.autograd.grad(problem.batch_loss(i), chosen, allow_unused=True)
-        for accumulated, part in zip(total, parts, strict=True):
-            if part is not None:
-                accumulated.add_(part, alpha=problem.weights[i])
+    with problem.gathered():
+        for i in problem.own:
+            parts = torch.autograd.grad(problem.batch_loss(i), chosen, allow_unused=True)
+            for accumulated, part in zip(total, parts, strict=True):
+                if part is not None:
+                    accumulated.add_(part, alpha=problem.weights[i])
     # Checked before the sum, after which every rank has the NaN and none knows whose it was.
     bad = problem.ranks.each(float(not _finite(total)))
     problem.ranks.sum_(total)

@@ -31,7 +31,7 @@ SAID = 1000  # bytes of a reason
 # States of a process, from well to worse; what is raised elsewhere goes by them.
 _WELL, _FAILED, _NO_MEMORY, _NO_TIME, _BROKEN = range(5)
 # What is spoken of. Processes that are not at the same are out of step, which is an error and not a number.
-_SUM, _NUMBERS, _TEXT, _END, _LEAVE = range(1, 6)
+_SUM, _NUMBERS, _TEXT, _END, _LEAVE, _GATHER = range(1, 7)
 
 
 class Ranks(Protocol):
@@ -43,6 +43,10 @@ class Ranks(Protocol):
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over the processes, in place. All call it with the same shapes in the same order."""
+        ...
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """A part of every process, by rank: of shape (world, k) for parts of shape (k,), of one length and type."""
         ...
 
     def first(self, numbers: Sequence[float]) -> list[float]:
@@ -69,6 +73,10 @@ class Alone:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Nothing is to be added."""
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """The part alone, as the only row."""
+        return part[None]
 
     def first(self, numbers: Sequence[float]) -> list[float]:
         """The numbers themselves."""
@@ -129,6 +137,15 @@ class Processes:
                     # A large contiguous tensor was summed in place.
                     if tensor.data_ptr() != piece.data_ptr():
                         tensor.copy_(piece.view(tensor.shape))
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """A part of every process, by rank, of shape (world, k)."""
+        with self._speaking():
+            self._exchange(_WELL, _GATHER, [float(part.numel())])
+            every = part.new_empty((self.world, part.numel()))
+            with self._connected():
+                self._dist.all_gather(list(every.unbind()), part.contiguous(), group=self._group)
+        return every
 
     def first(self, numbers: Sequence[float]) -> list[float]:
         """Rank 0's numbers, of which all have as many."""
@@ -203,7 +220,8 @@ class Processes:
         table = self._gathered(mine)
         if bool((table[:, 0] != _WELL).any()):
             raise self._failure(table[:, 0], reason)
-        sizes = table[:, 3] if what == _SUM else table[:, 2]  # of a sum all have to have the same number of entries
+        # Of a sum, and of what is gathered, all have to have the same number of entries.
+        sizes = table[:, 3] if what in (_SUM, _GATHER) else table[:, 2]
         apart = ((table[:, 1] != table[0, 1]) | (sizes != sizes[0])).nonzero().flatten().tolist()
         if apart:
             raise _mark(

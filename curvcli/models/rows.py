@@ -131,7 +131,7 @@ def _used(problem: Problem) -> _Used:
 
     handles = [m.register_forward_hook(hook) for m in problem.model.modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), problem.gathered():
             problem.batch_loss(0)
     finally:
         for handle in handles:

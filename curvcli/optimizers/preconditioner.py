@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.balls import Ball
+from curvcli.curvature.gathering import sliced
 from curvcli.curvature.inverse_root import InverseRoot, ModelRoot, Multiple
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.shards import Shards
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State, innermost
-from curvcli.optimizers.bitsandbytes import unseen
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.muon import beside, unstacked
 from curvcli.optimizers.options import scrutinise
 from curvcli.optimizers.projected import class_name
+from curvcli.optimizers.said import of_groups, of_moments
 
 Kind = Literal["checkpoint", "estimated", "none"]
 
@@ -87,14 +89,19 @@ class Preconditioner:
         return replace(self, root=self.root.restrict(left) if left else self.root.none(), balls=balls)
 
 
-def identity(parameters: Mapping[str, Tensor]) -> Preconditioner:
+def identity(parameters: Mapping[str, Tensor], shards: Shards | None = None) -> Preconditioner:
     """The Hessian itself: no preconditioner and no threshold."""
-    root = ModelRoot(dict.fromkeys(parameters, Multiple()), parameters)
+    root = ModelRoot(dict.fromkeys(parameters, Multiple()), parameters, shards)
     return Preconditioner("none", "none", root, {}, None, None, None, {}, None)
 
 
-def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind = "checkpoint") -> Preconditioner:
+def prepare(
+    view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind = "checkpoint", shards: Shards | None = None
+) -> Preconditioner:
     """Metric and threshold from optimizer state.
+
+    Args:
+        shards: of which slices are kept, of one parameter after the other, where processes divide them.
 
     Raises:
         InputError: a state tensor does not fit its parameter, or is not finite or negative.
@@ -106,7 +113,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     view = rule.completed(view, parameters)
     frozen = _frozen(view, parameters)
     members = _members(view, parameters, frozen, rule)
-    balls, ball_lr = _balls(rule, view, members, parameters)
+    balls, ball_lr = _balls(rule, view, members, parameters, shards)
     lead_name, lead = _lead(view, members, parameters)
     lr = _rate(rule, view, lead_name, lead)
     ascends = _ascends([group for _, group in members])
@@ -140,12 +147,12 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         idle += root.idle
         if root.idle == parameter.numel() and not plain:
             continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
-        roots[name] = root.scaled(relative)
+        roots[name] = sliced(root.scaled(relative), name, shards)
         if not rule.decoupled(group, view.name):
             decay[name] = group.number("weight_decay", 0.0)
         m = rule.momentum(group, entry) if entry else None
         if m is not None and lr is not None:
-            direction[name] = root.solve(m.to(parameter)) * (rule.lr(group, entry) / lr)
+            direction[name] = _held(root.solve(m.to(parameter)) * (rule.lr(group, entry) / lr), name, shards)
     if not roots and not balls:
         raise InputError(
             "the second moment of every weight is 0",
@@ -154,7 +161,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
     return Preconditioner(
         kind=kind if preconditions else "none",
         name=rule.name(view),
-        root=ModelRoot(roots, parameters),
+        root=ModelRoot(roots, parameters, shards),
         decay=decay,
         direction=direction if len(direction) == len(roots) + len(balls) and kind == "checkpoint" else None,
         threshold=reference,
@@ -165,7 +172,7 @@ def prepare(view: OptimizerView, parameters: Mapping[str, Tensor], *, kind: Kind
         left_out=tuple(n for n in parameters if n not in roots and n not in balls and n not in frozen),
         ascends=ascends,
         doubts=doubts,
-        findings=(*view.findings, *_said(view, frozen, ascends), *_quantised(view), *rule.findings(view)),
+        findings=(*view.findings, *of_groups(view, frozen, ascends), *of_moments(view), *rule.findings(view)),
         balls=balls,
         ball_lr=ball_lr,
     )
@@ -181,17 +188,30 @@ def _rate(rule: Rule, view: OptimizerView, name: str, group: Group) -> float | N
     return rule.lr(group, view.state.get(name, {})) if group.options.get("lr") is not None else None
 
 
+def _held(tensor: Tensor, name: str, shards: Shards | None) -> Tensor:
+    return tensor if shards is None else shards.part(name, tensor)
+
+
 def _balls(
-    rule: Rule, view: OptimizerView, members: Sequence[tuple[str, Group]], parameters: Mapping[str, Tensor]
+    rule: Rule,
+    view: OptimizerView,
+    members: Sequence[tuple[str, Group]],
+    parameters: Mapping[str, Tensor],
+    shards: Shards | None,
 ) -> tuple[dict[str, Ball], float | None]:
     """The balls of the parameters whose step is steepest in a norm, and the learning rate that their radii are over.
 
-    Raises UsageError where one of their learning rates is not above 0.
+    Raises UsageError where one of their learning rates is not above 0, UnsupportedError where parameters are divided.
     """
     found = {name: rule.ball(group, view.state.get(name, {}), parameters[name]) for name, group in members}
     own = [(name, group) for name, group in members if found[name] is not None]
     if not own:
         return {}, None
+    if shards is not None:
+        raise UnsupportedError(
+            f"{rule.name(view)}'s step is steepest in a norm of whole tensors, which --shard divides",
+            hint="measure without --shard",
+        )
     lr = _rate(rule, view, *_lead(view, own, parameters))
     balls: dict[str, Ball] = {}
     for name, group in own:
@@ -339,41 +359,6 @@ def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) ->
     state = dict(unstacked([(group.names, group.options) for group in groups], state))
     kind = type(optimizer)
     return OptimizerView(groups, state, class_name(kind), vouched=f"{kind.__module__}.".startswith("torch.optim."))
-
-
-def _said(view: OptimizerView, frozen: set[str], ascends: bool) -> list[Finding]:
-    found = []
-    if frozen:
-        groups = sum(group.lr == 0 and bool(group.names) for group in view.groups)
-        found.append(
-            Finding(
-                code="frozen-groups",
-                severity="info",
-                message=f"{groups} of {len(view.groups)} parameter groups have learning rate 0: their {len(frozen)} tensors "
-                "are left out as frozen",
-            )
-        )
-    if ascends:
-        found.append(
-            Finding(
-                code="ascends",
-                severity="warning",
-                message="the optimizer maximises (maximize=True): the curvature is that of minus the loss, which is right "
-                "where it climbs the very loss that is measured",
-            )
-        )
-    return found
-
-
-def _quantised(view: OptimizerView) -> list[Finding]:
-    if (found := unseen(view.state)) is None:
-        return []
-    total, small = found
-    message = (
-        f"{total:,} second moments are stored in 8 bits, which rounds P by some percent, and {small:,} of them as 0 though "
-        "their weights move: too small beside the largest of their block, and left out"
-    )
-    return [Finding(code="quantised-moments", severity="warning" if small else "info", message=message)]
 
 
 def _check(name: str, parameter: Tensor, entry: State, rule: Rule) -> None:

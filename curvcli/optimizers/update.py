@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import hypot, isfinite
 
 from torch import Tensor
 
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.documents import Update
 from curvcli.optimizers.preconditioner import Preconditioner
 
@@ -21,17 +22,22 @@ def next_update(
 
     Args:
         names: the parameters that move.
-        gradients: of the mean loss, for `names`.
+        gradients: of the mean loss, for `names`; as the step they are slices where processes divide them.
     """
     if preconditioner.direction is None or preconditioner.lr is None:
         return Update(critical_lr=None, ratio=None, status="unavailable")
     step = [preconditioner.direction[n] for n in names]
     decays = [preconditioner.decay.get(n, 0.0) for n in names]
-    weights = [problem.parameters[n].detach() for n in names]
-    image = hvp.product(names, step)
+    shards, holders = preconditioner.root.shards, preconditioner.root.holders
+    with problem.gathered():
+        weights = [problem.parameters[n].detach() for n in names]
+        if shards is not None:
+            weights = [shards.part(n, w) for n, w in zip(names, weights, strict=True)]
+        image = hvp.product(names, step)
     # A coupled weight decay is part of the function that the optimizer descends.
     slope = sum(float(((g + d * w) * u).sum()) for g, d, w, u in zip(gradients, decays, weights, step, strict=True))
     bend = sum(float(((h.detach() + d * u) * u).sum()) for h, d, u in zip(image, decays, step, strict=True))
+    slope, bend = sum(holders.each(slope)), sum(holders.each(bend))
     if not isfinite(slope + bend):
         return Update(critical_lr=None, ratio=None, status="unavailable")
     if slope <= 0:
@@ -50,18 +56,24 @@ def update_rms(preconditioner: Preconditioner, names: Sequence[str]) -> float | 
     step = preconditioner.direction
     if step is None or not names:
         return None
-    found = norm([step[n] for n in names]) / sum(step[n].numel() for n in names) ** 0.5
+    each = preconditioner.root.holders.each
+    size = sum(each(sum(step[n].numel() for n in names)))
+    found = hypot(*each(norm([step[n] for n in names]))) / size**0.5
     return found if found < float("inf") else None
 
 
-def gradient_quotient(hvp: HVP, names: Sequence[str], gradients: Sequence[Tensor]) -> float | None:
+def gradient_quotient(hvp: HVP, names: Sequence[str], gradients: Sequence[Tensor], holders: Ranks = ALONE) -> float | None:
     """g'Hg / g'g, the curvature of the loss along its gradient (one product); None where g is 0 or it is not finite."""
-    return over(inner(gradients, hvp.product(names, gradients)), inner(gradients, gradients))
+    return over(inner(gradients, hvp.product(names, gradients), holders), inner(gradients, gradients, holders))
 
 
-def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Inner product of two vectors, as tensors for each parameter."""
-    return sum(float((a * b.detach()).sum()) for a, b in zip(left, right, strict=True))
+def inner(left: Sequence[Tensor], right: Sequence[Tensor], holders: Ranks = ALONE) -> float:
+    """Inner product of two vectors, as tensors for each parameter.
+
+    Args:
+        holders: the processes that hold slices of them, where they are divided.
+    """
+    return sum(holders.each(sum(float((a * b.detach()).sum()) for a, b in zip(left, right, strict=True))))
 
 
 def over(above: float, below: float) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from equal_reports import OPTIMIZERS, same
 from ranks import launch
 
 from curvcli import analyze
@@ -16,11 +17,6 @@ from curvcli.analysis.api import Estimated
 
 pytestmark = pytest.mark.slow
 
-OPTIMIZERS = {
-    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3),
-    "SGD with decay": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1),
-    "estimated": lambda model: None,
-}
 MODES = {"AdamW": "auto", "SGD with decay": "fresh", "estimated": "forward"}
 
 
@@ -49,24 +45,6 @@ def _work(rank: int, path: Path) -> None:
     with within(Processes()) as ranks, ranks.together():
         found = {name: _measured(name) for name in _names(ranks.world)}
     (path / f"{rank}.json").write_text(json.dumps(found))
-
-
-def same(one: Any, other: Any, where: str = "") -> None:
-    """All numbers to 1e-6 but for residuals, which are near rounding; `cost` and the digest of the batches do not count."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one.keys() - {"cost", "sha256"}:
-            same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for i, (left, right) in enumerate(zip(one, other, strict=True)):
-            same(left, right, f"{where}[{i}]")
-    elif isinstance(one, float):
-        assert one == pytest.approx(other, rel=1e-6, abs=1e-3 if "residual" in where else 1e-9), where
-    elif isinstance(one, str):
-        assert where.endswith("message") or one == other, where
-    else:
-        assert one == other, where
 
 
 @pytest.mark.parametrize("world", [2, 4])  # two batches: with four ranks they are halved

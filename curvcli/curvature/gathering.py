@@ -1,0 +1,167 @@
+"""What is divided over processes, put together for a product and let go after it: tangents, images, and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from curvcli.curvature.hvp import HVP
+from curvcli.curvature.inverse_root import Diagonal, InverseRoot, Multiple
+from curvcli.curvature.ranks import Ranks
+from curvcli.curvature.shards import Shards
+
+
+@dataclass
+class _Held:
+    """The whole tangents of a vector that several products are along, once the first of them is made."""
+
+    on: bool = False
+    tangents: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Products on slices: tangents are gathered, each process makes the product of its batches, and the sum is scattered.
+
+    Nothing runs on tensors that are divided, so any model does, by any exact mode.
+
+    Args:
+        hvp: that gives what this process' batches add, on whole tensors.
+        shards: who holds what.
+        whole: within it the weights are there.
+    """
+
+    hvp: HVP
+    shards: Shards
+    whole: Callable[[], AbstractContextManager[None]]
+    _held: _Held = field(default_factory=_Held)
+
+    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
+        """H v on the slices that are held here, of all processes' batches; flat tensors. All call it alike."""
+        along = self._held.tangents or self.shards.gather(names, tangents)
+        if self._held.on:
+            self._held.tangents = along
+        with self.whole():
+            images = list(self.hvp.product(names, along))
+        del along
+        return self.shards.scatter(names, images)
+
+    def subset(self, indices: Sequence[int]) -> HVP:
+        """The same of some of the batches."""
+        return Gathered(self.hvp.subset(indices), self.shards, self.whole, self._held)
+
+    def part(self) -> HVP:
+        """Itself: what a process holds of a product is a slice of all of it."""
+        return self
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it all products, of any batches, are along one vector: its tangents and the weights are gathered once."""
+        with self.whole():
+            self._held.on = True
+            try:
+                yield
+            finally:
+                self._held.on, self._held.tangents = False, None
+
+
+class Weights:
+    """The weights of a model that nobody else needs, of which each process holds slices but within `whole`.
+
+    Between uses a parameter has its shape and no numbers: whoever reads it there computes with NaN, which every solve
+    reports, and never with numbers that are wrong.
+
+    Args:
+        model: is left without its weights; buffers, and what is no floating-point number, stay.
+        ranks: the processes, which all hold the same model now.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self._parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+        self.shards = Shards(ranks, {n: p.shape for n, p in self._parameters.items()})
+        self._parts = {n: self.shards.part(n, p) for n, p in self._parameters.items()}
+        self._depth = 0
+        self._release()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it the weights are there; all processes have to come to it. Within itself it costs nothing."""
+        if not self._depth:
+            self._gather()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._release()
+
+    def _gather(self) -> None:
+        kinds = sorted({(str(p.dtype), str(p.device)) for p in self._parameters.values()})
+        for kind in kinds:  # what is sent at once is of one type
+            names = [n for n, p in self._parameters.items() if (str(p.dtype), str(p.device)) == kind]
+            for name, tensor in zip(names, self.shards.gather(names, [self._parts[n] for n in names]), strict=True):
+                self._parameters[name].data = tensor
+
+    def _release(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.data = parameter.new_full((), float("nan")).expand(parameter.shape)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """P^(-1/2) of one parameter, on slices, where that is no matter of entries: the tensor is gathered for it.
+
+    Args:
+        inner: of the whole parameter; what P is made of is held by every process.
+    """
+
+    inner: InverseRoot
+    name: str
+    shards: Shards
+
+    @property
+    def idle(self) -> int:
+        """Dimension of the space along which nothing moves, of the whole parameter."""
+        return self.inner.idle
+
+    @property
+    def positive(self) -> bool:
+        """Whether P is finite and above 0 wherever something moves."""
+        return self.inner.positive
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """P^(-1/2) x, on slices."""
+        return self._on(tensor, self.inner.apply)
+
+    def invert(self, tensor: Tensor) -> Tensor:
+        """The pseudo-inverse, on slices."""
+        return self._on(tensor, self.inner.invert)
+
+    def solve(self, tensor: Tensor) -> Tensor:
+        """P^(-1) x, on slices."""
+        return self._on(tensor, self.inner.solve)
+
+    def scaled(self, factor: float) -> Whole:
+        """(factor P)^(-1/2)."""
+        return Whole(self.inner.scaled(factor), self.name, self.shards)
+
+    def to(self, parameter: Tensor) -> Whole:
+        """The same in the parameter's precision, on its device."""
+        return Whole(self.inner.to(parameter), self.name, self.shards)
+
+    def _on(self, tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        (whole,) = self.shards.gather([self.name], [tensor])
+        return self.shards.part(self.name, function(whole))
+
+
+def sliced(root: InverseRoot, name: str, shards: Shards | None) -> InverseRoot:
+    """P^(-1/2) of one parameter as it acts on what is held of it here; itself where that is all."""
+    if shards is None or isinstance(root, Multiple):
+        return root
+    if isinstance(root, Diagonal):
+        return Diagonal(shards.part(name, root.entries), None if root.never is None else shards.part(name, root.never))
+    return Whole(root, name, shards)
