@@ -51,7 +51,7 @@ def compare(
         UsageError: an option is none, or is given with two reports or tracks.
         InputError: one of the two is neither report, track nor checkpoint, or cannot be read; or only one is a track.
     """
-    how = options_of(options, fixed=("depths", "deadline", "truncated"))
+    how = options_of(options, fixed=("depths", "deadline", "truncated", "shard"))
     sides = [side if isinstance(side, (Report, Track)) else Path(side) for side in (a, b)]
     kinds = [_kind(side) for side in sides]
     if "track" in kinds:

@@ -59,7 +59,7 @@ def explain(
         OutOfTime: the budget ran out before the direction was known.
     """
     limit = budget if isinstance(budget, Budget) else Budget(inf if budget is None else budget)
-    how = options_of(options, fixed=("depths", "deadline", "truncated"))
+    how = options_of(options, fixed=("depths", "deadline", "truncated", "shard"))
     return explain_checkpoint(Path(path), replace(how, deadline=limit.deadline), progress)
 
 

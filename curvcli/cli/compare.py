@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "`curv compare run/checkpoint-1000 run/checkpoint-2000 --data train.bin --format markdown`\n\n"
     "`curv compare calm/track.json hot/track.json --plot both.png`"
 )
-@options.measuring()
+@options.measuring(ranks=False)
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Report or checkpoint, the earlier one; or a track.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Report or checkpoint, the later one; or the other track.")],

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "`curv explain ckpt/ --data train.bin -o explain.json`\n\n"
     "`curv report explain.json -o explain.html`"
 )
-@options.measuring()
+@options.measuring(ranks=False)
 def explain(
     checkpoint: options.Checkpoint,
     given: dict[str, Any],

@@ -121,6 +121,10 @@ Memory = Annotated[
         help="Most memory that the process may take, as 8GiB; on a GPU, its tensors there.  [default: by what is free]",
     ),
 ]
+Shard = Annotated[
+    bool,
+    typer.Option("--shard", help="Under torchrun, divide weights, moments and vectors over the ranks, not the data alone."),
+]
 Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="Seed of the eigensolver's random start.  [default: 0]")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the document (JSON) here.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture here (.png, .svg, .pdf).")]
@@ -159,19 +163,22 @@ def _measuring(
     tolerance: Tolerance = 0.01,
     max_hvps: MaxHvps = 100,
     memory: Memory = None,
+    shard: Shard = False,
     seed: Seed = None,
 ) -> None:
     """The options of every verb that measures in full, in the order of its help."""
 
 
-def measuring(panel: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def measuring(panel: str | None = None, *, ranks: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of `_measuring` where it has the parameter `given`, which takes their values as a dict.
 
     Args:
         panel: of the help, that they stand in.
+        ranks: whether several ranks measure it together, which one option is of.
     """
     hints = get_type_hints(_measuring, include_extras=True)
     shared = [p.replace(annotation=_in(panel, hints[p.name])) for p in signature(_measuring).parameters.values()]
+    shared = [p for p in shared if ranks or p.name != "shard"]
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
         own = get_type_hints(command, include_extras=True)

@@ -1,8 +1,8 @@
 """Tensors divided over processes, each of which holds an even slice of every one; vectors of such slices are a space.
 
 As ZeRO divides what an optimizer holds (Rajbhandari et al., SC 2020, arXiv 1910.02054), but tensor by tensor, so that what
-is restricted to some tensors, or is diagonal, takes no word between the processes. What is sent goes in pieces of a few million
-entries, so that little is held twice.
+is restricted to some tensors, or is diagonal, takes no word between the processes. What is sent goes in pieces of a few
+million entries, so that little is held twice.
 """
 
 from __future__ import annotations

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
+import torch
 from equal_reports import OPTIMIZERS, same
 from ranks import launch
 
 from curvcli import analyze
 from curvcli.analysis.api import Estimated, Shard
+from curvcli.curvature.ranks import Processes, within
+from curvcli.optimizers.preconditioner import live
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +48,6 @@ def _names(world: int) -> list[str]:
 
 
 def _work(rank: int, path: Path) -> None:
-    from curvcli.curvature.ranks import Processes, within
-
     with within(Processes()) as ranks, ranks.together():
         found = {name: _measured(name, WAYS[name][0]) for name in _names(ranks.world)}
     (path / f"{rank}.json").write_text(json.dumps(found))
@@ -63,3 +65,52 @@ def test_a_report_of_divided_tensors_is_that_of_one_process(world: int, tmp_path
             same(one, reports[name])
             assert reports[name]["cost"]["ranks"] == world
             same(found[0][name], reports[name])
+
+
+def _held() -> int:
+    """Bytes of all tensors that Python holds, each storage once; of graphs what they save is not counted."""
+    tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.numel() > 1000]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _peak(shard: Shard | None) -> int:
+    """The most that is held, looked at as a product is asked for, and in its forward pass when all it takes is there."""
+    gc.collect()
+    gc.freeze()  # of what was imported before there are too many objects to look at
+    batches = models.data(rows=600, vocab=500)
+    model = models.Net(width=48, vocab=500)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    models.train(model, optimizer, batches, steps=3)
+    view = live(optimizer, dict(model.named_parameters()))
+    model.zero_grad()
+    del optimizer
+    between, during = [0], [0]  # 17 products with some hundred parts; later ones hold the most of the basis
+
+    def progress(stage: str, done: float) -> None:
+        if stage == "full model" and len(between) < 100:
+            between.append(_held())
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        if len(between) > 10 and len(during) < 40:
+            during.append(_held())
+        return models.loss(model, batch)
+
+    analyze(
+        model, loss, batches, view, weights=models.weights(batches), tolerance=1e-3, max_hvps=17, depths=False,
+        mode="fresh", shard=shard, progress=progress,
+    )  # fmt: skip
+    gc.unfreeze()
+    assert len(during) == 40
+    return max(*between, *during)
+
+
+def _weighed(rank: int, path: Path) -> None:
+    with within(Processes()) as ranks, ranks.together():
+        (path / f"{rank}.json").write_text(json.dumps(_peak("all")))
+
+
+def test_a_rank_of_four_holds_a_third_of_weights_moments_and_vectors_at_its_peak(tmp_path: Path) -> None:
+    launch(_weighed, tmp_path, world=4)
+    every = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    one = _peak(None)
+    assert 0.2 * one < max(every) < 0.35 * one  # a quarter, and weights, tangents and images as a whole

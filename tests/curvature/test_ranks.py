@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from math import inf
@@ -14,6 +11,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from threads import Wire, on_ranks, rank_of
 from torch import Tensor
 
 from curvcli.curvature.davidson import Davidson
@@ -25,65 +23,6 @@ from curvcli.curvature.problem import Problem, gradient
 from curvcli.curvature.ranks import ALONE, SLOTS, Processes, current, shared, within
 from curvcli.curvature.space import OneDevice, Replicated, space_of
 from curvcli.errors import CurvError, InputError, LostError, OutOfMemoryError, OutOfTime, RankError
-
-
-class Wire:
-    """Stands for torch.distributed between threads: every collective is a meeting of all."""
-
-    def __init__(self, world: int) -> None:
-        self.barrier = threading.Barrier(world, timeout=20)
-        self.parts: list[Tensor] = [torch.empty(0)] * world
-
-    def met(self, rank: int, part: Tensor) -> list[Tensor]:
-        self.parts[rank] = part.clone()
-        self.barrier.wait()
-        found = [p.clone() for p in self.parts]
-        self.barrier.wait()
-        return found
-
-
-class End:
-    """What one rank sees of the wire."""
-
-    def __init__(self, wire: Wire, rank: int) -> None:
-        self.wire, self.rank = wire, rank
-
-    def all_gather(self, every: list[Tensor], mine: Tensor, group: Any = None) -> None:
-        for slot, part in zip(every, self.wire.met(self.rank, mine), strict=True):
-            slot.copy_(part)
-
-    def all_reduce(self, flat: Tensor, group: Any = None, async_op: bool = False) -> Any:
-        flat.copy_(torch.stack(self.wire.met(self.rank, flat)).sum(dim=0))
-
-        class Done:
-            def wait(self) -> None:
-                return None
-
-        return Done()
-
-    def broadcast(self, buffer: Tensor, group: Any = None, group_src: int = 0) -> None:
-        buffer.copy_(self.wire.met(self.rank, buffer)[group_src])
-
-
-def rank_of(wire: Wire, rank: int, world: int) -> Processes:
-    found = Processes.__new__(Processes)
-    found._dist, found._group, found.rank, found.world, found.here = End(wire, rank), None, rank, world, world
-    found.speaking = False
-    return found
-
-
-def on_ranks(work: Callable[[Processes], Any], world: int = 3) -> list[Any]:
-    """What each rank gives, or the error that it raised."""
-    wire = Wire(world)
-
-    def one(rank: int) -> Any:
-        try:
-            return work(rank_of(wire, rank, world))
-        except BaseException as error:
-            return error
-
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(one, range(world)))
 
 
 def test_sums_of_small_large_and_strided_tensors() -> None:
