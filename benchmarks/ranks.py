@@ -1,7 +1,8 @@
 """An analysis on 1, 2 and 4 ranks: time, work and memory of each, and how far its numbers are apart.
 
-`python benchmarks/ranks.py`. One thread a rank. Wall time says little where there are fewer cores than ranks; a rank's CPU
-seconds are its work, whatever the others do.
+`python benchmarks/ranks.py`, and `--shard` for the same of a Llama of 13 million weights that it makes, with and without
+weights, moments and vectors divided over the ranks (results/shard.json). One thread a rank. Wall time says little where
+there are fewer cores than ranks; a rank's CPU seconds are its work, whatever the others do.
 """
 
 from __future__ import annotations
@@ -13,28 +14,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import SAMPLES, save
 
+import curvcli
 from curvcli.analysis.checkpoint import analyze_checkpoint
 from curvcli.analysis.launch import joined, leave
 from curvcli.analysis.options import Options
 from curvcli.curvature import resources
 
 WORLDS = (1, 2, 4)
+PARAMETERS = 13_831_680
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=SAMPLES / "hot" / "checkpoint-60")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--shard", action="store_true", help="compare dividing tensors with dividing the data alone")
+    parser.add_argument("--divided", action="store_true", help="of a rank: divide")
     parser.add_argument("--into", type=Path, help="be a rank, and write what it took into this directory")
     options = parser.parse_args()
     if options.into is not None:
-        be_a_rank(options.checkpoint, options.tokens, options.into)
+        be_a_rank(options)
+        return
+    if options.shard:
+        shard(options)
         return
     rows = [measured(options, world) for world in WORLDS]
     one = rows[0].pop("numbers")
@@ -45,15 +54,54 @@ def main() -> None:
     save("ranks", {**said, "torch": torch.__version__, "mode": "fresh, no depths", "ranks": rows})
 
 
-def measured(options: argparse.Namespace, world: int) -> dict[str, Any]:
+def shard(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        options.checkpoint, options.tokens = made(Path(place)), 256
+        rows = [measured(options, world, divided=divided) for world in WORLDS for divided in (False, True)]
+    one = rows[0]["numbers"]
+    for row in rows:
+        row["largest_difference"] = max(abs(a - b) / abs(b) for a, b in zip(row.pop("numbers"), one, strict=True))
+    said = {"parameters": PARAMETERS, "tokens": 256, "cores": os.cpu_count(), "torch": torch.__version__}
+    save("shard", {**said, "mode": "fresh, no depths, at most 24 products", "ranks": rows})
+
+
+def made(place: Path) -> Path:
+    """A checkpoint of a Llama after three steps of AdamW, with its data beside it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidden_layers=3, num_attention_heads=8,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(4096, (2048,), generator=torch.Generator().manual_seed(1))
+    for start in (0, 256, 512):
+        ids = tokens[start : start + 256].view(4, 64)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(place)
+    curvcli.save_optimizer(place, optimizer, model)
+    tokens.numpy().astype("uint16").tofile(place / "train.bin")
+    (place / "curv.toml").write_text('data = "train.bin"\n')
+    return place
+
+
+def measured(options: argparse.Namespace, world: int, *, divided: bool = False) -> dict[str, Any]:
     """What all ranks took. CPU seconds and products are of the measurement; memory is of the process."""
-    given = ["--checkpoint", str(options.checkpoint), "--tokens", str(options.tokens)]
+    given = ["--checkpoint", str(options.checkpoint), "--tokens", str(options.tokens), *(["--divided"] if divided else [])]
+    if options.shard:
+        given.append("--shard")
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__]
         subprocess.run([*command, *given, "--into", place], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # noqa: S603
         each = [json.loads((Path(place) / f"{rank}.json").read_text()) for rank in range(world)]
     return {
         "ranks": world,
+        **({"shard": divided, "held_GiB_of_each": [rank["held"] for rank in each]} if options.shard else {}),
         "wall_seconds": each[0]["wall"],
         "cpu_seconds_of_each": [rank["cpu"] for rank in each],
         "cpu_seconds_of_the_busiest": max(rank["cpu"] for rank in each),
@@ -63,21 +111,28 @@ def measured(options: argparse.Namespace, world: int) -> dict[str, Any]:
     }
 
 
-def be_a_rank(checkpoint: Path, tokens: int, into: Path) -> None:
+def be_a_rank(options: argparse.Namespace) -> None:
+    import_module("transformers.models.llama.modeling_llama")  # what it takes is no matter of ranks
+    cpu = torch.device("cpu")
+    how: dict[str, Any] = {"tokens": options.tokens, "mode": "fresh", "depths": False, "shard": options.divided}
+    if options.shard:
+        resources.return_blocks()
+        how |= {"max_hvps": 24, "batch_size": 1}
     with joined():
-        wall, cpu = time.perf_counter(), time.process_time()
-        report = analyze_checkpoint(checkpoint, Options(tokens=tokens, mode="fresh", depths=False))
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        before, wall, cpu_time = resources.held_bytes(cpu), time.perf_counter(), time.process_time()
+        report = analyze_checkpoint(options.checkpoint, Options(**how))
+        wall, cpu_time = time.perf_counter() - wall, time.process_time() - cpu_time
         spread = report.generalisation
         numbers = [part.eigenvalue for part in (report.full, *report.layers)] + [spread.rho_low, spread.rho_high]
         found = {
             "wall": round(wall, 1),
-            "cpu": round(cpu, 1),
-            "peak": round(resources.peak_bytes(torch.device("cpu")) / 2**30, 2),
+            "cpu": round(cpu_time, 1),
+            "peak": round(resources.peak_bytes(cpu) / 2**30, 2),
+            "held": round((resources.peak_bytes(cpu) - before) / 2**30, 3),
             "hvps": report.cost.hvps,
             "numbers": numbers,
         }
-        (into / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+        (options.into / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     leave(0)
 
 

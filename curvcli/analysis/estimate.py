@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from curvcli.analysis.api import prepared
 from curvcli.analysis.cache import Cache
-from curvcli.analysis.checkpoint import Options, open_for_analysis
+from curvcli.analysis.checkpoint import Options, architecture_of, open_for_analysis
+from curvcli.analysis.scale import DEVICES, scale
 from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress
 from curvcli.analysis.track import key_of, the_last
-from curvcli.checkpoints import fetched, find_checkpoints
+from curvcli.checkpoints import fetched, find_checkpoints, open_checkpoint
 from curvcli.curvature.hvp import build, graph_bytes, random_direction, timed
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.errors import CurvError, memory_named
@@ -26,6 +28,8 @@ def estimate_checkpoint(path: Path, options: Options, progress: Progress | None 
     """What `analyze_checkpoint` will take, of which nothing is measured but how long a product takes.
 
     Products are counted as the progress counts them, by what the samples take: a spectrum of its own takes others.
+
+    With `shard` in the options nothing is computed, and only headers are read: see `sharded`.
 
     Returns:
         seconds: as a report's cost has them, reading left out.
@@ -39,6 +43,8 @@ def estimate_checkpoint(path: Path, options: Options, progress: Progress | None 
     """
     say = progress or (lambda stage, done: None)
     say("reading", 0.0)
+    if options.shard:
+        return sharded(path, options.model)
     opened = open_for_analysis(path, options)
     options = opened.options
     with memory_named(f"while {opened.checkpoint.path} is looked at"):
@@ -65,6 +71,8 @@ def estimate_run(
         CurvError: there is no checkpoint, or the newest one cannot be read or measured.
     """
     options = replace(options, depths=False)  # as a track measures, or no key would be found
+    if options.shard:
+        return sharded(the_last(find_checkpoints(path), last, options)[-1], options.model)
     found = the_last(find_checkpoints(path), last, options)
     kept = 0
     for checkpoint in found:
@@ -74,6 +82,26 @@ def estimate_run(
     more = len(found) - kept
     run = {"checkpoints": len(found), "kept": kept}
     return {**one, **run, "seconds": more * one["seconds"], "products": more * one["products"]}
+
+
+def sharded(path: Path, model: str | None = None) -> dict[str, Any]:
+    """What `--shard` takes of each of 1, 8 and 64 devices, in bytes, from the shapes in a checkpoint's headers.
+
+    Returns:
+        parameters: numbers of all stored weights, all of which are taken to train.
+        devices: for each number of devices what `scale.Scale` has, and the peak.
+
+    Raises:
+        CurvError: the checkpoint cannot be read.
+    """
+    checkpoint = open_checkpoint(path, architecture_of(model))
+    shapes = [tensor.shape for tensor in checkpoint.tensors]
+    found = [scale(shapes, devices) for devices in DEVICES]
+    return {
+        "checkpoint": str(checkpoint.path),
+        "parameters": sum(prod(shape) for shape in shapes),
+        "devices": [{**asdict(one), "peak": one.peak} for one in found],
+    }
 
 
 def forecast(work: Measurement) -> dict[str, Any]:

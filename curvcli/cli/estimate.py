@@ -33,10 +33,20 @@ def show(found: dict[str, Any], format: str) -> None:  # noqa: A002
     from curvcli.render.facts import show_facts
     from curvcli.render.frame import number
 
+    if "devices" in found:
+        each = {f"{row['devices']} device{'s' * (row['devices'] > 1)}": _of_device(row) for row in found["devices"]}
+        show_facts({"checkpoint": found["checkpoint"], "parameters": found["parameters"], **each}, terminal())
+        return
     memory = {key: _size(size) for key, size in found["memory_bytes"].items()}
     rounded = {key: number(value, 2) if isinstance(value, float) else value for key, value in found.items()}
     facts = {key.replace("_", " "): value for key, value in rounded.items() if key != "memory_bytes"}
     show_facts({**facts, "memory": memory}, terminal())
+
+
+def _of_device(row: dict[str, int]) -> dict[str, str]:
+    held = {"slices held": row["slices"], "gathered for a product": row["gathered"], "peak beside the graph": row["peak"]}
+    moved = {"received a product": row["moved"], "of the full model": row["moved_full"]}
+    return {key: _size(size) if size else "0" for key, size in {**held, **moved}.items()}
 
 
 def _size(count: int) -> str:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
+import models
 import pytest
 import torch
 from threads import on_ranks
 from torch import Tensor, nn
 
+from curvcli.analysis.scale import scale
 from curvcli.curvature import shards as shards_file
-from curvcli.curvature.gathering import Weights, Whole, sliced
+from curvcli.curvature.gathering import Gathered, Weights, sliced
+from curvcli.curvature.hvp import build
 from curvcli.curvature.inverse_root import Diagonal, InverseRoot, Multiple
 from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Processes
 from curvcli.curvature.shards import Sharded, Shards
 from curvcli.curvature.space import OneDevice
@@ -136,32 +141,43 @@ def test_weights_are_there_within_and_nowhere_else() -> None:
         assert all(after)
 
 
-class Rotated(Multiple):
-    """P^(-1/2) that is no matter of entries: it takes the transposed."""
+class Turned:
+    """P^(-1/2) that is no matter of entries."""
+
+    idle, positive = 0, True
+
+    def __init__(self, factor: float = 2.0) -> None:
+        self.factor = factor
 
     def apply(self, tensor: Tensor) -> Tensor:
-        return 2 * tensor.flip(0)
+        return self.factor * tensor.flip(0)
+
+    invert = solve = apply
+
+    def scaled(self, factor: float) -> Turned:
+        return Turned(self.factor * factor)
+
+    def to(self, parameter: Tensor) -> Turned:
+        return self
 
 
 @pytest.mark.parametrize(
-    "root",
+    "whole",
     [
         Multiple(4.0),
         Diagonal(torch.arange(1.0, 36.0).double().view(5, 7), torch.arange(35).view(5, 7) % 3 == 0),
-        Whole(Rotated(), "matrix", of(ALONE)),
+        Turned(),
     ],
 )
-def test_a_preconditioner_on_slices_is_the_whole_ones(root: InverseRoot) -> None:
-    whole = root.inner if isinstance(root, Whole) else root
-
+def test_a_preconditioner_on_slices_is_the_whole_ones(whole: InverseRoot) -> None:
     def work(shards: Shards) -> Any:
-        part = shards.part("matrix", WHOLE["matrix"])
-        own = Whole(whole, "matrix", shards) if isinstance(root, Whole) else sliced(root, "matrix", shards)
+        part, own = shards.part("matrix", WHOLE["matrix"]), sliced(whole, "matrix", shards).to(WHOLE["matrix"])
         found = [f(part) for f in (own.apply, own.invert, own.solve, own.scaled(3.0).apply)]
         expected = [f(WHOLE["matrix"]) for f in (whole.apply, whole.invert, whole.solve, whole.scaled(3.0).apply)]
-        return [torch.equal(a, shards.part("matrix", b)) for a, b in zip(found, expected, strict=True)]
+        return [torch.equal(a, shards.part("matrix", b)) for a, b in zip(found, expected, strict=True)], own.positive
 
-    assert on(work, 3) == [[True] * 4] * 3
+    assert on(work, 3) == [([True] * 4, True)] * 3
+    assert sliced(whole, "matrix", None) is whole
 
 
 def test_processes_that_gather_different_tensors_are_out_of_step() -> None:
@@ -171,3 +187,43 @@ def test_processes_that_gather_different_tensors_are_out_of_step() -> None:
     for found in on_ranks(work, 2):
         assert type(found) is LostError
         assert "out of step" in str(found)
+
+
+def test_a_product_sends_what_the_estimate_says() -> None:
+    net = models.Net()  # copied: its seed is that of all threads
+    shapes = {n: p.shape for n, p in net.named_parameters()}
+
+    def work(ranks: Processes) -> Any:
+        sent = [0]
+        gathered, summed = ranks.gathered, ranks.sum_
+
+        def gather(part: Tensor) -> Tensor:
+            sent[0] += (ranks.world - 1) * part.nbytes
+            return gathered(part)
+
+        def add(tensors: Any) -> None:
+            sent[0] += sum(2 * (ranks.world - 1) * t.nbytes // ranks.world for t in tensors)
+            summed(tensors)
+
+        ranks.gathered, ranks.sum_ = gather, add
+        batches, model = models.data(), deepcopy(net)
+        problem = Problem.create(model, models.loss, batches, models.weights(batches)).shared(ranks)
+        weights, shards = Weights(model, ranks), Shards(ranks, shapes)
+        engine = Gathered(build(problem, "fresh").part(), shards, weights.whole)
+        names = list(shapes)
+        along = [shards.part(n, torch.ones(shape).double()) for n, shape in shapes.items()]
+        images = engine.product(names, along)
+        one = sent[0]
+        with engine.held():
+            for i in range(2):
+                engine.subset([i]).product(names, along)
+        return one, sent[0] - one, shards.gather(names, images)
+
+    batches = models.data()
+    whole = build(Problem.create(net, models.loss, batches, models.weights(batches)), "fresh")
+    expected = whole.product(list(shapes), [torch.ones(s).double() for s in shapes.values()])
+    told = scale([tuple(shape) for shape in shapes.values()], 2, itemsize=8)
+    for one, two_folds, images in on_ranks(work, 2):
+        assert one == told.moved
+        assert two_folds == told.moved + 2 * told.moved // 4
+        torch.testing.assert_close(images, expected, rtol=1e-9, atol=1e-12)
