@@ -45,8 +45,13 @@ def table() -> str:
         for devices in DEVICES:
             found = scale(shapes(name), devices)
             sizes = (found.slices, found.gathered, found.peak, found.moved, found.moved_full)
-            lines.append(f"| {name} | {devices} | {' | '.join(f'{size / 2**30:,.3g}' for size in sizes)} |")
+            lines.append(f"| {name} | {devices} | {' | '.join(map(_gib, sizes))} |")
     return "\n".join(lines) + "\n"
+
+
+def _gib(size: int) -> str:
+    found = size / 2**30
+    return f"{found:,.0f}" if found >= 100 else f"{found:.3g}"
 
 
 def written(page: str) -> str:

@@ -48,6 +48,33 @@ def test_two_nodes_measure_what_one_process_does(run: Path) -> None:
         assert (left["status"], left["hvps"]) == (right["status"], right["hvps"])
 
 
+def test_divided_tensors_give_the_report_of_one_process(run: Path) -> None:
+    command = ["analyze", "run/checkpoint-6", "--no-depths", "-q", "-o"]
+    _, lines, codes = ended(started(run, *command, "divided.json", "--shard"))
+    assert (lines, codes) == ([], set())
+    single = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "curvcli", *command, "alone.json"], cwd=run, env=single, check=True, stdout=-3)
+    found, one = (json.loads((run / f"{name}.json").read_text()) for name in ("divided", "alone"))
+    assert (found["cost"]["ranks"], found["cost"]["mode"]) == (2, "fresh")
+    assert found["verdict"] == one["verdict"]
+    assert found["participation"] == pytest.approx(one["participation"], rel=1e-2)
+    for left, right in zip([one["full"], *one["layers"]], [found["full"], *found["layers"]], strict=True):
+        assert left["eigenvalue"] == pytest.approx(right["eigenvalue"], rel=1e-4)
+        assert (left["status"], left["hvps"]) == (right["status"], right["hvps"])
+
+
+@pytest.mark.parametrize(
+    ("fail", "said"),
+    [("raise,1,30", "rank 1 of 2: --loss failing_loss:loss failed: RuntimeError: a bug of this rank"), ("once,1,60", "")],
+)
+def test_what_happens_to_one_rank_ends_all_that_hold_slices(fail: str, said: str, run: Path) -> None:
+    given = ["analyze", "run/checkpoint-6", "--no-depths", "--shard", "--loss", "failing_loss:loss", "-q"]
+    _, lines, found = ended(started(run, *given, "-o", "slices.json", FAIL=fail))
+    assert found == ({2} if said else set())
+    assert [said in line for line in lines] == [True] * bool(said)
+    assert bool(list(run.glob("*slices.json*"))) == (not said)
+
+
 def test_a_gates_exit_code_is_every_ranks(run: Path) -> None:
     out, lines, codes = ended(started(run, "gate", "run/checkpoint-3", "--max-rho", "1e-9", "-q", "-o", "gate.json"))
     assert codes == {json.loads((run / "gate.json").read_text())["exit_code"]}

@@ -1,0 +1,74 @@
+"""What `--shard` takes of a device, by shapes; and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from places import ROOT, SAMPLES
+
+from curvcli import analyze
+from curvcli.analysis.cache import NoCache
+from curvcli.analysis.checkpoint import Options
+from curvcli.analysis.estimate import estimate_checkpoint, estimate_run
+from curvcli.analysis.plan import BESIDE, WANTED, WORKING
+from curvcli.analysis.scale import scale
+from curvcli.errors import UnsupportedError, UsageError
+from curvcli.optimizers.preconditioner import live
+
+SHAPES = [(1000, 8), (16,)]
+VECTORS = 1 + 2 + BESIDE + WORKING + WANTED
+
+
+def test_bytes_of_a_device() -> None:
+    one, many = scale(SHAPES, 1), scale(SHAPES, 8)
+    assert (one.slices, one.gathered, one.moved) == (int(VECTORS * 8016 * 4), 0, 0)
+    assert one.peak == one.slices
+    assert many.slices == int(VECTORS * 1002 * 4)
+    assert many.gathered == 3 * 8016 * 4
+    assert many.moved == 4 * 7 * 1002 * 4  # weights and tangents once, images twice as a sum in a ring
+    assert many.moved_full == 18 * 7 * 1002 * 4
+    assert scale([(3,)], 8).slices == int(VECTORS * 4)  # a slice is of one entry at least
+
+
+def test_an_estimate_is_made_of_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curvcli.checkpoints.base.Checkpoint.model", None, raising=False)
+    monkeypatch.setattr("curvcli.analysis.estimate.open_for_analysis", lambda *_: pytest.fail("it was read"))
+    found = estimate_checkpoint(SAMPLES / "hot" / "checkpoint-60", Options(shard=True))
+    assert found["parameters"] == 123_424
+    assert [row["devices"] for row in found["devices"]] == [1, 8, 64]
+    assert found["devices"][0]["peak"] == int(VECTORS * 123_424 * 4)
+    assert estimate_run(SAMPLES / "hot", Options(shard=True), NoCache())["devices"] == found["devices"]
+
+
+@pytest.mark.slow
+def test_the_table_is_as_the_estimate_is() -> None:
+    spec = importlib.util.spec_from_file_location("write_scale", ROOT / "docs" / "write_scale.py")
+    assert spec is not None
+    assert spec.loader is not None
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    page = Path(writer.PAGE).read_text()
+    assert writer.written(page) == page, "run python docs/write_scale.py"
+
+
+def _measured(**how: Any) -> None:
+    batches, model = models.data(), models.Net(blocks=1, width=2)
+    analyze(model, models.loss, batches, how.pop("optimizer", None), weights=models.weights(batches), **how)
+
+
+def test_kept_graphs_are_refused_where_weights_are_divided() -> None:
+    with pytest.raises(UsageError, match="kept graphs hold the whole weights"):
+        _measured(shard="all", mode="kept")
+
+
+def test_a_norm_of_whole_tensors_is_refused() -> None:
+    model = models.Net(blocks=1, width=2)
+    view = live(torch.optim.SGD(model.parameters(), lr=0.1), dict(model.named_parameters()))
+    lion = type(view)(view.groups, {n: {"exp_avg": torch.ones_like(p)} for n, p in model.named_parameters()}, "Lion")
+    with pytest.raises(UnsupportedError, match="Lion's step is steepest in a norm of whole tensors"):
+        _measured(shard="all", optimizer=lion)
