@@ -190,7 +190,9 @@ def test_an_analysis_within_a_limit_gives_the_same_numbers(monkeypatch: pytest.M
 
 
 def test_solves_end_where_the_basis_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvcli.analysis.api.fitted", lambda problem, *rest: (problem, predicted(SIZES, "kept", 1, 9)))
+    monkeypatch.setattr(
+        "curvcli.analysis.api.fitted", lambda problem, *rest, **how: (problem, predicted(SIZES, "kept", 1, 9))
+    )
     batches = models.data()
     found = analyze(models.Net(), models.loss, batches, weights=models.weights(batches), tolerance=1e-9, memory=GIB)
     assert (found.full.hvps, found.full.status) == (9, "unconverged")

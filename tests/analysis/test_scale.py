@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from curvcli import analyze
 from curvcli.analysis.cache import NoCache
 from curvcli.analysis.checkpoint import Options
 from curvcli.analysis.estimate import estimate_checkpoint, estimate_run
-from curvcli.analysis.plan import BESIDE, WANTED, WORKING
+from curvcli.analysis.plan import BESIDE, WANTED, WORKING, Sizes, predicted
 from curvcli.analysis.scale import scale
 from curvcli.errors import UnsupportedError, UsageError
 from curvcli.optimizers.preconditioner import live
@@ -54,6 +55,12 @@ def test_the_table_is_as_the_estimate_is() -> None:
     spec.loader.exec_module(writer)
     page = Path(writer.PAGE).read_text()
     assert writer.written(page) == page, "run python docs/write_scale.py"
+
+
+def test_a_plan_counts_what_a_product_gathers() -> None:
+    sizes = Sizes(held=0, vector=250, largest=100, graph=10, logits=0, rows=4)
+    more = replace(sizes, gathered=2000)
+    assert predicted(more, "fresh", 1, 8).product == predicted(sizes, "fresh", 1, 8).product + 2000
 
 
 def _measured(**how: Any) -> None:

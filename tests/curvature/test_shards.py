@@ -121,7 +121,7 @@ def test_weights_are_there_within_and_nowhere_else() -> None:
     def work(ranks: Processes) -> Any:
         torch.manual_seed(0) if ranks.world == 1 else None
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        model[1].weight.requires_grad_(requires_grad=False)  # what is frozen weighs as much
+        model[1].weight.requires_grad_(False)  # what is frozen weighs as much
         with torch.no_grad():
             for i, parameter in enumerate(model.parameters()):
                 parameter.fill_(i + 1.0)
@@ -205,7 +205,7 @@ def test_a_product_sends_what_the_estimate_says() -> None:
             sent[0] += sum(2 * (ranks.world - 1) * t.nbytes // ranks.world for t in tensors)
             summed(tensors)
 
-        ranks.gathered, ranks.sum_ = gather, add
+        ranks.gathered, ranks.sum_ = gather, add  # type: ignore[method-assign]
         batches, model = models.data(), deepcopy(net)
         problem = Problem.create(model, models.loss, batches, models.weights(batches)).shared(ranks)
         weights, shards = Weights(model, ranks), Shards(ranks, shapes)
