@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SAMPLES, save
+from common import HERE, SAMPLES, save
 
 import curvcli
 from curvcli.analysis.checkpoint import analyze_checkpoint
@@ -36,11 +36,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=SAMPLES / "hot" / "checkpoint-60")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--shard", action="store_true", help="compare dividing tensors with dividing the data alone")
+    parser.add_argument("--draw", action="store_true", help="draw results/shard.json again")
     parser.add_argument("--divided", action="store_true", help="of a rank: divide")
     parser.add_argument("--into", type=Path, help="be a rank, and write what it took into this directory")
     options = parser.parse_args()
     if options.into is not None:
         be_a_rank(options)
+        return
+    if options.draw:
+        draw()
         return
     if options.shard:
         shard(options)
@@ -63,6 +67,29 @@ def shard(options: argparse.Namespace) -> None:
         row["largest_difference"] = max(abs(a - b) / abs(b) for a, b in zip(row.pop("numbers"), one, strict=True))
     said = {"parameters": PARAMETERS, "tokens": 128, "cores": os.cpu_count(), "torch": torch.__version__}
     save("shard", {**said, "mode": "fresh, no depths, at most 24 products", "ranks": rows})
+    draw()
+
+
+def draw() -> None:
+    """Of results/shard.json: memory and work of a rank, against how many there are."""
+    from matplotlib.figure import Figure  # here: ranks are weighed
+
+    rows = json.loads((HERE / "results" / "shard.json").read_text())["ranks"]
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    memory, work = figure.subplots(1, 2)
+    for axes, title in ((memory, "memory of a rank that measuring adds (GiB)"), (work, "CPU seconds of the busiest rank")):
+        for divided, label, colour in ((False, "data divided", "#8a8f98"), (True, "--shard", "#1f5fae")):
+            own = [row for row in rows if row["shard"] is divided]
+            values = [max(r["held_GiB_of_each"]) if axes is memory else r["cpu_seconds_of_the_busiest"] for r in own]
+            places = [i + 0.2 * (1 if divided else -1) for i in range(len(own))]
+            for place, bar in zip(places, axes.bar(places, values, 0.36, color=colour, label=label), strict=True):
+                axes.text(place, bar.get_height(), f"{bar.get_height():.3g}", ha="center", va="bottom", fontsize=8)
+        axes.set_xticks(range(len(WORLDS)), [f"{world} rank{'s' * (world > 1)}" for world in WORLDS])
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(y=0.15)
+    memory.legend(frameon=False, fontsize=8)
+    figure.savefig(HERE / "results" / "shard.png", dpi=150)
 
 
 def made(place: Path) -> Path:

@@ -10,9 +10,9 @@ from math import inf, isfinite
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from curvcli.analysis.companions import companions
+from curvcli.analysis.counting import Counting
 from curvcli.analysis.measured import Measured, Solved
 from curvcli.analysis.plan import unplanned
 from curvcli.analysis.stages import Progress, Stages, products
@@ -28,7 +28,6 @@ from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import scratch
-from curvcli.curvature.shards import Shards
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -37,6 +36,7 @@ from curvcli.optimizers.update import next_update
 FOLDS = 8  # parts of the shard that the full model is seen on, at most
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
+TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them
 WARM = 4  # products that a depth may take from the vector of the depth above it
 NEAR_START = 1.1  # loss of the network cut to half its depth over the whole's, up to which the cut one means something
 
@@ -85,6 +85,7 @@ class Measurement:
         self.in_time()
         self.ranks = problem.ranks
         free, (trial, graphs) = self._free(device), sample(problem)
+        trial = trial.lean(TRIED) if self.shards else trial  # else it would hold eight whole vectors
         # Under a limit of memory plan.py has chosen the mode already, by more than what is free.
         self.choice: Choice = choose(trial, mode=mode, memory=free if basis is None else inf, graphs=graphs)
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
@@ -128,7 +129,7 @@ class Measurement:
         """
         root = self.preconditioner.root.restrict(names)
         decay = {name: found / of for name, found in self.preconditioner.decay.items()}
-        return PreconditionedHessian(_Counting(hvp, self, share), root, decay)
+        return PreconditionedHessian(Counting(hvp, self, share), root, decay)
 
     def folded(self, hvp: HVP) -> Folded:
         """G of the full model, or of some of its entries, as the mean of those of the shard's folds."""
@@ -199,7 +200,7 @@ class Measurement:
         try:
             self.in_time()
             self.stages.enter("next update")
-            counted = _Counting(hvp, self, 1.0)
+            counted = Counting(hvp, self, 1.0)
             found.update = next_update(self.problem, self.preconditioner, counted, self.moving, gradients)
             steep = Steep.of(self, counted, gradients)
             found.norm = steep.found if steep else None
@@ -389,24 +390,6 @@ class Measurement:
         """Parameters outside the layers and in the first `depth` of them, in the model's order."""
         inside = {n for names in self.layer_names[:depth] for n in names} | set(self.outer)
         return [n for n in self.names if n in inside]
-
-
-class _Counting:
-    """An engine that counts its products and moves the progress on."""
-
-    def __init__(self, hvp: HVP, work: Measurement, share: float) -> None:
-        self.hvp, self.work, self.share = hvp, work, share  # of a product over the whole shard
-
-    def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
-        self.work.hvps += self.share
-        self.work.stages.tick(self.share)
-        return self.hvp.product(names, tangents)
-
-    def subset(self, indices: Sequence[int]) -> HVP:
-        return _Counting(self.hvp.subset(indices), self.work, self.share)
-
-    def part(self) -> HVP:
-        return _Counting(self.hvp.part(), self.work, self.share)
 
 
 def _some(solved: Solved | None) -> list[Solved]:

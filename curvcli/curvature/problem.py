@@ -86,6 +86,7 @@ class Problem:
         owners: the rank that computes each batch; none where each process computes all.
         origins: the batch, as they were given, that each is a part of; none where each is a whole one.
         gathered: within it the parameters are there, where processes divide them; all of these have to come to it.
+        names: of the parameters that it is a function of; None of all that are trained.
     """
 
     model: nn.Module
@@ -97,6 +98,7 @@ class Problem:
     owners: Sequence[int] = ()
     origins: Sequence[int] = ()
     gathered: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
+    names: frozenset[str] | None = None
 
     @classmethod
     def create(
@@ -145,7 +147,8 @@ class Problem:
     @cached_property  # asked for once a layer and name, and every time a walk over all of the modules
     def parameters(self) -> dict[str, Tensor]:
         """Name to parameter, tied ones once, in `named_parameters` order; only those that are trained when first asked."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return {n: p for n, p in trained.items() if self.names is None or n in self.names}
 
     @property
     def own(self) -> list[int]:
@@ -218,6 +221,16 @@ class Problem:
             owners=[self.owners[i] for i in indices] if self.owners else (),
             origins=[self.origins[i] for i in indices] if self.origins else (),
         )
+
+    def lean(self, share: float) -> Problem:
+        """As a function of its smallest parameters alone, which are such a share of all entries at most; one at least."""
+        found, room = [], share * sum(p.numel() for p in self.parameters.values())
+        for name, parameter in sorted(self.parameters.items(), key=lambda item: item[1].numel()):
+            room -= parameter.numel()
+            if found and room < 0:
+                break
+            found.append(name)
+        return replace(self, names=frozenset(found))
 
     def negated(self) -> Problem:
         """Minus the function: what an optimizer that maximises descends."""

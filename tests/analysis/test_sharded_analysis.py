@@ -74,7 +74,7 @@ def _held() -> int:
 
 
 def _peak(shard: Shard | None) -> int:
-    """The most that is held, looked at as a product is asked for, and in its forward pass when all it takes is there."""
+    """The most that is held, looked at in every forward pass, when all that a product takes is there."""
     gc.collect()
     gc.freeze()  # of what was imported before there are too many objects to look at
     batches = models.data(rows=600, vocab=500)
@@ -84,24 +84,19 @@ def _peak(shard: Shard | None) -> int:
     view = live(optimizer, dict(model.named_parameters()))
     model.zero_grad()
     del optimizer
-    between, during = [0], [0]  # 17 products with some hundred parts; later ones hold the most of the basis
-
-    def progress(stage: str, done: float) -> None:
-        if stage == "full model" and len(between) < 100:
-            between.append(_held())
+    seen = [0]
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
-        if len(between) > 10 and len(during) < 40:
-            during.append(_held())
+        seen.append(_held())
         return models.loss(model, batch)
 
     analyze(
         model, loss, batches, view, weights=models.weights(batches), tolerance=1e-3, max_hvps=17, depths=False,
-        mode="fresh", shard=shard, progress=progress,
+        mode="fresh", shard=shard,
     )  # fmt: skip
     gc.unfreeze()
-    assert len(during) == 40
-    return max(*between, *during)
+    assert len(seen) > 100
+    return max(seen)
 
 
 def _weighed(rank: int, path: Path) -> None:
