@@ -224,7 +224,8 @@ class Problem:
 
     def lean(self, share: float) -> Problem:
         """As a function of its smallest parameters alone, which are such a share of all entries at most; one at least."""
-        found, room = [], share * sum(p.numel() for p in self.parameters.values())
+        found: list[str] = []
+        room = share * sum(p.numel() for p in self.parameters.values())
         for name, parameter in sorted(self.parameters.items(), key=lambda item: item[1].numel()):
             room -= parameter.numel()
             if found and room < 0:

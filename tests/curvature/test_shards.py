@@ -227,3 +227,17 @@ def test_a_product_sends_what_the_estimate_says() -> None:
         assert one == told.moved
         assert two_folds == told.moved + 2 * told.moved // 4
         torch.testing.assert_close(images, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_leaner_problem_is_of_the_smallest_parameters() -> None:
+    batches = models.data()
+    whole = Problem.create(models.Net(), models.loss, batches, models.weights(batches))
+    sizes = {n: p.numel() for n, p in whole.parameters.items()}
+    few = whole.lean(1 / 4).parameters
+    assert 0 < sum(sizes[n] for n in few) <= sum(sizes.values()) / 4
+    assert max(sizes[n] for n in few) <= min(size for n, size in sizes.items() if n not in few)
+    assert list(whole.lean(0).parameters) == [min(sizes, key=lambda n: sizes[n])]
+    names = list(few)
+    along = [torch.ones_like(p) for p in few.values()]
+    found, expected = (build(p, "fresh").product(names, along) for p in (whole.lean(1 / 4), whole))
+    torch.testing.assert_close(found, expected)
