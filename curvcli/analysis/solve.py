@@ -20,7 +20,7 @@ from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.folds import Folds
-from curvcli.curvature.gathering import Gathered
+from curvcli.curvature.gathering import Gathered, across
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import sample
@@ -252,9 +252,8 @@ class Measurement:
             self.notes |= self._overflown(operator)
         rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
         rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
-        if mixed := [
-            n for n, mask in rows.items() if not apart(self.preconditioner.root[n], self.problem.parameters[n], mask)
-        ]:
+        roots = {n: across(self.preconditioner.root[n], n, self.shards) for n in rows}
+        if mixed := [n for n, mask in rows.items() if not apart(roots[n], self.problem.parameters[n], mask)]:
             self.notes["rows-mixed"] = (
                 f"the preconditioner of {', '.join(mixed)} mixes its rows: those that the shard hardly looks up stay in"
             )

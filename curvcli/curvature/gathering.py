@@ -158,10 +158,35 @@ class Whole:
         return self.shards.part(self.name, function(whole))
 
 
+@dataclass(frozen=True)
+class Across:
+    """P^(-1/2) of one parameter as a map of whole tensors, where it is held on slices.
+
+    Args:
+        inner: on slices.
+    """
+
+    inner: InverseRoot
+    name: str
+    shards: Shards
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """P^(-1/2) x for a whole x, which all processes have; they call it alike."""
+        (found,) = self.shards.gather([self.name], [self.inner.apply(self.shards.part(self.name, tensor))])
+        return found
+
+
+def across(root: InverseRoot, name: str, shards: Shards | None) -> InverseRoot | Across:
+    """As it acts on whole tensors; itself where that is what it does."""
+    return root if shards is None else Across(root, name, shards)
+
+
 def sliced(root: InverseRoot, name: str, shards: Shards | None) -> InverseRoot:
     """P^(-1/2) of one parameter as it acts on what is held of it here; itself where that is all."""
     if shards is None or isinstance(root, Multiple):
         return root
     if isinstance(root, Diagonal):
-        return Diagonal(shards.part(name, root.entries), None if root.never is None else shards.part(name, root.never))
+        shape = shards.shapes[name]  # which P may have by broadcasting alone
+        never = None if root.never is None else shards.part(name, root.never.expand(shape))
+        return Diagonal(shards.part(name, root.entries.expand(shape)), never)
     return Whole(root, name, shards)

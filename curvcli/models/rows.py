@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from curvcli.curvature.gathering import Across
 from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.curvature.problem import Problem
 
@@ -65,7 +66,7 @@ class Lookups:
         return None if counts is None else counts < most
 
 
-def apart(root: InverseRoot, weight: Tensor, rows: Tensor) -> bool:
+def apart(root: InverseRoot | Across, weight: Tensor, rows: Tensor) -> bool:
     """Whether P keeps some rows of a weight apart from the others; where it mixes them, to cut a vector holds none still.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curvcli.analysis.scale import scale
 from curvcli.curvature import shards as shards_file
-from curvcli.curvature.gathering import Gathered, Weights, sliced
+from curvcli.curvature.gathering import Gathered, Weights, across, sliced
 from curvcli.curvature.hvp import build
 from curvcli.curvature.inverse_root import Diagonal, InverseRoot, Multiple
 from curvcli.curvature.lanczos import Lanczos
@@ -165,6 +165,7 @@ class Turned:
     "whole",
     [
         Multiple(4.0),
+        Diagonal(torch.arange(1.0, 6.0).double()[:, None], torch.arange(5)[:, None] == 2),
         Diagonal(torch.arange(1.0, 36.0).double().view(5, 7), torch.arange(35).view(5, 7) % 3 == 0),
         Turned(),
     ],
@@ -174,9 +175,12 @@ def test_a_preconditioner_on_slices_is_the_whole_ones(whole: InverseRoot) -> Non
         part, own = shards.part("matrix", WHOLE["matrix"]), sliced(whole, "matrix", shards).to(WHOLE["matrix"])
         found = [f(part) for f in (own.apply, own.invert, own.solve, own.scaled(3.0).apply)]
         expected = [f(WHOLE["matrix"]) for f in (whole.apply, whole.invert, whole.solve, whole.scaled(3.0).apply)]
-        return [torch.equal(a, shards.part("matrix", b)) for a, b in zip(found, expected, strict=True)], own.positive
+        again = across(own, "matrix", shards).apply(WHOLE["matrix"])
+        same = [torch.equal(a, shards.part("matrix", b)) for a, b in zip(found, expected, strict=True)]
+        return [*same, torch.equal(again, expected[0])], own.positive
 
-    assert on(work, 3) == [([True] * 4, True)] * 3
+    assert on(work, 3) == [([True] * 5, True)] * 3
+    assert across(whole, "matrix", None) is whole
     assert sliced(whole, "matrix", None) is whole
 
 
