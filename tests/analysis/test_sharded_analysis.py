@@ -26,6 +26,7 @@ WAYS: dict[str, tuple[Shard, Any]] = {
     "AdamW": ("all", "auto"),
     "SGD with decay": ("vectors", "kept"),
     "estimated": ("all", "forward"),
+    "SOAP": ("all", "auto"),  # whose P is no matter of entries
 }
 
 
@@ -45,7 +46,7 @@ def _measured(name: str, shard: Shard | None, told: Callable[[Any], None] | None
 
 
 def _names(world: int) -> list[str]:
-    return list(WAYS)[: 3 if world == 2 else 1]
+    return list(WAYS)[: 4 if world == 2 else 1]
 
 
 def _work(rank: int, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import published
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ OPTIMIZERS = {
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3),
     "SGD with decay": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1),
     "estimated": lambda model: None,
+    "SOAP": lambda model: published.SOAP(model.parameters(), lr=1e-2),
 }
 
 
