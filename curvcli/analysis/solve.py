@@ -187,8 +187,7 @@ class Measurement:
         self.in_time()
         self.stages.enter("gradient")
         gradients = gradient(self.problem, self.moving)
-        if self.shards is not None:
-            gradients = [self.shards.part(n, g) for n, g in zip(self.moving, gradients, strict=True)]
+        gradients = self.shards.parts(self.moving, gradients) if self.shards else gradients
         loss, looked_up = lookups(self.problem)
         if not isfinite(loss):
             raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")

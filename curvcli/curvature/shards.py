@@ -49,6 +49,10 @@ class Shards:
         begin, end = self.bounds(name)
         return whole.detach().reshape(-1)[begin:end].clone()
 
+    def parts(self, names: Sequence[str], wholes: Sequence[Tensor]) -> list[Tensor]:
+        """What is held here of several."""
+        return [self.part(name, whole) for name, whole in zip(names, wholes, strict=True)]
+
     def gather(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
         """Whole tensors, in their shapes, from the slices of all processes, of one type. All call it alike."""
         wholes = [part.new_empty(self.shapes[n].numel()) for n, part in zip(names, parts, strict=True)]

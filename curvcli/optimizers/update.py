@@ -32,7 +32,7 @@ def next_update(
     with problem.gathered():
         weights = [problem.parameters[n].detach() for n in names]
         if shards is not None:
-            weights = [shards.part(n, w) for n, w in zip(names, weights, strict=True)]
+            weights = shards.parts(names, weights)
         image = hvp.product(names, step)
     # A coupled weight decay is part of the function that the optimizer descends.
     slope = sum(float(((g + d * w) * u).sum()) for g, d, w, u in zip(gradients, decays, weights, step, strict=True))
