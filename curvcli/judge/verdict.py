@@ -27,8 +27,11 @@ def judge(
         return "early"
     if not certified(judged) or generalisation.rho_low is None or generalisation.rho_high is None:
         return "unresolved"
-    found = verdict_at(generalisation.rho_low, generalisation.rho_high, odds)
-    # One part past its edge can break a run; one part below its edge does not make it stable.
+    return _of_all(verdict_at(generalisation.rho_low, generalisation.rho_high, odds), partial=partial)
+
+
+def _of_all(found: VerdictName, *, partial: bool) -> VerdictName:
+    """One part past its edge can break a run; one part below its edge does not make it stable."""
     return "unresolved" if partial and found == "stable" else found
 
 
@@ -60,4 +63,7 @@ def verdict_of(record: Record) -> VerdictName:
     """Verdict of a training job's record, whose rho is that of its probe and no more."""
     if record.early:
         return "early"
-    return verdict_at(record.rho, record.rho, record.odds) if record.rho is not None and certified(record) else "unresolved"
+    if record.rho is None or not certified(record):
+        return "unresolved"
+    # Where some parameters have a sharpness in a norm, rho is of the others alone.
+    return _of_all(verdict_at(record.rho, record.rho, record.odds), partial=record.sharpness is not None)

@@ -9,6 +9,7 @@ from logs import record
 
 from curvcli.documents import StableLr
 from curvcli.judge.level import alert_of, lower_lr
+from curvcli.judge.verdict import verdict_of
 
 OUT = {"gradient_sigmas": 7.5, "gradient_outlier": True}
 
@@ -60,6 +61,12 @@ def test_where_to() -> None:
     assert lower_lr(1e-3, 0.7, None) is None, "rho is stable there already: 0.8 of it would raise the rate"
     unknown = alert_of(record(0, 2.0, lr=None))
     assert (unknown.action, unknown.lr, unknown.factor) == ("lower the lr", None, None)
+
+
+@pytest.mark.parametrize(("rho", "verdict"), [(0.1, "unresolved"), (1.0, "edge"), (2.0, "unstable")])
+def test_rho_of_some_parameters_makes_no_job_stable(rho: float, verdict: str) -> None:
+    """Those that Muon moves have none; that the others are past their edge says enough."""
+    assert verdict_of(record(0, rho, sharpness=300.0, z=0.4)) == verdict
 
 
 def test_both_reasons_are_said() -> None:
