@@ -99,15 +99,21 @@ def _depths(report: Report) -> list[Text | Table]:
         return []
     curves = {kind: [part for part in parts(report) if part.kind == kind] for kind in ("restricted", "truncated")}
     curves = {kind: curve for kind, curve in curves.items() if curve}
-    both = [part for curve in curves.values() for part in curve]
-    columns = [c for c in _shown(report, both) if c.key not in ("name", "parameters")]
+    # Each with the columns that it has values for: networks cut short have no Z.
+    columns = {
+        kind: [c for c in _shown(report, curve) if c.key not in ("name", "parameters")] for kind, curve in curves.items()
+    }
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("depth", justify="right")
     for kind in curves:
-        for place, column in enumerate(columns):
+        for place, column in enumerate(columns[kind]):
             table.add_column(column.label if place else f"{kind} {column.label}", justify="right", no_wrap=True)
     for pair in zip_longest(*curves.values()):
-        cells = [_cell(column, part).plain if part else "" for part in pair for column in columns]
+        cells = [
+            _cell(column, part).plain if part else ""
+            for part, of_curve in zip(pair, columns.values(), strict=True)
+            for column in of_curve
+        ]
         table.add_row(str(pair[0].index), *cells)
     cut = ", and cut short" if "truncated" in curves else ""
     return [Text(f"\ncumulative over depth: the intact network restricted{cut}", style="dim"), table]

@@ -120,13 +120,7 @@ def header(log: Log) -> Text:
     text.append("\n\n")
     text.append(f" {said(verdict).upper()} ", style=f"bold reverse {COLOURS[verdict]}")
     if last.rho is not None:
-        text.append(f"  rho {number(last.rho, 3)}", style="bold")
-        text.append(f"  (edge 1, stable below {STABLE_BELOW:g}, unstable above {UNSTABLE_ABOVE:g})", style="dim")
-        if not certified(last):
-            text.append(f"  {last.status}: not to be relied on", style="yellow")
-        if last.early:
-            text.append("\n the optimizer is young: rho says nothing yet", style="yellow")
-        text.append("".join(f"\n {line}" for line in record_lines(last)))
+        _rho(text, last)
     elif last.z is not None:
         text.append(f"  Z {number(last.z, 3)}", style="bold")
         text.append("  (edge 1; a lower bound, and below the edge it proves nothing)", style="dim")
@@ -139,6 +133,18 @@ def header(log: Log) -> Text:
     _beside(text, last)
     _troubles(text, log)
     return text
+
+
+def _rho(text: Text, last: Record) -> None:
+    text.append(f"  rho {number(last.rho, 3)}", style="bold")
+    text.append(f"  (edge 1, stable below {STABLE_BELOW:g}, unstable above {UNSTABLE_ABOVE:g})", style="dim")
+    if not certified(last):
+        text.append(f"  {last.status}: not to be relied on", style="yellow")
+    if last.z is not None:
+        text.append(f"\n the parameters without a rho: Z {number(last.z, 3)} (edge 1; below it it proves nothing)")
+    if last.early:
+        text.append("\n the optimizer is young: rho says nothing yet", style="yellow")
+    text.append("".join(f"\n {line}" for line in record_lines(last)))
 
 
 def _beside(text: Text, record: Record) -> None:

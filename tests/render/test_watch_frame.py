@@ -218,3 +218,10 @@ def test_a_long_log_is_thinned_and_its_breaks_and_spikes_stay() -> None:
     assert len(steps) < 4100
     assert 40.0 in values
     assert [step for step, y in zip(steps, values, strict=True) if y != y] == [4000]
+
+
+def test_rho_of_some_parameters_has_the_others_z_beside_it() -> None:
+    log = Log(Path("x"), exists=True, records=(record(0, 0.1, sharpness=300.0, z=0.454),), age=3.0)
+    text = header(log).plain
+    assert " UNRESOLVED " in text
+    assert "the parameters without a rho: Z 0.454" in text
