@@ -83,7 +83,8 @@ def test_it_runs(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert shown.stdout or "-o" in words
     for log in folder.rglob("curvature.jsonl"):
         records = [json.loads(line) for line in log.read_text().splitlines()]
-        assert [record["reason"] for record in records if record["status"] == "failed"] == []
+        # At a learning rate of 0, where the Trainer's schedule ends, there is nothing to measure.
+        assert [record["message"] for record in records if record["status"] == "failed" and record["lr"] > 0] == []
         assert records
 
 
