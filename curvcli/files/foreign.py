@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -25,6 +26,8 @@ _NAMES = frozenset(
 )
 # torch fills nothing that is no plain dictionary.
 _DICTIONARIES = frozenset(["collections.defaultdict"])
+# How Python 3.11.0 to 3.11.3 (Debian 12's) write down a member of an enumeration: getattr(its class, its name).
+_MEMBER = "builtins.getattr"
 # Each name becomes a class. A trainer's file has dozens of them: one of thousands was made to cost time and memory.
 _MOST = 256
 
@@ -79,7 +82,16 @@ def stand_ins(source: Path | io.BytesIO) -> list[Callable[..., Any] | tuple[Call
         return []
     # A class each: torch keeps allowed classes by name and class, and a message should say which one stood in the file.
     records = [(type("Foreign", (Foreign,), {"name": name}), name) for name in sorted(found)]
-    return [*records, *((_dictionary, name) for name in sorted(named & _DICTIONARIES))]
+    members = [(_member, _MEMBER)] if _MEMBER in named else []
+    return [*records, *((_dictionary, name) for name in sorted(named & _DICTIONARIES)), *members]
+
+
+def _member(*arguments: Any) -> Foreign:
+    """Stands in for getattr, of a foreign class and a name alone: a record with the name. Nothing is looked up."""
+    match arguments:
+        case (type() as kind, str() as name) if issubclass(kind, Foreign):
+            return kind(name)
+    raise pickle.UnpicklingError(f"GLOBAL {_MEMBER} of what is no foreign class")
 
 
 def _dictionary(*arguments: Any) -> dict[Any, Any]:

@@ -45,6 +45,25 @@ def test_records_and_what_they_share(shared: torch.Size, count: int, protocol: i
     ]
 
 
+def _member(module: str, name: str) -> bytes:
+    """getattr of a class and a name, as Python 3.11.0 to 3.11.3 write a member of an enumeration."""
+    return (
+        pickle.PROTO
+        + b"\x04cbuiltins\ngetattr\nc"
+        + f"{module}\n{name}\n".encode()
+        + pickle.dumps("a", 4)[11:-2]
+        + b"\x86R."
+    )
+
+
+def test_a_member_of_an_enumeration_by_its_name_is_a_record() -> None:
+    found = dcp_pickle.load(_member("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"))
+    assert isinstance(found, dcp_pickle.Record)
+    for module, name in (("torch", "Size"), ("torch", "float32"), ("builtins", "getattr")):
+        with pytest.raises(pickle.UnpicklingError, match=r"builtins\.getattr"):
+            dcp_pickle.load(_member(module, name))
+
+
 @given(document=DOCUMENTS, cut=st.floats(0, 1, exclude_max=True))
 def test_cut_short_is_an_error_and_no_shorter_document(document: object, cut: float) -> None:
     data = pickle.dumps(document)

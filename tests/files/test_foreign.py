@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import pathlib
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +37,6 @@ def test_foreign_objects_are_records(form: str, tmp_path: Path) -> None:
         "args": argparse.Namespace(lr=0.1), "settings": Settings(), "path": pathlib.PurePosixPath("a/b"),
         "best": np.float64(2.5), "rng": np.arange(3), "t": torch.ones(2),
     }  # fmt: skip
-    import sys
-
     sys.modules["__main__"].Settings = Settings  # type: ignore[attr-defined]
     try:
         torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=form == "zip")
@@ -102,6 +102,32 @@ def test_functions_that_act_are_refused_wherever_they_stand(function: str, form:
     with pytest.raises(InputError, match=function.rpartition(".")[2]):
         load_pickle(_with_pickle(tmp_path / "a.pt", value))
     assert not trap.exists()
+
+
+class Old(enum.Enum):
+    """Written down as Python 3.11.0 to 3.11.3 do every enumeration: by getattr."""
+
+    FULL = 2
+    __module__ = "__main__"
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return getattr, (type(self), self.name)
+
+
+def test_a_member_of_an_enumeration_by_its_name_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "Old", Old, raising=False)
+    torch.save({"stage": Old.FULL, "t": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "a.pt", weights_only=True)
+    found = load_pickle(tmp_path / "a.pt")["stage"]
+    assert isinstance(found, Foreign)
+    assert (found.name, found.arguments) == ("__main__.Old", ("FULL",))
+
+
+@pytest.mark.parametrize("arguments", [("torch", "os"), (Runs("argparse.Namespace"), "__init__"), (), (1,)])
+def test_getattr_of_anything_else_is_refused(arguments: tuple[object, ...], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"builtins\.getattr"):
+        load_pickle(_with_pickle(tmp_path / "a.pt", Runs("builtins.getattr", *arguments)))
 
 
 def test_a_function_under_a_good_name_is_never_called(tmp_path: Path) -> None:

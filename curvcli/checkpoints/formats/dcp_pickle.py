@@ -185,6 +185,8 @@ def _named(module: str, name: str) -> Any:
     # Not getattr, which would have torch import modules by name.
     if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
         return vars(torch)[name]
+    if (module, name) == ("builtins", "getattr"):
+        return _member
     if (module, name) in _RECORDS:
         return type(name, (Record,), {"__slots__": ()})
     raise pickle.UnpicklingError(f"{module}.{name}"[:120])
@@ -196,9 +198,19 @@ def _made(kind: Any, arguments: Any) -> Any:
         if type(value) is not tuple:  # a list copied again and again is time and memory without end
             raise ValueError("a size that is no tuple")
         return value
+    if kind is _member:
+        return _member(*arguments)
     if not (isinstance(kind, type) and issubclass(kind, Record)):
         raise ValueError("a call of what is no class")
     return kind()
+
+
+def _member(*arguments: Any) -> Record:
+    """A member of an enumeration, as Python 3.11.0 to 3.11.3 write it: getattr(class, name). Nothing is looked up."""
+    match arguments:
+        case (type() as kind, str()) if issubclass(kind, Record):
+            return kind()
+    raise pickle.UnpicklingError("builtins.getattr of what is no class of metadata")
 
 
 def _put(target: Any, key: Any, value: Any) -> None:
