@@ -79,12 +79,12 @@ def _archive(path: Path, text: bytes, data: bytes = b"\0" * 64) -> Path:
     return path
 
 
-def _refused(call: Callable[[], object], said: str) -> None:
+def _refused(call: Callable[[], object], *said: str) -> None:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with pytest.raises(CurvError) as caught:
         call()
     line = str(caught.value)
-    assert said in line
+    assert any(part in line for part in said), line
     assert "\n" not in line
     assert len(line) < 600
     assert time.perf_counter() - start < 20
@@ -171,7 +171,8 @@ def _long(path: Path) -> None:
 )
 def test_archives_that_no_torch_wrote(write: Callable[[Path], None], said: str, tmp_path: Path) -> None:
     write(tmp_path / "a.pt")
-    _refused(lambda: load_pickle(tmp_path / "a.pt"), said)
+    # A zipfile with the fix of CVE-2024-0450, as Debian's, sees some of them first.
+    _refused(lambda: load_pickle(tmp_path / "a.pt"), said, "Overlapped entries")
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def _named(module: str, name: str) -> Any:
     # Not getattr, which would have torch import modules by name.
     if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
         return vars(torch)[name]
-    if (module, name) == ("builtins", "getattr"):
+    if module in ("builtins", "__builtin__") and name == "getattr":
         return _member
     if (module, name) in _RECORDS:
         return type(name, (Record,), {"__slots__": ()})
