@@ -73,8 +73,11 @@ def standing(kinds: tuple[str, ...]) -> list[Block]:
 def of(*kinds: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "block",
-        # An explanation takes a pass over every sequence.
-        [pytest.param(block, marks=pytest.mark.slow) if block.page == "explain.md" else block for block in standing(kinds)],
+        # These measure: an explanation, a run, an estimate.
+        [
+            pytest.param(block, marks=pytest.mark.slow) if block.page in ("explain.md", "track.md", "cost.md") else block
+            for block in standing(kinds)
+        ],
         ids=str,
     )
 

@@ -91,6 +91,7 @@ def test_past_the_full_model_no_product_is_made(monkeypatch: pytest.MonkeyPatch)
     assert not early, "the report is the verdict"
 
 
+@pytest.mark.slow
 def test_the_alarm_breaks_into_what_looks_at_no_deadline(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
     monkeypatch.setattr(opened, "read_data", lambda *_, **__: time.sleep(60))

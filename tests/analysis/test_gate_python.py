@@ -95,6 +95,7 @@ def test_what_cannot_be_judged_is_said(given: dict[str, Any], words: str) -> Non
         curvcli.gate(HOT, **given)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_measured_in_python(tmp_path: Path) -> None:
     told: list[str] = []
     run = run_of(tmp_path, 60)

@@ -98,6 +98,7 @@ def test_without_a_limit_it_is_by_what_is_free(problem: Problem, monkeypatch: py
     assert unplanned(problem, 50, 600.0, 3) == (LEAST, False), "no more are of use"
 
 
+@pytest.mark.slow
 def test_an_analysis_on_disk_gives_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = models.data()
 

@@ -65,6 +65,7 @@ def test_track_gives_what_the_verb_prints(run: Path) -> None:
     assert timeless(json.loads(found.to_json())) == timeless(said)
 
 
+@pytest.mark.slow
 def test_track_keeps_reports_where_the_verb_does(run: Path) -> None:
     printed("track", run, *flags(MEASURING))
     stages: list[str] = []

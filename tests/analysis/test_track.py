@@ -97,6 +97,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(tracked: tuple[Track, 
     assert without_cost(rest) == without_cost(tracked[0])
 
 
+@pytest.mark.slow
 def test_what_changed_is_measured_again(tracked: tuple[Track, Path], calm: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(calm.parent, copy)

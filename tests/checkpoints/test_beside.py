@@ -68,6 +68,7 @@ def test_the_only_optimizer_is_read_by_whatever_name(name: str, run: Run, tmp_pa
     is_the_run(path, *run, None)
 
 
+@pytest.mark.slow
 def test_a_form_that_is_not_known_is_an_error(run: Run, tmp_path: Path) -> None:
     path = weights(tmp_path, run[0])
     save_file({"a": torch.ones(2)}, path / "optim.safetensors")

@@ -23,6 +23,9 @@ from curvcli.checkpoints.state.mapping import map_named
 from curvcli.errors import InputError
 from curvcli.models.base import Architecture
 
+# Two real ranks write what all of it reads: seconds before the first test.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,7 +35,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nested", "torchtitan", "FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_two_ranks_are_the_gathered_state(layout: str, ranks: Path) -> None:
     gathered = torch.load(ranks / "gathered.pt", weights_only=True)
@@ -48,7 +50,6 @@ def test_two_ranks_are_the_gathered_state(layout: str, ranks: Path) -> None:
         assert checkpoint.step == STEPS
 
 
-@pytest.mark.slow
 def test_pieces_that_ranks_cannot_halve(ranks: Path) -> None:
     entries = read_metadata(ranks / "odd")
     assert {entry.key: len(entry.chunks) for entry in entries} == {
@@ -108,7 +109,6 @@ def _trainer(rank: int, path: Path) -> None:
         assert trainer.is_fsdp_enabled
 
 
-@pytest.mark.slow
 def test_trainer_under_fsdp(tmp_path: Path) -> None:
     launch(_trainer, tmp_path)
     full = open_checkpoint(tmp_path / "FULL_STATE_DICT")
@@ -129,7 +129,6 @@ def test_trainer_under_fsdp(tmp_path: Path) -> None:
     same_weights(open_checkpoint(sharded.path).model(), model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RANKED if name.startswith("FSDP")])
 def test_damaged_at_random(name: str, ranks: Path, tmp_path: Path) -> None:
     """One of each damage; test_fuzz.py does many."""

@@ -28,6 +28,8 @@ from curvcli.models.base import Architecture
 from curvcli.optimizers.preconditioner import prepare
 
 pytest.importorskip("deepspeed")
+# Two real ranks of DeepSpeed write what all of it reads: seconds before the first test.
+pytestmark = pytest.mark.slow
 NET = Architecture("Net", build, vocabulary=11)
 OPTIM = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -351,7 +353,6 @@ def test_latest_leads_nowhere_else(stage2: Path) -> None:
         read(stage2.parent)
 
 
-@pytest.mark.slow
 def test_inside_a_trainers_checkpoint(tmp_path: Path) -> None:
     launch(write_trainer, tmp_path, initialize=False)
     run = tmp_path / "run"
@@ -376,7 +377,6 @@ def test_inside_a_trainers_checkpoint(tmp_path: Path) -> None:
     assert "no optimizer file of rank 0" in one_line([str(run / "checkpoint-2"), "--data", str(tmp_path / "ids.npy")])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RANKED if name.startswith("DeepSpeed")])
 def test_damaged_at_random(name: str, runs: Path, tmp_path: Path) -> None:
     """One of each damage; test_fuzz.py does many."""

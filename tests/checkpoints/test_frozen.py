@@ -146,6 +146,7 @@ def test_where_gradients_do_not_tell_nothing_is_taken(tmp_path: Path) -> None:
     assert "unread-optimizer" in {finding.code for finding in report.findings}
 
 
+@pytest.mark.slow
 def test_the_factory_of_the_remedy(tmp_path: Path) -> None:
     model = frozen_below()
     train(model, optimizer := torch.optim.AdamW(by_dimension(model), lr=1e-2), 10)

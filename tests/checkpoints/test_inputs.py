@@ -197,6 +197,7 @@ def test_one_batch_of_a_file_is_not_all_of_the_data(tmp_path: Path) -> None:
     assert "no-held-out" not in [f.code for f in report.findings]
 
 
+@pytest.mark.slow
 def test_a_layer_that_never_moved_is_empty_not_safe(tmp_path: Path) -> None:
     run = run_of(tmp_path, 9) / "checkpoint-9"
     names = [n for n, _ in open_checkpoint(run).model().named_parameters()]
@@ -221,6 +222,7 @@ def test_no_data_names_the_remedy(samples: Path, tmp_path: Path) -> None:
         analyze_checkpoint(tmp_path, Options())
 
 
+@pytest.mark.slow
 def test_lr_zero_falls_back_to_the_log(tmp_path: Path) -> None:
     run = run_of(tmp_path, 9) / "checkpoint-9"
     document = torch.load(run / "optimizer.pt", weights_only=True)

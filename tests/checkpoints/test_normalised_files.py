@@ -148,6 +148,7 @@ def test_a_parameter_in_two_optimizers_and_state_in_no_group_are_errors(tmp_path
             checkpoint.optimizer.view(checkpoint.model())
 
 
+@pytest.mark.slow
 def test_the_command_line_measures_lion_and_explains_why_it_does_not_explain(tmp_path: Path) -> None:
     model, optimizers = trained(lion)
     path = beside_weights(tmp_path / "checkpoint-3", model, optimizers)

@@ -58,6 +58,7 @@ def test_all_verbs_with_numbers_were_found() -> None:
     assert len(ALL) > 60
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.sampled_from(ALL), st.sampled_from(NUMBERS))
 def test_a_number_nobody_means(arguments: dict[str, list[str]], case: tuple[str, str], number: str) -> None:

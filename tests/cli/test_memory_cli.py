@@ -63,6 +63,7 @@ def options() -> Options:
     return Options(tokens=64, sequence_length=16, max_hvps=3, depths=False, batch_size=4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_forward_pass_does_not_fit_is_measured_in_smaller_batches(run: Path, options: Options) -> None:
     opened = open_for_analysis(run, options)
 

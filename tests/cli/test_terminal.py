@@ -255,7 +255,7 @@ def shell(tmp_path: Path) -> Terminal:
 
 
 @pytest.mark.parametrize(
-    "how", ["source <(curv --show-completion bash)", pytest.param("curv --install-completion", marks=SLOW)]
+    "how", [pytest.param(how, marks=SLOW) for how in ("source <(curv --show-completion bash)", "curv --install-completion")]
 )
 def test_completion_in_bash(shell: Terminal, how: str) -> None:
     shell.type(f"{how}; echo do''ne\n")

@@ -62,7 +62,7 @@ def test_imports_no_torch(path: Path) -> None:
     assert done.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("columns", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (60, 140))])
+@pytest.mark.parametrize("columns", [pytest.param(n, marks=pytest.mark.slow) for n in (60, 80, 140)])
 def test_a_running_job_in_a_real_terminal(tmp_path: Path, columns: int) -> None:
     path = tmp_path / "curvature.jsonl"
     terminal = Terminal(columns, 30, "watch", str(tmp_path), "--interval", "0.2")

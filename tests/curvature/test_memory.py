@@ -182,6 +182,7 @@ def masked() -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [labelled, causal, by_row])
 def test_parts_weigh_what_the_loss_counts(loss: Any) -> None:
     problem = problem_of(loss, masked())

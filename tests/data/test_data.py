@@ -303,6 +303,7 @@ def test_a_row_of_millions_of_ids_in_a_kilobyte(tmp_path: Path, checkpoint: Chec
         read_shard(tmp_path / "a.parquet", checkpoint, tokens=96, sequence_length=16)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_a_million_files(tmp_path: Path, checkpoint: Checkpoint) -> None:
     saved_dataset(tmp_path / "d", {"input_ids": [IDS.tolist()] * 2})
     (tmp_path / "d" / "state.json").write_text(

@@ -181,6 +181,7 @@ def test_data_over_http_by_the_real_command(samples: Path, served: str, tmp_path
     assert "fetching 1 files, 0.1 MB" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_gate_on_a_checkpoint_over_http(samples: Path, served: str, tmp_path: Path) -> None:
     data = ("--data", samples / "data" / "shard.bin", "--tokens", 128, "--max-hvps", 3)
     gate = ("gate", f"{served}/nanogpt/ckpt.pt", "--max-rho", 50, *data, "--format", "json", "-q")

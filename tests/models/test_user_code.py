@@ -90,6 +90,7 @@ FEW = ("--max-hvps", "3", "--no-depths")
 DATA = ("--data", "ids.npy", "--tokens", 64, "--sequence-length", 8, "--optimizer", "none")
 
 
+@pytest.mark.slow
 def test_a_factory_of_ones_own(own: Path) -> None:
     assert "--model" in refused("weights", *DATA)
     assert "mynets" not in sys.modules

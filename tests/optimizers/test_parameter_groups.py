@@ -228,6 +228,7 @@ def of_file(run: Path, **options: Any) -> Report:
     return analyze_checkpoint(run, replace(few, **options))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_measured_at_the_logged_rate_of_its_first_group(finished: Path, tmp_path: Path) -> None:
     log = [{"step": 2, "learning_rate": 0.004, "loss": 4.0}, {"step": 3, "learning_rate": 0.0, "loss": 4.0}]
     (finished / "trainer_state.json").write_text(json.dumps({"global_step": STEPS, "log_history": log}))

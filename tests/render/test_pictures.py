@@ -225,6 +225,7 @@ def test_a_colour_of_no_name_is_refused() -> None:
         Picture(draw, [2.0], "").embed("x", "")
 
 
+@pytest.mark.slow
 def test_pictures_of_a_page_share_no_id_and_refer_to_their_own(report: Report) -> None:
     run = track_page(course())
     for html in (run, report_page(report)):

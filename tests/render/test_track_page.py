@@ -53,6 +53,7 @@ def test_the_newest_that_could_be_measured_is_said_to_be_that() -> None:
     assert "It is unconverged, and not to be relied on." in said
 
 
+@pytest.mark.slow
 def test_nothing_measured_is_no_number() -> None:
     said = text(track([failed(10), failed(None, "damaged")]))
     assert "nothing measured None of the checkpoints could be measured" in said

@@ -114,6 +114,7 @@ def test_webhook_that_is_refused_is_logged_without_its_secret(
     assert "secret" not in caplog.text
 
 
+@pytest.mark.slow
 def test_webhook_that_never_answers_blocks_nobody(caplog: pytest.LogCaptureFixture) -> None:
     with server(delay=9) as (url, got):
         alarm = alerts.webhook(url, timeout=1.5)
