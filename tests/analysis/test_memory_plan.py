@@ -248,9 +248,9 @@ else:
 batches = torch.randint(model.config.vocab_size, (rows, length + 1)).split(1)
 plans, fitted = [], api.fitted
 
-def kept(*arguments):
+def kept(*arguments, **more):
     global before
-    plans.append(fitted(*arguments))
+    plans.append(fitted(*arguments, **more))
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # what planning took does not count
     return plans[0]

@@ -5,6 +5,7 @@ Imports nothing heavy, for each rank imports it again."""
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable
@@ -25,15 +26,25 @@ def launch(work: Callable[[int, Path], None], path: Path, *, initialize: bool = 
     Args:
         initialize: make the process group here; else `work` has its library do it.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _port()
     # Ranks are forked from a process that has imported what takes seconds: once, not once a rank.
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["transformers.models.llama.modeling_llama"])
     with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # which DeepSpeed asks for where transformers imports it
         torch.multiprocessing.start_processes(
             _rank, args=(work, path, port, initialize, world), nprocs=world, start_method="forkserver"
         )
+
+
+def _port() -> int:
+    """A free one, out of the range that systems give connections from: one of those may be taken again before it is used."""
+    while True:
+        with socket.socket() as probe:
+            port = secrets.choice(range(20000, 32000))
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _rank(rank: int, work: Callable[[int, Path], None], path: Path, port: int, initialize: bool, world: int) -> None:
