@@ -90,6 +90,8 @@ def inside(directory: Path, name: object) -> Path:
     path = directory / name if isinstance(name, str) and name and "\0" not in name else directory
     try:
         home, real = directory.resolve(), path.resolve()
+        if real.is_symlink():  # from Python 3.13 on a loop is given back and not raised
+            raise RuntimeError("a link to itself")
     except (OSError, RuntimeError) as error:  # a link to itself
         raise InputError(f"cannot follow {str(path)[:400]}: {str(error)[:100]}", hint="copy the file again") from error
     # snapshots/<revision>/model.safetensors is a link to ../../blobs/<digest> there.

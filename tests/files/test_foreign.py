@@ -50,7 +50,7 @@ def test_foreign_objects_are_records(form: str, tmp_path: Path) -> None:
     }
     assert found["args"].attributes == {"lr": 0.1}
     assert found["settings"].attributes == {"lr": 1e-3}
-    assert found["path"].arguments == ("a", "b")
+    assert "/".join(found["path"].arguments) == "a/b"  # in one piece from Python 3.13 on
     assert repr(found["args"]) == "<argparse.Namespace, not loaded>"
 
 
