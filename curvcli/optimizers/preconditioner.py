@@ -348,6 +348,9 @@ def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) ->
     names, optimizer = {id(p): n for n, p in parameters.items()}, innermost(optimizer)
     mode = getattr(optimizer, "adam_w_mode", None)  # apex' and DeepSpeed's fused Adam, which say it nowhere else
     extra = {} if mode is None else {"adam_w_mode": bool(mode)}
+    # pytorch_optimizer's, which no group of it says: lambda's sign hangs on it.
+    if getattr(optimizer, "maximize", False) is True:
+        extra["maximize"] = True
     groups = tuple(
         Group(
             tuple(names[id(p)] for p in group["params"] if id(p) in names),

@@ -155,3 +155,16 @@ def test_an_optimizer_that_accelerate_has_wrapped() -> None:
     found, own = (live(each, {"w": weight}) for each in (Wrapper(Wrapper(optimizer)), optimizer))
     assert (found.name, found.vouched, found.groups) == (own.name, own.vouched, own.groups)
     assert prepare(found, {"w": weight}).threshold == prepare(own, {"w": weight}).threshold
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_what_an_optimizer_maximises_is_known_where_no_group_says_it(up: bool) -> None:
+    """As pytorch_optimizer keeps it, on the optimizer: without it lambda would have the other sign."""
+    net = models.Net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    models.train(net, optimizer, models.data(), steps=1)
+    for group in optimizer.param_groups:
+        del group["maximize"]
+    optimizer.maximize = up  # type: ignore[attr-defined]
+    parameters = dict(net.named_parameters())
+    assert prepare(live(optimizer, parameters), parameters).ascends is up
