@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from common import HERE, save
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint
@@ -33,7 +34,12 @@ PROCESS = 0.6  # GiB that torch and transformers take once they are imported
 
 
 # vocabulary, width, of the MLP, layers, heads of queries, of keys
-LLAMAS = {"smollm2": (49152, 576, 1536, 30, 9, 3), "llama-1b": (128256, 2048, 8192, 16, 32, 8)}
+LLAMAS = {
+    "smollm2": (49152, 576, 1536, 30, 9, 3),
+    "llama-1b": (128256, 2048, 8192, 16, 32, 8),
+    "llama-3b": (128256, 3072, 8192, 28, 24, 8),
+    "tiny": (512, 64, 128, 2, 4, 2),  # of no model: to see that a script runs
+}
 
 
 def network(shape: str, vocabulary: int | None = None, layers: int | None = None) -> PreTrainedModel:
@@ -73,7 +79,7 @@ def needed(shape: str, rows: int, length: int) -> dict[str, Any]:
     )
     basis = {"8 vectors": LEAST, "16 vectors": WANTED, "32 vectors": 32}
     plans = {name: round(predicted(sizes, "fresh", 1, size).total / GIB, 1) for name, size in basis.items()}
-    plans["on disk"] = round(predicted(sizes, "fresh", 1, 32, on_disk=True).total / GIB, 1)
+    plans["on disk"] = round(predicted(sizes, "fresh", 1, 32, offload=True).total / GIB, 1)
     said = {"shape": shape, "parameters": sum(nbytes) // 4, "rows": rows, "length": length, "vector_GiB": sum(nbytes) / GIB}
     return {**said, "graph_of_a_row_GiB": round(sizes.graph / GIB, 2), "peak_GiB": plans}
 
@@ -83,12 +89,17 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
+def zipf(vocabulary: int, rows: int, length: int) -> Tensor:
+    """Tokens by Zipf's law, of shape (rows, length)."""
+    weights = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
+    return torch.multinomial(weights, rows * length, replacement=True).view(rows, length)
+
+
 def write(shape: str, folder: Path, rows: int, length: int) -> dict[str, Any]:
     """A Trainer's checkpoint and its tokens, and what a training step of all rows at once took."""
     model = network(shape).train()
     vocabulary = model.config.vocab_size
-    weights = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
-    windows = torch.multinomial(weights, (STEPS * rows) * (length + 1), replacement=True).view(-1, length + 1)
+    windows = zipf(vocabulary, STEPS * rows, length + 1)
     decays = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decays, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
@@ -167,7 +178,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     if options.shape == "plan":
-        save("shapes_plan", {"shapes": [needed(s, options.rows, options.length) for s in ("gpt2", *LLAMAS)]})
+        save("shapes_plan", {"shapes": [needed(s, options.rows, options.length) for s in ("gpt2", *LLAMAS) if s != "tiny"]})
         return
     with TemporaryDirectory() as folder:
         said = {"shape": options.shape, "rows": options.rows, "length": options.length, "torch": torch.__version__}

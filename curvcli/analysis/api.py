@@ -174,17 +174,17 @@ def prepared(
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
             notes = {**_lifted(lifted, problem), **_cut(problem, len(whole.batches)), **_idle(problem)}
-            basis, on_disk = None, False
+            basis, offload = None, False
             if limit is not None:
                 part, chosen = fitted(part, limit, mode, solver.max_products, sharded=shards is not None)
-                mode, basis, on_disk = mode if mode == "forward" else chosen.mode, chosen.basis, chosen.on_disk > 0
+                mode, basis, offload = mode if mode == "forward" else chosen.mode, chosen.basis, chosen.offloaded > 0
                 notes["memory-plan"] = f"of {limit / GIB:.2f} GiB: {chosen}"
             if blocks is not None:
                 blocks, found = survey(part, blocks)
                 notes |= found
             work = Measurement(
                 part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated, basis=basis,
-                on_disk=on_disk,
+                offload=offload,
             )  # fmt: skip
             return work, notes
 

@@ -244,7 +244,7 @@ class _Explainer:
             # No layers: only the verdict is asked for again.
             rest.problem, work.preconditioner, None, work.solver, work.choice.mode,
             lambda inner, part: self.say(f"{stage}: {inner}", done + _REST * part), depths=False, basis=work.solver.basis,
-            on_disk=work.solver.scratch is not None,
+            offload=work.solver.store is not None,
         )  # fmt: skip
         report, _ = self.solved(again)
         return documents.Removal(

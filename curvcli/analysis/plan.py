@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,14 +13,13 @@ from curvcli.curvature.cross_entropy import CHUNK
 from curvcli.curvature.hvp import Mode, graph_bytes
 from curvcli.curvature.memory import cut, largest_batch
 from curvcli.curvature.problem import Problem
-from curvcli.curvature.scratch import scratch
+from curvcli.curvature.scratch import elsewhere
 from curvcli.errors import UsageError
 from curvcli.files.parse import byte_size
 from curvcli.models.head import widest
 
 WANTED, LEAST = 16, 8  # vectors of a basis: what most solves end within, and the fewest that are worth a solve
 BESIDE = 2.25  # vectors held beside the basis, at most: gradients until the update is done, the full model's, and a mask
-DISK = 0.5  # of what is free there
 WORKING = 4  # vectors of a product: what it is applied to without rare rows, that times a root, its image, the folds' sum
 KEPT_BACK = 0.08  # of the peak: what the C allocator does not give back; 5 and 10 % were measured on two models
 GIB = 2**30
@@ -62,7 +61,8 @@ class Plan:
     graphs: int
     product: int
     basis_bytes: int
-    on_disk: int = 0  # bytes there, at most
+    offloaded: int = 0  # bytes of the basis that lie elsewhere, at most
+    place: str = "on disk"
 
     @property
     def total(self) -> int:
@@ -71,8 +71,8 @@ class Plan:
 
     def __str__(self) -> str:
         rows = f"{self.batch_rows} row{'s' if self.batch_rows > 1 else ''}"
-        disk = f" on disk, where they take up to {self.on_disk / GIB:.1f} GiB" if self.on_disk else ""
-        vectors = f"at most {self.basis} vectors{disk}"
+        place = f" {self.place}, where they take up to {self.offloaded / GIB:.1f} GiB" if self.offloaded else ""
+        vectors = f"at most {self.basis} vectors{place}"
         return f"{self.mode} graphs, batches of {rows}, {vectors}; {self.total / GIB:.2f} GiB expected"
 
 
@@ -125,12 +125,13 @@ def fitted(
     # One plan for all processes, by the largest number that one of them has.
     most_of = {name: int(max(problem.ranks.each(number))) for name, number in asdict(sizes).items()}
     sizes = Sizes(**most_of)
-    found = plan(sizes, limit, largest_batch(problem) if alone else 1, mode, most, _disk(problem))
+    found = plan(sizes, limit, largest_batch(problem) if alone else 1, mode, most, _elsewhere(problem))
+    found = found if device.type == "cpu" else replace(found, place="in main memory")
     return cut(problem, found.batch_rows) if alone else problem, found
 
 
 def unplanned(problem: Problem, vector: int, free: float, most: int) -> tuple[int, bool]:
-    """How many vectors of a basis there is room for where no limit was given, and whether they lie on disk.
+    """How many vectors of a basis there is room for where no limit was given, and whether they lie elsewhere.
 
     Args:
         vector: bytes of one.
@@ -138,20 +139,19 @@ def unplanned(problem: Problem, vector: int, free: float, most: int) -> tuple[in
         most: that are of any use.
     """
     # A quarter: graphs, the gradient and a product's own vectors need the rest (docs/adr/0007-two-eigensolvers.md).
-    room, there = int(free / 4 / vector), int(_disk(problem) / vector)
+    room, there = int(free / 4 / vector), int(_elsewhere(problem) / vector)
     if room < min(WANTED, most) <= there:
         return min(there, most), True
     return max(room, LEAST), False
 
 
-def _disk(problem: Problem) -> float:
-    """Bytes that vectors of each process may take on disk; those of another device than the CPU do not lie there."""
-    device = next(iter(problem.parameters.values())).device
-    here = DISK * scratch().free / problem.ranks.here if device.type == "cpu" else 0.0
-    return min(problem.ranks.each(here))
+def _elsewhere(problem: Problem) -> float:
+    """Bytes that vectors of each process may take where its device has no room: on disk, or a GPU's in main memory."""
+    store = elsewhere(next(iter(problem.parameters.values())).device)
+    return min(problem.ranks.each(store.free / problem.ranks.here if store else 0.0))
 
 
-def predicted(sizes: Sizes, mode: Literal["kept", "fresh"], batch_rows: int, basis: int, *, on_disk: bool = False) -> Plan:
+def predicted(sizes: Sizes, mode: Literal["kept", "fresh"], batch_rows: int, basis: int, *, offload: bool = False) -> Plan:
     """The peak of an analysis by one mode.
 
     The double backward of a batch takes, beside its graph, half of it for what it computes on the way, two of the largest
@@ -160,7 +160,7 @@ def predicted(sizes: Sizes, mode: Literal["kept", "fresh"], batch_rows: int, bas
     Args:
         batch_rows: rows of one batch.
         basis: vectors of the eigensolver's basis.
-        on_disk: they lie there, and one at a time is in memory.
+        offload: they lie elsewhere, and one at a time is where it is used.
     """
     batch_rows = min(batch_rows, sizes.rows)
     graph = sizes.graph * batch_rows
@@ -172,18 +172,18 @@ def predicted(sizes: Sizes, mode: Literal["kept", "fresh"], batch_rows: int, bas
         held=sizes.held + int(BESIDE * sizes.vector),
         graphs=sizes.graph * sizes.rows if mode == "kept" else 0,
         product=WORKING * sizes.vector + sizes.gathered + working + (graph if mode == "fresh" else 0),
-        basis_bytes=(1 if on_disk else basis) * sizes.vector,
-        on_disk=basis * sizes.vector if on_disk else 0,
+        basis_bytes=(1 if offload else basis) * sizes.vector,
+        offloaded=basis * sizes.vector if offload else 0,
     )
 
 
 def plan(
-    sizes: Sizes, limit: float, batch_rows: int, mode: Mode | Literal["auto"] = "auto", most: int = 32, disk: float = 0.0
+    sizes: Sizes, limit: float, batch_rows: int, mode: Mode | Literal["auto"] = "auto", most: int = 32, store: float = 0.0
 ) -> Plan:
     """The way to measure that is expected to be the fastest of those that fit.
 
     A basis of 16 vectors at least comes before all, since a solve that runs out of vectors ends without a number: in memory,
-    else on disk, where reading it takes time with every product, and only then a smaller one in memory. Among these
+    else elsewhere, where reading it takes time with every product, and only then a smaller one in memory. Among these
     kept graphs come before fresh ones, which cost up to half as much again (benchmarks/hvp_cost.py), large batches before
     small ones, and a large basis before a small one.
 
@@ -192,7 +192,7 @@ def plan(
         batch_rows: rows of a batch that are wanted; halved where they do not fit.
         mode: one to insist on. Of "forward", which keeps no graph either, fresh's memory is taken.
         most: vectors of a basis that are of any use.
-        disk: bytes that vectors may take there.
+        store: bytes that vectors may take elsewhere.
 
     Raises:
         UsageError: nothing fits; it says what the leanest way would need.
@@ -201,14 +201,14 @@ def plan(
         ("kept", "fresh") if mode == "auto" else ("kept",) if mode == "kept" else ("fresh",)
     )
     least = min(LEAST, most)
-    wanted, there = min(WANTED, most), min(most, int(disk / sizes.vector)) if sizes.vector else 0
+    wanted, there = min(WANTED, most), min(most, int(store / sizes.vector)) if sizes.vector else 0
     # A large enough basis first, with whatever mode and rows leave room for it; only then a smaller one.
-    for size, on_disk in ((wanted, False), (there, True), (least, False)):
-        for candidate in modes if size >= (wanted if on_disk else least) else ():
+    for size, offload in ((wanted, False), (there, True), (least, False)):
+        for candidate in modes if size >= (wanted if offload else least) else ():
             for rows in _halved(batch_rows):
-                lean = predicted(sizes, candidate, rows, size, on_disk=on_disk)
+                lean = predicted(sizes, candidate, rows, size, offload=offload)
                 if lean.total <= limit:
-                    return lean if on_disk else _widened(sizes, lean, limit, most)
+                    return lean if offload else _widened(sizes, lean, limit, most)
     lean = min((predicted(sizes, candidate, 1, least) for candidate in modes), key=lambda p: p.total)
     raise UsageError(
         f"this analysis needs {lean.total / GIB:.2f} GiB of memory at least, the limit is {limit / GIB:.2f} GiB: "

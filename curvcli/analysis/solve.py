@@ -27,7 +27,7 @@ from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
-from curvcli.curvature.scratch import scratch
+from curvcli.curvature.scratch import elsewhere
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -56,7 +56,7 @@ class Measurement:
         depths: bool = True,
         truncated: bool | None = None,
         basis: int | None = None,
-        on_disk: bool = False,
+        offload: bool = False,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
         self.depths = depths
@@ -91,8 +91,8 @@ class Measurement:
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
         vector = -(-vector // self.ranks.world) if self.shards else vector
         if basis is None:
-            basis, on_disk = unplanned(problem, vector, self._free(device), solver.max_products)
-        self.solver = replace(solver, basis=basis, scratch=scratch() if on_disk else None)
+            basis, offload = unplanned(problem, vector, self._free(device), solver.max_products)
+        self.solver = replace(solver, basis=basis, store=elsewhere(device) if offload else None)
         self.device = device
         # Mean losses of the first batch, of the network cut to half its depth and of the whole; None where neither is asked.
         self.losses: tuple[float, float] | None = None
@@ -332,7 +332,7 @@ class Measurement:
     def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved:
         """A depth from the one above it; not converged where that says too little of it."""
         wide = above.extremes
-        if self.solver.scratch is not None:  # its basis has no room either, and would not lie on disk
+        if self.solver.store is not None:  # its basis has no room either, and would not lie elsewhere
             return Solved(names, None)
         if not names or wide is None or wide.vector is None:
             return Solved(names, None)

@@ -64,8 +64,10 @@ class Davidson:
             start: warm start vectors of the operator's space, any number. A random one is used
                 where there is none.
         """
-        # At least six: a restart keeps four, and there has to be room to grow.
-        space = _Subspace(operator, min(max(self.basis, 6), operator.space.size), self.seed)
+        # At least six: a restart keeps four, and there has to be room to grow. But no more than there will be products: a
+        # GPU hands out what is asked for at once, where a CPU waits until it is used.
+        most = max(self.max_products, len(start), 1)
+        space = _Subspace(operator, min(max(self.basis, 6), most, operator.space.size), self.seed)
         for vector in start:
             space.expand(vector)
         if not space.count:

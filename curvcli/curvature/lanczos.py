@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curvcli.curvature.operator import Operator
 from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
-from curvcli.curvature.scratch import Scratch, let_go
+from curvcli.curvature.scratch import Store, let_go
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Lanczos:
             is larger; infinite waits for nothing. It counts as converged only within a tenth of itself.
         max_products: stop after this many products.
         basis: vectors there is room for; one product each.
-        scratch: where these lie, if not beside the operator's vectors.
+        store: where these lie, if not beside the operator's vectors.
         asymmetry: |u.Gv - v.Gu| over the norm of G, at most, before the products are called wrong. Rounding of float32 alone
             came to 2e-3 where a young second moment spans many orders (docs/explanation/accuracy.md).
         seed: of the random start.
@@ -47,7 +47,7 @@ class Lanczos:
     bottom_tolerance: float = inf
     max_products: int = 200
     basis: int = 200
-    scratch: Scratch | None = None
+    store: Store | None = None
     asymmetry: float = 1e-2
     seed: int = 0
     deadline: float = inf
@@ -71,7 +71,7 @@ class Lanczos:
         """
         size = operator.space.size if support is None else operator.space.count(support)
         start, random_part = self._start(operator, warm, share, support)
-        walk = _Walk(operator, start, support, size, self.scratch)
+        walk = _Walk(operator, start, support, size, self.store)
         # e of the module's docstring, for a start of which only a part may be random.
         evidence = self.doubt * sqrt(pi / (2 * size)) * random_part
         most = min(self.basis, self.max_products)
@@ -108,12 +108,10 @@ class Lanczos:
 class _Walk:
     """Lanczos vectors, orthonormal to rounding, and the tridiagonal matrix that G is on them."""
 
-    def __init__(
-        self, operator: Operator, start: Tensor, support: Tensor | None, size: int, scratch: Scratch | None
-    ) -> None:
-        # Rows of memory taken at once: most solves end within 16 vectors, and may take hundreds. On disk each comes and goes
-        # by itself, so that one at a time is in memory.
-        self.scratch, self.rows = scratch, 8 if scratch is None else 1
+    def __init__(self, operator: Operator, start: Tensor, support: Tensor | None, size: int, store: Store | None) -> None:
+        # Rows of memory taken at once: most solves end within 16 vectors, and may take hundreds. Elsewhere each comes and
+        # goes by itself, so that one at a time is where the operator's vectors are.
+        self.store, self.rows = store, 8 if store is None else 1
         self.held, self.dtype = len(start), start.dtype
         self.operator, self.space = operator, operator.space
         self.support, self.size = support, size  # (n,), and its true entries
@@ -141,11 +139,10 @@ class _Walk:
         # Of a symmetric G what is left of an image by the last two vectors is orthogonal to all: of those before them it
         # has rounding alone, and one pass over the basis takes that away ("twice is enough": Parlett, The Symmetric
         # Eigenvalue Problem, section 6.9; the first time is that of the last two).
-        local = {i: float(self.space.inner(self._row(i)[None], left)[0]) for i in range(max(k - 1, 0), k + 1)}
+        local = {i: float(self.space.inner(self._here(i)[None], left)[0]) for i in range(max(k - 1, 0), k + 1)}
         for i, part in local.items():
-            left = torch.sub(left, self._row(i), alpha=part)
-        found = self._inner(left, k + 1)
-        left = self._without(left, found, k + 1)
+            left = torch.sub(left, self._here(i), alpha=part)
+        left, found = self._without(left, k + 1)
         rest = self.space.norm(left)
         if k:  # inner products that a symmetric G would not have, or not so
             self.skew = max(self.skew, abs(local[k - 1] - self.beside[-1]), float(found[:k].abs().max()))
@@ -172,10 +169,10 @@ class _Walk:
 
     def vector(self, index: int) -> Tensor:
         """The vector of a Ritz value, of norm 1."""
-        found, done = torch.zeros_like(self.blocks[0][0]), 0
+        found, done = self.space.empty(1)[0].zero_(), 0
         for block in self.blocks:  # added up as they come: all of them would be as many vectors more as there are blocks
             used = min(len(block), self.products - done)
-            found += self.space.combine(self.vectors[done : done + used, index], block[:used])
+            found += self.space.combine(self.vectors[done : done + used, index], self.space.here(block[:used]))
             let_go(block)
             done += used
         return found
@@ -211,27 +208,30 @@ class _Walk:
         block, row = divmod(self.products, self.rows)
         if block == len(self.blocks):
             self.blocks.append(self._room(min(self.rows, self.space.size)))
-        torch.div(vector, norm, out=self.blocks[block][row])
+        if self.store is None:
+            torch.div(vector, norm, out=self.blocks[block][row])
+        else:
+            self.blocks[block][row].copy_(vector / norm)
         let_go(self.blocks[block])
 
     def _room(self, rows: int) -> Tensor:
-        return self.space.empty(rows) if self.scratch is None else self.scratch.empty(rows, self.held, dtype=self.dtype)
+        return self.space.empty(rows) if self.store is None else self.store.empty(rows, self.held, dtype=self.dtype)
 
     def _row(self, index: int) -> Tensor:
         block, row = divmod(index, self.rows)
         return self.blocks[block][row]
 
-    def _inner(self, vector: Tensor, count: int) -> Tensor:
-        """Inner products with the first `count` vectors, in float64 on the CPU."""
-        found = []
-        for i, block in enumerate(self.blocks):
-            found.append(self.space.inner(block[: count - i * self.rows], vector))
-            let_go(block)
-        return torch.cat(found).cpu().double()
+    def _here(self, index: int) -> Tensor:
+        """A vector where the operator's are."""
+        return self.space.here(self._row(index))
 
-    def _without(self, vector: Tensor, coefficients: Tensor, count: int) -> Tensor:
+    def _without(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """What is left of a vector by the first `count` of the basis, and its products with them, in float64 on the CPU."""
+        found = []
+        # Block by block, so that each is read once: of a basis that lies elsewhere this is what takes the time.
         for i, block in enumerate(self.blocks):
-            part = coefficients[i * self.rows : min((i + 1) * self.rows, count)]
-            vector = vector - self.space.combine(part, block[: len(part)])
+            rows = self.space.here(block[: count - i * self.rows])
+            found.append(self.space.inner(rows, vector))
+            vector = vector - self.space.combine(found[-1], rows)
             let_go(block)
-        return vector
+        return vector, torch.cat(found).cpu().double()

@@ -42,7 +42,7 @@ class DenseOperator:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The matrix, of shape (n, n), times a vector of shape (n,)."""
-        return self.matrix @ vector
+        return self.matrix @ self.space.here(vector)
 
 
 class PreconditionedHessian:
@@ -63,7 +63,7 @@ class PreconditionedHessian:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """G v for a flat v of shape (n,): one Hessian-vector product between two applications of P^(-1/2)."""
-        tangents = self.root.apply(self.root.split(vector))
+        tangents = self.root.apply(self.root.split(self.space.here(vector)))
         images = list(self.hvp.product(self.root.names, tangents))
         if vector.nbytes >= LARGE:
             resources.give_back(vector.device)
@@ -107,6 +107,7 @@ class Folded:
         self.vectors.append(vector)
         if len(self.folds) == 1 and self.ranks.world == 1:  # nothing to compare it with
             return self.folds[0][1].matvec(vector)
+        vector = self.space.here(vector)
         total = torch.zeros_like(vector)
         with self.held():
             for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
@@ -120,7 +121,7 @@ class Folded:
 
     def _inner(self, vector: Tensor, image: Tensor) -> float:
         # Of what is here alone: `projected` adds up what the processes found.
-        found = float(inner(vector[None], image)[0])
+        found = float(inner(self.space.here(vector)[None], image)[0])
         let_go(vector)
         return found
 

@@ -1,8 +1,8 @@
-"""Vectors on disk: the basis of an eigensolver where memory has no room for it.
+"""Vectors elsewhere: the basis of an eigensolver where the memory it is measured in has no room for it.
 
-A vector is a tensor over a file that is mapped into memory and has no name any more, so it goes when the tensor does, or
-the process. Whoever has read or written one lets go of it, and the system may take its pages back; it streams in again when
-it is next asked for. What a tensor may be used for stays as it was: no solver sees where its vectors lie.
+That of the CPU lies on disk, that of another device in main memory. On disk a vector is a tensor over a file that is mapped
+into memory and has no name any more, so it goes when the tensor does, or the process. Whoever has read or written one lets
+go of it, and the system may take its pages back; it streams in again when it is next asked for.
 """
 
 from __future__ import annotations
@@ -13,14 +13,51 @@ import tempfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from weakref import WeakValueDictionary
+from typing import Protocol
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor
 
+from curvcli.curvature import resources
 from curvcli.errors import InputError
 
+SHARE = 0.5  # of what is free there, at most
+
 _maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor over each
+
+
+class Store(Protocol):
+    """Where vectors lie that the device they are used on has no room for."""
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor there that is not filled. Raises CurvError where there is no room."""
+        ...
+
+    @property
+    def free(self) -> int:
+        """Bytes that vectors may take."""
+        ...
+
+
+@dataclass(frozen=True)
+class Host:
+    """Main memory, for vectors of a GPU."""
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU that is not filled, in pages that stay where they are, where CUDA can be told."""
+        found = torch.empty(shape, dtype=dtype)
+        if torch.cuda.is_available():
+            # Fixed pages are copied an order of magnitude faster. Not by pin_memory, which rounds up to a power of two.
+            runtime, address = torch.cuda.cudart(), found.data_ptr()
+            if int(runtime.cudaHostRegister(address, found.nbytes, 0)) == 0:
+                finalize(found.untyped_storage(), runtime.cudaHostUnregister, address)
+        return found
+
+    @property
+    def free(self) -> int:
+        """Half of the memory that is free."""
+        return int(SHARE * resources.free_bytes(torch.device("cpu")))
 
 
 @dataclass(frozen=True)
@@ -52,9 +89,16 @@ class Scratch:
 
     @property
     def free(self) -> int:
-        """Bytes that there is room for."""
+        """Half of what the disk has left."""
         found = os.statvfs(self.folder)
-        return found.f_bavail * found.f_frsize
+        return int(SHARE * found.f_bavail * found.f_frsize)
+
+
+def elsewhere(device: torch.device) -> Store | None:
+    """Where vectors lie that a device has no room for; None of one that shares its memory with the CPU."""
+    if device.type == "cpu":
+        return scratch()
+    return Host() if device.type == "cuda" else None
 
 
 def scratch() -> Scratch:

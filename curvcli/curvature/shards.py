@@ -158,6 +158,10 @@ class Sharded:
         self.shards.ranks.sum_([found])
         return found
 
+    def here(self, vectors: Tensor) -> Tensor:
+        """Slices on the space's device; themselves, where they lie there."""
+        return vectors.to(self.device)
+
     def combine(self, coefficients: Tensor, rows: Tensor) -> Tensor:
         """One product of the coefficients, in the rows' precision and on their device, with the rows."""
         return coefficients.to(rows.dtype).to(rows.device) @ rows

@@ -37,6 +37,10 @@ class Space(Protocol):
         """Inner products of vectors, of shape (k, n), with one of shape (n,): shape (k,), the same in all processes."""
         ...
 
+    def here(self, vectors: Tensor) -> Tensor:
+        """Vectors, of shape (n,) or (k, n), on the device of this space: copies of those that lie elsewhere."""
+        ...
+
     def combine(self, coefficients: Tensor, rows: Tensor) -> Tensor:
         """Linear combinations: coefficients of shape (k,) or (m, k), vectors (k, n), result (n,) or (m, n)."""
         ...
@@ -82,6 +86,10 @@ class OneDevice:
     def inner(self, rows: Tensor, vector: Tensor) -> Tensor:
         """Products of the rows, of shape (k, size), with the vector, good to rounding at any length."""
         return inner(rows, vector)
+
+    def here(self, vectors: Tensor) -> Tensor:
+        """Vectors on the space's device; themselves, where they lie there."""
+        return vectors.to(self.device)
 
     def combine(self, coefficients: Tensor, rows: Tensor) -> Tensor:
         """One product of the coefficients, in the rows' precision and on their device, with the rows."""

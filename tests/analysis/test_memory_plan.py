@@ -77,20 +77,20 @@ def _first_below_wanted() -> Plan:
 
 def test_a_basis_that_memory_has_no_room_for_lies_on_disk() -> None:
     limit = _first_below_wanted().total
-    found = plan(SIZES, limit, 8, most=100, disk=40 * GIB)
-    assert (found.basis, found.on_disk) == (80, 40 * GIB)
+    found = plan(SIZES, limit, 8, most=100, store=40 * GIB)
+    assert (found.basis, found.offloaded) == (80, 40 * GIB)
     assert found.total <= limit
     assert found.mode == "kept", "there is room for graphs, where the basis takes that of one vector"
     assert "at most 80 vectors on disk, where they take up to 40.0 GiB; " in str(found)
-    assert plan(SIZES, limit, 8, most=100, disk=WANTED * GIB / 2 - 1) == plan(SIZES, limit, 8, most=100)
-    assert plan(SIZES, 1000 * GIB, 8, disk=1000 * GIB).on_disk == 0
-    lean = plan(SIZES, 8 * GIB, 8, disk=1000 * GIB)
+    assert plan(SIZES, limit, 8, most=100, store=WANTED * GIB / 2 - 1) == plan(SIZES, limit, 8, most=100)
+    assert plan(SIZES, 1000 * GIB, 8, store=1000 * GIB).offloaded == 0
+    lean = plan(SIZES, 8 * GIB, 8, store=1000 * GIB)
     with pytest.raises(UsageError):
         plan(SIZES, lean.total, 8)
 
 
 def test_without_a_limit_it_is_by_what_is_free(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scratch, "free", 2000)
+    monkeypatch.setattr(Scratch, "free", 1000)
     assert unplanned(problem, 10, 640.0, 100) == (16, False)
     assert unplanned(problem, 10, 600.0, 100) == (100, True)
     assert unplanned(problem, 50, 600.0, 100) == (20, True)

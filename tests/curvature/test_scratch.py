@@ -30,7 +30,7 @@ def test_a_basis_on_disk_gives_the_numbers_of_one_in_memory(support: bool, tmp_p
     results, folds = [], []
     for place in (None, Scratch(tmp_path)):
         operator = Folded([(0.25, DenseOperator(_matrix(1))), (0.75, DenseOperator(_matrix(2)))])
-        found = Lanczos(bottom_tolerance=0.1, scratch=place).extremes(operator, support=mask)
+        found = Lanczos(bottom_tolerance=0.1, store=place).extremes(operator, support=mask)
         assert found.vector is not None
         results.append(found)
         folds.append(operator.projected())
