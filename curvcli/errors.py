@@ -66,7 +66,10 @@ class LostError(RankError):
     """Another process has gone, or is somewhere else: no word of it will come any more."""
 
 
-_NO_MEMORY = ("out of memory", "t allocate memory", "not enough memory", "alloc_failed", "cannot allocate", "bad_alloc")
+_NO_MEMORY = (
+    "out of memory", "t allocate memory", "not enough memory", "alloc_failed", "cannot allocate", "bad_alloc",
+    "cublascreate", "cusolverdncreate", "cudnncreate",  # a GPU's libraries, which find no room for themselves
+)  # fmt: skip
 
 
 def exhausted(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from curvcli.curvature.along import second_derivatives
 from curvcli.curvature.hvp import FreshGraph
 from curvcli.curvature.memory import cut, largest_batch
+from curvcli.curvature.precision import numbers, wide
 from curvcli.curvature.problem import Problem
 from curvcli.data.examples import IGNORED
 from curvcli.data.tasks import LOGITS, LOSSES, aligned, labelled_loss, token_losses
@@ -140,7 +141,7 @@ def _by_sequence(problem: Problem, direction: Mapping[str, Tensor], why: str) ->
     quotients = []
     for index in range(len(alone.batches)):
         images = FreshGraph(alone.subset([index])).product(names, tangents)
-        quotients.append(sum(float((u.double() * image.double()).sum()) for u, image in zip(tangents, images, strict=True)))
+        quotients.append(sum(numbers([(wide(u) * wide(i)).sum() for u, i in zip(tangents, images, strict=True)])))
     single = largest_batch(alone) == 1
     return Carriers(
         "sequence" if single else "nothing",

@@ -99,6 +99,7 @@ class Opened:
         checkpoint, options = self.checkpoint, self.options
         _in_time(options)
         device = _device(options.device)
+        resources.reset_peak(device)
         if device.type == "cpu" and options.memory is not None:
             resources.return_blocks()  # what reading takes counts, too
         elif device.type == "cpu":

@@ -25,6 +25,7 @@ from curvcli.analysis.stages import Progress, products
 from curvcli.curvature import resources
 from curvcli.curvature.hvp import build
 from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.precision import wide
 from curvcli.data.examples import IGNORED
 from curvcli.data.words import Words, words_of
 from curvcli.errors import OutOfTime, UnsupportedError, memory_named
@@ -215,7 +216,7 @@ class _Explainer:
         direction = root.lift(vector)
         # A coupled weight decay is part of lambda, but of no sequence's own curvature.
         weights = work.preconditioner.decay
-        decay = sum(weights.get(n, 0.0) * float(u.double().square().sum()) for n, u in direction.items())
+        decay = sum(weights.get(n, 0.0) * float(wide(u).square().sum()) for n, u in direction.items())
         self.say("sequences and predictions", _FIRST)
         work.in_time()
         found = carriers(work.problem, self.opened.loss, self.opened.task, direction, value - decay, negated=self.negated)

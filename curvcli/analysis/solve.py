@@ -79,7 +79,6 @@ class Measurement:
         self.outer_moving = [n for n in self.moving if n not in inside]
         self.outer = [n for n in self.outer_moving if n in preconditioner.root]
         device = next(iter(problem.parameters.values())).device
-        resources.reset_peak(device)
         self.stages.enter("choosing how to multiply")
         self.solver = solver
         self.in_time()

@@ -70,7 +70,10 @@ class Steep:
         starts = {
             "gradient": self._of(self.gradients, self.names),
             **({"momentum": self._of(step, self.names)} if step is not None else {}),
-            "random": [t.to(self.gradients[n]) for n, t in zip(self.names, noise, strict=True)],
+            "random": [
+                t.to(self.gradients[n].dtype).to(self.gradients[n].device)  # in this order: MPS has no float64
+                for n, t in zip(self.names, noise, strict=True)
+            ],
         }
         found = self._solved(self.names, self.solver, starts)
         self.direction: Tensors = dict(zip(self.names, found.direction or (), strict=False))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from curvcli.curvature.operator import Operator
 from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
+from curvcli.curvature.space import Space
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,8 @@ class Davidson:
             start: warm start vectors of the operator's space, any number. A random one is used
                 where there is none.
         """
-        # At least six: a restart keeps four, and there has to be room to grow. But no more than there will be products: a
-        # GPU hands out what is asked for at once, where a CPU waits until it is used.
-        most = max(self.max_products, len(start), 1)
-        space = _Subspace(operator, min(max(self.basis, 6), most, operator.space.size), self.seed)
+        # At least six: a restart keeps four, and there has to be room to grow.
+        space = _Subspace(operator, min(max(self.basis, 6), operator.space.size), self.seed)
         for vector in start:
             space.expand(vector)
         if not space.count:
@@ -96,13 +95,44 @@ class Davidson:
         return Extremes(None, None, None, space.status, space.products)
 
 
+class _Rows:
+    """Vectors that are filled in order. A GPU's memory is taken as they come: there an empty tensor takes it all at once."""
+
+    def __init__(self, space: Space, capacity: int) -> None:
+        self.space = space
+        self.size = capacity if space.empty(0).device.type == "cpu" else min(4, capacity)  # of a block
+        self.blocks: list[Tensor] = []  # each (size, n)
+
+    def __setitem__(self, index: int, vector: Tensor) -> None:
+        block, row = divmod(index, self.size)
+        if block == len(self.blocks):
+            self.blocks.append(self.space.empty(self.size))
+        self.blocks[block][row] = vector
+
+    def inner(self, count: int, vector: Tensor) -> Tensor:
+        """Inner products of the first `count` with a vector, of shape (count,)."""
+        used = range(0, count, self.size)
+        parts = [self.space.inner(b[: count - i], vector) for i, b in zip(used, self.blocks, strict=False)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Combinations of the first k: coefficients of shape (k,) or (m, k), result (n,) or (m, n)."""
+        count, found = coefficients.shape[-1], None
+        for i, block in zip(range(0, count, self.size), self.blocks, strict=False):
+            part = self.space.combine(coefficients[..., i : i + self.size], block[: count - i])
+            found = part if found is None else found.add_(part)
+        assert found is not None  # noqa: S101  (k is 1 at least)
+        return found
+
+
 class _Subspace:
     """An orthonormal basis, its images, and the operator projected on it."""
 
     def __init__(self, operator: Operator, capacity: int, seed: int) -> None:
         self.operator, self.space = operator, operator.space
-        self.basis = self.space.empty(capacity)  # (capacity, n), of which `count` rows are in use
-        self.images = self.space.empty(capacity)  # (capacity, n), G times the basis
+        self.capacity = capacity
+        self.basis = _Rows(self.space, capacity)  # of which the first `count` are in use
+        self.images = _Rows(self.space, capacity)  # G times the basis
         self.projected = torch.zeros((capacity, capacity), dtype=torch.float64)
         self.count = self.products = 0
         self.skew = 0.0
@@ -127,7 +157,7 @@ class _Subspace:
         """Add a direction at the cost of one product; one inside the span is replaced by a random one."""
         if self.status is not None or self.complete:
             return
-        if self.count == len(self.basis):
+        if self.count == self.capacity:
             self._restart()
         direction = self._orthonormal(vector)
         while direction is None:
@@ -139,8 +169,9 @@ class _Subspace:
             return
         n = self.count
         self.basis[n], self.images[n] = direction, image
-        column = self.space.inner(self.basis[: n + 1], image).cpu().double()
-        row = self.space.inner(self.images[: n + 1], direction).cpu().double()
+        # Fetched together: a GPU is waited for once.
+        both = torch.stack([self.basis.inner(n + 1, image), self.images.inner(n + 1, direction)])
+        column, row = both.cpu().double()
         self.skew = max(self.skew, float((column - row).abs().max()))
         # The mean of both, since eigh reads only one triangle; `skew` remembers how far they differ.
         self.projected[: n + 1, n] = self.projected[n, : n + 1] = (column + row) / 2
@@ -153,18 +184,18 @@ class _Subspace:
 
     def vector(self, index: int) -> Tensor:
         """The vector of a Ritz value, of norm 1."""
-        return self.space.combine(self.vectors[:, index], self.basis[: self.count])
+        return self.basis.combine(self.vectors[:, index])
 
     def improve(self, index: int) -> None:
         """Expand by the residual of one Ritz pair, restarting first where the basis is full."""
         residual = self._residual(index)
         # Where the basis is full `expand` restarts first, and uses the coordinates of the step before.
-        if self.count < len(self.basis):
+        if self.count < self.capacity:
             self.previous = self.vectors[:, index]
         self.expand(residual)
 
     def _residual(self, index: int) -> Tensor:
-        image = self.space.combine(self.vectors[:, index], self.images[: self.count])
+        image = self.images.combine(self.vectors[:, index])
         return image - float(self.values[index]) * self.vector(index)
 
     def _restart(self) -> None:
@@ -178,8 +209,9 @@ class _Subspace:
         # QR drops nothing here: the previous iterate is no Ritz vector of the basis that has grown since.
         rotation = torch.linalg.qr(torch.stack(kept, dim=1)).Q
         k = rotation.shape[1]
-        self.basis[:k] = self.space.combine(rotation.T, self.basis[:m])
-        self.images[:k] = self.space.combine(rotation.T, self.images[:m])
+        for rows in (self.basis, self.images):
+            for index, vector in enumerate(rows.combine(rotation.T)):
+                rows[index] = vector
         self.projected[:k, :k] = rotation.T @ self.projected[:m, :m] @ rotation
         self.count = k
         self.previous = None
@@ -191,8 +223,8 @@ class _Subspace:
             return None
         direction = vector / norm
         for _ in range(3):  # "twice is enough" holds for one vector against a basis orthonormal to rounding
-            rows = self.basis[: self.count]
-            direction = direction - self.space.combine(self.space.inner(rows, direction), rows)
+            if self.count:
+                direction = direction - self.basis.combine(self.basis.inner(self.count, direction))
             left = self.space.norm(direction)
             if left < 1e-5:  # of a vector of norm 1: no digit of float32 is left of a direction
                 return None

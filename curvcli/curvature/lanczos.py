@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.operator import Operator
+from curvcli.curvature.precision import numbers
 from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
 from curvcli.curvature.scratch import Store, let_go
 
@@ -139,7 +140,8 @@ class _Walk:
         # Of a symmetric G what is left of an image by the last two vectors is orthogonal to all: of those before them it
         # has rounding alone, and one pass over the basis takes that away ("twice is enough": Parlett, The Symmetric
         # Eigenvalue Problem, section 6.9; the first time is that of the last two).
-        local = {i: float(self.space.inner(self._here(i)[None], left)[0]) for i in range(max(k - 1, 0), k + 1)}
+        last = range(max(k - 1, 0), k + 1)
+        local = dict(zip(last, numbers([self.space.inner(self._here(i)[None], left)[0] for i in last]), strict=True))
         for i, part in local.items():
             left = torch.sub(left, self._here(i), alpha=part)
         left, found = self._without(left, k + 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from curvcli.curvature import resources
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import ModelRoot
-from curvcli.curvature.precision import inner
+from curvcli.curvature.precision import inner, numbers
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.scratch import let_go
 from curvcli.curvature.space import OneDevice, Space
@@ -113,15 +113,15 @@ class Folded:
             for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
                 image = operator.matvec(vector)
                 # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
-                columns.append([self._inner(v, image) for v in self.vectors])
+                columns.append(numbers([self._inner(v, image) for v in self.vectors]))
                 total += weight * image
         if not self.sharded:
             self.ranks.sum_([total])
         return total
 
-    def _inner(self, vector: Tensor, image: Tensor) -> float:
+    def _inner(self, vector: Tensor, image: Tensor) -> Tensor:
         # Of what is here alone: `projected` adds up what the processes found.
-        found = float(inner(self.space.here(vector)[None], image)[0])
+        found = inner(self.space.here(vector)[None], image)[0]
         let_go(vector)
         return found
 

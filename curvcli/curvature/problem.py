@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvcli.curvature.precision import Lifted, exact, lift, uses
+from curvcli.curvature.precision import Lifted, all_finite, exact, lift, uses
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.untouched import restored
 from curvcli.errors import UnsupportedError, UsageError, exhausted
@@ -126,6 +126,7 @@ class Problem:
             )
         if not batches:
             raise UsageError("no batches were given", hint="pass at least one batch of data")
+        _check_devices(model)
         if weights is None:
             if len({_rows(batch) for batch in batches}) > 1:
                 raise UsageError(
@@ -192,8 +193,16 @@ class Problem:
     def batch_loss(self, index: int) -> Tensor:
         """Mean loss of one batch, differentiable twice."""
         # Fused attention kernels have no second derivative; MATH is only needed around the forward.
-        with self.scope(), sdpa_kernel(SDPBackend.MATH):
-            value = self.loss(self.model, self.batches[index])
+        try:
+            with self.scope(), sdpa_kernel(SDPBackend.MATH):
+                value = self.loss(self.model, self.batches[index])
+        except RuntimeError as error:
+            if "same device" not in str(error):
+                raise
+            raise UsageError(
+                f"model and batches lie on different devices: {str(error).splitlines()[0][:200]}",
+                hint="move the batches to the model's device",
+            ) from error
         if value.dim() != 0:
             raise UsageError(
                 f"the loss returned a tensor of shape {tuple(value.shape)}", hint="return the mean loss, a scalar"
@@ -309,10 +318,10 @@ def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
                 if part is not None:
                     accumulated.add_(part, alpha=problem.weights[i])
     # Checked before the sum, after which every rank has the NaN and none knows whose it was.
-    bad = problem.ranks.each(float(not _finite(total)))
+    bad = problem.ranks.each(float(not all_finite(total)))
     problem.ranks.sum_(total)
     # Parts that are finite can still overflow in the sum.
-    if any(bad) or (len(bad) > 1 and not _finite(total)):
+    if any(bad) or (len(bad) > 1 and not all_finite(total)):
         where = ", ".join(str(rank) for rank, found in enumerate(bad) if found)
         raise UnsupportedError(
             "the gradient of the loss is not finite on this data"
@@ -322,8 +331,16 @@ def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
     return total
 
 
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+def _check_devices(model: nn.Module) -> None:
+    """Raises UnsupportedError where what trains lies on several devices (device_map), or on none (meta)."""
+    devices = sorted({str(p.device) for p in model.parameters() if p.requires_grad})
+    if len(devices) > 1:
+        raise UnsupportedError(
+            f"the weights that train lie on {' and '.join(devices)}: vectors lie on one device, and so must they",
+            hint="load the model without device_map, on a device that holds it",
+        )
+    if devices == ["meta"]:
+        raise UnsupportedError("the weights are on the meta device, where they have no numbers", hint="load them first")
 
 
 def sharded(model: nn.Module) -> bool:

@@ -19,8 +19,16 @@ def free_bytes(device: torch.device) -> float:
     """Memory that a measurement may plan with: 70 % of what is free now."""
     # Not all of it: allocators keep fragments, and other processes need memory meanwhile.
     if device.type == "cuda":
-        return 0.7 * torch.cuda.mem_get_info(device)[0]
+        return 0.7 * _free_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
     return 0.7 * float(psutil.virtual_memory().available)
+
+
+def _free_on_gpu(index: int) -> float:
+    """What tensors can still take: also blocks that torch keeps for later, and no more than a job has allowed itself."""
+    free, total = torch.cuda.mem_get_info(index)
+    held, kept = torch.cuda.memory_allocated(index), torch.cuda.memory_reserved(index)
+    share = torch.cuda.get_per_process_memory_fraction(index)
+    return max(0.0, min(free + kept - held, share * total - held))
 
 
 def held_bytes(device: torch.device) -> int:
@@ -41,7 +49,10 @@ def release(device: torch.device) -> None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count the device's peak from here. The CPU's is the process's and cannot be reset."""
+    """Count the device's peak from here, in a process of one's own: a job may be counting its own.
+
+    The CPU's is the process's and cannot be reset.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.balls import Ball
+from curvcli.curvature.precision import all_finite, numbers
 from curvcli.curvature.ranks import agreed, current
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -147,7 +148,7 @@ class _Climb:
         self.value = value
 
     def _vertex(self, along: Sequence[Tensor]) -> list[Tensor]:
-        if not all(bool(torch.isfinite(t).all()) for t in along):
+        if not all_finite(along):
             return [torch.full_like(t, float("nan")) for t in along]  # a decomposition of NaN raises
         return [ball.steepest(t.detach()) for ball, t in zip(self.balls, along, strict=True)]
 
@@ -179,4 +180,4 @@ def distance(lr: float, sharpness: float, dual: float) -> float | None:
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return sum(float((a * b).sum()) for a, b in zip(left, right, strict=True))
+    return sum(numbers([(a * b).sum() for a, b in zip(left, right, strict=True)]))

@@ -337,8 +337,10 @@ def _check(labels: Tensor, positions: torch.Size, classes: int) -> None:
             f"logits of shape {(*positions, classes)} do not go with labels of shape {tuple(labels.shape)}",
             hint="the model must give logits for every label; name the right --loss, or one of your own",
         )
-    counted = labels[labels != IGNORED]
-    low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+    if not labels.numel():
+        return
+    # At once, since a GPU is waited for at each forward pass: what is ignored counts as class 0, which there is.
+    low, high = map(int, torch.stack(torch.aminmax(labels.masked_fill(labels == IGNORED, 0))).tolist())
     if low < 0 or high >= classes:
         raise InputError(
             f"label {low if low < 0 else high} is none of the model's {classes} classes",

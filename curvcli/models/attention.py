@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from curvcli.curvature.precision import wide
+
 # Additive masks are finfo.min, -inf, -1e9 or, in old networks, -1e4.
 MASKED = -9e3
 _SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
@@ -53,7 +55,7 @@ class Attention:
         chances = values.masked_fill(~open_, -math.inf)[rows].softmax(dim=-1)
         entropy = torch.special.entr(chances).sum(dim=-1)
         self.logit = largest if self.logit is None else max(self.logit, largest)
-        self.total += float(entropy.double().sum())
+        self.total += float(wide(entropy).sum())
         self.queries += entropy.numel()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curvcli.curvature.balls import Ball
 from curvcli.curvature.inverse_root import InverseRoot
+from curvcli.curvature.precision import numbers
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
 from curvcli.optimizers.bitsandbytes import Renamed, as_torch
@@ -282,6 +283,22 @@ def scalar(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         return float("nan")
+
+
+def fetched(state: Mapping[str, State]) -> dict[str, State]:
+    """State with the counters that fused and capturable optimizers keep on a GPU on the CPU; it is waited for once."""
+    there = [
+        (name, key, value)
+        for name, entry in state.items()
+        for key, value in entry.items()
+        if isinstance(value, Tensor) and not value.dim() and value.device.type != "cpu" and not hasattr(value, "to_local")
+    ]
+    if not there:
+        return dict(state)
+    found: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in state.items()}
+    for (name, key, value), number in zip(there, numbers([value for _, _, value in there]), strict=True):
+        found[name][key] = torch.tensor(number, dtype=value.dtype)
+    return {**found}
 
 
 def unlisted(entry: State) -> State:

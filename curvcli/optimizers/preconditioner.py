@@ -18,7 +18,7 @@ from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
 from curvcli.optimizers.adam import Adam
-from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State, innermost
+from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State, fetched, innermost
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.muon import beside, unstacked
 from curvcli.optimizers.options import scrutinise
@@ -359,7 +359,7 @@ def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) ->
         for group in optimizer.param_groups
     )
     state = {names[id(p)]: entry for p, entry in optimizer.state.items() if id(p) in names and entry}
-    state = dict(unstacked([(group.names, group.options) for group in groups], state))
+    state = dict(unstacked([(group.names, group.options) for group in groups], fetched(state)))
     kind = type(optimizer)
     return OptimizerView(groups, state, class_name(kind), vouched=f"{kind.__module__}.".startswith("torch.optim."))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.inverse_root import Diagonal, InverseRoot
+from curvcli.curvature.precision import wide
 from curvcli.curvature.rotated import Rotated, Sides, turned
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers.adam import Adam
@@ -211,7 +212,7 @@ def _stored(view: OptimizerView) -> float:
 def _following(first: Tensor, second: Tensor) -> float:
     """Correlation of log m^2 with log v over the entries that have both, 0 where they do not differ."""
     both = (first != 0) & (second > 0)
-    pair = torch.stack([first[both].abs().double().log(), second[both].double().log()])
+    pair = torch.stack([wide(first[both].abs()).log(), wide(second[both]).log()])
     if pair.shape[1] < 2 or not bool((pair.amax(1) > pair.amin(1)).all()):
         return 0.0
     return float(torch.corrcoef(pair)[0, 1])

@@ -8,7 +8,7 @@ from math import hypot, isfinite
 from torch import Tensor
 
 from curvcli.curvature.hvp import HVP
-from curvcli.curvature.precision import norm
+from curvcli.curvature.precision import norm, numbers
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.documents import Update
@@ -35,9 +35,9 @@ def next_update(
             weights = shards.parts(names, weights)
         image = hvp.product(names, step)
     # A coupled weight decay is part of the function that the optimizer descends.
-    slope = sum(float(((g + d * w) * u).sum()) for g, d, w, u in zip(gradients, decays, weights, step, strict=True))
-    bend = sum(float(((h.detach() + d * u) * u).sum()) for h, d, u in zip(image, decays, step, strict=True))
-    slope, bend = sum(holders.each(slope)), sum(holders.each(bend))
+    slopes = [((g + d * w) * u).sum() for g, d, w, u in zip(gradients, decays, weights, step, strict=True)]
+    bends = [((h.detach() + d * u) * u).sum() for h, d, u in zip(image, decays, step, strict=True)]
+    slope, bend = sum(holders.each(sum(numbers(slopes)))), sum(holders.each(sum(numbers(bends))))
     if not isfinite(slope + bend):
         return Update(critical_lr=None, ratio=None, status="unavailable")
     if slope <= 0:
@@ -73,7 +73,7 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor], holders: Ranks = ALON
     Args:
         holders: the processes that hold slices of them, where they are divided.
     """
-    return sum(holders.each(sum(float((a * b.detach()).sum()) for a, b in zip(left, right, strict=True))))
+    return sum(holders.each(sum(numbers([(a * b.detach()).sum() for a, b in zip(left, right, strict=True)]))))
 
 
 def over(above: float, below: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvcli.curvature.precision import numbers
 from curvcli.errors import CurvError, UsageError
 from curvcli.training.locks import Lock, local
 
@@ -65,11 +66,14 @@ class Stillness:
 
     def check(self, step: int) -> None:
         """Raises UsageError where a sample of the block's weights is not what it was when the lock closed."""
+        moved: list[Tensor] = []
         for name, parameter in self.lock.parameters.items():
             now = sample(parameter, self.SIZE)
             before = self.before[name].to(now)  # the model may have changed its device or precision
             # NaN compares unequal to itself without having moved.
-            if not torch.equal(before.float().nan_to_num(), now.float().nan_to_num()):
+            moved.append((before.float().nan_to_num() != now.float().nan_to_num()).any())
+        for name, found in zip(self.lock.parameters, numbers(moved), strict=True):
+            if found:
                 raise UsageError(
                     f"block {self.lock.index} is locked at step {step}, and its {name} has moved since the step before",
                     hint="load weights before the first warmup.step; an optimizer that is no torch.optim.Optimizer is "

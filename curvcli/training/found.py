@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from curvcli.curvature import resources
+from curvcli.curvature.hvp import Mode, graph_bytes
+from curvcli.curvature.problem import Problem
 from curvcli.documents import StableLr
+from curvcli.errors import exhausted
 from curvcli.judge.calibration import Bracket, odds, stable_lr, too_early
 from curvcli.judge.limits import certified
 from curvcli.optimizers.base import OptimizerView
@@ -51,6 +55,22 @@ class Found:
     early: bool = False
     stable_lr: StableLr | None = None
     odds: float | None = None
+
+
+def failed(error: Exception) -> Found:
+    """In place of a measurement that raised."""
+    said = "out of memory" if exhausted(error) else type(error).__name__
+    return Found(status="failed", message=f"{said}: {' '.join(str(error).split())}"[:300])
+
+
+def mode_for(problem: Problem, graphs: int) -> Mode:
+    """Kept graphs where so many of the first batch's have room in all processes, else fresh ones.
+
+    By a rule and not by the clock: a resumed job has to repeat the very same sums.
+    """
+    room = resources.free_bytes(next(iter(problem.parameters.values())).device)
+    fits = graph_bytes(problem, cut_short=True) * graphs <= room
+    return "kept" if all(problem.ranks.each(fits)) else "fresh"
 
 
 def finite(value: float | None) -> float | None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
-from curvcli.curvature.hvp import HVP, Mode, build, graph_bytes, random_direction, synchronize
+from curvcli.curvature.hvp import HVP, Mode, build, random_direction, synchronize
 from curvcli.curvature.memory import spread
 from curvcli.curvature.norms import largest_spectral_norm
 from curvcli.curvature.operator import PreconditionedHessian
-from curvcli.curvature.precision import norm
+from curvcli.curvature.precision import all_finite, norm
 from curvcli.curvature.problem import Loss, Problem, check_lifted, gradient, measurable
 from curvcli.curvature.ranks import same, within
 from curvcli.curvature.selftest import check_second_derivative
@@ -33,7 +33,7 @@ from curvcli.optimizers.preconditioner import Preconditioner, live, prepare
 from curvcli.optimizers.update import gradient_quotient, next_update, update_rms
 from curvcli.training.alerts import Alarm, Alerts, wandb
 from curvcli.training.engine import Counting
-from curvcli.training.found import Found, Known, bare, bare_names, calibrated, finite, groups_of, rank
+from curvcli.training.found import Found, Known, bare, bare_names, calibrated, failed, finite, groups_of, mode_for, rank
 from curvcli.training.log import Sink, open_log
 from curvcli.training.outliers import SIGMAS, LossWatch, OwnRange
 from curvcli.training.overhead import Ledger, budget_of
@@ -154,14 +154,17 @@ class CurvatureTracker:
         self.losses.see(loss)
         if not self._turn(step):
             return None
-        synchronize(next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        synchronize(device)
         self.ledger.rest()  # what a device had still to do was training
         try:
             found = self._found(step, batch)
+            synchronize(device)
         except Exception as error:  # a callback may not end the job, whatever the model or a kernel raises
             logger.warning("curvature at step %d failed: %s", step, error)
-            said = "out of memory" if exhausted(error) else type(error).__name__
-            found = Found(status="failed", message=f"{said}: {' '.join(str(error).split())}"[:300])
+            found = failed(error)
+        if found.status == "failed":
+            resources.release(device)  # what an error still held would be missing in training
         seconds = self.ledger.charge()
         record = Record(
             step=step,
@@ -299,7 +302,7 @@ class CurvatureTracker:
 
     def _measure(self, problem: Problem, known: Known, step: int) -> Found:
         parameters = problem.parameters
-        if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
+        if not all_finite(list(parameters.values())):
             return Found(status="non-finite", message="a weight of the model is NaN or inf")
         if not any(group["lr"] is None or float(group["lr"]) > 0 for group in groups_of(self.optimizer)):
             return Found(message="the learning rate is 0: no step is taken, and there is no edge")
@@ -307,11 +310,8 @@ class CurvatureTracker:
         if preconditioner.ascends:
             problem = problem.negated()
         if self._mode is None:
-            # By a rule and not by the clock: a resumed job has to repeat the very same sums.
-            room = resources.free_bytes(next(iter(parameters.values())).device)
             most = problem.most if self.budget is None else self.budget.available  # it may come to measure on all of them
-            fits = graph_bytes(problem, cut_short=True) * most <= room
-            self._mode = "kept" if all(problem.ranks.each(fits)) else "fresh"
+            self._mode = mode_for(problem, most)
             first = problem.subset([0]).alone()
             tangents = random_direction(first)
             check_second_derivative(first, tangents, build(first, "fresh").product(list(parameters), tangents))

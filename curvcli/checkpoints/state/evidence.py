@@ -69,13 +69,16 @@ def gather(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: 
         for size in sorted({p.numel() for p in parameters.values()})
     }
     picks = {name: of_size[p.numel()] for name, p in parameters.items()}
-    squares = {name: torch.zeros(len(pick), dtype=torch.float64) for name, pick in picks.items()}
+    # Where the gradients are, so that nothing is waited for before all of them are added up.
+    there = {name: picks[name].to(p.device) for name, p in parameters.items()}
+    kinds = {n: torch.float32 if p.device.type == "mps" else torch.float64 for n, p in parameters.items()}
+    squares = {n: torch.zeros(len(picks[n]), dtype=kinds[n], device=p.device) for n, p in parameters.items()}
     for batch in batches:
         gradients = torch.autograd.grad(
             loss(model, batch), list(parameters.values()), allow_unused=True, materialize_grads=True
         )
         for name, gradient in zip(parameters, gradients, strict=True):
-            squares[name] += gradient.reshape(-1)[picks[name].to(gradient.device)].cpu().double().square()
+            squares[name] += gradient.reshape(-1)[there[name]].to(kinds[name]).square()
     return Evidence(picks, {name: _ranks(value) for name, value in squares.items()})
 
 
