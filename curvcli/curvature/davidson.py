@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvcli.curvature.operator import Operator
+from curvcli.curvature.operator import LARGE, Operator
 from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
 from curvcli.curvature.space import Space
 
@@ -100,7 +100,9 @@ class _Rows:
 
     def __init__(self, space: Space, capacity: int) -> None:
         self.space = space
-        self.size = capacity if space.empty(0).device.type == "cpu" else min(4, capacity)  # of a block
+        none = space.empty(0)
+        few = 1 if none.shape[1] * none.element_size() >= LARGE else 4
+        self.size = capacity if none.device.type == "cpu" else min(few, capacity)  # of a block
         self.blocks: list[Tensor] = []  # each (size, n)
 
     def __setitem__(self, index: int, vector: Tensor) -> None:

@@ -27,7 +27,8 @@ def _free_on_gpu(index: int) -> float:
     """What tensors can still take: also blocks that torch keeps for later, and no more than a job has allowed itself."""
     free, total = torch.cuda.mem_get_info(index)
     held, kept = torch.cuda.memory_allocated(index), torch.cuda.memory_reserved(index)
-    share = torch.cuda.get_per_process_memory_fraction(index)
+    allowed = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.7
+    share = allowed(index) if allowed else 1.0
     return max(0.0, min(free + kept - held, share * total - held))
 
 
