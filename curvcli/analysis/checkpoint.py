@@ -389,6 +389,8 @@ def _device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         # torch.device accepts any index; only an allocation shows that the device is there.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -236,7 +236,7 @@ def numbers(scalars: Sequence[Tensor]) -> list[float]:
     """Tensors of one entry each, all on one device, as numbers: a GPU is waited for once, and not once each."""
     if len(scalars) < 2 or scalars[0].device.type == "cpu":
         return [float(scalar) for scalar in scalars]
-    found: list[float] = torch.stack([scalar.detach().reshape(()) for scalar in scalars]).tolist()
+    found: list[float] = torch.stack([scalar.detach().reshape(()) for scalar in scalars]).cpu().tolist()
     return found
 
 

@@ -340,7 +340,7 @@ def _check(labels: Tensor, positions: torch.Size, classes: int) -> None:
     if not labels.numel():
         return
     # At once, since a GPU is waited for at each forward pass: what is ignored counts as class 0, which there is.
-    low, high = map(int, torch.stack(torch.aminmax(labels.masked_fill(labels == IGNORED, 0))).tolist())
+    low, high = map(int, torch.stack(torch.aminmax(labels.masked_fill(labels == IGNORED, 0))).cpu().tolist())
     if low < 0 or high >= classes:
         raise InputError(
             f"label {low if low < 0 else high} is none of the model's {classes} classes",
