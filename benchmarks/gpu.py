@@ -64,7 +64,7 @@ def tracked(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, d
             tolerance=1e-9, update_ratio=False, every=1,
         )  # fmt: skip
         seconds = []
-        for at in range(4):
+        for at in range(3):
             seconds.append(timed(partial(tracker.step, at), device))
             trained(model, optimizer, batch)
         record = tracker.last
