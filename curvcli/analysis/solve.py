@@ -14,7 +14,7 @@ import torch
 from curvcli.analysis.companions import companions
 from curvcli.analysis.counting import Counting
 from curvcli.analysis.measured import Measured, Solved
-from curvcli.analysis.plan import unplanned
+from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
@@ -85,10 +85,11 @@ class Measurement:
         self.ranks = problem.ranks
         free, (trial, graphs) = self._free(device), sample(problem)
         trial = trial.lean(TRIED) if self.shards else trial  # else it would hold eight whole vectors
-        # Under a limit of memory plan.py has chosen the mode already, by more than what is free.
-        self.choice: Choice = choose(trial, mode=mode, memory=free if basis is None else inf, graphs=graphs)
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
         vector = -(-vector // self.ranks.world) if self.shards else vector
+        # Under a limit of memory plan.py has chosen the mode already, by more than what is free. Graphs leave room for vectors.
+        room = free - (WORKING + LEAST) * vector if basis is None else inf
+        self.choice: Choice = choose(trial, mode=mode, memory=room, graphs=graphs)
         if basis is None:
             basis, offload = unplanned(problem, vector, self._free(device), solver.max_products)
         self.solver = replace(solver, basis=basis, store=elsewhere(device) if offload else None)

@@ -107,21 +107,27 @@ class Folded:
         self.vectors.append(vector)
         if len(self.folds) == 1 and self.ranks.world == 1:  # nothing to compare it with
             return self.folds[0][1].matvec(vector)
+        # A basis that lies elsewhere is read once for two folds' images, which are one vector more than for one.
+        at_once = 2 if vector.device != self.space.empty(0).device else 1
         vector = self.space.here(vector)
         total = torch.zeros_like(vector)
         with self.held():
-            for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
-                image = operator.matvec(vector)
+            for first in range(0, len(self.folds), at_once):
+                some = self.folds[first : first + at_once]
+                images = [operator.matvec(vector) for _, operator in some]
                 # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
-                columns.append(numbers([self._inner(v, image) for v in self.vectors]))
-                total += weight * image
+                inside = [self._inner(v, images) for v in self.vectors]
+                for place, (weight, _) in enumerate(some):
+                    self.columns[first + place].append(numbers([found[place] for found in inside]))
+                    total += weight * images[place]
         if not self.sharded:
             self.ranks.sum_([total])
         return total
 
-    def _inner(self, vector: Tensor, image: Tensor) -> Tensor:
+    def _inner(self, vector: Tensor, images: Sequence[Tensor]) -> list[Tensor]:
         # Of what is here alone: `projected` adds up what the processes found.
-        found = inner(self.space.here(vector)[None], image)[0]
+        near = self.space.here(vector)[None]
+        found = [inner(near, image)[0] for image in images]
         let_go(vector)
         return found
 

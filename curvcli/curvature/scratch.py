@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -52,6 +53,9 @@ class Host:
             runtime, address = torch.cuda.cudart(), found.data_ptr()
             if int(runtime.cudaHostRegister(address, found.nbytes, 0)) == 0:
                 finalize(found.untyped_storage(), runtime.cudaHostUnregister, address)
+            else:  # pages that may move are slower and as good; CUDA tells its next caller of the error, who is nobody else
+                with suppress(RuntimeError):
+                    torch.zeros(1, device="cuda")
         return found
 
     @property

@@ -161,7 +161,7 @@ class CurvatureTracker:
             found = self._found(step, batch)
             synchronize(device)
         except Exception as error:  # a callback may not end the job, whatever the model or a kernel raises
-            logger.warning("curvature at step %d failed: %s", step, error)
+            logger.warning("curvature at step %d failed: %s", step, str(error))
             found = failed(error)
         if found.status == "failed":
             resources.release(device)  # what an error still held would be missing in training
@@ -184,7 +184,7 @@ class CurvatureTracker:
             try:
                 sink(record)
             except Exception as error:
-                logger.warning("curvature of step %d could not be logged: %s", step, error)
+                logger.warning("curvature of step %d could not be logged: %s", step, str(error))
         if rank() == 0:
             self.alerts.see(record)
         self.ledger.charge()  # sinks and alerts are no training

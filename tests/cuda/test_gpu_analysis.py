@@ -285,3 +285,12 @@ def test_an_explanation_is_the_cpus() -> None:
     assert masses[0] == pytest.approx(masses[1], abs=0.03), masses
     assert here.sequences[0].sequence == there.sequences[0].sequence
     assert [r.verdict for r in here.removals] == [r.verdict for r in there.removals]
+
+
+def test_an_analysis_with_its_vectors_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = llama().to(DEVICE), moved(tokens())
+    truth = analyze(model, causal_loss, batches, depths=False)
+    monkeypatch.setattr("curvcli.analysis.solve.unplanned", lambda *given: (50, True))
+    found = analyze(model, causal_loss, batches, depths=False)
+    agree(parts(found), parts(truth))
+    assert found.generalisation.rho_low == truth.generalisation.rho_low  # there is no optimizer

@@ -15,7 +15,7 @@ DEMO = ROOT / "curvcli" / "cli" / "demo"
 
 
 def test_a_track_is_the_cpus(tmp_path: Path) -> None:
-    options = ["--tokens", 1024, "--no-depths", "--no-cache", "--quiet"]
+    options = ["--tokens", 1024, "--no-cache", "--quiet"]
     both = [
         started("track", SAMPLES / "hot", "--device", device, "-o", tmp_path / f"{name}.json", *options)
         for name, device in (("here", DEVICE), ("there", "cpu"))

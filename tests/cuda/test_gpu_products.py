@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from curvcli.curvature import resources
 from curvcli.curvature.hvp import KeptGraph, Mode, build, choose, graph_bytes, random_direction
 from curvcli.curvature.lanczos import Lanczos
-from curvcli.curvature.operator import Folded, PreconditionedHessian
+from curvcli.curvature.operator import DenseOperator, Folded, PreconditionedHessian
 from curvcli.curvature.precision import all_finite, inner, length, norm, numbers
 from curvcli.curvature.problem import Problem, gradient, measurable
 from curvcli.curvature.ritz import Extremes
+from curvcli.curvature.scratch import Host
 from curvcli.curvature.space import OneDevice
 from curvcli.data.tasks import causal_loss
 from curvcli.errors import UnsupportedError, UsageError
@@ -204,13 +205,14 @@ def test_modes_are_chosen_by_memory() -> None:
     model, batches = llama().to(DEVICE), moved(tokens())
     with measurable(model):
         problem = Problem.create(model, causal_loss, batches)
-        wide, narrow = choose(problem), choose(problem, memory=1e5)
+        wide, narrow, graph = choose(problem), choose(problem, memory=1e5), graph_bytes(problem)
         held = torch.cuda.memory_allocated() if gpu.REAL else 0
         choose(problem)
         after = torch.cuda.memory_allocated() if gpu.REAL else 0
     assert (wide.mode, narrow.mode) == ("kept", "fresh"), (wide, narrow)
     assert "out of memory" in narrow.refused["kept"]
-    assert after <= held + 2**20, f"{after - held:,} bytes are held after the modes were tried"
+    # A GPU's own thread of autograd may still be letting go of the last graph.
+    assert after <= held + graph / 2, f"{after - held:,} bytes are held after the modes were tried, a graph is {graph:,}"
 
 
 def test_what_lies_elsewhere_is_refused_in_a_sentence() -> None:
@@ -242,3 +244,42 @@ def test_blocks_that_torch_keeps_count_as_free() -> None:
         assert resources.free_bytes(DEVICE) <= 0.7 * 2**30
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_basis_in_main_memory_gives_the_numbers_of_one_beside_the_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    halves = [torch.randn(90, 90, generator=generator, dtype=torch.float64) for _ in range(3)]
+    results, folds = [], []
+    for store in (None, Host()):
+        operator = Folded([(1 / 3, DenseOperator((half + half.T).to(DEVICE))) for half in halves])
+        found = Lanczos(bottom_tolerance=0.1, store=store).extremes(operator)
+        results.append((found.status, found.products, found.top.value, found.ceiling))
+        folds.append(operator.projected())
+        assert found.vector.device.type == DEVICE.type
+    assert results[0][:2] == results[1][:2], results
+    assert results[1][2:] == pytest.approx(results[0][2:], rel=1e-9), results
+    torch.testing.assert_close(*folds)
+    held = {v.device.type for v in operator.vectors}
+    assert held == {"cpu"}, held
+
+
+@gpu.real
+def test_what_lies_in_main_memory_is_copied_fast() -> None:
+    fixed = Host().empty(1, 2**28, dtype=torch.float32)
+    movable = torch.empty(1, 2**28)
+    times = {}
+    for name, row in (("fixed", fixed), ("movable", movable)):
+        row.fill_(1.0)
+        row.to(DEVICE)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        row.to(DEVICE)
+        torch.cuda.synchronize()
+        times[name] = time.perf_counter() - start
+    say(", ".join(f"{name} pages: {row.nbytes / 2**30 / seconds:.1f} GiB/s" for name, seconds in times.items()))
+    assert times["fixed"] < times["movable"], times
+    address = fixed.data_ptr()
+    del row, fixed
+    again = Host().empty(1, 2**28, dtype=torch.float32)  # most likely at the same place, where nothing may be left
+    again.fill_(2.0)
+    assert float(again.to(DEVICE).sum()) == 2.0**29, (address, again.data_ptr())
