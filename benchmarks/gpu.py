@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from curvcli import analyze
 from curvcli.curvature import resources
-from curvcli.curvature.hvp import synchronize
 from curvcli.curvature.precision import inner
 from curvcli.data.tasks import causal_loss
 from curvcli.documents import Report
@@ -42,10 +41,10 @@ STEPS = 5
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
+    resources.synchronize(device)
     started = time.perf_counter()
     work()
-    synchronize(device)
+    resources.synchronize(device)
     return time.perf_counter() - started
 
 
@@ -89,7 +88,7 @@ def elsewhere(view: OptimizerView) -> OptimizerView:
     return replace(view, state=state)
 
 
-def measure(shape: str, device: torch.device, budget: float) -> dict[str, Any]:
+def measure(shape: str, device: torch.device, budget: float) -> None:
     rows, length = SHARDS[shape]
     with device:
         model = network(shape)
@@ -108,30 +107,42 @@ def measure(shape: str, device: torch.device, budget: float) -> dict[str, Any]:
         "training_step": {"seconds": round(median(steps[1:]), 3), "peak_GiB": round(training / GIB, 2)},
         "inner_product_error": rounding(size, device),
     }
-    print(json.dumps(found), file=sys.stderr, flush=True)
+    say(found)
     resources.reset_peak(device)
     found["tracker"] = tracked(model, optimizer, batch, device)
     found["tracker"]["peak_GiB"] = round(resources.peak_bytes(device) / GIB, 2)
-    print(json.dumps(found["tracker"]), file=sys.stderr, flush=True)
-
+    say(found)
     view = elsewhere(live(optimizer, dict(model.named_parameters())))
     del optimizer
     model.zero_grad(set_to_none=True)
     gc.collect()
     resources.release(device)
-    return found | {"analysis": analyzed(model, batch, view, device, budget)}
-
-
-def analyzed(model: nn.Module, batch: Tensor, view: OptimizerView, device: torch.device, budget: float) -> dict[str, Any]:
-    started = time.monotonic()
     passed: dict[str, float] = {}
+    say(found | {"analysis": analyzed(model, batch, view, device, budget, passed, lambda: say(found | {"stages": passed}))})
+
+
+def say(found: dict[str, Any]) -> None:
+    """All that is known by now, as a line: whoever is stopped leaves the last one."""
+    print(json.dumps(found), flush=True)
+
+
+def analyzed(
+    model: nn.Module,
+    batch: Tensor,
+    view: OptimizerView,
+    device: torch.device,
+    budget: float,
+    passed: dict[str, float],
+    told: Callable[[], None],
+) -> dict[str, Any]:
+    started = time.monotonic()
     early: list[Report] = []
 
     def progress(stage: str, done: float) -> None:
-        synchronize(device)
-        passed.setdefault(stage, round(time.monotonic() - started, 2))
-        if passed[stage] == round(time.monotonic() - started, 2):
-            print(stage, passed[stage], f"{resources.held_bytes(device) / GIB:.1f} GiB", file=sys.stderr, flush=True)
+        resources.synchronize(device)
+        if stage not in passed:
+            passed[stage] = round(time.monotonic() - started, 2)
+            told()
 
     def verdict(report: Report) -> None:
         early.append(report)
@@ -171,23 +182,22 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.one:
-        print(json.dumps(measure(options.shapes[0], device, options.budget)))
+        measure(options.shapes[0], device, options.budget)
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     file = HERE / "results" / "gpu.json"
     known = json.loads(file.read_text()) if file.exists() else []
     for shape in options.shapes:
         command = [sys.executable, __file__, shape, "--one", "--device", options.device, "--budget", str(options.budget)]
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603
-        if done.returncode:
-            print(f"{shape} failed", file=sys.stderr)
-            continue
-        said = {"device": name, "torch": torch.__version__, **json.loads(done.stdout.splitlines()[-1])}
-        print(json.dumps(said, indent=2))
-        if shape != "tiny":
-            known = [k for k in known if (k["device"], k["shape"]) != (said["device"], said["shape"])]
-            known.append(said)
-            file.write_text(json.dumps(known, indent=2) + "\n")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+            assert process.stdout is not None
+            for line in process.stdout:
+                said = {"device": name, "torch": torch.__version__, **json.loads(line)}
+                print(json.dumps(said["analysis"] if "analysis" in said else said.get("stages", said)), flush=True)
+                if shape != "tiny":  # at once: what comes later may not be reached
+                    known = [k for k in known if (k["device"], k["shape"], k["rows"]) != (name, shape, said["rows"])]
+                    file.write_text(json.dumps([*known, said], indent=2) + "\n")
+            known = json.loads(file.read_text()) if file.exists() else []
 
 
 if __name__ == "__main__":

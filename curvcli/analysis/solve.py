@@ -87,7 +87,7 @@ class Measurement:
         trial = trial.lean(TRIED) if self.shards else trial  # else it would hold eight whole vectors
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
         vector = -(-vector // self.ranks.world) if self.shards else vector
-        # Under a limit of memory plan.py has chosen the mode already, by more than what is free. Graphs leave room for vectors.
+        # Graphs leave room for vectors. Under a limit of memory plan.py has chosen the mode already.
         room = free - (WORKING + LEAST) * vector if basis is None else inf
         self.choice: Choice = choose(trial, mode=mode, memory=room, graphs=graphs)
         if basis is None:

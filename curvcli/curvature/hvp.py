@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvcli.curvature import resources
 from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import Ranks
@@ -253,20 +254,12 @@ def measured(model: nn.Module) -> nn.Module:
     return found
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for what was asked of a device, so that a clock tells what it took."""
-    if device.type in ("cuda", "xpu"):
-        getattr(torch, device.type).synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> tuple[list[Tensor], float]:
     """A product and the seconds that it took."""
-    synchronize(tangents[0].device)
+    resources.synchronize(tangents[0].device)
     start = time.perf_counter()
     found = engine.product(names, tangents)
-    synchronize(tangents[0].device)
+    resources.synchronize(tangents[0].device)
     return found, time.perf_counter() - start
 
 
@@ -377,10 +370,12 @@ def choose(
 
 def random_direction(problem: Problem) -> list[Tensor]:
     """A tangent for every parameter, the same at every call, each tensor of norm about 1."""
-    generator = torch.Generator().manual_seed(0)
+    parameters = list(problem.parameters.values())
+    # A GPU draws for itself: a CPU would take longer than a dozen of its products.
+    generator = torch.Generator(parameters[0].device if parameters[0].is_cuda else "cpu").manual_seed(0)
     # Drawn in one precision, whatever the default is; of norm 1, or an error in a tensor of few entries would not show.
-    drawn = [torch.randn(p.shape, generator=generator, dtype=torch.float32) for p in problem.parameters.values()]
-    return [d.to(p) / max(p.numel(), 1) ** 0.5 for d, p in zip(drawn, problem.parameters.values(), strict=True)]
+    drawn = [torch.randn(p.shape, generator=generator, dtype=torch.float32, device=generator.device) for p in parameters]
+    return [d.to(p) / max(p.numel(), 1) ** 0.5 for d, p in zip(drawn, parameters, strict=True)]
 
 
 def _has_gradient(problem: Problem) -> bool:

@@ -49,6 +49,14 @@ def release(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for what was asked of a device, so that a clock tells what it took."""
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def reset_peak(device: torch.device) -> None:
     """Count the device's peak from here, in a process of one's own: a job may be counting its own.
 

@@ -79,8 +79,12 @@ class OneDevice:
         return torch.empty((rows, self.size), dtype=self.dtype, device=self.device)
 
     def random(self, generator: torch.Generator) -> Tensor:
-        """The same vector, up to rounding, for a generator's seed in every precision and on every device."""
-        # Drawn in float64 on the CPU, so that a seed means the same vector in every precision and on every device.
+        """The same vector, up to rounding, for a generator's seed in every precision; on a GPU another than on the CPU."""
+        if self.device.type == "cuda":
+            # A CPU draws 124 million in five seconds, in which a GPU makes ten products of GPT-2.
+            own = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+            return torch.randn(self.size, generator=own, dtype=self.dtype, device=self.device)
+        # In float64 on the CPU, so that a seed means the same vector in every precision.
         return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
 
     def inner(self, rows: Tensor, vector: Tensor) -> Tensor:

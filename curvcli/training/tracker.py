@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
-from curvcli.curvature.hvp import HVP, Mode, build, random_direction, synchronize
+from curvcli.curvature.hvp import HVP, Mode, build, random_direction
 from curvcli.curvature.memory import spread
 from curvcli.curvature.norms import largest_spectral_norm
 from curvcli.curvature.operator import PreconditionedHessian
@@ -155,11 +155,11 @@ class CurvatureTracker:
         if not self._turn(step):
             return None
         device = next(self.model.parameters()).device
-        synchronize(device)
+        resources.synchronize(device)
         self.ledger.rest()  # what a device had still to do was training
         try:
             found = self._found(step, batch)
-            synchronize(device)
+            resources.synchronize(device)
         except Exception as error:  # a callback may not end the job, whatever the model or a kernel raises
             logger.warning("curvature at step %d failed: %s", step, str(error))
             found = failed(error)

@@ -100,16 +100,22 @@ def test_logits_in_chunks_are_the_cpus(mode: Mode, names: list[str] | None) -> N
     assert off < 3e-5, f"{mode} {names}: {off:.2e}"
 
 
-def test_a_random_start_is_the_same_everywhere() -> None:
-    starts = [
-        OneDevice(1001, torch.float32, d).random(torch.Generator().manual_seed(3)) for d in (DEVICE, torch.device("cpu"))
-    ]
-    assert starts[0].device.type == DEVICE.type
-    assert torch.equal(starts[0].cpu(), starts[1])
-    model = llama()
-    on = random_direction(Problem.create(copy.deepcopy(model).to(DEVICE), causal_loss, moved(tokens())))
-    off = random_direction(Problem.create(model, causal_loss, tokens()))
-    assert apart(on, off) < 1e-7
+def test_a_random_start_is_drawn_on_the_device_and_is_the_same_at_every_call() -> None:
+    space = OneDevice(100_001, torch.float32, DEVICE)
+    before = torch.random.get_rng_state(), torch.cuda.get_rng_state() if gpu.REAL else None
+    one, other, third = (space.random(torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert one.device.type == DEVICE.type
+    assert torch.equal(one, other)
+    assert abs(float(one @ third)) < 5 * len(one) ** 0.5
+    assert float(one.square().mean()) == pytest.approx(1.0, abs=0.03)
+    generator = torch.Generator().manual_seed(3)
+    assert not torch.equal(space.random(generator), space.random(generator)), "a generator goes on"
+    problem = Problem.create(llama().to(DEVICE), causal_loss, moved(tokens()))
+    first, second = random_direction(problem), random_direction(problem)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    after = torch.random.get_rng_state(), torch.cuda.get_rng_state() if gpu.REAL else None
+    llama()  # which draws on the CPU
+    assert before[1] is None or torch.equal(before[1], after[1]), "the job's random numbers moved on"
 
 
 @pytest.mark.parametrize("entries", [3_000_003, pytest.param(150_000_001, marks=gpu.real)])
