@@ -144,23 +144,24 @@ class _Model:
 
     def weights(self, source: Source | None) -> Mapping[str, Tensor]:
         document = load_pickle(self.file)
+        # At stage 3 every rank's file has a piece of each frozen weight: read once for all of them.
+        files = (rank_files(self.tag, "model") or [self.file]) if self.frozen else []
+        fragments = {file: _fragments(document if file == self.file else load_pickle(file)) for file in files}
 
         def read(name: str) -> Tensor:
             if source is not None and name in self.owner:
                 return source.gather(self.owner[name], name, WEIGHTS)
             if name in self.frozen:
-                return self._frozen(name)
+                return self._frozen(name, fragments)
             return document["module"][name]  # type: ignore[no-any-return]
 
         return Lazy([tensor.name for tensor in self.tensors], read)
 
-    def _frozen(self, name: str) -> Tensor:
+    def _frozen(self, name: str, fragments: Mapping[Path, Mapping[str, Any]]) -> Tensor:
         """A weight that no optimizer moves: whole in one file, or at stage 3 a piece of it in every rank's."""
         shape, parts = self.frozen[name], []
-        for file in rank_files(self.tag, "model") or [self.file]:
-            document = load_pickle(file)
-            fragments = document.get("frozen_param_fragments") if isinstance(document, dict) else None
-            piece = fragments.get(name) if isinstance(fragments, dict) else None
+        for file, held in fragments.items():
+            piece = held.get(name)
             if not isinstance(piece, Tensor):
                 raise InputError(f"{file} has no piece of the frozen {name}", hint="copy all ranks' files of one save")
             parts.append(piece.flatten())
@@ -171,6 +172,12 @@ class _Model:
                 hint="copy all ranks' files of one save",
             )
         return whole[: prod(shape)].view(shape)
+
+
+def _fragments(document: Any) -> dict[str, Any]:
+    """What one rank's file holds of the weights that no optimizer moves."""
+    found = document.get("frozen_param_fragments") if isinstance(document, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _zero_optimizer(model: _Model, source: Source) -> NamedOptimizer:
