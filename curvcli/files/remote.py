@@ -22,7 +22,7 @@ from curvcli.files.runs import step_of
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)
 _BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 # What no reader looks at, in directories that hold the same weights several times.
-_SKIPPED = re.compile(r"rng_state.*|training_args\.bin|.*\.(?:onnx|h5|msgpack|gguf|ot)")
+_SKIPPED = re.compile(r"rng_state.*|.*\.(?:onnx|h5|msgpack|gguf|ot)")
 # The same weights in transformers' two forms, of which its readers take the first. FSDP's pytorch_model_fsdp is neither.
 _SAFE = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors")
 _UNSAFE = re.compile(r"pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")

@@ -55,6 +55,13 @@ def test_the_newest_checkpoint_of_a_run_is_fetched_once(
     assert open_checkpoint(Path("memory://bucket/calm/checkpoint-10")).step == 10
 
 
+def test_the_trainers_arguments_come_along_and_random_states_do_not(memory: AbstractFileSystem) -> None:
+    for name in ("training_args.bin", "rng_state.pth"):
+        memory.pipe(f"/bucket/calm/checkpoint-10/{name}", b"anything")
+    near = fetched(Path("memory://bucket/calm/checkpoint-10"))
+    assert [(near / name).exists() for name in ("training_args.bin", "rng_state.pth")] == [True, False]
+
+
 def test_every_checkpoint_of_a_run_is_found_and_none_fetched(
     memory: AbstractFileSystem, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,7 +86,7 @@ class AdapterReader:
             log=run_log(state),
             tokenizer=base.tokenizer,
             notes={
-                **clipping(state),
+                **clipping(path, state),
                 "adapter": f"curvature is over the adapter's weights; the base, {home or base.name}, is fixed",
             },
             findings=tuple(unread(path, read)),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, assemble
-from curvcli.checkpoints.formats.huggingface import clipping, integer, run_log, trainer_state
+from curvcli.checkpoints.formats.huggingface import clipping, gradient_norms, integer, run_log, trainer_state
 from curvcli.checkpoints.formats.torchfile import named
 from curvcli.checkpoints.formats.zero import WEIGHTS, Lazy, Partitions, Shapes, Source, Universal, rank_files
 from curvcli.checkpoints.state.mapping import map_named, summary
@@ -57,7 +57,7 @@ class DeepSpeedReader:
             optimizer=optimizer,
             step=integer(model.head, "global_steps"),
             log=run_log(log),
-            notes=clipping(log) or _clipped(source),
+            notes=_clipped(source, home, log),
         )
 
 
@@ -229,10 +229,12 @@ def _plain_optimizer(model: _Model) -> NamedOptimizer:
     return NamedOptimizer(model.file, view, lambda: summary(head, model.file))
 
 
-def _clipped(source: Source | None) -> dict[str, str]:
+def _clipped(source: Source | None, home: Path, log: dict[str, Any] | None) -> dict[str, str]:
+    """A note where clipping shaped the moments: DeepSpeed's own, which is in force, by what the Trainer logged if it did."""
     limit = source.head.get("clip_grad") if source else None
-    if not isinstance(limit, (int, float)) or limit <= 0:
-        return {}
+    limit = max(0.0, float(limit)) if isinstance(limit, (int, float)) else None
+    if not limit or gradient_norms(log):
+        return clipping(home, log, limit)
     return {
         "clipped-moments": f"DeepSpeed clipped gradients to a norm of {limit:g}: the second moment is of clipped gradients, "
         "which raises lambda as the optimizer sees it"
