@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from platformdirs import user_cache_path
 
-from curvcli.errors import InputError, plain
+from curvcli.errors import InputError, counted, plain
 from curvcli.files.kept import KeptFolder
 from curvcli.files.runs import step_of
 
@@ -64,7 +64,11 @@ def fetched(path: Path, folder: Path | None = None) -> Path:
     target = place / PurePosixPath(root).name
     if not target.exists():
         size = sum(int(info.get("size") or 0) for info in files.values())
-        print(plain(f"curv: fetching {len(files)} files, {size / 1e6:,.1f} MB, from {url}"), file=sys.stderr, flush=True)
+        print(
+            plain(f"curv: fetching {counted(len(files), 'file')}, {size / 1e6:,.1f} MB, from {url}"),
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             copies.make()
             _download(lambda far, near: system.get_file(far, near), root, files, target)

@@ -185,7 +185,7 @@ def test_data_over_http_by_the_real_command(samples: Path, served: str, tmp_path
     done = process("inspect", samples / "calm", "--data", f"{served}/data/shard.bin", "--json", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["data"][0]["tokens"] == 65_536
-    assert "fetching 1 files, 0.1 MB" in done.stderr
+    assert "fetching 1 file, 0.1 MB" in done.stderr
 
 
 @pytest.mark.slow
