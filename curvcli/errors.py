@@ -23,6 +23,11 @@ def counted(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
+def are(count: int) -> str:
+    """The verb to a number of things."""
+    return "is" if count == 1 else "are"
+
+
 class CurvError(Exception):
     """Base of every error that the user can act on. The command line turns it into exit code 2.
 

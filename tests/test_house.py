@@ -40,7 +40,7 @@ ROOMS = {
         "judge",
         "schedules",
     },
-    "training": {"errors", "documents", "curvature", "models", "optimizers", "checkpoints", "data", "judge"},
+    "training": {"errors", "files", "documents", "curvature", "models", "optimizers", "checkpoints", "data", "judge"},
     "cli": {"errors", "documents", "optimizers", "render", "analysis", "training"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -19,11 +19,11 @@ from curvcli.analysis.steepest import Norms
 from curvcli.curvature import resources
 from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
+from curvcli.files.names import unwrapped
 from curvcli.judge.calibration import calibrated
 from curvcli.judge.course import Logged, doubted, loss_course
 from curvcli.judge.findings import explain
 from curvcli.judge.verdict import judge
-from curvcli.models.blocks import display
 from curvcli.models.rows import row_kinds
 from curvcli.optimizers.preconditioner import Preconditioner
 
@@ -253,7 +253,7 @@ class _Writer:
             if kind is not None:
                 shares, ids = piece.view(shape).sum(dim=1).topk(min(5, shape[0]))
                 rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
-            found.append(documents.Attribution(tensor=display(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
+            found.append(documents.Attribution(tensor=unwrapped(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
         # The participation ratio: 1 if one entry has all, n if all have the same.
         return sorted(found, key=lambda m: -m.mass), 1 / sum(each(float(squares.square().sum())))
 

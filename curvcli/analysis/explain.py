@@ -29,7 +29,7 @@ from curvcli.curvature.precision import wide
 from curvcli.data.examples import IGNORED
 from curvcli.data.words import Words, words_of
 from curvcli.errors import OutOfTime, UnsupportedError, memory_named
-from curvcli.models.blocks import display
+from curvcli.files.names import unwrapped
 from curvcli.models.roles import Roles
 from curvcli.models.rows import lookups, row_kinds
 
@@ -187,7 +187,7 @@ class _Explainer:
                     if place is not None:
                         heads[place, head, share.heads_of] += mass
             if (of := kinds_of_rows.get(id(parameter))) is not None:
-                rows += self.rows(display(name), of, shaped.flatten(1).sum(dim=1))
+                rows += self.rows(unwrapped(name), of, shaped.flatten(1).sum(dim=1))
         found = [documents.HeadMass(layer=n, head=h, of=of, mass=mass) for (n, h, of), mass in heads.items()]
         return {
             "participation": float(1 / squares.square().sum()),

@@ -21,6 +21,7 @@ from curvcli.curvature.problem import Loss
 from curvcli.data.examples import IGNORED, Examples, holds_examples, labelled, read_examples
 from curvcli.data.shards import Sample, Shard, find_paths, read_shard
 from curvcli.data.texts import encoded
+from curvcli.data.tokens import tokenizer_in
 from curvcli.errors import InputError, UsageError
 from curvcli.models.base import Task
 from curvcli.models.head import plain_head, widest, withheld
@@ -187,22 +188,14 @@ def masked(shard: Shard, mask: int, seed: int) -> Examples:
 
 def mask_token(model: nn.Module, checkpoint: Checkpoint) -> int:
     """Id of the mask token, from the configuration or the tokenizer beside the checkpoint. Raises InputError."""
+    examples = "examples with masked input_ids and labels (.safetensors, .jsonl)"
     found = getattr(getattr(model, "config", None), "mask_token_id", None)
     if found is None and checkpoint.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer, trust_remote_code=False, local_files_only=True)
-            found = tokenizer.mask_token_id
-        except Exception as error:  # transformers raises every kind there is
-            raise InputError(
-                f"transformers cannot build the tokenizer in {checkpoint.tokenizer}: {str(error)[:200]}",
-                hint="give examples with masked input_ids and labels instead (.safetensors, .jsonl)",
-            ) from error
+        found = tokenizer_in(checkpoint.tokenizer, instead=examples).mask_token_id
     if not isinstance(found, int) or not 0 <= found < (checkpoint.vocabulary or found + 1):
         raise InputError(
             f"{checkpoint.path} does not say which token is the mask ({'none' if found is None else found})",
-            hint="save the tokenizer beside it, or give examples with masked input_ids and labels (.safetensors, .jsonl)",
+            hint=f"save the tokenizer beside it, or give {examples}",
         )
     return found
 

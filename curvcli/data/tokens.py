@@ -175,14 +175,18 @@ def load_tokenizer(checkpoint: Checkpoint, path: Path) -> Any:
             f"{path} is text, and {checkpoint.path} has no tokenizer to turn it into tokens",
             hint="save the tokenizer beside the checkpoint, or give tokens (.bin, .npy, .safetensors, input_ids in .jsonl)",
         )
+    return tokenizer_in(checkpoint.tokenizer, instead="tokens (.bin, .npy, .safetensors)")
+
+
+def tokenizer_in(folder: Path, *, instead: str) -> Any:
+    """transformers' tokenizer that is saved in a folder. Raises InputError, which says what to give instead."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.tokenizer, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises every kind there is
         raise InputError(
-            f"transformers cannot build the tokenizer in {checkpoint.tokenizer}: {first_line(error)}",
-            hint="give tokens instead (.bin, .npy, .safetensors)",
+            f"transformers cannot build the tokenizer in {folder}: {first_line(error)}", hint=f"give {instead} instead"
         ) from error
 
 

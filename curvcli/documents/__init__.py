@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         TokensPoint,
         Update,
         VerdictName,
+        digested_report,
         load_report,
     )
     from curvcli.documents.schedule import (
@@ -155,6 +156,7 @@ __all__ = [
     "VerdictName",
     "Versions",
     "check_writable",
+    "digested_report",
     "dumps",
     "find_log",
     "first_problem",
@@ -227,6 +229,7 @@ _MODULES = {
         "TokensPoint",
         "Update",
         "VerdictName",
+        "digested_report",
         "load_report",
     ),
     "schedule": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -108,11 +109,16 @@ _LIMIT = 2**28  # a track of a thousand checkpoints has a fifth of it
 
 def read_document(kind: type[D], path: Path, name: str, hint: str) -> D:
     """Read a document of one kind. Raises InputError where the file is something else."""
+    return digested_document(kind, path, name, hint)[0]
+
+
+def digested_document(kind: type[D], path: Path, name: str, hint: str) -> tuple[D, str]:
+    """A document and the SHA-256 of its bytes, from one reading of a file. Raises InputError as `read_document` does."""
     try:
         content = read_limited(path, _LIMIT)
         # Parsed twice, for its limit on values: pydantic's own parser has none.
         parse_json(content)
-        return kind.read(content)
+        return kind.read(content), hashlib.sha256(content).hexdigest()
     except ValidationError as error:
         raise InputError(f"{path} is not a {name} document: {first_problem(error)}", hint=hint) from error
     except (OSError, ValueError) as error:

@@ -32,14 +32,16 @@ class Side(Document):
 class Change(Document):
     """What became of one part: the full model, embedding and head, or a layer. Values are null where not certified."""
 
-    part: Literal["full", "ends", "layer"]
+    part: Literal["full", "ends", "layer"] = Field(
+        description="full: what the verdicts are on, the full model or, where rare rows carry its top direction, the rest"
+    )
     name: str
     first: float | None = Field(description="lambda of the first")
     second: float | None = Field(description="lambda of the second")
     first_rho: float | None
     second_rho: float | None
     ratio: float | None = Field(description="second lambda over first; null where one is missing or not positive")
-    low: float | None = Field(description="lower end of the ratio's bracket, from both residuals")
+    low: float | None = Field(description="lower end of the ratio's bracket, from what lies above neither lambda")
     high: float | None
     first_z: float | None = Field(default=None, description="Z of the first; null where it has no norm")
     second_z: float | None = None
@@ -100,7 +102,8 @@ class TrackStep(Document):
     first: StepSide | None
     second: StepSide | None
     bracket: Literal["shard", "data"] | None = Field(
-        description="shard: the same tokens on both sides, and the ends are those of the residuals; data: other tokens, and "
+        description="shard: the same tokens on both sides, and the ends are those of the residuals and ceilings; "
+        "data: other tokens, and "
         "the ends are those of the data behind each shard; null without both sides"
     )
     rho_ratio: float | None = Field(description="second rho over first; null where one is missing or not positive")

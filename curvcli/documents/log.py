@@ -21,6 +21,10 @@ from curvcli.errors import InputError
 LOG_NAME = "curvature.jsonl"
 _CHUNK = 1 << 20
 _LONGEST = 1 << 20  # bytes of one line; a record has a few hundred
+# Of a log: a record takes some 3,400 bytes as an object, of a line of 550. A job of a million steps that measures every
+# tenth writes 100,000.
+_MOST, _RECORDS = 2**28, 2**18
+_SHORTEN = "give its newest lines: tail -n 100000 LOG > NEW"
 _TAIL = 4096  # bytes before the read position that must still be there: more than a record, whose step is at its beginning
 
 
@@ -62,12 +66,13 @@ class Follower:
         self._forget()
 
     def poll(self) -> Log:
-        """Look once. Raises InputError where the file is there and cannot be read."""
+        """Look once. Raises InputError where the file is there and cannot be read, or is larger than any job's."""
         try:
             with open(self.path, "rb", opener=_no_waiting) as stream:
                 status = os.fstat(stream.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise InputError(f"{self.path} is no regular file", hint=f"name the job's {LOG_NAME} or its directory")
+                _bounded(self.path, status.st_size)
                 self._find_place(stream, status.st_ino, status.st_size)
                 self._consume(stream)
         except (FileNotFoundError, NotADirectoryError):
@@ -103,6 +108,7 @@ class Follower:
     def _consume(self, stream: BinaryIO) -> None:
         rest = b""
         while chunk := stream.read(_CHUNK):
+            _bounded(self.path, stream.tell())  # the size may be a wrong one: of /proc, of a file that grows
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:
                 self._line(line)
@@ -134,6 +140,8 @@ class Follower:
         while self._records and self._records[-1].step >= record.step:
             self._records.pop()
             self._superseded += 1
+        if len(self._records) == _RECORDS:
+            raise InputError(f"{self.path} has more than {_RECORDS:,} records", hint=_SHORTEN)
         self._records.append(record)
         self._count += 1
 
@@ -166,7 +174,12 @@ class Follower:
 
 
 def load_records(path: Path) -> Log:
-    """Read a log once. Raises InputError where there is none, or no line of it is a curv.curvature/1 record."""
+    """Read a log once.
+
+    Raises:
+        InputError: there is none, no line of it is a curv.curvature/1 record, or it is larger than any job's: over 256 MiB,
+            or over 262,144 records.
+    """
     log = Follower(path).poll()
     if not log.exists:
         raise InputError(f"{path} does not exist", hint=f"name the job's {LOG_NAME} or its directory")
@@ -200,6 +213,11 @@ def _parse(line: bytes) -> Record | str:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         return f"{where}: {first['msg']}" if where else first["msg"].replace("at line 1 column", "at column")
+
+
+def _bounded(path: Path, size: int) -> None:
+    if size > _MOST:
+        raise InputError(f"{path} is larger than {_MOST >> 20:,} MiB", hint=_SHORTEN)
 
 
 def _no_waiting(path: str, flags: int) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from curvcli.documents.base import Document, Finding, Versions, read_document
+from curvcli.documents.base import Document, Finding, Versions, digested_document
 from curvcli.documents.shown import Shown
 from curvcli.documents.steepest import ModelSteepest, Steepest
 
@@ -353,4 +353,9 @@ class Report(Shown, Document):
 
 def load_report(path: Path) -> Report:
     """Read a report. Raises InputError where the file is no curv.report/1."""
-    return read_document(Report, path, "curv.report/1", "write one with curv analyze -o")
+    return digested_report(path)[0]
+
+
+def digested_report(path: Path) -> tuple[Report, str]:
+    """A report and the SHA-256 of its file. Raises InputError as `load_report` does."""
+    return digested_document(Report, path, "curv.report/1", "write one with curv analyze -o")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from platformdirs import user_cache_path
 
-from curvcli.errors import InputError, plain
+from curvcli.errors import InputError, counted, plain
 from curvcli.files.kept import KeptFolder
 from curvcli.files.runs import step_of
 
@@ -22,7 +22,7 @@ from curvcli.files.runs import step_of
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)
 _BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 # What no reader looks at, in directories that hold the same weights several times.
-_SKIPPED = re.compile(r"rng_state.*|training_args\.bin|.*\.(?:onnx|h5|msgpack|gguf|ot)")
+_SKIPPED = re.compile(r"rng_state.*|.*\.(?:onnx|h5|msgpack|gguf|ot)")
 # The same weights in transformers' two forms, of which its readers take the first. FSDP's pytorch_model_fsdp is neither.
 _SAFE = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors")
 _UNSAFE = re.compile(r"pytorch_model(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?")
@@ -64,7 +64,11 @@ def fetched(path: Path, folder: Path | None = None) -> Path:
     target = place / PurePosixPath(root).name
     if not target.exists():
         size = sum(int(info.get("size") or 0) for info in files.values())
-        print(plain(f"curv: fetching {len(files)} files, {size / 1e6:,.1f} MB, from {url}"), file=sys.stderr, flush=True)
+        print(
+            plain(f"curv: fetching {counted(len(files), 'file')}, {size / 1e6:,.1f} MB, from {url}"),
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             copies.make()
             _download(lambda far, near: system.get_file(far, near), root, files, target)

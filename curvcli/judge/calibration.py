@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from curvcli.documents import Document, Estimate, Generalisation, Optimizer, StableLr
 from curvcli.documents.base import LARGEST
-from curvcli.judge.limits import certified
+from curvcli.judge.limits import certified, highest
 
 Group = Literal["adaptive", "sgd"]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -122,14 +122,13 @@ def bracket_of(judged: Estimate, generalisation: Generalisation, threshold: floa
 
     None where rho is not certified or not above 0: no learning rate follows from it.
     """
-    value, residual = judged.rho, judged.residual
-    if not certified(judged) or value is None or residual is None or value <= 0 or threshold <= 0:
+    value, most = judged.rho, highest(judged)
+    if not certified(judged) or value is None or most is None or value <= 0 or threshold <= 0:
         return None
     low, high = generalisation.rho_low, generalisation.rho_high
     if low is None or high is None:
         # A Ritz value is a lower bound.
-        low, high = value, value + residual / threshold
-        high = high if judged.ceiling is None else max(high, judged.ceiling / threshold)
+        low, high = value, most / threshold
     # A report may come from anywhere: make the ends include the value, or the logarithms below change sign.
     return Bracket(min(low, value), value, max(high, value))
 

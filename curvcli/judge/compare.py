@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from curvcli.documents import Change, Comparison, Estimate, Finding, Report, Side, Versions
-from curvcli.judge.limits import certified, changed
+from curvcli.judge.limits import certified, changed, highest
 
 LARGE = 2.0  # a change that is worth a finding
 
@@ -14,7 +14,9 @@ def compare(first: Report, second: Report, *, names: tuple[str, str]) -> Compari
     Args:
         names: what the user called the two.
     """
-    changes = [_change("full", "full model", first.full, second.full)]
+    # What each verdict is on, which a lambda of rare rows is not.
+    judged = "without rare rows" if first.body and second.body else "what was judged" if first.body or second.body else ""
+    changes = [_change("full", judged or "full model", first.judged, second.judged)]
     if first.outside and second.outside:
         changes.append(_change("ends", first.outside.name, first.outside, second.outside))
     later = {layer.name: layer for layer in second.layers}
@@ -62,9 +64,9 @@ def _change(part: str, name: str, a: Estimate, b: Estimate) -> Change:
         # A ratio of signed numbers says nothing: lambda at or below 0 is a concave part.
         message = "lambda is not positive"
     else:
-        (x, x_residual), (y, y_residual) = sides[0], sides[1]
-        # A Ritz value is a lower bound, its residual the distance to an eigenvalue above it.
-        ratio, low, high = y / x, y / (x + x_residual), (y + y_residual) / x
+        (x, x_most), (y, y_most) = sides[0], sides[1]
+        # A Ritz value is a lower bound.
+        ratio, low, high = y / x, y / x_most, y_most / x
     return Change.model_validate(
         {
             "part": part,
@@ -85,9 +87,9 @@ def _change(part: str, name: str, a: Estimate, b: Estimate) -> Change:
 
 
 def _relied_on(estimate: Estimate) -> tuple[float, float] | None:
-    """lambda and its residual where they may be relied on."""
-    value, residual = estimate.eigenvalue, estimate.residual
-    return (value, residual) if certified(estimate) and value is not None and residual is not None else None
+    """lambda, and what no eigenvalue lies above, where they may be relied on."""
+    value, most = estimate.eigenvalue, highest(estimate)
+    return (value, most) if certified(estimate) and value is not None and most is not None else None
 
 
 def unlike(first: Report, second: Report, *, what: str = "checkpoints") -> list[Finding]:
@@ -109,6 +111,11 @@ def unlike(first: Report, second: Report, *, what: str = "checkpoints") -> list[
             shown = "" if code in ("other-data", "other-layers") else f" ({a}, {b})"
             message = f"the two have different {which}{shown}: their ratios compare more than the {what}"
             found.append(Finding(code=code, severity="warning", message=message))
+    if bool(first.body) != bool(second.body):
+        message = f"the {'first' if first.body else 'second'} is judged without its rare rows, the other whole: " + (
+            f"their ratio compares more than the {what}"
+        )
+        found.append(Finding(code="other-rows", severity="warning", message=message))
     return found
 
 

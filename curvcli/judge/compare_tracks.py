@@ -93,7 +93,7 @@ def _step_side(point: TrackPoint, report: Report, *, on_data: bool) -> StepSide:
     if sure and on_data:
         ends = (held.rho_low, held.rho_high) if held.held_out is not None else (None, None)
     elif sure:
-        ends = on_shard(judged.rho, judged.residual, report.optimizer.threshold)
+        ends = on_shard(judged.rho, judged, report.optimizer.threshold)
     return StepSide(
         checkpoint=point.checkpoint,
         verdict=report.verdict,

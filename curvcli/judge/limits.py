@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from curvcli.documents import Severity, VerdictName
+from curvcli.documents import Estimate, Severity, VerdictName
 
 # About 1, the edge, by a quarter each way. They are conventions: what became of runs there is in calibration.json.
 STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
@@ -39,6 +39,17 @@ def classify(rho: float) -> VerdictName:
 def changed(after: VerdictName) -> Severity:
     """How severe it is that a verdict has become another one."""
     return "error" if after == "unstable" else "warning" if after == "hot" else "info"
+
+
+def highest(found: Estimate) -> float | None:
+    """What no eigenvalue lies above: the ceiling, and the end of the residual where that is higher or stands alone.
+
+    None where one of the two numbers that it needs is missing. Documents of older versions have no ceiling.
+    """
+    if found.eigenvalue is None or found.residual is None:
+        return None
+    end = found.eigenvalue + found.residual
+    return end if found.ceiling is None else max(end, found.ceiling)
 
 
 def certified(found: Solved) -> bool:

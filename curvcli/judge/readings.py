@@ -12,7 +12,7 @@ from curvcli.documents import Estimate, Report, RunVerdict, Track, TrackPoint, V
 from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
 from curvcli.documents.columns import parts as parts_of
 from curvcli.judge.compare import shard_of
-from curvcli.judge.limits import certified
+from curvcli.judge.limits import certified, highest
 from curvcli.judge.run import judge_run, judge_track
 from curvcli.judge.steepest import alone, words
 
@@ -106,10 +106,7 @@ class ReportReadings:
         if reason := _why(self.report, estimate) or _early(self.report):
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         threshold = self.report.optimizer.threshold
-        low, high = on_shard(estimate.rho, estimate.residual, threshold)
-        # Nothing lies above the ceiling; reports of older versions have none, and go by the residual.
-        if estimate.ceiling is not None and threshold and high is not None:
-            high = max(high, estimate.ceiling / threshold)
+        low, high = on_shard(estimate.rho, estimate, threshold)
         return Reading(what, estimate.rho, low, high, narrow="lower --tolerance of curv analyze", part=name, note=note)
 
     def _plain(self, column: Column[Any]) -> list[Reading]:
@@ -192,7 +189,7 @@ class ReportReadings:
                 return Reading(what, reason=f"the baseline does not compare: {reason}")
             if shard_of(old) != shard_of(report):
                 return Reading(what, reason="the shards differ; measure the whole run on one")
-        brackets = [on_shard(r.judged.rho, r.judged.residual, r.optimizer.threshold) for r in (report, *self.history)]
+        brackets = [on_shard(r.judged.rho, r.judged, r.optimizer.threshold) for r in (report, *self.history)]
         known = [(low, high) for low, high in brackets if low is not None and high is not None]
         if len(known) < len(brackets) or report.judged.rho is None:
             return Reading(what, reason="a value is missing")
@@ -229,7 +226,7 @@ class ReportReadings:
             value, per = number(report), unit(report)
             if reason := _reason(report.judged) or ("" if per and per > 0 else _NO_RHO):
                 return Reading(what, reason=f"{name}{'lambda ' if name else ''}{reason}")
-            low, high = on_shard(value, report.judged.residual, per)
+            low, high = on_shard(value, report.judged, per)
             if not same:
                 held, threshold = report.generalisation, report.optimizer.threshold
                 if held.held_out is None or low is None or high is None or not per:
@@ -390,8 +387,8 @@ def _early(report: Report) -> str:
     return f"too early: {said}"
 
 
-def on_shard(value: float | None, residual: float | None, unit: float | None) -> tuple[float | None, float | None]:
-    """From the Ritz value, which is a lower bound, to the end of its residual."""
-    if value is None or residual is None or not unit or unit <= 0:
+def on_shard(value: float | None, estimate: Estimate, unit: float | None) -> tuple[float | None, float | None]:
+    """From a Ritz value, which is a lower bound, to what no eigenvalue lies above; in units of so many eigenvalues."""
+    if value is None or (most := highest(estimate)) is None or not unit or unit <= 0:
         return None, None
-    return value, value + residual / unit
+    return value, most / unit

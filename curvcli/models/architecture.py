@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import InputError, UsageError
+from curvcli.errors import InputError, UsageError, are, counted
 from curvcli.files.names import averaged, obsolete, of_average, unwrapped
 from curvcli.files.safe import check_finite
 from curvcli.files.tensors import TensorInfo
@@ -112,10 +112,15 @@ def match(model: nn.Module, stored: Mapping[str, Tensor | TensorInfo], path: obj
     spare = set(short.values()) - set(found.values())
     spare = {name for name in spare if not (of_average(name) or obsolete(name, stored[name].shape))}
     if missing or spare:
-        what = f"{len(missing)} weights of the model are not stored, first {missing[0]}" if missing else ""
-        more = f"{len(spare)} stored weights are none of the model's, first {min(spare)}" if spare else ""
+        wrong = []
+        if missing:
+            wrong.append(
+                f"{counted(len(missing), 'weight')} of the model {are(len(missing))} not stored, first {missing[0]}"
+            )
+        if spare:
+            wrong.append(f"{counted(len(spare), 'stored weight')} {are(len(spare))} none of the model's, first {min(spare)}")
         raise InputError(
-            f"the weights in {path} do not fit the model: {'; '.join(part for part in (what, more) if part)}",
+            f"the weights in {path} do not fit the model: {'; '.join(wrong)}",
             hint="name the network that was trained with --model",
         )
     return found

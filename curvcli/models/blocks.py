@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from curvcli.curvature.problem import Blocks, Problem
 from curvcli.errors import UnsupportedError, exhausted
+from curvcli.files.names import unwrapped
 
 
 def find_blocks(model: nn.Module) -> Blocks | None:
@@ -33,7 +34,7 @@ def stacks(model: nn.Module) -> list[Blocks]:
             if _is_stack(child):
                 layered = all(_checkpointable(c) for c in child.children())
                 rank = (layered, sum(p.numel() for p in child.parameters()))
-                found.append((rank, Blocks(module, name, tuple(child.children()), display(where))))
+                found.append((rank, Blocks(module, name, tuple(child.children()), unwrapped(where))))
             else:
                 walk(child, where)
 
@@ -109,15 +110,10 @@ def locate(model: nn.Module, layers: nn.ModuleList | nn.ModuleDict | nn.Sequenti
     for path, module in model.named_modules():
         for name, child in module.named_children():
             if child is layers:
-                return Blocks(module, name, tuple(child.children()), display(f"{path}.{name}" if path else name))
+                return Blocks(module, name, tuple(child.children()), unwrapped(f"{path}.{name}" if path else name))
     raise UnsupportedError(
         "the given layers are no ModuleList, ModuleDict or Sequential inside the model", hint="pass e.g. model.layers"
     )
-
-
-def display(name: str) -> str:
-    """A module or parameter name without the prefixes of torch.compile and DistributedDataParallel."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
 
 
 def _is_stack(module: nn.Module) -> bool:

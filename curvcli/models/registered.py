@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from curvcli.errors import CurvError, InputError, OutOfMemoryError, UnsupportedError, exhausted, shortage
+from curvcli.errors import CurvError, InputError, OutOfMemoryError, UnsupportedError, are, counted, exhausted, shortage
 from curvcli.files.limits import check_config, check_size
 from curvcli.files.names import unwrapped
 from curvcli.files.safe import check_finite, read_json
@@ -120,16 +120,16 @@ def build(
     # transformers fills both with random numbers and only logs it.
     for problem in ("missing_keys", "mismatched_keys"):
         if info.get(problem):
-            name = sorted(str(k) for k in info[problem])[0]
+            name, count = sorted(str(k) for k in info[problem])[0], len(info[problem])
             raise InputError(
-                f"{len(info[problem])} weights of {weights} are {problem.split('_')[0]}, first {name}",
+                f"{counted(count, 'weight')} of {weights} {are(count)} {problem.split('_')[0]}, first {name}",
                 hint="transformers would fill them with random numbers: complete the checkpoint",
             )
     # A configuration from elsewhere that leaves weights over is another network; one's own lists may carry heads along.
     if weights is not None and info.get("unexpected_keys") and configuration.parent != weights:
-        name = sorted(str(k) for k in info["unexpected_keys"])[0]
+        name, count = sorted(str(k) for k in info["unexpected_keys"])[0], len(info["unexpected_keys"])
         raise InputError(
-            f"{len(info['unexpected_keys'])} weights of {weights} are none of the model's, first {name}",
+            f"{counted(count, 'weight')} of {weights} {are(count)} none of the model's, first {name}",
             hint="name the network that was trained with --model",
         )
     if weights is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from curvcli.documents import Finding
+from curvcli.errors import are, counted
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.bitsandbytes import unseen
 
@@ -16,8 +17,8 @@ def of_groups(view: OptimizerView, frozen: set[str], ascends: bool) -> list[Find
             Finding(
                 code="frozen-groups",
                 severity="info",
-                message=f"{groups} of {len(view.groups)} parameter groups have learning rate 0: their {len(frozen)} tensors "
-                "are left out as frozen",
+                message=f"{groups} of {len(view.groups)} parameter groups have learning rate 0: their "
+                f"{counted(len(frozen), 'tensor')} {are(len(frozen))} left out as frozen",
             )
         )
     if ascends:

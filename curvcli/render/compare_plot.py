@@ -43,7 +43,7 @@ def _draw(drawn: Picture, found: Comparison, row: float) -> None:
     axes.set_xlim(min(every) / 1.3, max(every) * 1.3)
     axes.hlines(
         places, [low for _, _, (_, low, _) in known], [high for _, _, (_, _, high) in known], color=light("bracket"),
-        linewidth=4, zorder=1.5, label="bracket, by the residuals",
+        linewidth=4, zorder=1.5, label="bracket, by residuals and ceilings",
     )  # fmt: skip
     size = 5 if row >= ROW else 3
     if moved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from curvcli.documents import Gate
+from curvcli.errors import counted
 from curvcli.render.frame import number
 from curvcli.render.markdown import escape
 from curvcli.render.style import said
@@ -13,7 +14,7 @@ def markdown(gate: Gate) -> str:
     subject = gate.subject
     step = "" if subject.step is None else f", step {subject.step:,}"
     stable = "" if subject.stable_lr is None else f", largest stable lr {subject.stable_lr:.2g}"
-    tokens = "" if subject.tokens is None else f", {subject.tokens:,} tokens"
+    tokens = "" if subject.tokens is None else f", {counted(subject.tokens, 'token')}"
     lines = [
         f"### curv gate: {gate.outcome}",
         "",

@@ -201,8 +201,7 @@ def draw(records: tuple[Record, ...], width: int, lines: int, utf8: bool = True)
     caption = Text(f"{'Z' if shows_z(records) else 'rho'} over steps, edge 1", style="dim")
     if data.unlocks:
         step, depth = data.unlocks[-1]
-        unlocked = "1 unlock" if len(data.unlocks) == 1 else f"{len(data.unlocks)} unlocks"
-        caption.append(f"; {unlocked}, to depth {depth} at {step:,}")
+        caption.append(f"; {counted(len(data.unlocks), 'unlock')}, to depth {depth} at {step:,}")
     if data.doubtful:
         caption.append("; ? not converged")
     if data.missing:

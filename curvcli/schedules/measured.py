@@ -7,7 +7,6 @@ share of wd (lr - lr_report) / 2, under 0.1 % for wd 0.1 and learning rates belo
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Context
 from math import inf
@@ -25,7 +24,7 @@ from curvcli.documents import (
     ScheduleProvenance,
     Severity,
     Versions,
-    load_report,
+    digested_report,
 )
 from curvcli.errors import CurvError, InputError, UsageError
 from curvcli.judge.limits import STABLE_BELOW, certified
@@ -59,8 +58,8 @@ class Measured:
     @classmethod
     def read(cls, path: Path) -> Measured:
         """From the file of a report. Raises InputError."""
-        report = load_report(path)
-        return cls(report, path, hashlib.sha256(path.read_bytes()).hexdigest())
+        report, sha256 = digested_report(path)
+        return cls(report, path, sha256)
 
     @property
     def lr(self) -> float:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Literal
 
 from curvcli.documents import Finding, LockRule, LrSchedule, Phase, Schedule, ScheduleProvenance, Versions
-from curvcli.errors import UsageError
+from curvcli.errors import UsageError, counted
 from curvcli.schedules.lr import lr_at
 
 GROUPS, INTERVAL, WARMUP = 4, 500, 2000
@@ -130,7 +130,8 @@ def split(queue: Sequence[int], groups: int | None) -> list[list[int]]:
     count = min(GROUPS, len(queue)) if groups is None else groups
     if count > len(queue):
         raise UsageError(
-            f"{len(queue)} locked blocks do not make {count} groups", hint=f"pass --groups of at most {len(queue)}"
+            f"{counted(len(queue), 'locked block')} cannot make {counted(count, 'group')}",
+            hint=f"pass --groups of at most {len(queue)}",
         )
     cuts = [i * len(queue) // count for i in range(count + 1)]  # whole numbers: no rounding loses or doubles a block
     return [list(queue[a:b]) for a, b in pairwise(cuts)]

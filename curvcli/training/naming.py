@@ -9,7 +9,8 @@ from torch import nn
 from curvcli.checkpoints import open_checkpoint
 from curvcli.documents import Resting, Schedule
 from curvcli.errors import UsageError
-from curvcli.models.blocks import display, find_blocks
+from curvcli.files.names import unwrapped
+from curvcli.models.blocks import find_blocks
 from curvcli.training.locks import find_locks
 
 
@@ -32,7 +33,7 @@ def with_names(schedule: Schedule, model: nn.Module) -> Schedule:
     resting = None
     if schedule.lock == "zero-output":
         # By identity, since a lock knows its parameters by their names within the block.
-        names = {id(parameter): display(name) for name, parameter in model.named_parameters()}
+        names = {id(parameter): unwrapped(name) for name, parameter in model.named_parameters()}
         resting = [
             Resting(name=names[id(parameter)], block=lock.index, value=value)
             for lock in find_locks(blocks)

@@ -22,6 +22,7 @@ from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_che
 from curvcli.analysis.track import track_run
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
+from curvcli.checkpoints.formats import deepspeed
 from curvcli.checkpoints.formats.zero import Partitions, rank_files
 from curvcli.errors import CurvError, InputError, UnsupportedError
 from curvcli.models.base import Architecture
@@ -297,6 +298,19 @@ def test_a_ranks_weights_under_another_name(stage3: Path) -> None:
     shutil.copy(file, stage3 / "zero_pp_rank_old_mp_rank_00_model_states.pt")
     with pytest.raises(InputError, match="a second file of its rank, or of none"):
         read(stage3).model()
+
+
+def test_frozen_weights_are_read_once_from_each_rank(stage3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in rank_files(stage3, "model"):
+        document = torch.load(file, weights_only=False)
+        for held in (document["frozen_param_shapes"], document["frozen_param_fragments"]):
+            held["frozen.again"] = held["frozen.weight"]
+        torch.save(document, file)
+    opened, load = [], vars(deepspeed)["load_pickle"]
+    monkeypatch.setattr(deepspeed, "load_pickle", lambda file, **how: opened.append(file) or load(file, **how))
+    weights = deepspeed._Model(stage3).weights(None)
+    assert all(torch.equal(weights[f"frozen.{name}"], build().frozen.weight) for name in ("weight", "again"))
+    assert sorted(opened[1:]) == rank_files(stage3, "model")  # the first was of its head
 
 
 def test_masters_in_half_precision_are_refused(runs: Path) -> None:

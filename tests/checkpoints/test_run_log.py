@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from curvcli.checkpoints.base import Logged
-from curvcli.checkpoints.formats.huggingface import run_log, trainer_state
+from curvcli.checkpoints.formats.deepspeed import _clipped
+from curvcli.checkpoints.formats.huggingface import clipping, run_log, trainer_state
 
 
 def test_lines_of_a_log(tmp_path: Path) -> None:
@@ -31,3 +36,56 @@ def test_lines_of_a_log(tmp_path: Path) -> None:
         Logged(4, None, 0.3),
         Logged(6, None, 0.4),
     )
+
+
+LOG = {"log_history": [{"step": n, "grad_norm": norm} for n, norm in enumerate((0.2, 0.7, 1.5, 3.0))]}
+CLIPPED = ", which raises lambda as the optimizer sees it"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "2 of 4 logged gradient norms exceed 1, to which the run clipped them"),
+        ({"max_grad_norm": 0.5}, "3 of 4 logged gradient norms exceed 0.5, to which the run clipped them"),
+        ({"max_grad_norm": 3.0}, None),
+        ({"max_grad_norm": 0.0}, None),
+        ({"max_grad_norm": None}, None),
+    ],
+)
+def test_what_a_run_was_clipped_to_is_in_its_arguments(settings: dict, said: str | None, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    torch.save(TrainingArguments(str(tmp_path), use_cpu=True, **settings), tmp_path / "training_args.bin")
+    found = clipping(tmp_path, LOG)
+    assert found == ({"clipped-moments": f"{said}: the second moment is of clipped gradients{CLIPPED}"} if said else {})
+
+
+@pytest.mark.parametrize("file", ["none", "damaged", "of another class"])
+def test_without_arguments_the_default_is_said_to_be_one(file: str, tmp_path: Path) -> None:
+    if file == "damaged":
+        (tmp_path / "training_args.bin").write_bytes(b"nothing")
+    if file == "of another class":
+        torch.save({"max_grad_norm": 0.5}, tmp_path / "training_args.bin")
+    assert clipping(tmp_path, LOG)["clipped-moments"].startswith(
+        "2 of 4 logged gradient norms exceed 1.0, the Trainer's default"
+    )
+    assert clipping(tmp_path, {"log_history": [{"step": 1, "grad_norm": 0.9}]}) == {}
+    assert clipping(tmp_path, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("limit", "log", "said"),
+    [
+        (0.0, LOG, None),  # DeepSpeed then clips nothing, whatever the Trainer's arguments are
+        (2.0, LOG, "1 of 4 logged gradient norms exceed 2, to which the run clipped them"),
+        (3.0, LOG, None),
+        (2.0, None, "DeepSpeed clipped gradients to a norm of 2"),
+        (2.0, {"log_history": [{"step": 1, "loss": 3.0}]}, "DeepSpeed clipped gradients to a norm of 2"),
+        (0.0, None, None),
+        (None, LOG, "2 of 4 logged gradient norms exceed 1.0, the Trainer's default max_grad_norm"),
+        (None, None, None),
+    ],
+)
+def test_deepspeeds_own_limit_comes_first(limit: float | None, log: dict | None, said: str | None, tmp_path: Path) -> None:
+    found = _clipped(SimpleNamespace(head={"clip_grad": limit}), tmp_path, log)
+    assert [text.partition(":")[0] for text in found.values()] == ([said] if said else [])

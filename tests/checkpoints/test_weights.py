@@ -129,6 +129,9 @@ def test_one_safetensors_file(root: Path, tmp_path: Path) -> None:
     save_file({name: t for name, t in load_file(file).items() if "norm" not in name}, file)
     with pytest.raises(InputError, match="5 weights of the model are not stored"):
         open_checkpoint(file).model()
+    save_file({name: t for name, t in own.state_dict().items() if name != "model.norm.weight"}, file)
+    with pytest.raises(InputError, match="1 weight of the model is not stored"):
+        open_checkpoint(file).model()
 
 
 def test_one_of_two_forms_is_the_one_named(root: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvcli.curvature import balls
+from curvcli.curvature import balls, ranks
 from curvcli.curvature.balls import Ball, MaxNorm, Spectral, polar
 from curvcli.curvature.steepest import FrankWolfe, distance, joint_dual
 
@@ -162,3 +162,35 @@ def test_distance_is_none_without_a_gradient() -> None:
     assert distance(0.1, 4.0, 2.0) == pytest.approx(0.1)
     assert distance(0.1, 4.0, 0.0) is None
     assert distance(1e300, 1e300, 1.0) is None
+
+
+class Told(ranks.Alone):
+    """Rank 0 where it is given nothing; else another rank, which hears what rank 0 said, word by word."""
+
+    def __init__(self, said: Sequence[list[float]] = ()) -> None:
+        self.said, self._rest = list(said), iter(said) if said else None
+
+    def first(self, numbers: Sequence[float]) -> list[float]:
+        if self._rest is not None:
+            return next(self._rest)
+        self.said.append(list(numbers))
+        return list(numbers)
+
+
+@pytest.mark.parametrize(("off", "deadline"), [(1e-9, float("inf")), (0.0, 0.0)])
+def test_another_rank_goes_where_rank_0_goes(off: float, deadline: float) -> None:
+    """Alone it would take the other start, whose value rounds to more there, or stop at once, being late by its clock."""
+    begin = {"one": [torch.tensor([1.0, 1.0, 0.3])], "other": [torch.tensor([1.0, -1.0, 0.3])]}
+    begin = {name: [tensors[0].double()] for name, tensors in begin.items()}
+
+    def times(b: float) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        return dense(torch.tensor([[1.0, b, 0.0], [b, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64))
+
+    with ranks.within(Told()) as first:
+        lead = FrankWolfe(0.0, 12).sharpest(times(1e-9), [MaxNorm()], begin)
+    with ranks.within(Told(first.said)):  # type: ignore[attr-defined]
+        found = FrankWolfe(0.0, 12, deadline).sharpest(times(1e-9 - 2 * off), [MaxNorm()], begin)
+    assert found.products == lead.products
+    assert torch.equal(found.direction[0], lead.direction[0])  # type: ignore[index]
+    alone = FrankWolfe(0.0, 12, deadline).sharpest(times(1e-9 - 2 * off), [MaxNorm()], begin)
+    assert (alone.products, alone.direction[0].tolist()) != (lead.products, lead.direction[0].tolist())  # type: ignore[index]

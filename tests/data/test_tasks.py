@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from architectures import CASES
+from tasks import tokenizer
 from torch import Tensor, nn
 
 from curvcli.data.examples import Examples
 from curvcli.data.shards import Shard
-from curvcli.data.tasks import LOSSES, causal_loss, labelled_loss, masked, predictions, unigram_loss
-from curvcli.data.tokens import Source
-from curvcli.errors import CurvError
+from curvcli.data.tasks import LOSSES, causal_loss, labelled_loss, mask_token, masked, predictions, unigram_loss
+from curvcli.data.tokens import Source, load_tokenizer
+from curvcli.errors import CurvError, InputError
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit"])
@@ -119,3 +122,16 @@ def test_masking() -> None:
     assert torch.equal(first.columns["labels"], again.columns["labels"])
     assert not torch.equal(first.columns["labels"], other.columns["labels"])
     assert first.sha256 == shard.sha256
+
+
+def test_a_tokenizer_that_cannot_be_built_is_told_of_in_one_way(tmp_path: Path) -> None:
+    checkpoint: Any = SimpleNamespace(path=tmp_path, tokenizer=tmp_path, vocabulary=32)
+    tokenizer(tmp_path, 3)
+    assert mask_token(nn.Identity(), checkpoint) == 3
+    assert load_tokenizer(checkpoint, tmp_path / "text.txt").mask_token_id == 3
+    (tmp_path / "tokenizer.json").write_text("[1,\n2]")
+    said = f"transformers cannot build the tokenizer in {re.escape(str(tmp_path))}: .*; give {{}} instead$"
+    with pytest.raises(InputError, match=said.format("examples with masked input_ids and labels .*")):
+        mask_token(nn.Identity(), checkpoint)
+    with pytest.raises(InputError, match=said.format(r"tokens \(\.bin, .*")):
+        load_tokenizer(checkpoint, tmp_path / "text.txt")

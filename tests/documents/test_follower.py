@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from logs import record, steps, write
 
-from curvcli.documents import Follower, Log, Record, find_log, load_records
+from curvcli.documents import Follower, Log, Record, find_log, load_records, log
 from curvcli.errors import InputError
 from curvcli.render.watch import header
 
@@ -43,6 +43,36 @@ def test_a_half_written_line_is_read_when_it_is_whole(path: Path, cut: int) -> N
     write(path, line[cut:])
     second = follower.poll()
     assert (steps(second), second.half, second.damaged) == ([0, 10], False, 0)
+
+
+def test_a_log_larger_than_any_jobs_is_refused_unread(path: Path) -> None:
+    """A sparse file takes no room on the disk; its one line would be looked at for minutes."""
+    write(path, record(0))
+    os.truncate(path, 2**28 + 1)
+    with pytest.raises(InputError, match=r"curvature\.jsonl is larger than 256 MiB; .*tail -n"):
+        load_records(path)
+
+
+def test_a_file_that_says_it_is_empty_is_bounded_as_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "_MOST", 10)
+    with pytest.raises(InputError, match="larger than"):
+        load_records(Path("/proc/self/maps"))
+
+
+@pytest.mark.parametrize(("limit", "said"), [("_RECORDS", "more than 3 records"), ("_MOST", "larger than")])
+def test_a_log_that_outgrows_the_limits_while_it_is_watched(
+    path: Path, limit: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, *(record(step) for step in range(3)))
+    monkeypatch.setattr(log, limit, 3 if limit == "_RECORDS" else path.stat().st_size)
+    follower = Follower(path)
+    assert steps(follower.poll()) == [0, 1, 2]
+    write(path, record(2))  # of a resumed job, in the place of one that is there
+    if limit == "_RECORDS":
+        assert steps(follower.poll()) == [0, 1, 2]
+    write(path, record(3))
+    with pytest.raises(InputError, match=said):
+        follower.poll()
 
 
 def test_a_whole_line_without_its_newline_counts_once(path: Path) -> None:

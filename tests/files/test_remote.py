@@ -55,6 +55,13 @@ def test_the_newest_checkpoint_of_a_run_is_fetched_once(
     assert open_checkpoint(Path("memory://bucket/calm/checkpoint-10")).step == 10
 
 
+def test_the_trainers_arguments_come_along_and_random_states_do_not(memory: AbstractFileSystem) -> None:
+    for name in ("training_args.bin", "rng_state.pth"):
+        memory.pipe(f"/bucket/calm/checkpoint-10/{name}", b"anything")
+    near = fetched(Path("memory://bucket/calm/checkpoint-10"))
+    assert [(near / name).exists() for name in ("training_args.bin", "rng_state.pth")] == [True, False]
+
+
 def test_every_checkpoint_of_a_run_is_found_and_none_fetched(
     memory: AbstractFileSystem, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,7 +185,7 @@ def test_data_over_http_by_the_real_command(samples: Path, served: str, tmp_path
     done = process("inspect", samples / "calm", "--data", f"{served}/data/shard.bin", "--json", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["data"][0]["tokens"] == 65_536
-    assert "fetching 1 files, 0.1 MB" in done.stderr
+    assert "fetching 1 file, 0.1 MB" in done.stderr
 
 
 @pytest.mark.slow

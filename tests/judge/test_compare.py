@@ -12,7 +12,7 @@ from places import ASSETS
 from real import curv
 from tiny import run_of
 
-from curvcli.documents import Report, load_comparison, load_report
+from curvcli.documents import BodyEstimate, Report, load_comparison, load_report
 from curvcli.judge.compare import compare
 from curvcli.render.compare import to_csv, to_markdown
 
@@ -54,6 +54,35 @@ def test_what_is_not_certified_has_no_ratio(calm: Report, hot: Report) -> None:
     assert (changes[4].ratio, changes[4].second, changes[4].message) == (None, None, "the second is unconverged")
     assert (changes[5].ratio, changes[5].message) == (None, "lambda is not positive")
     assert "| -" in to_markdown(compare(calm, hot, names=("a", "b")))
+
+
+def test_a_bracket_goes_up_to_the_ceiling(calm: Report, hot: Report) -> None:
+    """Between the residual's end and the ceiling an eigenvalue may lie that no vector was near."""
+    (x, y) = (report.full.eigenvalue or 0.0 for report in (calm, hot))
+    reports = [
+        r.model_copy(update={"full": r.full.model_copy(update={"ceiling": 1.5 * r.full.eigenvalue})}) for r in (calm, hot)
+    ]
+    change = compare(*reports, names=("a", "b")).changes[0]
+    assert (change.ratio, change.low, change.high) == pytest.approx((y / x, y / (1.5 * x), 1.5 * y / x))
+    lower = [r.model_copy(update={"full": r.full.model_copy(update={"ceiling": r.full.eigenvalue})}) for r in (calm, hot)]
+    assert compare(*lower, names=("a", "b")).changes[0] == compare(calm, hot, names=("a", "b")).changes[0]
+
+
+def without_rare_rows(report: Report) -> Report:
+    body = BodyEstimate(**report.full.model_dump() | {"eigenvalue": 70.0, "rho": 0.07, "residual": 7.0}, rows=3)
+    return report.model_copy(update={"body": body})
+
+
+def test_what_each_report_judged_is_compared(calm: Report, hot: Report) -> None:
+    """Not the full model, where rare rows carry its top direction and the verdict is on the rest."""
+    change = compare(without_rare_rows(calm), without_rare_rows(hot), names=("a", "b")).changes[0]
+    assert (change.name, change.first, change.second, change.ratio) == ("without rare rows", 70.0, 70.0, 1.0)
+    assert (change.low, change.high) == pytest.approx((70 / 77, 77 / 70))
+    mixed = compare(calm, without_rare_rows(calm), names=("a", "b"))
+    assert (mixed.changes[0].name, mixed.changes[0].first) == ("what was judged", calm.full.eigenvalue)
+    assert (mixed.changes[0].second, mixed.changes[0].second_rho) == (70.0, 0.07)
+    assert [f.code for f in mixed.findings] == ["other-rows"]
+    assert mixed.findings[0].message.startswith("the second is judged without its rare rows")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,10 @@ def test_on_the_same_tokens_brackets_are_those_of_residuals_and_else_of_the_data
     assert step.first is not None
     threshold, residual = CALM.optimizer.threshold, CALM.judged.residual
     assert step.first.high == pytest.approx(CALM.judged.rho + residual / threshold)  # type: ignore[operator]
+    over = CALM.full.model_copy(update={"ceiling": 1.5 * CALM.full.eigenvalue})  # type: ignore[operator]
+    (step,) = compared(run("a", {10: 1.0}), run("b", {10: 1.0}, CALM.model_copy(update={"full": over}))).steps
+    assert step.second is not None
+    assert step.second.high == pytest.approx(1.5 * CALM.judged.rho)  # type: ignore[operator]
     elsewhere = CALM.model_copy(update={"data": CALM.data.model_copy(update={"sha256": "0" * 64})})
     found = compared(run("a", {10: 1.0}), run("b", {10: 1.0}, elsewhere))
     (step,) = found.steps

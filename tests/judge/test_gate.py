@@ -115,6 +115,9 @@ def test_surge_and_regression_on_the_same_shard(hot: Report, calm: Report) -> No
     assert one(risen, "max-regression", 8.0, calm).outcome == "broken"
     assert one(risen, "max-regression", 8.9, calm).outcome == "unresolved", "10 % less the residual lies over 9.9"
     assert one(risen, "max-regression", 4.0, calm, regression_tolerance=7.0).limit == 11.0
+    over = risen.full.model_copy(update={"ceiling": 1.2 * calm.full.eigenvalue})  # type: ignore[operator]
+    open_above = risen.model_copy(update={"full": over})
+    assert one(open_above, "max-regression", 11.0, calm).outcome == "unresolved", "up to 20 % are not ruled out"
     assert one(risen, "max-regression", 4.0, calm, regression_tolerance=7.0).outcome == "passed"
     assert one(calm, "max-regression", 0.0, calm).outcome == "passed", "itself"
     assert one(hot, "max-regression", 0.0, calm).value == pytest.approx(100 * (1903 / 13922 - 1), abs=0.1)

@@ -16,7 +16,7 @@ from places import ASSETS
 from schedules import schedule
 from tracks import asset, at, course, failed, long, track
 
-from curvcli.documents import Comparison, Log, Report, Schedule, TrackComparison, TrackPoint, load_report
+from curvcli.documents import Comparison, Finding, Log, Report, Schedule, TrackComparison, TrackPoint, load_report
 from curvcli.judge.compare import compare
 from curvcli.judge.compare_tracks import compare_tracks
 from curvcli.render.compare_plot import growth
@@ -265,6 +265,14 @@ def test_growth_is_that_of_rho_with_the_bracket_moved_by_the_learning_rates() ->
     assert "why no ratio" not in html_of("compare")
 
 
+def hostile_runs(evil: str) -> TrackComparison:
+    """Two runs with text from outside wherever their page has some."""
+    found = runs()
+    side = found.first.model_copy(update={"path": evil, "run": evil})
+    finding = Finding(code=evil, severity="warning", message=evil)
+    return found.model_copy(update={"first": side, "second": side, "findings": [finding]})
+
+
 def test_nothing_of_a_gate_or_a_comparison_is_markup() -> None:
     evil = "".join(HOSTILE)
     found = compared()
@@ -273,6 +281,7 @@ def test_nothing_of_a_gate_or_a_comparison_is_markup() -> None:
     for html in (
         comparison_page(found.model_copy(update={"changes": changes, "first": side})),
         gate_page(decided(evil)),
+        track_comparison_page(hostile_runs(evil)),
     ):
         parsed = Text(html)
         assert parsed.tags.count("script") == 1

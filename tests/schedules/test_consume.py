@@ -18,6 +18,7 @@ from places import ROOT, SAMPLES
 from real import curv
 from schedules import schedule
 from tiny import build
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from curvcli.documents import LockRule, Resting, Schedule
 from curvcli.documents.resting import BLOCK_PATTERN, OUTPUT_PATTERN, OUTPUTS
@@ -177,6 +178,15 @@ def test_the_command_names_the_tensors_and_verify_looks_at_them(tmp_path: Path) 
     other = [rest.model_copy(update={"name": rest.name.replace("down", "up")}) for rest in loaded.resting]
     (found,) = problems(loaded.model_copy(update={"resting": other}), SAMPLES / "hot")
     assert found.code == "other-resting"
+
+
+def test_names_are_those_of_the_model_inside_its_wrappers() -> None:
+    """A schedule is made for the plain model and obeyed by a job that checkpoints activations."""
+    plain, wrapped = build(), build()
+    plan = with_names(grow(len(find_blocks(plain).modules), start=1), plain)
+    apply_activation_checkpointing(wrapped, check_fn=lambda module: isinstance(module, type(find_blocks(plain).modules[0])))
+    assert any("_checkpoint_wrapped_module" in name for name, _ in wrapped.named_parameters())
+    assert (with_names(plan, wrapped).resting, with_names(plan, wrapped).blocks) == (plan.resting, plan.blocks)
 
 
 def test_another_depth_is_refused() -> None:

@@ -85,7 +85,7 @@ def test_ranges_say_the_same_blocks(plan: Schedule) -> None:
         ({"depth": 1}, "0 of 1 blocks"),
         ({"depth": 4, "start": 0}, "0 of 4 blocks"),
         ({"depth": 4, "start": 4}, "nothing to schedule"),
-        ({"depth": 4, "groups": 3}, "2 locked blocks do not make 3 groups"),
+        ({"depth": 4, "groups": 3}, "2 locked blocks cannot make 3 groups"),
         ({"depth": 4, "warmup_steps": 0}, "step 0"),
         ({"depth": 4, "total_steps": 2500}, "join at step 2500, and the run ends at 2500"),
     ],

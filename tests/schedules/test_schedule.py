@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from places import ASSETS
 from rates import rates
 
-from curvcli.documents import DepthEstimate, Finding, Report, load_report
+from curvcli.documents import DepthEstimate, Finding, Report, base, load_report
 from curvcli.errors import CurvError, InputError, UsageError
+from curvcli.files import parse as files
 from curvcli.render.schedule_plot import plot
 from curvcli.render.series import schedule_series
 from curvcli.schedules import Measured, freeze, grow, grow_from, lr_at
@@ -47,6 +49,20 @@ def measured(source: Measured, curve: str, **values: object) -> Measured:
     return Measured(Report.model_validate(report.model_copy(update={"cumulative": cumulative}).model_dump()))
 
 
+def test_the_digest_is_of_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report that is measured again while it is planned from: the schedule names the one whose numbers it has."""
+    path = tmp_path / "report.json"
+    path.write_bytes(written := (ASSETS / "init.json").read_bytes())
+
+    def read_limited(file: Path, most: int) -> bytes:
+        content = files.read_limited(file, most)
+        file.write_text("another report")
+        return content
+
+    monkeypatch.setattr(base, "read_limited", read_limited)
+    assert Measured.read(path).sha256 == sha256(written).hexdigest()
+
+
 def test_growth_from_a_real_report(init: Measured) -> None:
     lr = rates("cosine", 0.01, warmup_steps=100, total_steps=600)
     plan = grow_from(init, lr=lr)
@@ -54,7 +70,7 @@ def test_growth_from_a_real_report(init: Measured) -> None:
     assert (plan.mode, plan.lock, plan.depth, plan.margin) == ("grow", "zero-output", 8, 0.8)
     assert plan.blocks == [f"model.layers.{i}" for i in range(8)]
     assert plan.provenance.report == str(ASSETS / "init.json")
-    assert plan.provenance.report_sha256
+    assert plan.provenance.report_sha256 == sha256((ASSETS / "init.json").read_bytes()).hexdigest()
     # 0.231 and 0.299 at lr 0.003: at the peak of 0.01, three blocks are under 0.8 and four over it.
     assert [len(p.active) for p in plan.phases] == [3, 4, 5, 6, 8]
     assert plan.phases[0].predicted_rho == pytest.approx(rho[3] / 0.3)

@@ -22,7 +22,7 @@ from curvcli.checkpoints.formats.huggingface import (
     run_log,
     trainer_state,
 )
-from curvcli.errors import InputError, UnsupportedError
+from curvcli.errors import InputError, UnsupportedError, are, counted
 from curvcli.files.runs import step_of
 from curvcli.files.safe import check_finite, load_pickle, read_json
 from curvcli.files.tensors import TensorInfo, stored
@@ -86,7 +86,7 @@ class AdapterReader:
             log=run_log(state),
             tokenizer=base.tokenizer,
             notes={
-                **clipping(state),
+                **clipping(path, state),
                 "adapter": f"curvature is over the adapter's weights; the base, {home or base.name}, is fixed",
             },
             findings=tuple(unread(path, read)),
@@ -205,8 +205,8 @@ def _fill(model: nn.Module, file: Path, tensors: list[TensorInfo]) -> None:
     absent = [name for name, p in model.named_parameters() if p.requires_grad and _saved_as(name) not in weights]
     if odd := [*absent, *(name for name in sorted(weights) if name not in places)]:
         raise InputError(
-            f"the adapter in {file} does not fit its base: {len(odd)} weights are in one of the two alone, "
-            f"first {odd[0][:120]}",
+            f"the adapter in {file} does not fit its base: {counted(len(odd), 'weight')} "
+            f"{are(len(odd))} in one of the two alone, first {odd[0][:120]}",
             hint="name its base with --model DIR",
         )
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, assemble
-from curvcli.checkpoints.formats.huggingface import clipping, integer, run_log, trainer_state
+from curvcli.checkpoints.formats.huggingface import clipping, gradient_norms, integer, run_log, trainer_state
 from curvcli.checkpoints.formats.torchfile import named
 from curvcli.checkpoints.formats.zero import WEIGHTS, Lazy, Partitions, Shapes, Source, Universal, rank_files
 from curvcli.checkpoints.state.mapping import map_named, summary
@@ -57,7 +57,7 @@ class DeepSpeedReader:
             optimizer=optimizer,
             step=integer(model.head, "global_steps"),
             log=run_log(log),
-            notes=clipping(log) or _clipped(source),
+            notes=_clipped(source, home, log),
         )
 
 
@@ -144,23 +144,24 @@ class _Model:
 
     def weights(self, source: Source | None) -> Mapping[str, Tensor]:
         document = load_pickle(self.file)
+        # At stage 3 every rank's file has a piece of each frozen weight: read once for all of them.
+        files = (rank_files(self.tag, "model") or [self.file]) if self.frozen else []
+        fragments = {file: _fragments(document if file == self.file else load_pickle(file)) for file in files}
 
         def read(name: str) -> Tensor:
             if source is not None and name in self.owner:
                 return source.gather(self.owner[name], name, WEIGHTS)
             if name in self.frozen:
-                return self._frozen(name)
+                return self._frozen(name, fragments)
             return document["module"][name]  # type: ignore[no-any-return]
 
         return Lazy([tensor.name for tensor in self.tensors], read)
 
-    def _frozen(self, name: str) -> Tensor:
+    def _frozen(self, name: str, fragments: Mapping[Path, Mapping[str, Any]]) -> Tensor:
         """A weight that no optimizer moves: whole in one file, or at stage 3 a piece of it in every rank's."""
         shape, parts = self.frozen[name], []
-        for file in rank_files(self.tag, "model") or [self.file]:
-            document = load_pickle(file)
-            fragments = document.get("frozen_param_fragments") if isinstance(document, dict) else None
-            piece = fragments.get(name) if isinstance(fragments, dict) else None
+        for file, held in fragments.items():
+            piece = held.get(name)
             if not isinstance(piece, Tensor):
                 raise InputError(f"{file} has no piece of the frozen {name}", hint="copy all ranks' files of one save")
             parts.append(piece.flatten())
@@ -171,6 +172,12 @@ class _Model:
                 hint="copy all ranks' files of one save",
             )
         return whole[: prod(shape)].view(shape)
+
+
+def _fragments(document: Any) -> dict[str, Any]:
+    """What one rank's file holds of the weights that no optimizer moves."""
+    found = document.get("frozen_param_fragments") if isinstance(document, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _zero_optimizer(model: _Model, source: Source) -> NamedOptimizer:
@@ -222,10 +229,12 @@ def _plain_optimizer(model: _Model) -> NamedOptimizer:
     return NamedOptimizer(model.file, view, lambda: summary(head, model.file))
 
 
-def _clipped(source: Source | None) -> dict[str, str]:
+def _clipped(source: Source | None, home: Path, log: dict[str, Any] | None) -> dict[str, str]:
+    """A note where clipping shaped the moments: DeepSpeed's own, which is in force, by what the Trainer logged if it did."""
     limit = source.head.get("clip_grad") if source else None
-    if not isinstance(limit, (int, float)) or limit <= 0:
-        return {}
+    limit = max(0.0, float(limit)) if isinstance(limit, (int, float)) else None
+    if not limit or gradient_norms(log):
+        return clipping(home, log, limit)
     return {
         "clipped-moments": f"DeepSpeed clipped gradients to a norm of {limit:g}: the second moment is of clipped gradients, "
         "which raises lambda as the optimizer sees it"

@@ -47,7 +47,7 @@ class FSDPReader:
             optimizer=optimizer,
             step=next((step for step in steps if step is not None and step >= 0), None),
             log=run_log(state),
-            notes=clipping(state),
+            notes=clipping(path, state),
         )
 
 

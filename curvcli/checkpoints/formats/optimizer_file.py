@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from curvcli.checkpoints.base import OptimizerFile
 from curvcli.checkpoints.state.mapping import map_named, summary
 from curvcli.errors import InputError, UsageError
+from curvcli.files.names import unwrapped
 from curvcli.files.tensors import safetensors_header, safetensors_metadata, stored
-from curvcli.models.blocks import display
 from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live
 
@@ -46,7 +46,7 @@ def save_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, model: nn
             JSON cannot hold.
         InputError: the file cannot be written.
     """
-    names = {display(name): parameter for name, parameter in model.named_parameters()}
+    names = {unwrapped(name): parameter for name, parameter in model.named_parameters()}
     view = live(optimizer, names)
     if sum(len(g["params"]) for g in optimizer.param_groups) != sum(len(g.names) for g in view.groups):
         raise UsageError("the optimizer moves parameters that the model does not have", hint="pass the model it was made of")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvcli.checkpoints.state.partial import assignments, left_out
-from curvcli.errors import InputError
+from curvcli.errors import InputError, counted
 from curvcli.files.names import unwrapped
 from curvcli.optimizers import shaped_otherwise
 from curvcli.optimizers.base import Group, OptimizerView, State, unlisted
@@ -95,8 +95,8 @@ def map_state(
             labels = [_described(names, parameters) for names in fits]
         if fits:
             raise AmbiguousStateError(
-                f"optimizer state in {path} has {held} of the model's {len(parameters)} parameters in {len(groups)} groups, "
-                f"which {len(fits)} assignments fit",
+                f"optimizer state in {path} has {held} of the model's {len(parameters)} parameters in "
+                f"{counted(len(groups), 'group')}, which {len(fits)} assignments fit",
                 hint=hint,
                 views=tuple(_view(names, groups, state) for names in fits),
                 labels=tuple(labels),
