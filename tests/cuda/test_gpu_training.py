@@ -54,7 +54,7 @@ def job(how: str, tracked: bool) -> tuple[Snapshot, list[Record]]:
         model = model.bfloat16()
     optimizer = adam(model, fused=how == "fused", capturable=how == "capturable" and gpu.REAL)
     batches = moved(tokens(batches=6))
-    called = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    called: Any = torch.compile(model, backend="aot_eager") if how == "compiled" else model
     tracker = CurvatureTracker(called, optimizer, causal_loss, probe=batches[:2], every=3) if tracked else None
     records = []
     torch.manual_seed(5)
@@ -232,7 +232,8 @@ def test_locked_blocks_hold_still_and_join(mode: str) -> None:
 
 def test_gates_open_on_the_device() -> None:
     model = llama().to(DEVICE)
-    gate = Gate(1, model.model.layers[1])
+    stack: Any = model.model
+    gate = Gate(1, stack.layers[1])
     ids = moved(tokens(batches=1))[0]
     whole = llama().to(DEVICE)
     gate.set(1.0)

@@ -37,7 +37,7 @@ def test_what_torch_keeps_is_free_and_a_jobs_own_limit_holds(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held * GIB)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: kept * GIB)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
     assert resources.free_bytes(torch.device("cuda", 0)) == pytest.approx(0.7 * expected * GIB)
 
 
@@ -73,12 +73,14 @@ def test_long_inner_products_are_of_all_entries(extra: int) -> None:
 class Elsewhere(OneDevice):
     """A space whose memory is taken as soon as it is asked for."""
 
+    rows: list[int]
+
     def __init__(self, size: int) -> None:
         super().__init__(size, torch.float64, torch.device("cpu"))
         object.__setattr__(self, "rows", [])
 
     def empty(self, rows: int) -> Tensor:
-        self.rows.append(rows)  # type: ignore[attr-defined]
+        self.rows.append(rows)
         return super().empty(rows) if rows else torch.empty((0, self.size), device="meta")
 
 
@@ -87,14 +89,14 @@ def test_a_basis_takes_memory_as_it_grows(basis: int, products: int) -> None:
     generator = torch.Generator().manual_seed(0)
     square = torch.randn(60, 60, generator=generator, dtype=torch.float64)
     plain, other = DenseOperator(square + square.T), DenseOperator(square + square.T)
-    other.space = Elsewhere(60)
+    space = other.space = Elsewhere(60)
     solver = Davidson(tolerance=1e-9, max_products=products, basis=basis)
     truth, found = solver.extremes(plain), solver.extremes(other)
     assert found.products == truth.products <= products
     assert found.top is not None
     assert truth.top is not None
     assert found.top.value == pytest.approx(truth.top.value, rel=1e-9)
-    assert sum(other.space.rows) == 2 * 8  # of basis and images, in fours: five vectors, or the six there is room for
+    assert sum(space.rows) == 2 * 8  # of basis and images, in fours: five vectors, or the six there is room for
 
 
 def test_weights_on_several_devices_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from metal import Metal
 
@@ -10,7 +12,7 @@ from curvcli.optimizers.base import fetched
 
 def test_counters_come_and_moments_stay() -> None:
     moment, scale = Metal(torch.ones(3)), torch.tensor(2.0)
-    state = {
+    state: dict[str, dict[str, Any]] = {
         "a": {"step": Metal(torch.tensor(7.0)), "exp_avg": moment},
         "b": {"step": Metal(torch.tensor(9, dtype=torch.int64)), "scale": scale},
     }

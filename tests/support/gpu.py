@@ -52,7 +52,7 @@ def llama(*, width: int = 64, layers: int = 2, vocabulary: int = VOCABULARY, len
         vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=length, use_cache=False, **more,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model: nn.Module = LlamaForCausalLM(config)
     with torch.no_grad():  # as far from its start as a trained one: curvature is not that of noise
         for parameter in model.parameters():
             parameter.mul_(2.0 if parameter.dim() > 1 else 1.0)
@@ -136,7 +136,8 @@ def ended(process: subprocess.Popen[str], code: int | None = 0, timeout: float =
 
 
 def document(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def estimates(value: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,7 +167,7 @@ def agree(one: Any, other: Any, slack: float = 2e-3) -> None:
             a, b = mine.get(key), theirs.get(key)
             if (a is None) != (b is None):
                 wrong.append(f"{place}.{key}: {a} and {b}")
-            elif a is not None and mine["eigenvalue"]:
+            elif a is not None and b is not None and mine["eigenvalue"]:
                 scale = abs(a / mine["eigenvalue"])
                 allowed = scale * max(mine["residual"], theirs["residual"]) + slack * max(abs(a), abs(b))
                 if not abs(a - b) <= allowed:
