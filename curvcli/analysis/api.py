@@ -27,8 +27,9 @@ from curvcli.errors import UsageError
 from curvcli.models.blocks import find_blocks, locate, survey
 from curvcli.optimizers.adam import ESTIMATED
 from curvcli.optimizers.base import OptimizerView
+from curvcli.optimizers.estimated import estimate
 from curvcli.optimizers.given import scaled
-from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, prepare
+from curvcli.optimizers.preconditioner import Preconditioner, identity, live, prepare
 
 T = TypeVar("T")
 Shard: TypeAlias = Literal["vectors", "all"]
@@ -242,7 +243,7 @@ def _preconditioner(
     if optimizer is None:
         return identity(parameters, shards)
     if isinstance(optimizer, Estimated):
-        found = scaled(estimate(problem, optimizer.options), parameters, lr)
+        found = scaled(estimate(problem, optimizer.options, shards), parameters, lr)
         return prepare(found, parameters, kind="estimated", shards=shards)
     return prepare(scaled(optimizer, parameters, lr), parameters, shards=shards)
 

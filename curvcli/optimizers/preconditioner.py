@@ -12,12 +12,10 @@ from torch import Tensor
 from curvcli.curvature.balls import Ball
 from curvcli.curvature.gathering import sliced
 from curvcli.curvature.inverse_root import InverseRoot, ModelRoot, Multiple
-from curvcli.curvature.problem import Problem
 from curvcli.curvature.shards import Shards
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
-from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State, innermost
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.muon import beside, unstacked
@@ -150,7 +148,8 @@ def prepare(
         roots[name] = sliced(root.scaled(relative), name, shards)
         if not rule.decoupled(group, view.name):
             decay[name] = group.number("weight_decay", 0.0)
-        m = rule.momentum(group, entry) if entry else None
+        # An estimate's is no step that the optimizer takes.
+        m = rule.momentum(group, entry) if entry and kind == "checkpoint" else None
         if m is not None and lr is not None:
             direction[name] = _held(root.solve(m.to(parameter)) * (rule.lr(group, entry) / lr), name, shards)
     if not roots and not balls:
@@ -163,7 +162,7 @@ def prepare(
         name=rule.name(view),
         root=ModelRoot(roots, parameters, shards),
         decay=decay,
-        direction=direction if len(direction) == len(roots) + len(balls) and kind == "checkpoint" else None,
+        direction=direction if direction and len(direction) == len(roots) + len(balls) else None,
         threshold=reference,
         lr=lr,
         options=lead.options,
@@ -296,33 +295,6 @@ def _root(rule: Rule, group: Group, entry: Mapping[str, Any], name: str, paramet
             hint="check --eps and --betas, or use another checkpoint",
         )
     return root
-
-
-def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
-    """Adam's state as the shard's gradients suggest it: v is the mean over batches of squared gradients.
-
-    A stand-in for state that was not saved: the true v averages the squares of (clipped) gradients
-    of training batches, whose size differs, over past weights. Step is taken as large.
-    """
-    parameters = problem.parameters
-    names, tensors = list(parameters), list(parameters.values())
-    squares = [torch.zeros_like(p) for p in tensors]
-    means = [torch.zeros_like(p) for p in tensors]
-    own = set(problem.own)
-    for indices in problem.given:  # of a batch in halves, both: the squares of their gradients would be of fewer tokens
-        share = sum(problem.weights[i] for i in indices)
-        gradients = [torch.zeros_like(p) for p in tensors]
-        for i in indices:
-            parts = torch.autograd.grad(problem.batch_loss(i), tensors, allow_unused=True) if i in own else ()
-            for gradient, part in zip(gradients, parts, strict=bool(parts)):
-                if part is not None:
-                    gradient.add_(part, alpha=problem.weights[i] / share)
-        problem.ranks.sum_(gradients)
-        for square, mean, found in zip(squares, means, gradients, strict=True):
-            square.add_(found.square(), alpha=share)
-            mean.add_(found, alpha=share)
-    state = {n: Adam().expected(m, s) for n, m, s in zip(names, means, squares, strict=True)}
-    return OptimizerView((Group(tuple(names), options),), state, "AdamW")
 
 
 def live(
