@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.balls import Ball
-from curvcli.curvature.gathering import sliced
+from curvcli.curvature.gathering import sliced, sliced_ball
 from curvcli.curvature.inverse_root import InverseRoot, ModelRoot, Multiple
 from curvcli.curvature.shards import Shards
 from curvcli.documents import Finding
@@ -111,7 +111,7 @@ def prepare(
     view = rule.completed(view, parameters)
     frozen = _frozen(view, parameters)
     members = _members(view, parameters, frozen, rule)
-    balls, ball_lr = _balls(rule, view, members, parameters, shards)
+    balls, ball_lr = _balls(rule, view, members, parameters)
     lead_name, lead = _lead(view, members, parameters)
     lr = _rate(rule, view, lead_name, lead)
     ascends = _ascends([group for _, group in members])
@@ -131,7 +131,7 @@ def prepare(
         if name in balls:
             if lr is not None and (m := rule.momentum(group, entry)) is not None:
                 ball = balls[name].scaled((ball_lr or lr) / lr)
-                direction[name] = ball.steepest(m.to(parameter))
+                direction[name] = _held(ball.steepest(m.to(parameter)), name, shards)
             continue
         root = _root(rule, group, entry, name, parameter)
         relative = _threshold(rule, view, name, group) / reference if reference is not None else 1.0
@@ -172,7 +172,7 @@ def prepare(
         ascends=ascends,
         doubts=doubts,
         findings=(*view.findings, *of_groups(view, frozen, ascends), *of_moments(view), *rule.findings(view)),
-        balls=balls,
+        balls={name: sliced_ball(ball, name, shards) for name, ball in balls.items()},
         ball_lr=ball_lr,
     )
 
@@ -192,25 +192,16 @@ def _held(tensor: Tensor, name: str, shards: Shards | None) -> Tensor:
 
 
 def _balls(
-    rule: Rule,
-    view: OptimizerView,
-    members: Sequence[tuple[str, Group]],
-    parameters: Mapping[str, Tensor],
-    shards: Shards | None,
+    rule: Rule, view: OptimizerView, members: Sequence[tuple[str, Group]], parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Ball], float | None]:
     """The balls of the parameters whose step is steepest in a norm, and the learning rate that their radii are over.
 
-    Raises UsageError where one of their learning rates is not above 0, UnsupportedError where parameters are divided.
+    Raises UsageError where one of their learning rates is not above 0.
     """
     found = {name: rule.ball(group, view.state.get(name, {}), parameters[name]) for name, group in members}
     own = [(name, group) for name, group in members if found[name] is not None]
     if not own:
         return {}, None
-    if shards is not None:
-        raise UnsupportedError(
-            f"{rule.name(view)}'s step is steepest in a norm of whole tensors, which --shard divides",
-            hint="measure without --shard",
-        )
     lr = _rate(rule, view, *_lead(view, own, parameters))
     balls: dict[str, Ball] = {}
     for name, group in own:
