@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -78,14 +78,19 @@ class Weights:
     Args:
         model: is left without its weights; buffers, and what is no floating-point number, stay.
         ranks: the processes, which all hold the same model now.
+        parts: what is held here of each parameter, by name, where the model never had its weights.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks, parts: Mapping[str, Tensor] | None = None) -> None:
         self._parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
         self.shards = Shards(ranks, {n: p.shape for n, p in self._parameters.items()})
-        self._parts = {n: self.shards.part(n, p) for n, p in self._parameters.items()}
+        self._parts = dict(parts or {n: self.shards.part(n, p) for n, p in self._parameters.items()})
         self._depth = 0
         self._release()
+
+    def keep(self) -> None:
+        """Within `whole`: the weights as they are there now are those that are held from here on."""
+        self._parts = {n: self.shards.part(n, p) for n, p in self._parameters.items()}
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from ranks import launch
 
 from curvcli import analyze
 from curvcli.analysis.api import Estimated, Shard
+from curvcli.curvature import shards
 from curvcli.curvature.ranks import Processes, within
 from curvcli.optimizers.preconditioner import live
 
@@ -77,7 +78,6 @@ def test_a_report_of_divided_tensors_is_that_of_one_process(world: int, tmp_path
 
 def _held() -> int:
     """Bytes of all tensors that Python holds, each storage once; of graphs what they save is not counted."""
-    gc.collect()  # what waits for a collection is no need
     tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.numel() > 1000]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -109,6 +109,8 @@ def _peak(shard: Shard | None) -> int:
 
 
 def _weighed(rank: int, path: Path) -> None:
+    # Of a real model what is sent at once is little; of this one it would be all, and torch's threads hold it a while longer.
+    shards.BUCKET = 2**12
     with within(Processes()) as ranks, ranks.together():
         (path / f"{rank}.json").write_text(json.dumps(_peak("all")))
 
@@ -117,4 +119,4 @@ def test_a_rank_of_four_holds_a_third_of_weights_moments_and_vectors_at_its_peak
     launch(_weighed, tmp_path, world=4)
     every = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     one = _peak(None)
-    assert 0.2 * one < max(every) < 0.38 * one  # a quarter, and weights, tangents and images as a whole
+    assert 0.2 * one < max(every) < 0.35 * one  # a quarter, and weights, tangents and images as a whole
