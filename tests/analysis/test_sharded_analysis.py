@@ -109,7 +109,7 @@ def _peak(shard: Shard | None) -> int:
 
 
 def _weighed(rank: int, path: Path) -> None:
-    # Of a real model what is sent at once is little; of this one it would be all, and torch's threads hold it a while longer.
+    # Of a real model what is sent at once is little. Of this one it would be all, and torch holds it for a moment longer.
     shards.BUCKET = 2**12
     with within(Processes()) as ranks, ranks.together():
         (path / f"{rank}.json").write_text(json.dumps(_peak("all")))
