@@ -114,7 +114,7 @@ class Opened:
 
     def _model(self, device: torch.device) -> tuple[nn.Module, Weights | None, dict[str, str]]:
         """The model; where processes divide it, its weights in slices if they can be read so, else why not, as a note."""
-        checkpoint, why = self.checkpoint, f"of {self.checkpoint.format} checkpoints no part can be read"
+        checkpoint, why = self.checkpoint, "their format does not say where one tensor lies"
         if self.options.shard and checkpoint.divisible is not None:
             try:
                 return *checkpoint.divisible().divided(current(), device), {}
