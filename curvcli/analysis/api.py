@@ -27,8 +27,9 @@ from curvcli.errors import UsageError
 from curvcli.models.blocks import find_blocks, locate, survey
 from curvcli.optimizers.adam import ESTIMATED
 from curvcli.optimizers.base import OptimizerView
+from curvcli.optimizers.estimated import estimate
 from curvcli.optimizers.given import scaled
-from curvcli.optimizers.preconditioner import Preconditioner, estimate, identity, live, prepare
+from curvcli.optimizers.preconditioner import Preconditioner, identity, live, prepare
 
 T = TypeVar("T")
 Shard: TypeAlias = Literal["vectors", "all"]
@@ -61,7 +62,7 @@ def analyze(
     truncated: bool | None = None,
     on_verdict: Callable[[documents.Report], None] | None = None,
     memory: int | str | None = None,
-    shard: Shard | None = None,
+    shard: Shard | Weights | None = None,
     provenance: Provenance | None = None,
 ) -> documents.Report:
     """Curvature of a model as its optimizer sees it, in full, per layer and cumulative over depth.
@@ -97,6 +98,7 @@ def analyze(
         shard: where several processes measure together (`curvature.ranks.within`): "vectors" divides preconditioner and
             vectors over them, "all" weights and optimizer state too, for a model that nobody needs afterwards: it is left
             without its weights. Products are made on gathered weights, by fresh graphs. None divides the batches alone.
+            Weights of a model that is divided already are as "all".
         provenance: what the report says of its inputs; needed only where they are files.
 
     Returns:
@@ -148,7 +150,7 @@ def prepared(
     depths: bool = True,
     truncated: bool | None = None,
     memory: int | str | None = None,
-    shard: Shard | None = None,
+    shard: Shard | Weights | None = None,
 ) -> T:
     """What is made of a measurement that is set up and has not begun, by the leanest plan that memory does for.
 
@@ -193,20 +195,24 @@ def prepared(
                 work, notes = set_up(problem, mode)
             return finish(work, notes)
 
+        divided = shard if isinstance(shard, Weights) else None
         given = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
+        given = given if divided is None else replace(given, gathered=divided.whole)
         check_lifted(given, lifted)
         state = optimizer.state if isinstance(optimizer, OptimizerView) else {}
-        # Ranks that read different files would sum products of different functions, and no number would show it.
-        same("weights, optimizer state or data", given.parameters, given.batches, state)
+        # Ranks that read different files would sum products of different functions, and no number would show it. Weights
+        # that were read in slices were held against each other then.
+        same("weights, optimizer state or data", {} if divided else given.parameters, given.batches, state)
         whole = spread(given, current())
         shards, known = None, None
         if shard is not None:
             shards = Shards(current(), {n: p.shape for n, p in given.parameters.items()})
-        if shard == "all":
+        if shard == "all" or divided is not None:
             if isinstance(optimizer, OptimizerView):  # once, so that its state makes room before anything is solved
-                known = _preconditioner(whole, optimizer, lr, shards)
+                with whole.gathered():
+                    known = _preconditioner(whole, optimizer, lr, shards)
                 cast("dict[str, Any]", optimizer.state).clear()
-            whole = replace(whole, gathered=Weights(module, current()).whole)
+            whole = replace(whole, gathered=(divided or Weights(module, current())).whole)
             mode = _on_slices(mode)
         return leanest(whole, mode, measure)
 
@@ -242,7 +248,7 @@ def _preconditioner(
     if optimizer is None:
         return identity(parameters, shards)
     if isinstance(optimizer, Estimated):
-        found = scaled(estimate(problem, optimizer.options), parameters, lr)
+        found = scaled(estimate(problem, optimizer.options, shards), parameters, lr)
         return prepare(found, parameters, kind="estimated", shards=shards)
     return prepare(scaled(optimizer, parameters, lr), parameters, shards=shards)
 

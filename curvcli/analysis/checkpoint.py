@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from math import inf, prod
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +27,17 @@ from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions,
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
 from curvcli.checkpoints.state.soundness import state_findings, weight_findings
 from curvcli.curvature import resources
+from curvcli.curvature.gathering import Weights
 from curvcli.curvature.problem import Loss
 from curvcli.curvature.ranks import agreed, current
 from curvcli.data.examples import Examples
-from curvcli.data.shards import Shard, find_sources
+from curvcli.data.shards import Shard
 from curvcli.data.tasks import LOSSES, left_out, loss_for, predictions, prepared, read_data, unigram_loss
 from curvcli.errors import InputError, OutOfTime, UsageError, exhausted, memory_named
+from curvcli.files.safe import mapped
 from curvcli.models.architecture import named
 from curvcli.models.base import Architecture, Task
+from curvcli.models.slices import WholeOnlyError
 from curvcli.models.user_code import blamed
 from curvcli.optimizers import optimizer_names, rule_named
 from curvcli.optimizers.base import Group, OptimizerView
@@ -51,6 +55,7 @@ class Ready:
     optimizer: OptimizerView | Estimated | None
     weights: list[float]
     provenance: Provenance
+    divided: Weights | None = None  # the model's, where processes hold slices of them
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,14 @@ class Opened:
                 depths=options.depths,
                 truncated=options.truncated,
                 memory=options.memory,
-                shard="all" if options.shard else None,
+                shard=ready.divided or ("all" if options.shard else None),
                 on_verdict=on_verdict,
                 provenance=ready.provenance,
             )
 
     def ready(self) -> Ready:
         """Build the model, and put it, the batches and the optimizer together. Raises CurvError, and OutOfTime."""
-        checkpoint, options = self.checkpoint, self.options
+        options = self.options
         _in_time(options)
         device = _device(options.device)
         resources.reset_peak(device)
@@ -104,10 +109,25 @@ class Opened:
             resources.return_blocks()  # what reading takes counts, too
         elif device.type == "cpu":
             resources.keep_blocks()
-        model = checkpoint.model()
+        model, divided, why = self._model(device)
+        with divided.whole() if divided else nullcontext():
+            return self._with(model, device, divided, why)
+
+    def _model(self, device: torch.device) -> tuple[nn.Module, Weights | None, dict[str, str]]:
+        """The model; where processes divide it, its weights in slices if they can be read so, else why not, as a note."""
+        checkpoint, why = self.checkpoint, "their format does not say where one tensor lies"
+        if self.options.shard and checkpoint.divisible is not None:
+            try:
+                return *checkpoint.divisible().divided(current(), device), {}
+            except WholeOnlyError as error:
+                why = str(error)
+        notes = {"weights-read-whole": f"every rank read the whole weights before it divided them: {why}"}
+        return checkpoint.model().to(device), None, notes if self.options.shard else {}
+
+    def _with(self, model: nn.Module, device: torch.device, divided: Weights | None, why: dict[str, str]) -> Ready:
+        checkpoint, options = self.checkpoint, self.options
         found = [*checkpoint.findings, *weight_findings(model)]
         shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
-        model.to(device)
 
         def evidence() -> Evidence:
             # Up to 32 gradients, of rows that are measured anyway, and of no more at once.
@@ -129,7 +149,11 @@ class Opened:
             if not exhausted(error):
                 raise  # smaller batches may do
         _in_time(options)
-        optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
+        with mapped() if options.shard else nullcontext():
+            optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
+        if divided is not None:
+            divided.keep()  # Schedule-Free takes gradients elsewhere than where the weights are stored
+        notes |= why
         if isinstance(self.read, Shard) and isinstance(shard, Examples):
             positions = len(self.read.windows) * self.read.sequence_length
             notes["masked-positions"] = (
@@ -162,6 +186,7 @@ class Opened:
                 logged_loss=checkpoint.training_loss,
                 log=checkpoint.log,
             ),
+            divided=divided,
         )
 
     def data(self, loss: float, tokens: int, unigram: float | None) -> documents.Data:
@@ -226,53 +251,6 @@ def analyze_checkpoint(
     """
     (progress or (lambda stage, done: None))("reading", 0.0)
     return open_for_analysis(path, options).measure(progress, on_verdict)
-
-
-def inspect_checkpoint(path: Path, data: Sequence[Path] | None = None, model: str | None = None) -> dict[str, Any]:
-    """`curv inspect`: what would be read, from headers alone. Raises CurvError."""
-    checkpoint = open_checkpoint(path, architecture_of(model))
-    config, file = find_config(checkpoint.path, data=not data)
-    shard = data or config.data
-    sources = find_sources(shard, checkpoint) if shard else ()
-    sizes = {t.name: prod(t.shape) for t in checkpoint.tensors}
-    optimizer = checkpoint.optimizer.summary() if checkpoint.optimizer else None
-    return {
-        "path": str(checkpoint.path),
-        "format": checkpoint.format,
-        "architecture": checkpoint.architecture,
-        "task": checkpoint.task,
-        "step": checkpoint.step,
-        "tensors": len(sizes),
-        "parameters": sum(sizes.values()),
-        "dtypes": sorted({t.dtype for t in checkpoint.tensors}),
-        "vocabulary": checkpoint.vocabulary,
-        "context": checkpoint.context,
-        "optimizer": optimizer,
-        "configuration": str(file) if file else None,
-        "data": [{"path": str(s.path), "kind": s.kind, "tokens": s.tokens} for s in sources],
-        "notes": {**checkpoint.notes, **_unlike_analyze(checkpoint, optimizer)},
-        "findings": {finding.code: finding.message for finding in checkpoint.findings},
-    }
-
-
-def _unlike_analyze(checkpoint: Checkpoint, optimizer: Mapping[str, object] | None) -> dict[str, str]:
-    """Where headers say something else than a report of the same checkpoint will, and why."""
-    found: dict[str, str] = {}
-    moved, stored = (optimizer or {}).get("parameters with state"), len(checkpoint.tensors)
-    if isinstance(moved, int) and 0 < moved < stored:
-        found["counts"] = (
-            f"{stored} tensors are stored and {moved} have optimizer state: tied weights are stored by each of their names, "
-            "and buffers and weights that do not train have no state; curv analyze counts each parameter that trains once"
-        )
-    lr = (optimizer or {}).get("lr")
-    if isinstance(lr, (int, float)) and lr == 0:
-        found["learning-rate"] = (
-            f"it is 0 in the optimizer, as a schedule that has ended leaves it: curv analyze takes the last logged one, "
-            f"{checkpoint.last_lr:g}"
-            if checkpoint.last_lr is not None
-            else "it is 0 in the optimizer and the run has no log: pass the one in force to curv analyze with --lr"
-        )
-    return found
 
 
 def _configured(options: Options, checkpoint: Checkpoint) -> tuple[Options, Path | Sequence[Path]]:

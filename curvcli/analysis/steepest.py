@@ -57,23 +57,19 @@ class Steep:
             return None
         work.stages.enter("sharpness in the optimizer's norm")
         work.in_time()
-        solver = FrankWolfe(work.solver.tolerance, deadline=work.solver.deadline)
+        holders = work.preconditioner.root.holders
+        solver = FrankWolfe(work.solver.tolerance, deadline=work.solver.deadline, holders=holders)
         named = dict(zip(work.moving, gradients, strict=True))
         return cls(work.preconditioner, hvp, named, solver, seed=work.solver.seed)
 
     def whole(self) -> ModelSteepest:
         """Of all parameters that have a ball, from the gradient's steepest vertex, the momentum's and a random one's."""
         generator = torch.Generator().manual_seed(self.seed)
-        # As the eigensolver's start: the same in every precision and on every device.
-        noise = [torch.randn(self.gradients[n].shape, generator=generator, dtype=torch.float64) for n in self.names]
         step = self.preconditioner.direction
         starts = {
             "gradient": self._of(self.gradients, self.names),
             **({"momentum": self._of(step, self.names)} if step is not None else {}),
-            "random": [
-                t.to(self.gradients[n].dtype).to(self.gradients[n].device)  # in this order: MPS has no float64
-                for n, t in zip(self.names, noise, strict=True)
-            ],
+            "random": [self._random(n, generator) for n in self.names],
         }
         found = self._solved(self.names, self.solver, starts)
         self.direction: Tensors = dict(zip(self.names, found.direction or (), strict=False))
@@ -84,8 +80,8 @@ class Steep:
             norm="max" if signs else "spectral",
             lr=self.preconditioner.ball_lr,
             tensors=len(self.names),
-            parameters=sum(self.gradients[n].numel() for n in self.names),
-            rest=sum(self.preconditioner.root.sizes),
+            parameters=sum(self._shape(n).numel() for n in self.names),
+            rest=self.preconditioner.root.space.size,
             starts=list(found.starts.items()),
             spread=found.spread,
             improvement=found.improvement,
@@ -148,6 +144,19 @@ class Steep:
         balls = [self.balls[n] for n in names]
         return solver.sharpest(lambda d: self.hvp.product(names, d), balls, starts)
 
+    def _shape(self, name: str) -> torch.Size:
+        """Of the whole parameter."""
+        shards = self.preconditioner.root.shards
+        return self.gradients[name].shape if shards is None else shards.shapes[name]
+
+    def _random(self, name: str, generator: torch.Generator) -> Tensor:
+        """What is held here of a random tensor: as the eigensolver's start the same in every precision, on every device."""
+        drawn, shards = (
+            torch.randn(self._shape(name), generator=generator, dtype=torch.float64),
+            self.preconditioner.root.shards,
+        )
+        return (drawn if shards is None else shards.part(name, drawn)).to(self.gradients[name])
+
     def _of(self, tensors: Tensors, names: Sequence[str]) -> list[Tensor]:
         return [tensors[n].detach().to(self.gradients[n]) for n in names]
 
@@ -178,7 +187,7 @@ def _skipped(preconditioner: Preconditioner, sizes: Mapping[str, int]) -> ModelS
     return ModelSteepest(
         sharpness=None, dual_norm=None, z=None, hvps=0, status="skipped", norm="max" if signs else "spectral",
         lr=preconditioner.ball_lr, tensors=len(preconditioner.balls), parameters=sum(sizes[n] for n in preconditioner.balls),
-        rest=sum(preconditioner.root.sizes), spread=None, improvement=None, reading="unresolved",
+        rest=preconditioner.root.space.size, spread=None, improvement=None, reading="unresolved",
     )  # fmt: skip
 
 

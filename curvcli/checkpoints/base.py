@@ -13,6 +13,7 @@ from curvcli.documents import Finding
 from curvcli.errors import InputError
 from curvcli.files.tensors import TensorInfo
 from curvcli.models.base import Architecture, Task
+from curvcli.models.slices import Divisible
 from curvcli.optimizers.base import OptimizerView
 
 
@@ -73,6 +74,7 @@ class Checkpoint:
         notes: what a reader of the numbers should know about how the trainer made them.
         findings: what is wrong with the files, as far as headers tell.
         sources: further files and directories that the model is made of, outside the checkpoint.
+        divisible: the weights as processes that share the model read them; None where the format is read as a whole.
     """
 
     path: Path
@@ -90,6 +92,7 @@ class Checkpoint:
     notes: dict[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     sources: tuple[Path, ...] = ()
+    divisible: Callable[[], Divisible] | None = None
 
     @property
     def last_lr(self) -> float | None:

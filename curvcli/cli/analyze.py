@@ -98,7 +98,7 @@ def inspect(
 ) -> None:
     """Show what `curv analyze` would read: of files their headers, and nothing is computed."""
     with exit_codes():
-        from curvcli.analysis.checkpoint import inspect_checkpoint
+        from curvcli.analysis.inspection import inspect_checkpoint
 
         found = inspect_checkpoint(checkpoint, data, model)
         if json or format is ShortFormat.json:

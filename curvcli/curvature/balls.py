@@ -53,7 +53,7 @@ class MaxNorm:
         # In float64, since a large tensor has many entries to add up; MPS has no float64.
         return self.radius * float(tensor.abs().sum(dtype=torch.float64 if tensor.device.type != "mps" else None))
 
-    def scaled(self, factor: float) -> MaxNorm:
+    def scaled(self, factor: float) -> Self:
         """Of a radius so many times as large."""
         return replace(self, radius=self.radius * factor)
 

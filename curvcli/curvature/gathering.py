@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from curvcli.curvature.balls import Ball, MaxNorm
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import Diagonal, InverseRoot, Multiple
-from curvcli.curvature.ranks import Ranks
+from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.shards import Shards
 
 
@@ -77,14 +78,19 @@ class Weights:
     Args:
         model: is left without its weights; buffers, and what is no floating-point number, stay.
         ranks: the processes, which all hold the same model now.
+        parts: what is held here of each parameter, by name, where the model never had its weights.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks, parts: Mapping[str, Tensor] | None = None) -> None:
         self._parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
         self.shards = Shards(ranks, {n: p.shape for n, p in self._parameters.items()})
-        self._parts = {n: self.shards.part(n, p) for n, p in self._parameters.items()}
+        self._parts = dict(parts or {n: self.shards.part(n, p) for n, p in self._parameters.items()})
         self._depth = 0
         self._release()
+
+    def keep(self) -> None:
+        """Within `whole`: the weights as they are there now are those that are held from here on."""
+        self._parts = {n: self.shards.part(n, p) for n, p in self._parameters.items()}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -190,3 +196,54 @@ def sliced(root: InverseRoot, name: str, shards: Shards | None) -> InverseRoot:
         never = None if root.never is None else shards.part(name, root.never.expand(shape))
         return Diagonal(shards.part(name, root.entries.expand(shape)), never)
     return Whole(root, name, shards)
+
+
+@dataclass(frozen=True)
+class SlicedMax(MaxNorm):
+    """The max-norm's ball on slices: signs are a matter of entries, and the l1 norm is a sum over the processes."""
+
+    holders: Ranks = ALONE
+
+    def dual(self, tensor: Tensor) -> float:
+        """radius times the sum of magnitudes, of all slices; all processes call it alike."""
+        return sum(self.holders.each(super().dual(tensor)))
+
+
+@dataclass(frozen=True)
+class WholeBall:
+    """The ball of a norm that is no matter of entries, on slices: the parameter is gathered, and all processes do the same.
+
+    Args:
+        inner: of the whole parameter.
+    """
+
+    inner: Ball
+    name: str
+    shards: Shards
+
+    @property
+    def radius(self) -> float:
+        """Of the whole parameter's ball."""
+        return self.inner.radius
+
+    def steepest(self, tensor: Tensor) -> Tensor:
+        """The slice of a d of the ball for which <x, d> is largest, for a slice of x."""
+        return self.shards.part(self.name, self.inner.steepest(self._whole(tensor)))
+
+    def dual(self, tensor: Tensor) -> float:
+        """The dual norm of the whole."""
+        return self.inner.dual(self._whole(tensor))
+
+    def scaled(self, factor: float) -> WholeBall:
+        """The ball of a step that is so many times as long."""
+        return replace(self, inner=self.inner.scaled(factor))
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return self.shards.gather([self.name], [tensor])[0]
+
+
+def sliced_ball(ball: Ball, name: str, shards: Shards | None) -> Ball:
+    """The ball of one parameter as it acts on what is held of it here; itself where that is all."""
+    if shards is None:
+        return ball
+    return SlicedMax(ball.radius, shards.ranks) if isinstance(ball, MaxNorm) else WholeBall(ball, name, shards)

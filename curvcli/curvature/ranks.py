@@ -315,8 +315,7 @@ def same(what: str, *values: Any) -> None:
     ranks = current()
     if ranks.world == 1:
         return
-    digest = float(int.from_bytes(sha256(json.dumps(content(values)).encode()).digest()[:6]))  # 48 bits, which float64 holds
-    every = ranks.each(digest)
+    every = ranks.each(_digest(content(values)))
     other = next((rank for rank, found in enumerate(every) if found != every[0]), None)
     if other is not None:
         raise _mark(
@@ -325,6 +324,24 @@ def same(what: str, *values: Any) -> None:
                 hint="give all ranks the same files, which nothing writes meanwhile, and the same packages",
             )
         )
+
+
+def alike(ranks: Ranks, what: str, mine: Any, next_one: Any) -> None:
+    """That what each process says of its own part is what the one before it says of that. Raises UsageError."""
+    own, said = ranks.each(_digest(mine)), ranks.each(_digest(next_one))
+    for rank, found in enumerate(said):
+        other = (rank + 1) % ranks.world
+        if found != own[other]:
+            raise _mark(
+                UsageError(
+                    f"rank {other} of {ranks.world} has other {what} than rank {rank}",
+                    hint="give all ranks the same files, which nothing writes meanwhile, and the same packages",
+                )
+            )
+
+
+def _digest(said: Any) -> float:
+    return float(int.from_bytes(sha256(json.dumps(said).encode()).digest()[:6]))  # 48 bits, which float64 holds
 
 
 def _mark(error: Any) -> Any:

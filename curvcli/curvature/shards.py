@@ -39,10 +39,11 @@ class Shards:
         """Entries of a tensor that a process holds at most; the last ones may hold fewer, or none."""
         return -(-self.shapes[name].numel() // self.ranks.world)
 
-    def bounds(self, name: str) -> tuple[int, int]:
-        """The first entry of a tensor that is held here, and the one behind the last."""
+    def bounds(self, name: str, rank: int | None = None) -> tuple[int, int]:
+        """The first entry of a tensor that is held here, or by another process, and the one behind the last."""
         size, share = self.shapes[name].numel(), self.share(name)
-        return min(self.ranks.rank * share, size), min((self.ranks.rank + 1) * share, size)
+        rank = self.ranks.rank if rank is None else rank
+        return min(rank * share, size), min((rank + 1) * share, size)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """What is held here of a whole tensor: a copy, of shape (k,)."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.balls import Ball
-from curvcli.curvature.precision import all_finite, numbers
-from curvcli.curvature.ranks import agreed, current
+from curvcli.curvature.precision import all_finite
+from curvcli.curvature.ranks import ALONE, Ranks, agreed, current
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 SharpnessStatus = Literal["settled", "unsettled", "flat", "non-finite"]
@@ -64,11 +64,13 @@ class FrankWolfe:
         tolerance: improvement by a step, over the value, below which a start has settled.
         max_products: over all starts; half of them are for the starts in equal parts, the other half for the best one.
         deadline: instant of `time.monotonic()` from which no step is begun; a start's first product is always made.
+        holders: the processes that hold slices of the parameters, where they are divided: tensors are of these then.
     """
 
     tolerance: float = 1e-2
     max_products: int = 24
     deadline: float = inf
+    holders: Ranks = ALONE
 
     @property
     def expired(self) -> bool:
@@ -90,7 +92,7 @@ class FrankWolfe:
         climbs: dict[str, _Climb] = {}
         share = max(1, self.max_products // (2 * len(starts))) if len(starts) > 1 else max(1, self.max_products)
         for name, start in starts.items():
-            climb = climbs[name] = _Climb(product, balls, start)
+            climb = climbs[name] = _Climb(product, balls, start, self.holders)
             self._climb(climb, share)
         # Rank 0's values, or ranks that round differently could go on from different starts.
         reached = dict(zip(climbs, current().first([climb.value for climb in climbs.values()]), strict=True))
@@ -121,12 +123,12 @@ class FrankWolfe:
 class _Climb:
     """One start: a point of the ball with its product, both moved along segments."""
 
-    def __init__(self, product: Product, balls: Sequence[Ball], start: Sequence[Tensor]) -> None:
-        self.product, self.balls = product, balls
+    def __init__(self, product: Product, balls: Sequence[Ball], start: Sequence[Tensor], holders: Ranks) -> None:
+        self.product, self.balls, self.holders = product, balls, holders
         self.d = self._vertex(start)
         self.image = self._made(self.d)
         self.products, self.improvement = 1, inf  # before the first step nothing has settled
-        self.value = _inner(self.d, self.image)
+        self.value = self._inner(self.d, self.image)
 
     def step(self) -> None:
         """To the best point of the segment from here to the vertex that H d points at."""
@@ -135,7 +137,7 @@ class _Climb:
         vertex = self._vertex(self.image)
         image = self._made(vertex)
         self.products += 1
-        here, cross, there = self.value, _inner(vertex, self.image), _inner(vertex, image)
+        here, cross, there = self.value, self._inner(vertex, self.image), self._inner(vertex, image)
         if not isfinite(there):
             self.value = there
             return
@@ -148,12 +150,16 @@ class _Climb:
         self.value = value
 
     def _vertex(self, along: Sequence[Tensor]) -> list[Tensor]:
-        if not all_finite(along):
+        # All have to know: the vertex of a matrix is found by all of them together.
+        if any(self.holders.each(float(not all_finite(along)))):
             return [torch.full_like(t, float("nan")) for t in along]  # a decomposition of NaN raises
         return [ball.steepest(t.detach()) for ball, t in zip(self.balls, along, strict=True)]
 
     def _made(self, d: list[Tensor]) -> list[Tensor]:
         return [t.detach() for t in self.product(d)]
+
+    def _inner(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+        return sum(self.holders.each(sum(float((a * b).sum()) for a, b in zip(left, right, strict=True))))
 
 
 def _best(here: float, cross: float, there: float) -> tuple[float, float]:
@@ -177,7 +183,3 @@ def distance(lr: float, sharpness: float, dual: float) -> float | None:
     """Z = lr S / (2 ||g||_dual); None where the gradient is 0 or Z is not finite."""
     found = lr * sharpness / (2 * dual) if dual > 0 else inf
     return found if abs(found) < inf else None
-
-
-def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return sum(numbers([(a * b).sum() for a, b in zip(left, right, strict=True)]))

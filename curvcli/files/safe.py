@@ -6,6 +6,9 @@ import io
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,21 @@ from curvcli.files.limits import check_document, check_legacy, check_zip
 from curvcli.files.parse import parse_json, read_limited
 
 _JSON_LIMIT = 64 * 2**20
+_mapped: ContextVar[bool] = ContextVar("mapped", default=False)
+
+
+@contextmanager
+def mapped() -> Iterator[None]:
+    """Within it the tensors of torch.save files stay in their files, and come to memory as they are used.
+
+    For files that several processes read and each keeps a part of. Nothing may cut such a file short meanwhile: that ends
+    whoever touches it (SIGBUS).
+    """
+    before = _mapped.set(True)
+    try:
+        yield
+    finally:
+        _mapped.reset(before)
 
 
 def load_pickle(path: Path, *, meta: bool = False) -> Any:
@@ -32,14 +50,14 @@ def load_pickle(path: Path, *, meta: bool = False) -> Any:
     refuse_pointer(path)
     zipped, before = _is_zip(path), stamp(path)
     # A file that a running job cuts short while it is mapped kills whoever touches it (SIGBUS), so it is mapped only
-    # where its data is not read or would not fit.
-    mapped = zipped and (meta or before[0] > psutil.virtual_memory().available // 4)
+    # where its data is not read, is divided over processes, or would not fit.
+    map_it = zipped and (meta or _mapped.get() or before[0] > psutil.virtual_memory().available // 4)
     if zipped:
         check_zip(path, path, before[0])
     else:
         check_legacy(path)
     try:
-        document = _load(path, path, before[0], map_location="meta" if meta else "cpu", mmap=mapped or None)
+        document = _load(path, path, before[0], map_location="meta" if meta else "cpu", mmap=map_it or None)
     except InputError:
         refuse_changed(path, before)
         raise

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,6 +50,18 @@ class TensorInfo:
     dtype: str
 
 
+class Parts(Protocol):
+    """Stored tensors by name, of which a part can be read without the rest."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor. Raises InputError."""
+        ...
+
+    def entries(self, name: str, begin: int, end: int) -> Tensor:
+        """Entries begin to end of the tensor, row by row, as a flat one of shape (end - begin,). Raises InputError."""
+        ...
+
+
 def safetensors_header(path: Path) -> list[TensorInfo]:
     """Names, shapes and types of the tensors in a safetensors file; no data is read. Raises InputError."""
     return _opened(path)[0]
@@ -59,9 +72,9 @@ def safetensors_metadata(path: Path) -> Mapping[str, str]:
     return _opened(path)[1]
 
 
-def stored(files: Mapping[str, Path]) -> Mapping[str, Tensor]:
+def stored(files: Mapping[str, Path]) -> Stored:
     """Tensors of safetensors files by name, each read when it is asked for. Reading raises InputError."""
-    return _Stored(files)
+    return Stored(files)
 
 
 def leading(path: Path, rows: int) -> dict[str, Tensor]:
@@ -84,16 +97,29 @@ def _opened(path: Path) -> tuple[list[TensorInfo], Mapping[str, str]]:
         raise InputError(f"{path} cannot be read as safetensors: {first_line(error)}", hint=_DAMAGED) from error
 
 
-class _Stored(Mapping[str, Tensor]):
+class Stored(Mapping[str, Tensor]):
+    """Tensors of safetensors files by name, each read when it is asked for, or a part of it. Reading raises InputError."""
+
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
         self._open: dict[Path, _File] = {}
 
     def __getitem__(self, name: str) -> Tensor:
+        return self._file(name).read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As `Parts` has it."""
+        return self._file(name).infos[name].shape
+
+    def entries(self, name: str, begin: int, end: int) -> Tensor:
+        """As `Parts` has it."""
+        return self._file(name).flat(name, begin, end)
+
+    def _file(self, name: str) -> _File:
         path = self._files[name]
         if path not in self._open:
             self._open[path] = _File(path)
-        return self._open[path].read(name)
+        return self._open[path]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -119,16 +145,21 @@ class _File:
 
     def read(self, name: str, rows: int | None = None) -> Tensor:
         """The tensor, or its first rows."""
+        shape = self.infos[name].shape
+        shape = (min(shape[0], rows), *shape[1:]) if rows is not None and shape else shape
+        return self.flat(name, 0, prod(shape)).view(shape)
+
+    def flat(self, name: str, begin: int, end: int) -> Tensor:
+        """The tensor's entries from one to another."""
         info = self.infos[name]
         if info.dtype not in _DTYPES:
             raise InputError(f"{self.path}: {name} is of type {info.dtype}, which is not known", hint="save it as float32")
-        shape = (min(info.shape[0], rows), *info.shape[1:]) if rows is not None and info.shape else info.shape
-        tensor = torch.empty(shape, dtype=_DTYPES[info.dtype])
+        tensor = torch.empty(end - begin, dtype=_DTYPES[info.dtype])
         # The tensor's own memory as bytes: numpy has no bfloat16 or float8 to read into.
-        into = tensor.reshape(-1).view(torch.uint8).numpy()
+        into = tensor.view(torch.uint8).numpy()
         try:
             with self.path.open("rb", buffering=0) as stream:
-                stream.seek(self.start + self.places[name]["data_offsets"][0])
+                stream.seek(self.start + self.places[name]["data_offsets"][0] + begin * tensor.element_size())
                 done = _fill(stream, into)
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}", hint="check its permissions") from error

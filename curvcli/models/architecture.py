@@ -62,7 +62,7 @@ def named(spec: str) -> Architecture:
         if not isinstance(model, nn.Module):
             raise UsageError(f"--model {spec} gave a {type(model).__name__}", hint="return a torch.nn.Module")
         # Second derivatives in bfloat16 are off by a per cent; the device is chosen later, for model and data at once.
-        model = model.float().cpu()
+        model.float()._apply(lambda t: t if t.is_meta else t.cpu())
         twice_differentiable(model)
         return model
 
@@ -105,9 +105,9 @@ def match(model: nn.Module, stored: Mapping[str, Tensor | TensorInfo], path: obj
 
     best = max(prefixes, key=fit)
     found = {name: short[best + own] for own, name in owned.items() if best + own in short}
-    # Tied weights are two names of one memory. Tensors without any (on meta, or empty) have 0 and are tied to nothing.
-    pointer = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
-    present = {pointer[name] for name in found if pointer[name]}
+    # Tied weights are two names of one memory, or of one parameter where there is none yet (on meta).
+    pointer = {name: tensor.data_ptr() or id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    present = {pointer[name] for name in found}
     missing = [name for name in owned.values() if name not in found and pointer[name] not in present]
     spare = set(short.values()) - set(found.values())
     spare = {name for name in spare if not (of_average(name) or obsolete(name, stored[name].shape))}

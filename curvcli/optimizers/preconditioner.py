@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.balls import Ball
-from curvcli.curvature.gathering import sliced
+from curvcli.curvature.gathering import sliced, sliced_ball
 from curvcli.curvature.inverse_root import InverseRoot, ModelRoot, Multiple
-from curvcli.curvature.problem import Problem
 from curvcli.curvature.shards import Shards
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError, UsageError
 from curvcli.optimizers import rule_for
-from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule, State, fetched, innermost
 from curvcli.optimizers.given import lead as lead_of
 from curvcli.optimizers.muon import beside, unstacked
@@ -113,7 +111,7 @@ def prepare(
     view = rule.completed(view, parameters)
     frozen = _frozen(view, parameters)
     members = _members(view, parameters, frozen, rule)
-    balls, ball_lr = _balls(rule, view, members, parameters, shards)
+    balls, ball_lr = _balls(rule, view, members, parameters)
     lead_name, lead = _lead(view, members, parameters)
     lr = _rate(rule, view, lead_name, lead)
     ascends = _ascends([group for _, group in members])
@@ -133,7 +131,7 @@ def prepare(
         if name in balls:
             if lr is not None and (m := rule.momentum(group, entry)) is not None:
                 ball = balls[name].scaled((ball_lr or lr) / lr)
-                direction[name] = ball.steepest(m.to(parameter))
+                direction[name] = _held(ball.steepest(m.to(parameter)), name, shards)
             continue
         root = _root(rule, group, entry, name, parameter)
         relative = _threshold(rule, view, name, group) / reference if reference is not None else 1.0
@@ -150,7 +148,8 @@ def prepare(
         roots[name] = sliced(root.scaled(relative), name, shards)
         if not rule.decoupled(group, view.name):
             decay[name] = group.number("weight_decay", 0.0)
-        m = rule.momentum(group, entry) if entry else None
+        # An estimate's is no step that the optimizer takes.
+        m = rule.momentum(group, entry) if entry and kind == "checkpoint" else None
         if m is not None and lr is not None:
             direction[name] = _held(root.solve(m.to(parameter)) * (rule.lr(group, entry) / lr), name, shards)
     if not roots and not balls:
@@ -163,7 +162,7 @@ def prepare(
         name=rule.name(view),
         root=ModelRoot(roots, parameters, shards),
         decay=decay,
-        direction=direction if len(direction) == len(roots) + len(balls) and kind == "checkpoint" else None,
+        direction=direction if direction and len(direction) == len(roots) + len(balls) else None,
         threshold=reference,
         lr=lr,
         options=lead.options,
@@ -173,7 +172,7 @@ def prepare(
         ascends=ascends,
         doubts=doubts,
         findings=(*view.findings, *of_groups(view, frozen, ascends), *of_moments(view), *rule.findings(view)),
-        balls=balls,
+        balls={name: sliced_ball(ball, name, shards) for name, ball in balls.items()},
         ball_lr=ball_lr,
     )
 
@@ -193,25 +192,16 @@ def _held(tensor: Tensor, name: str, shards: Shards | None) -> Tensor:
 
 
 def _balls(
-    rule: Rule,
-    view: OptimizerView,
-    members: Sequence[tuple[str, Group]],
-    parameters: Mapping[str, Tensor],
-    shards: Shards | None,
+    rule: Rule, view: OptimizerView, members: Sequence[tuple[str, Group]], parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Ball], float | None]:
     """The balls of the parameters whose step is steepest in a norm, and the learning rate that their radii are over.
 
-    Raises UsageError where one of their learning rates is not above 0, UnsupportedError where parameters are divided.
+    Raises UsageError where one of their learning rates is not above 0.
     """
     found = {name: rule.ball(group, view.state.get(name, {}), parameters[name]) for name, group in members}
     own = [(name, group) for name, group in members if found[name] is not None]
     if not own:
         return {}, None
-    if shards is not None:
-        raise UnsupportedError(
-            f"{rule.name(view)}'s step is steepest in a norm of whole tensors, which --shard divides",
-            hint="measure without --shard",
-        )
     lr = _rate(rule, view, *_lead(view, own, parameters))
     balls: dict[str, Ball] = {}
     for name, group in own:
@@ -296,33 +286,6 @@ def _root(rule: Rule, group: Group, entry: Mapping[str, Any], name: str, paramet
             hint="check --eps and --betas, or use another checkpoint",
         )
     return root
-
-
-def estimate(problem: Problem, options: Mapping[str, Any]) -> OptimizerView:
-    """Adam's state as the shard's gradients suggest it: v is the mean over batches of squared gradients.
-
-    A stand-in for state that was not saved: the true v averages the squares of (clipped) gradients
-    of training batches, whose size differs, over past weights. Step is taken as large.
-    """
-    parameters = problem.parameters
-    names, tensors = list(parameters), list(parameters.values())
-    squares = [torch.zeros_like(p) for p in tensors]
-    means = [torch.zeros_like(p) for p in tensors]
-    own = set(problem.own)
-    for indices in problem.given:  # of a batch in halves, both: the squares of their gradients would be of fewer tokens
-        share = sum(problem.weights[i] for i in indices)
-        gradients = [torch.zeros_like(p) for p in tensors]
-        for i in indices:
-            parts = torch.autograd.grad(problem.batch_loss(i), tensors, allow_unused=True) if i in own else ()
-            for gradient, part in zip(gradients, parts, strict=bool(parts)):
-                if part is not None:
-                    gradient.add_(part, alpha=problem.weights[i] / share)
-        problem.ranks.sum_(gradients)
-        for square, mean, found in zip(squares, means, gradients, strict=True):
-            square.add_(found.square(), alpha=share)
-            mean.add_(found, alpha=share)
-    state = {n: Adam().expected(m, s) for n, m, s in zip(names, means, squares, strict=True)}
-    return OptimizerView((Group(tuple(names), options),), state, "AdamW")
 
 
 def live(

@@ -12,8 +12,8 @@ import pytest
 from tiny import build
 from typer.testing import CliRunner, Result
 
-from curvcli.analysis.checkpoint import inspect_checkpoint
 from curvcli.analysis.config import find_config, find_gate, is_own
+from curvcli.analysis.inspection import inspect_checkpoint
 from curvcli.cli import app
 from curvcli.errors import InputError
 from curvcli.files import remote

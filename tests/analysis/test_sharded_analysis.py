@@ -16,6 +16,7 @@ from ranks import launch
 
 from curvcli import analyze
 from curvcli.analysis.api import Estimated, Shard
+from curvcli.curvature import shards
 from curvcli.curvature.ranks import Processes, within
 from curvcli.optimizers.preconditioner import live
 
@@ -27,6 +28,8 @@ WAYS: dict[str, tuple[Shard, Any]] = {
     "SGD with decay": ("vectors", "kept"),
     "estimated": ("all", "forward"),
     "SOAP": ("all", "auto"),  # whose P is no matter of entries
+    "Lion": ("all", "auto"),  # of which all parameters have a norm, and none a P
+    "Muon": ("all", "auto"),
 }
 
 
@@ -46,7 +49,7 @@ def _measured(name: str, shard: Shard | None, told: Callable[[Any], None] | None
 
 
 def _names(world: int) -> list[str]:
-    return list(WAYS)[: 4 if world == 2 else 1]
+    return list(WAYS) if world == 2 else ["AdamW", "Muon"]
 
 
 def _work(rank: int, path: Path) -> None:
@@ -64,8 +67,9 @@ def test_a_report_of_divided_tensors_is_that_of_one_process(world: int, tmp_path
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
     for name in _names(world):
         one = _measured(name, None)
-        assert one["full"]["status"] == "converged"
-        assert one["attribution"]
+        assert one["full"]["status"] == "converged" or name == "Lion"
+        assert one["attribution"] or name == "Lion"
+        assert (one["steepest"] is None) == (name not in ("Lion", "Muon"))
         for reports in found:
             same(one, reports[name])
             assert reports[name]["cost"]["ranks"] == world
@@ -74,7 +78,6 @@ def test_a_report_of_divided_tensors_is_that_of_one_process(world: int, tmp_path
 
 def _held() -> int:
     """Bytes of all tensors that Python holds, each storage once; of graphs what they save is not counted."""
-    gc.collect()  # what waits for a collection is no need
     tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.numel() > 1000]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -106,6 +109,8 @@ def _peak(shard: Shard | None) -> int:
 
 
 def _weighed(rank: int, path: Path) -> None:
+    # Of a real model what is sent at once is little. Of this one it would be all, and torch holds it for a moment longer.
+    shards.BUCKET = 2**12
     with within(Processes()) as ranks, ranks.together():
         (path / f"{rank}.json").write_text(json.dumps(_peak("all")))
 
@@ -114,4 +119,4 @@ def test_a_rank_of_four_holds_a_third_of_weights_moments_and_vectors_at_its_peak
     launch(_weighed, tmp_path, world=4)
     every = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     one = _peak(None)
-    assert 0.2 * one < max(every) < 0.38 * one  # a quarter, and weights, tangents and images as a whole
+    assert 0.2 * one < max(every) < 0.35 * one  # a quarter, and weights, tangents and images as a whole

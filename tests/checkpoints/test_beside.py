@@ -17,7 +17,8 @@ from tiny import build, config
 from torch import Tensor, nn
 
 import curvcli
-from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+from curvcli.analysis.inspection import inspect_checkpoint
 from curvcli.checkpoints import open_checkpoint
 from curvcli.errors import CurvError, InputError, UnsupportedError
 from curvcli.models.base import Architecture

@@ -16,7 +16,8 @@ from tiny import STEPS, build, config
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+from curvcli.analysis.inspection import inspect_checkpoint
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.formats.dcp_files import read_metadata
 from curvcli.checkpoints.state.mapping import map_named

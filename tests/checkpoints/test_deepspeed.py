@@ -18,7 +18,8 @@ from refusals import Evil, one_line, truncate
 from torch import nn
 
 from curvcli.analysis.cache import NoCache
-from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+from curvcli.analysis.inspection import inspect_checkpoint
 from curvcli.analysis.track import track_run
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint

@@ -26,7 +26,7 @@ INSPECT = """
 import json, resource, sys, time
 from pathlib import Path
 start = time.process_time()
-from curvcli.analysis.checkpoint import inspect_checkpoint
+from curvcli.analysis.inspection import inspect_checkpoint
 found = inspect_checkpoint(Path(sys.argv[1]))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 if Path("/proc/self/status").exists():  # Linux passes the parent's peak on in ru_maxrss

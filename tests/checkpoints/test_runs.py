@@ -12,7 +12,8 @@ from formats import trainer
 from tiny import config
 
 from curvcli.analysis.cache import NoCache
-from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+from curvcli.analysis.inspection import inspect_checkpoint
 from curvcli.analysis.track import track_run
 from curvcli.checkpoints import find_checkpoints, open_checkpoint, step_of
 from curvcli.errors import CurvError, InputError

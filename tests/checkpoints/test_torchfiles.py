@@ -23,7 +23,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import curvcli
-from curvcli.analysis.checkpoint import Options, analyze_checkpoint, inspect_checkpoint
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+from curvcli.analysis.inspection import inspect_checkpoint
 from curvcli.checkpoints import open_checkpoint
 from curvcli.errors import CurvError, InputError, UnsupportedError, UsageError
 from curvcli.models.base import Architecture

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product as every
+from typing import Any
 
 import pytest
 import torch
+from threads import on_ranks
 from torch import Tensor
 
 from curvcli.curvature import balls, ranks
 from curvcli.curvature.balls import Ball, MaxNorm, Spectral, polar
+from curvcli.curvature.gathering import sliced_ball
+from curvcli.curvature.ranks import Processes
+from curvcli.curvature.shards import Shards
 from curvcli.curvature.steepest import FrankWolfe, distance, joint_dual
 
 
@@ -194,3 +199,30 @@ def test_another_rank_goes_where_rank_0_goes(off: float, deadline: float) -> Non
     assert torch.equal(found.direction[0], lead.direction[0])  # type: ignore[index]
     alone = FrankWolfe(0.0, 12, deadline).sharpest(times(1e-9 - 2 * off), [MaxNorm()], begin)
     assert (alone.products, alone.direction[0].tolist()) != (lead.products, lead.direction[0].tolist())  # type: ignore[index]
+
+
+def test_on_slices_it_finds_what_one_process_finds() -> None:
+    shapes = {"signs": torch.Size((5,)), "matrix": torch.Size((4, 3)), "none": torch.Size((0,))}
+    kinds: dict[str, Any] = {"signs": MaxNorm(0.5), "matrix": Spectral(2.0), "none": MaxNorm()}
+    h = random(17, 17)
+    times, names = dense(h + h.T), list(shapes)
+    start = [random(*shape, seed=i) for i, shape in enumerate(shapes.values())]
+
+    def work(ranks: Processes) -> Any:
+        shards = Shards(ranks, shapes)
+        own = [sliced_ball(kinds[n].scaled(2.0), n, shards).scaled(0.5) for n in names]
+        solver = FrankWolfe(1e-9, 12, holders=ranks)
+        on_slices = lambda d: shards.parts(names, times(shards.gather(names, d)))  # noqa: E731
+        found = solver.sharpest(on_slices, own, {"one": shards.parts(names, start)})
+        bad = solver.sharpest(lambda d: [t / float(ranks.rank > 0) for t in d], own, {"one": shards.parts(names, start)})
+        whole = shards.gather(names, found.direction or [])
+        return found.value, whole, joint_dual(own, shards.parts(names, start)), [b.radius for b in own], bad.status
+
+    one = FrankWolfe(1e-9, 12).sharpest(times, list(kinds.values()), {"one": start})
+    assert one.value
+    for value, whole, dual, radii, bad in on_ranks(work, 3):
+        assert value == pytest.approx(one.value, rel=1e-9)
+        torch.testing.assert_close(whole, one.direction)
+        assert dual == pytest.approx(joint_dual(list(kinds.values()), start), rel=1e-12)
+        assert radii == [0.5, 2.0, 1.0]
+        assert bad == "non-finite"  # in the slices of rank 0 alone, and all say so

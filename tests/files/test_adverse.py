@@ -22,7 +22,7 @@ from places import ASSETS
 from real import CURV, curv
 
 import curvcli.files.safe as safe
-from curvcli.analysis.checkpoint import inspect_checkpoint
+from curvcli.analysis.inspection import inspect_checkpoint
 from curvcli.checkpoints import open_checkpoint
 from curvcli.documents import write_whole
 from curvcli.errors import CurvError, InputError

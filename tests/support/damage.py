@@ -21,7 +21,7 @@ from formats import NETWORKS, RANKED, earlier, fresh, master, tokenizer
 from safetensors.torch import load_file, save_file
 from stored import stored
 
-from curvcli.analysis.checkpoint import inspect_checkpoint
+from curvcli.analysis.inspection import inspect_checkpoint
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.state.soundness import state_findings, weight_findings

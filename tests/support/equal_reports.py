@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import normalised
 import published
 import pytest
 import torch
@@ -13,6 +14,8 @@ OPTIMIZERS = {
     "SGD with decay": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1),
     "estimated": lambda model: None,
     "SOAP": lambda model: published.SOAP(model.parameters(), lr=1e-2),
+    "Lion": lambda model: normalised.Lion(model.parameters(), lr=1e-3),
+    "Muon": lambda model: normalised.MuonWithAuxAdam(*normalised.split(model)),
 }
 
 

@@ -17,9 +17,10 @@ from curvcli.checkpoints.state.mapping import map_named, map_state, matrix_order
 from curvcli.errors import InputError
 from curvcli.files.names import averaged
 from curvcli.files.runs import step_order
-from curvcli.files.tensors import TensorInfo
+from curvcli.files.tensors import Parts, TensorInfo
 from curvcli.models.architecture import beside, fill, match, needed
 from curvcli.models.base import Architecture
+from curvcli.models.slices import Divisible
 from curvcli.optimizers.base import OptimizerView
 
 # What people call the part of a saved state that holds the weights; torchtitan and others save them at the top.
@@ -51,6 +52,7 @@ class DCPReader:
             step=saved.step,
             part=".".join(saved.place),
             aside=saved.aside,
+            parts=lambda: Lazy(saved.weights),
         )
 
 
@@ -76,12 +78,14 @@ def assemble(
     notes: Mapping[str, str] | None = None,
     part: str = "",
     aside: Sequence[str] = (),
+    parts: Callable[[], Parts] | None = None,
 ) -> Checkpoint:
     """A checkpoint of weights by name. What is stored can be listed without a network; a model needs one.
 
     Args:
         part: under which the weights lie in the checkpoint.
         aside: further parts, which hold averages of them.
+        parts: the same weights, where a part of one can be read without the rest.
     """
     found = architecture or beside(path)
     said, findings = dict(notes or {}), []
@@ -126,6 +130,7 @@ def assemble(
         tokenizer=found.tokenizer if found else None,
         notes=said,
         findings=tuple(findings),
+        divisible=None if parts is None else lambda: Divisible(needed(found, path).build, parts(), tuple(tensors), path),
     )
 
 

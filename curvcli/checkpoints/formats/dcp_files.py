@@ -62,16 +62,27 @@ class Entry:
             return load_bytes(_bytes(self.chunks[0]), self._where(self.chunks[0]))
         if len(self.chunks) == 1:
             return self._piece(self.chunks[0])
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        return self.rows(0, self.shape[0])
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows begin to end of the tensor, put together from the pieces that have some of them. Raises InputError."""
+        shape = self.shape or ()
+        found = torch.empty((end - begin, *shape[1:]), dtype=self.dtype)
         # Pieces with as many values as the tensor (`_complete`), none over another, are all of it.
-        filled = torch.zeros(self.shape, dtype=torch.bool)
+        filled = torch.zeros(found.shape, dtype=torch.bool)
         for chunk in self.chunks:
-            part = tuple(slice(a, a + n) for a, n in zip(chunk.start, chunk.shape, strict=True))
-            if bool(filled[part].any()):
+            first, last = max(chunk.start[0], begin), min(chunk.start[0] + chunk.shape[0], end)
+            if first >= last:
+                continue
+            part = tuple(slice(a, a + n) for a, n in zip(chunk.start[1:], chunk.shape[1:], strict=True))
+            place = (slice(first - begin, last - begin), *part)
+            if bool(filled[place].any()):
                 raise InputError(f"{self._where(chunk)}: two pieces of the tensor overlap", hint=_DAMAGED)
-            whole[part] = self._piece(chunk)
-            filled[part] = True
-        return whole
+            found[place] = self._piece(chunk)[first - chunk.start[0] : last - chunk.start[0]]
+            filled[place] = True
+        if not bool(filled.all()):
+            raise InputError(f"{self.key}: two pieces of the tensor overlap", hint=_DAMAGED)
+        return found
 
     def _piece(self, chunk: Chunk) -> Tensor:
         piece = load_bytes(_bytes(chunk), self._where(chunk))
@@ -97,6 +108,20 @@ class Lazy(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         return self._entries[name].read()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As `files.tensors.Parts` has it, of tensors."""
+        return self._entries[name].shape or ()
+
+    def entries(self, name: str, begin: int, end: int) -> Tensor:
+        """As `files.tensors.Parts` has it, of tensors: pieces that have some of these rows are read, one at a time."""
+        entry, shape = self._entries[name], self.shape(name)
+        if not shape or begin >= end:  # one number, or nothing
+            flat: Tensor = entry.read().reshape(-1) if not shape else torch.empty(0, dtype=entry.dtype)
+            return flat[begin:end]
+        row = prod(shape[1:])
+        first = begin // row
+        return entry.rows(first, -(-end // row)).reshape(-1)[begin - first * row : end - first * row].clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -45,4 +45,5 @@ class DCPSafetensorsReader:
             weights=lambda: stored(files),
             optimizer=None,
             step=step if step >= 0 else None,
+            parts=lambda: stored(files),
         )

@@ -29,10 +29,11 @@ from curvcli.files.limits import inside
 from curvcli.files.names import unwrapped
 from curvcli.files.runs import step_of
 from curvcli.files.safe import load_pickle, read_json
-from curvcli.files.tensors import TensorInfo, safetensors_header, stored
+from curvcli.files.tensors import Stored, TensorInfo, safetensors_header, stored
 from curvcli.models.architecture import fill, needed
 from curvcli.models.base import Architecture
 from curvcli.models.registered import build
+from curvcli.models.slices import Divisible
 from curvcli.optimizers.base import OptimizerView
 
 INDEX = "model.safetensors.index.json"
@@ -58,7 +59,8 @@ class HuggingFaceReader:
         """The checkpoint of `save_pretrained` or of the Trainer. Raises InputError."""
         described = needed(architecture, path)
         state = trainer_state(path)
-        tensors = self.tensors(path)
+        files = self.files(path)
+        tensors = [tensor for found in files.values() for tensor in found]
         optimizer, read = optimizer_beside(path)
         average, _ = averages_of((tensor.name for tensor in tensors), path.name)
         findings = unread(path, read)
@@ -85,6 +87,7 @@ class HuggingFaceReader:
             tokenizer=described.tokenizer,
             notes=clipping(path, state) | (_normaliser(described.name) if state is not None else {}),
             findings=tuple(findings),
+            divisible=None if _pickled(files) else lambda: self._divisible(path, described),
         )
 
     def tensors(self, path: Path) -> list[TensorInfo]:
@@ -104,9 +107,16 @@ class HuggingFaceReader:
     def _stored(self, path: Path) -> Mapping[str, Tensor]:
         """The weights by name; of safetensors each is read when it is asked for."""
         files = self.files(path)
-        if all(file.suffix == ".bin" for file in files):
+        if _pickled(files):
             return {name: tensor for file in files for name, tensor in load_pickle(file).items()}
-        return stored({tensor.name: file for file, tensors in files.items() for tensor in tensors})
+        return self._apart(path)
+
+    def _apart(self, path: Path) -> Stored:
+        return stored({tensor.name: file for file, tensors in self.files(path).items() for tensor in tensors})
+
+    def _divisible(self, path: Path, described: Architecture) -> Divisible:
+        # Built without transformers' reading: where that renames what is stored, names do not match, and it reads the whole.
+        return Divisible(described.build, self._apart(path), tuple(self.tensors(path)), path)
 
     def files(self, path: Path) -> dict[Path, list[TensorInfo]]:
         """The weights by file, from headers. Raises InputError."""
@@ -116,6 +126,10 @@ class HuggingFaceReader:
                 f"{path} has a config.json and no weights ({', '.join(sorted(_WEIGHTS))})", hint="copy the weights beside it"
             )
         return _shards(found) if found.suffix == ".json" else {found: header(found)}
+
+
+def _pickled(files: Mapping[Path, object]) -> bool:
+    return all(file.suffix == ".bin" for file in files)
 
 
 def optimizer_beside(path: Path) -> tuple[OptimizerFile | None, list[Path]]:

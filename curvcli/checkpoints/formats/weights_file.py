@@ -43,6 +43,7 @@ class WeightsFileReader:
             weights=lambda: stored({tensor.name: path for tensor in tensors}),
             optimizer=None,
             step=step_of(path),
+            parts=lambda: stored({tensor.name: path for tensor in tensors}),
         )
 
     def _is_its_directory(self, path: Path, architecture: Architecture | None) -> bool:
