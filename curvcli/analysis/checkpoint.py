@@ -160,6 +160,7 @@ class Opened:
                 findings=tuple(found),
                 logged_loss=checkpoint.training_loss,
                 log=checkpoint.log,
+                unigram=unigram,
             ),
         )
 

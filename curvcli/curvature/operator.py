@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from curvcli.curvature.precision import inner
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.scratch import let_go
 from curvcli.curvature.space import OneDevice, Space
+from curvcli.curvature.threads import in_order
 
 LARGE = 2**26  # bytes of a vector from which on free memory is worth the few percent that it costs to ask for it again
 
@@ -89,6 +91,8 @@ class Folded:
             together, what this one's batches add to it, or all of it on the entries that are held here.
         ranks: these processes, which sum a product once and not once a fold.
         held: where entries are divided over them: within it products are along one vector alone.
+        done: called with a fold's weight after each of its products.
+        threads: whether folds may be applied at the same time (`threads.in_order`).
     """
 
     def __init__(
@@ -96,7 +100,11 @@ class Folded:
         folds: Sequence[tuple[float, Operator]],
         ranks: Ranks = ALONE,
         held: Callable[[], AbstractContextManager[None]] | None = None,
+        *,
+        done: Callable[[float], object] = lambda weight: None,
+        threads: bool = False,
     ) -> None:
+        self.done, self.threads = done, threads
         self.folds, self.space, self.ranks = folds, folds[0][1].space, ranks
         self.sharded, self.held = held is not None, held or nullcontext
         self.vectors: list[Tensor] = []  # each (n,), as they were given
@@ -106,14 +114,25 @@ class Folded:
         """The mean's image of a vector of shape (n,), which is kept, not copied."""
         self.vectors.append(vector)
         if len(self.folds) == 1 and self.ranks.world == 1:  # nothing to compare it with
-            return self.folds[0][1].matvec(vector)
+            image = self.folds[0][1].matvec(vector)
+            self.done(1.0)
+            return image
         total = torch.zeros_like(vector)
+
+        def add(index: int, image: Tensor) -> None:
+            weight = self.folds[index][0]
+            # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
+            self.columns[index].append([self._inner(v, image) for v in self.vectors])
+            total.add_(image, alpha=weight)
+            self.done(weight)
+
+        products = [partial(operator.matvec, vector) for _, operator in self.folds]
         with self.held():
-            for (weight, operator), columns in zip(self.folds, self.columns, strict=True):
-                image = operator.matvec(vector)
-                # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
-                columns.append([self._inner(v, image) for v in self.vectors])
-                total += weight * image
+            if self.threads:
+                in_order(products, add)
+            else:
+                for index, product in enumerate(products):
+                    add(index, product())
         if not self.sharded:
             self.ranks.sum_([total])
         return total
