@@ -89,7 +89,8 @@ def analyze(
             "skipped"; the full model comes first.
         depths: measure the curve over depth too.
         truncated: measure the networks cut short too. They mean something near initialisation, and None measures them
-            where the loss of the network cut to half its depth is near the whole's.
+            where the loss of the network cut to half its depth is near the whole's, and, of a checkpoint's shard of tokens,
+            not below what their frequencies alone give.
         on_verdict: called with a report of the full model as soon as that is known; layers and depths are "skipped" in it,
             and no finding says so. Later parts can still show that the full model's estimate is none to rely on.
         memory: most that the process may take at its peak (on a GPU, the tensors there), in bytes or as "8GiB": how products
@@ -130,7 +131,8 @@ def analyze(
     solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
     return prepared(
         model, loss, batches, optimizer, finish, weights=weights, layers=layers, lr=lr, mode=mode, solver=solver,
-        progress=progress, depths=depths, truncated=truncated, memory=memory, shard=shard,
+        progress=progress, depths=depths, truncated=truncated,
+        unigram=provenance.unigram if provenance else None, memory=memory, shard=shard,
     )  # fmt: skip
 
 
@@ -149,6 +151,7 @@ def prepared(
     progress: Progress | None = None,
     depths: bool = True,
     truncated: bool | None = None,
+    unigram: float | None = None,
     memory: int | str | None = None,
     shard: Shard | Weights | None = None,
 ) -> T:
@@ -157,7 +160,9 @@ def prepared(
     Args:
         finish: called with it, and with notes on the model and the batches by their finding's code; once more with a leaner
             one where memory runs out in it.
-        solver: of the full model. The others are as for `analyze`.
+        solver: of the full model.
+        unigram: entropy of the shard's targets by their frequencies, in nats; None where there is none. The others are as
+            for `analyze`.
 
     Raises:
         CurvError: as `analyze` does.
@@ -185,8 +190,8 @@ def prepared(
                 blocks, found = survey(part, blocks)
                 notes |= found
             work = Measurement(
-                part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated, basis=basis,
-                offload=offload,
+                part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated,
+                unigram=unigram, basis=basis, offload=offload,
             )  # fmt: skip
             return work, notes
 

@@ -185,6 +185,7 @@ class Opened:
                 findings=tuple(found),
                 logged_loss=checkpoint.training_loss,
                 log=checkpoint.log,
+                unigram=unigram,
             ),
             divided=divided,
         )

@@ -18,22 +18,31 @@ class Counted(Protocol):
     stages: Stages
 
 
-class Counting:
-    """An engine that counts its products and moves the progress on."""
+def count(work: Counted, share: float) -> None:
+    """A product was made.
 
-    def __init__(self, hvp: HVP, work: Counted, share: float) -> None:
-        self.hvp, self.work, self.share = hvp, work, share  # of a product over the whole shard
+    Args:
+        share: of one over the whole shard, that it is.
+    """
+    work.hvps += share
+    work.stages.tick(share)
+
+
+class Counting:
+    """An engine of the whole shard that counts its products and moves the progress on."""
+
+    def __init__(self, hvp: HVP, work: Counted) -> None:
+        self.hvp, self.work = hvp, work
 
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
         """The engine's."""
-        self.work.hvps += self.share
-        self.work.stages.tick(self.share)
+        count(self.work, 1.0)
         return self.hvp.product(names, tangents)
 
     def subset(self, indices: Sequence[int]) -> HVP:
-        """The same of some of the batches, which counts as much."""
-        return Counting(self.hvp.subset(indices), self.work, self.share)
+        """The engine's, which counts nothing."""
+        return self.hvp.subset(indices)
 
     def part(self) -> HVP:
-        """What this process' batches add, which counts as much."""
-        return Counting(self.hvp.part(), self.work, self.share)
+        """The engine's, which counts nothing."""
+        return self.hvp.part()

@@ -30,7 +30,11 @@ from curvcli.optimizers.preconditioner import Preconditioner
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the report says of its inputs, where they are files."""
+    """What the report says of its inputs, where they are files.
+
+    Args:
+        unigram: entropy of the shard's targets by their frequencies, in nats; None where there is none.
+    """
 
     checkpoint: Callable[[int, int], documents.Checkpoint] | None = None
     data: Callable[[float], documents.Data] | None = None
@@ -39,6 +43,7 @@ class Provenance:
     findings: tuple[documents.Finding, ...] = ()
     logged_loss: float | None = None
     log: Sequence[Logged] = ()
+    unigram: float | None = None
 
 
 def write(work: Measurement, found: Measured, provenance: Provenance, tokens: float | None) -> documents.Report:
@@ -187,13 +192,9 @@ class _Writer:
 
     def left_out(self) -> dict[str, str]:
         """Why networks cut short were not measured, where that is their loss."""
-        if self.work.losses is None or self.work.cuts:
+        if self.work.cut is None or self.work.cuts:
             return {}
-        cut, whole = (-loss if self.preconditioner.ascends else loss for loss in self.work.losses)
-        return {
-            "truncated-left-out": f"the loss of the network cut to half its depth is {cut:.3g} where the whole's is "
-            f"{whole:.3g}: its curvature says nothing of training; --truncated measures it"
-        }
+        return {"truncated-left-out": self.work.cut.why_not(negated=self.preconditioner.ascends)}
 
     def generalisation(self, judged: documents.Estimate) -> documents.Generalisation:
         threshold, folds = self.preconditioner.threshold, self.measured.folds

@@ -54,6 +54,7 @@ def estimate_checkpoint(path: Path, options: Options, progress: Progress | None 
             ready.model, opened.loss, ready.batches, ready.optimizer, lambda work, notes: forecast(work),
             weights=ready.weights, mode=options.mode, solver=solver,
             progress=lambda stage, done: say(stage, 0.0), depths=options.depths, truncated=options.truncated,
+            unigram=ready.provenance.unigram,
         )  # fmt: skip
     return {"checkpoint": str(opened.checkpoint.path), **found}
 

@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from math import inf, isfinite
 from typing import Literal
 
 import torch
 
 from curvcli.analysis.companions import companions
-from curvcli.analysis.counting import Counting
+from curvcli.analysis.counting import Counting, count
+from curvcli.analysis.cuts import Cut
 from curvcli.analysis.measured import Measured, Solved
 from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
@@ -24,7 +26,7 @@ from curvcli.curvature.gathering import Gathered, across
 from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import sample
-from curvcli.curvature.operator import Folded, Operator, PreconditionedHessian
+from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import elsewhere
@@ -38,7 +40,6 @@ RARE = 10  # a row that the shard looks up fewer times than this, or never, is m
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
 TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them
 WARM = 4  # products that a depth may take from the vector of the depth above it
-NEAR_START = 1.1  # loss of the network cut to half its depth over the whole's, up to which the cut one means something
 
 
 class Measurement:
@@ -55,6 +56,7 @@ class Measurement:
         *,
         depths: bool = True,
         truncated: bool | None = None,
+        unigram: float | None = None,
         basis: int | None = None,
         offload: bool = False,
     ) -> None:
@@ -78,7 +80,7 @@ class Measurement:
         inside = {n for names in self.layer_moving for n in names}
         self.outer_moving = [n for n in self.moving if n not in inside]
         self.outer = [n for n in self.outer_moving if n in preconditioner.root]
-        device = next(iter(problem.parameters.values())).device
+        self.device = device = next(iter(problem.parameters.values())).device
         self.stages.enter("choosing how to multiply")
         self.solver = solver
         self.in_time()
@@ -90,38 +92,34 @@ class Measurement:
         # Graphs leave room for vectors. Under a limit of memory plan.py has chosen the mode already.
         room = free - (WORKING + LEAST) * vector if basis is None else inf
         self.choice: Choice = choose(trial, mode=mode, memory=room, graphs=graphs)
+        # Small tensors, of which torch's own threads make little, and results that each thread may hold one of.
+        self.threads = self.choice.mode == "kept" and device.type == "cpu" and basis is None and vector < LARGE
         if basis is None:
             basis, offload = unplanned(problem, vector, self._free(device), solver.max_products)
         self.solver = replace(solver, basis=basis, store=elsewhere(device) if offload else None)
-        self.device = device
-        # Mean losses of the first batch, of the network cut to half its depth and of the whole; None where neither is asked.
-        self.losses: tuple[float, float] | None = None
-        self.cuts = self._cuts(truncated)
+        self.cut: Cut | None = None  # where its losses decide
+        self.cuts = self._cuts(truncated, unigram)
         self.stages.total = products(layers, depths=depths, truncated=self.cuts, norm=norm)
 
     def _free(self, device: torch.device) -> float:
         """Memory that each process can plan with: that of the one that has least."""
         return min(self.ranks.each(resources.free_bytes(device) / (self.ranks.here if device.type == "cpu" else 1)))
 
-    def _cuts(self, truncated: bool | None) -> bool:
+    def _cuts(self, truncated: bool | None, unigram: float | None) -> bool:
         """Whether networks cut short are measured: where that is asked for, or near initialisation."""
         if not (self.names and self.depths and self.layer_names and self.blocks and self.blocks.truncation):
             return False
         if truncated is not None:
             return truncated
-        # One batch and one depth: two forward passes tell.
-        first = self.problem.subset(self.problem.given[0])
-        half, whole = first.truncated(self.blocks, len(self.layer_names) // 2).mean_loss(), first.mean_loss()
-        self.losses = half, whole
-        return half <= whole + (NEAR_START - 1) * abs(whole)  # not where it is no number
+        self.cut = Cut.of(self.problem, self.blocks, unigram)
+        return self.cut.means
 
     # --- solving -----------------------------------------------------------------------------
 
-    def operator(self, hvp: HVP, names: Sequence[str], share: float = 1.0, of: int = 1) -> PreconditionedHessian:
+    def operator(self, hvp: HVP, names: Sequence[str], of: int = 1) -> PreconditionedHessian:
         """G restricted to `names`, on flat vectors in the order of `names`, with the products of `hvp`.
 
         Args:
-            share: of a whole product that one of `hvp` stands for.
             of: so many processes, whose products are summed: each has its part of the decay.
 
         Raises:
@@ -129,7 +127,7 @@ class Measurement:
         """
         root = self.preconditioner.root.restrict(names)
         decay = {name: found / of for name, found in self.preconditioner.decay.items()}
-        return PreconditionedHessian(Counting(hvp, self, share), root, decay)
+        return PreconditionedHessian(hvp, root, decay)
 
     def folded(self, hvp: HVP) -> Folded:
         """G of the full model, or of some of its entries, as the mean of those of the shard's folds."""
@@ -140,12 +138,12 @@ class Measurement:
         for those in torch.arange(len(given)).tensor_split(min(FOLDS, len(given))):
             part = [i for which in those.tolist() for i in given[which]]
             share = sum(weights[i] for i in part)
-            folds.append((share, self.operator(hvp.subset(part).part(), self.names, share, of=of)))
-        return Folded(folds, self.ranks, self.held)
+            folds.append((share, self.operator(hvp.subset(part).part(), self.names, of=of)))
+        return Folded(folds, self.ranks, self.held, done=partial(count, self), threads=self.threads)
 
     def build(self, problem: Problem) -> HVP:
         """Products with the Hessian of a problem's mean loss, on slices where processes divide the parameters."""
-        engine = build(problem, self.choice.mode)
+        engine = build(problem, self.choice.mode, threads=self.threads)
         if self.shards is None:
             return engine
         found = Gathered(engine.part(), self.shards, problem.gathered)
@@ -192,19 +190,18 @@ class Measurement:
         if not isfinite(loss):
             raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")
         self.in_time()
-        hvp = self.build(self.problem)
+        hvp = Counting(self.build(self.problem), self)
         found = self.full(hvp, loss, looked_up)
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
         try:
             self.in_time()
             self.stages.enter("next update")
-            counted = Counting(hvp, self, 1.0)
-            found.update = next_update(self.problem, self.preconditioner, counted, self.moving, gradients)
-            steep = Steep.of(self, counted, gradients)
+            found.update = next_update(self.problem, self.preconditioner, hvp, self.moving, gradients)
+            steep = Steep.of(self, hvp, gradients)
             found.norm = steep.found if steep else None
             on_full(self.completed(found))
-            found.companions, found.beside = companions(self, counted, gradients)
+            found.companions, found.beside = companions(self, hvp, gradients)
             del gradients
             self.parts(hvp, found, steep)
             if self.depths and self.layer_names:
@@ -363,7 +360,7 @@ class Measurement:
                 found.truncated.append(Solved(names, None))
                 continue
             # In the whole network's mode: a part of it takes less of everything.
-            hvp = self.build(self.problem.truncated(self.blocks, depth))
+            hvp = Counting(self.build(self.problem.truncated(self.blocks, depth)), self)
             found.truncated.append(self.solve(hvp, names, self.coarse).bare())
 
     def completed(self, found: Measured) -> Measured:

@@ -151,11 +151,10 @@ class Steep:
 
     def _random(self, name: str, generator: torch.Generator) -> Tensor:
         """What is held here of a random tensor: as the eigensolver's start the same in every precision, on every device."""
-        drawn, shards = (
-            torch.randn(self._shape(name), generator=generator, dtype=torch.float64),
-            self.preconditioner.root.shards,
-        )
-        return (drawn if shards is None else shards.part(name, drawn)).to(self.gradients[name])
+        shards, like = self.preconditioner.root.shards, self.gradients[name]
+        drawn = torch.randn(self._shape(name), generator=generator, dtype=torch.float64)
+        own = drawn if shards is None else shards.part(name, drawn)
+        return own.to(like.dtype).to(like.device)  # in this order: MPS has no float64
 
     def _of(self, tensors: Tensors, names: Sequence[str]) -> list[Tensor]:
         return [tensors[n].detach().to(self.gradients[n]) for n in names]

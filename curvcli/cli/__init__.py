@@ -6,6 +6,7 @@ or a bug), 3 a gate unresolved, 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -22,6 +23,8 @@ RANKED = ("analyze", "track", "gate")  # what several ranks do together; of anyt
 
 def main() -> None:
     """Entry point of `curv`."""
+    # Before torch is loaded: its threads otherwise wait for each other in loops, each on a core that another process wants.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Shells start background jobs with SIGINT ignored: leave that as it is.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvcli.curvature.hvp import StandIn
+from curvcli.curvature.standin import StandIn
 
 
 def second_derivatives(

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call, grad, jvp
+from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvcli.curvature import resources
@@ -24,6 +25,8 @@ from curvcli.curvature.precision import norm
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import Ranks
 from curvcli.curvature.selftest import check_second_derivative
+from curvcli.curvature.standin import StandIn
+from curvcli.curvature.threads import in_order
 from curvcli.errors import OutOfMemoryError, UnsupportedError, exhausted, memory_named, shortage
 
 Mode = Literal["kept", "fresh", "forward"]
@@ -136,14 +139,20 @@ def _add_derivative(
     keep: bool,
 ) -> None:
     """Backward from the gradient of one batch along tangents, times a weight, added up."""
-    names = [n for n in total if n in edges]
-    if not names:
-        return
-    inputs = [parameters[n] for n in total]
-    sums = list(total.values())
+    sums, inputs = list(total.values()), [parameters[n] for n in total]
     with _taken(inputs, lambda place, part: sums[place].add_(part, alpha=weight)):
-        outputs, vectors = [edges[n] for n in names], [tangents[n] for n in names]
-        torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep, allow_unused=True)
+        _derivative(edges, inputs, tangents, keep=keep)
+
+
+def _derivative(
+    edges: dict[str, GradientEdge], inputs: Sequence[Tensor], tangents: Mapping[str, Tensor], *, keep: bool = True
+) -> Sequence[Tensor | None]:
+    """Backward from the gradient of one batch along tangents; None for inputs that it does not depend on."""
+    names = [n for n in tangents if n in edges]
+    if not names:
+        return [None] * len(inputs)
+    outputs, vectors = [edges[n] for n in names], [tangents[n] for n in names]
+    return torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep, allow_unused=True)
 
 
 class KeptGraph(_Engine):
@@ -152,10 +161,13 @@ class KeptGraph(_Engine):
     Cheapest per product, and holds the activations of every batch. One graph of all parameters
     serves every restriction: autograd walks only what leads from the named gradients to the named
     parameters, so the last block costs a fraction of the whole.
+
+    Args:
+        threads: whether batches may be walked at the same time (`threads.in_order`), each with a gradient of its own.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.weights = problem.weights
+    def __init__(self, problem: Problem, *, threads: bool = False) -> None:
+        self.weights, self.threads = problem.weights, threads
         self.parameters = problem.parameters
         names, own = list(self.parameters), set(problem.own)
         # Batches of other ranks get an empty entry, so that indices mean the same on all ranks.
@@ -170,9 +182,14 @@ class KeptGraph(_Engine):
         return part
 
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
-        """Walks the kept graphs backward, one batch after the other, and leaves them for the next product."""
+        """Walks the kept graphs backward, and leaves them for the next product."""
         total = {n: torch.zeros_like(self.parameters[n]) for n in names}
         along = dict(zip(names, tangents, strict=True))
+        if self.threads:
+            sums, inputs = list(total.values()), [self.parameters[n] for n in names]
+            walks = [partial(_derivative, edges, inputs, along) for edges in self.gradients]
+            in_order(walks, lambda i, parts: _accumulate(sums, parts, self.weights[i]))
+            return sums
         for weight, edges in zip(self.weights, self.gradients, strict=True):
             _add_derivative(total, weight, self.parameters, edges, along, keep=True)
         return list(total.values())
@@ -228,30 +245,6 @@ class ForwardOverReverse(_Engine):
                 parts = jvp(grad(loss, argnums=tuple(range(len(inputs)))), inputs, tuple(tangents))[1]
             _accumulate(total, parts, self.problem.weights[i])
         return total
-
-
-class StandIn(nn.Module):
-    """The model with some parameters substituted, for a loss that calls it.
-
-    A loss that reaches inside the model instead (`model.head(x)`) would bypass the substitution and
-    be silently wrong, so any other attribute is an error here, and another mode is taken.
-    """
-
-    def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        # Bypasses nn.Module.__setattr__, which would register the model as a child module.
-        self.__dict__["_call"] = lambda *a, **k: functional_call(model, values, a, k, tie_weights=True)
-        self.__dict__["_model"] = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model gives with these parameters."""
-        return self.__dict__["_call"](*args, **kwargs)
-
-
-def measured(model: nn.Module) -> nn.Module:
-    """The model behind a stand-in, for a loss that looks at its modules and reads parameters only while they are called."""
-    found: nn.Module = model.__dict__["_model"] if isinstance(model, StandIn) else model
-    return found
 
 
 def timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> tuple[list[Tensor], float]:
@@ -384,10 +377,14 @@ def _has_gradient(problem: Problem) -> bool:
     return any(part is not None and part.requires_grad for part in parts)  # none where the loss is linear
 
 
-def build(problem: Problem, mode: Mode) -> HVP:
-    """The product engine of a mode. Building "kept" costs about two gradients."""
-    engines: dict[Mode, type[KeptGraph] | type[FreshGraph] | type[ForwardOverReverse]] = {
-        "kept": KeptGraph,
+def build(problem: Problem, mode: Mode, *, threads: bool = False) -> HVP:
+    """The product engine of a mode. Building "kept" costs about two gradients.
+
+    Args:
+        threads: whether kept graphs may be walked at the same time. Other modes call the model, which threads may not.
+    """
+    engines: dict[Mode, Callable[[Problem], KeptGraph | FreshGraph | ForwardOverReverse]] = {
+        "kept": partial(KeptGraph, threads=threads),
         "fresh": FreshGraph,
         "forward": ForwardOverReverse,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from curvcli.curvature.precision import inner, numbers
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.scratch import let_go
 from curvcli.curvature.space import OneDevice, Space
+from curvcli.curvature.threads import in_order
 
 LARGE = 2**26  # bytes of a vector from which on free memory is worth the few percent that it costs to ask for it again
 
@@ -89,6 +91,8 @@ class Folded:
             together, what this one's batches add to it, or all of it on the entries that are held here.
         ranks: these processes, which sum a product once and not once a fold.
         held: where entries are divided over them: within it products are along one vector alone.
+        done: called with a fold's weight after each of its products.
+        threads: whether folds may be applied at the same time (`threads.in_order`).
     """
 
     def __init__(
@@ -96,7 +100,11 @@ class Folded:
         folds: Sequence[tuple[float, Operator]],
         ranks: Ranks = ALONE,
         held: Callable[[], AbstractContextManager[None]] | None = None,
+        *,
+        done: Callable[[float], object] = lambda weight: None,
+        threads: bool = False,
     ) -> None:
+        self.done, self.threads = done, threads
         self.folds, self.space, self.ranks = folds, folds[0][1].space, ranks
         self.sharded, self.held = held is not None, held or nullcontext
         self.vectors: list[Tensor] = []  # each (n,), as they were given
@@ -106,20 +114,30 @@ class Folded:
         """The mean's image of a vector of shape (n,), which is kept, not copied."""
         self.vectors.append(vector)
         if len(self.folds) == 1 and self.ranks.world == 1:  # nothing to compare it with
-            return self.folds[0][1].matvec(vector)
+            image = self.folds[0][1].matvec(vector)
+            self.done(1.0)
+            return image
         # A basis that lies elsewhere is read once for two folds' images, which are one vector more than for one.
         at_once = 2 if vector.device != self.space.empty(0).device else 1
         vector = self.space.here(vector)
         total = torch.zeros_like(vector)
+
+        def add(first: int, images: Sequence[Tensor]) -> None:
+            # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
+            inside = [self._inner(v, images) for v in self.vectors]
+            for place, image in enumerate(images):
+                weight = self.folds[first + place][0]
+                self.columns[first + place].append(numbers([found[place] for found in inside]))
+                total.add_(image, alpha=weight)
+                self.done(weight)
+
+        products = [partial(operator.matvec, vector) for _, operator in self.folds]
         with self.held():
-            for first in range(0, len(self.folds), at_once):
-                some = self.folds[first : first + at_once]
-                images = [operator.matvec(vector) for _, operator in some]
-                # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
-                inside = [self._inner(v, images) for v in self.vectors]
-                for place, (weight, _) in enumerate(some):
-                    self.columns[first + place].append(numbers([found[place] for found in inside]))
-                    total += weight * images[place]
+            if self.threads:
+                in_order(products, lambda index, image: add(index, [image]))
+            else:
+                for first in range(0, len(products), at_once):
+                    add(first, [product() for product in products[first : first + at_once]])
         if not self.sharded:
             self.ranks.sum_([total])
         return total

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of malloc.h
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of malloc.h
 
 
 def free_bytes(device: torch.device) -> float:
@@ -100,7 +100,8 @@ def keep_blocks() -> bool:
     Returns:
         Whether the C library is one that can be told.
     """
-    return _told(_MMAP_THRESHOLD, 2**25) and _told(_TRIM_THRESHOLD, 2**28)
+    # One heap for all threads: those that a thread gets of its own are given back whenever they are empty.
+    return _told(_MMAP_THRESHOLD, 2**25) and _told(_TRIM_THRESHOLD, 2**28) and _told(_ARENA_MAX, 1)
 
 
 def _told(parameter: int, value: int) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.balls import Ball
-from curvcli.curvature.precision import all_finite
+from curvcli.curvature.precision import all_finite, numbers
 from curvcli.curvature.ranks import ALONE, Ranks, agreed, current
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -159,7 +159,7 @@ class _Climb:
         return [t.detach() for t in self.product(d)]
 
     def _inner(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-        return sum(self.holders.each(sum(float((a * b).sum()) for a, b in zip(left, right, strict=True))))
+        return sum(self.holders.each(sum(numbers([(a * b).sum() for a, b in zip(left, right, strict=True)]))))
 
 
 def _best(here: float, cross: float, there: float) -> tuple[float, float]:

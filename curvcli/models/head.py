@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curvcli.curvature.cross_entropy import linear_cross_entropy
-from curvcli.curvature.hvp import measured
+from curvcli.curvature.standin import measured
 
 # Looking takes two forward passes and a gradient; weak, so that a measured model can be freed.
 _known: WeakKeyDictionary[nn.Module, list[nn.Linear]] = WeakKeyDictionary()

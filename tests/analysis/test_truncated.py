@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from curvcli import analyze
 from curvcli.analysis.checkpoint import Options, open_for_analysis
+from curvcli.analysis.cuts import Cut
+from curvcli.analysis.solve import Measurement
 from curvcli.analysis.track import key_of
 from curvcli.documents import LrSchedule, Report
-from curvcli.errors import InputError, UsageError
+from curvcli.errors import InputError, OutOfTime, UsageError
 from curvcli.schedules import Measured, grow_from
 
 DEPTH, WIDTH = 4, 5
@@ -125,3 +127,50 @@ def test_layers_in_a_dictionary_are_those_of_a_list() -> None:
     found = of(nn.ModuleDict)
     assert len(found["layers"]) == DEPTH  # type: ignore[arg-type]
     assert found == of(nn.ModuleList)
+
+
+@pytest.mark.parametrize(
+    ("half", "whole", "unigram", "means"),
+    [
+        (5.0, 4.6, None, True),  # as of a network in memory, whose loss may be anything
+        (5.1, 4.6, None, False),
+        (4.6, 4.55, 3.07, True),  # ten steps in, it has not learned what the frequencies tell
+        (2.63, 2.62, 3.07, False),  # cutting costs nothing, and yet it has learned
+        (3.05, 3.02, 3.07, True),  # what the frequencies tell, and no more
+        (float("nan"), 4.6, 3.07, False),
+        (-5.0, -4.6, None, True),  # of what is maximised
+    ],
+)
+def test_a_network_that_has_learned_from_context_is_not_near_its_initialisation(
+    half: float, whole: float, unigram: float | None, means: bool
+) -> None:
+    assert Cut(half, whole, unigram).means == means
+
+
+def test_the_finding_names_the_losses_that_decided() -> None:
+    assert "is 2.63 where its tokens' frequencies alone give 3.07:" in Cut(2.7, 2.63, 3.07).why_not()
+    assert "is 5.1 where the whole's is 4.6:" in Cut(5.1, 4.6, 3.07).why_not()
+    assert "is 5.1 where the whole's is 4.6:" in Cut(-5.1, -4.6).why_not(negated=True)
+
+
+def test_a_checkpoint_s_shard_says_what_frequencies_alone_give(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path, 1) / "checkpoint-1"  # type: ignore[arg-type]
+    opened = open_for_analysis(run, Options(tokens=64))
+    begun: list[Measurement] = []
+
+    def run_none(self: Measurement, on_full: object) -> None:
+        begun.append(self)
+        raise OutOfTime
+
+    monkeypatch.setattr(Measurement, "run", run_none)
+    with pytest.raises(OutOfTime):
+        opened.measure()
+    (work,) = begun
+    provenance = opened.ready().provenance
+    assert provenance.data is not None
+    assert work.cut is not None
+    assert work.cut.unigram == provenance.data(1.0).unigram_loss
+    # A fresh network's loss is far above it.
+    assert work.cut.unigram is not None
+    assert 0 < work.cut.unigram < work.cut.whole
+    assert work.cuts

@@ -79,7 +79,7 @@ def test_same_seed_same_report(samples: Path) -> None:
 
 
 def test_csv(samples: Path) -> None:
-    few = ("--tokens", 64, "--max-hvps", 3, "--mode", "kept", "-q")
+    few = ("--tokens", 64, "--max-hvps", 3, "--mode", "kept", "--truncated", "-q")
     done = curv("analyze", samples / "nanogpt" / "ckpt.pt", *few, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [r["part"] for r in rows] == ["full", "body", "ends"] + ["layer"] * 4 + ["restricted"] * 5 + ["truncated"] * 5

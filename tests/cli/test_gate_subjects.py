@@ -68,7 +68,7 @@ def test_a_fair_budget_decides_on_the_full_model_alone(samples: Path, tmp_path: 
     report = load_report(tmp_path / "r.json")
     assert report.full.status == "converged"
     assert report.full.eigenvalue == pytest.approx(load_report(ASSETS / "hot-60.gate.report.json").full.eigenvalue, rel=0.01)
-    skipped = [e for e in report.cumulative.truncated if e.status == "skipped"]
+    skipped = [e for e in (*report.layers, *report.cumulative.restricted) if e.status == "skipped"]
     assert skipped
     assert any(f.code == "out-of-time" for f in report.findings)
 
