@@ -5,6 +5,7 @@ Text is Moby-Dick as bytes (`runs.py`), images and regression targets are made b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ class Family:
         rates: learning rates from calm to one that most do not survive; the ramp begins at the first.
         rows: of a training batch; 0 is the whole of the data, always the same.
         held_out: not looked at before the coefficients are fitted.
+        clip: largest norm of a gradient; infinite clips nothing, as of full batches.
+        ramps_only: nothing else is trained: it is there for the learning rate at which it breaks.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Family:
     rates: tuple[float, ...]
     rows: int = 8
     held_out: bool = False
+    clip: float = 1.0
+    ramps_only: bool = False
 
     @property
     def group(self) -> str:
@@ -70,6 +75,21 @@ FAMILIES = {
         Family("vit-adam", "vit", "Adam", {}, ADAM_RATES, rows=16),
         Family("vit-rmsprop", "vit", "RMSprop", {}, tuple(r / 3 for r in ADAM_RATES), rows=16),
         Family("llama-rmsprop", "llama", "RMSprop", {}, tuple(r / 3 for r in ADAM_RATES), held_out=True),
+        *(
+            Family(name, network, "SGD", options, SGD_RATES, held_out=True, clip=clip, ramps_only=True)
+            for name, network, options, clip in (
+                ("mixer-sgd", "mixer", {"momentum": 0.9}, 1.0),
+                ("mixer-sgd-plain", "mixer", {}, 1.0),
+                ("mixer-sgd-free", "mixer", {"momentum": 0.9}, math.inf),
+                ("lstm-sgd", "lstm", {"momentum": 0.9}, 1.0),
+                ("lstm-sgd-plain", "lstm", {}, 1.0),
+                ("lstm-sgd-free", "lstm", {"momentum": 0.9}, math.inf),
+                ("mlp-sgd-plain", "images-mlp", {}, 1.0),
+                ("conv-sgd-plain", "images-conv", {}, 1.0),
+                ("conv-sgd-free", "images-conv", {"momentum": 0.9}, math.inf),
+                ("conv-nesterov", "images-conv", {"momentum": 0.9, "nesterov": True}, 1.0),
+            )
+        ),
     )
 }
 
@@ -155,6 +175,31 @@ class GRUBlock(nn.Module):
         return x + self.cell(self.norm(x))[0]
 
 
+class LSTMBlock(nn.Module):
+    """A bare recurrent layer: no norm, and nothing around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)[0]
+
+
+class MixerBlock(nn.Module):
+    """One layer over the 16 patches of a picture, then one over the channels of each (arXiv 2105.01601)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
+        self.patches = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.channels = _feed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.patches(self.norms[0](x).transpose(1, 2)).transpose(1, 2)
+        return x + self.channels(self.norms[1](x))
+
+
 class Text(nn.Module):
     """Bytes to logits of the next byte: embedding, positions, blocks, head."""
 
@@ -173,12 +218,12 @@ class Text(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches of 2 x 2 pixels of an 8 x 8 picture, pre-norm blocks, mean, head."""
+    """Patches of 2 x 2 pixels of an 8 x 8 picture, blocks, mean, head."""
 
-    def __init__(self, seen: list[tuple[float, float]]) -> None:
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.embed, self.place = nn.Linear(4, WIDTH), nn.Parameter(0.02 * torch.randn(16, WIDTH))
-        self.layers = nn.ModuleList(Block(seen, first=True, causal=False) for _ in range(2))
+        self.layers = nn.ModuleList(block() for _ in range(2))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -270,13 +315,19 @@ def build(family: Family, seed: int) -> Task:
     if kind == "mlp":
         model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
         return Task(model, square, *_regression(seed), seen)
-    if kind in ("vit", "images-mlp", "images-conv"):
-        pictures: nn.Module = ViT(seen) if kind == "vit" else _images_mlp() if kind == "images-mlp" else _images_conv()
-        return Task(pictures, label, *_pictures(seed), seen)
+    pictures: dict[str, Callable[[], nn.Module]] = {
+        "vit": lambda: ViT(lambda: Block(seen, first=True, causal=False)),
+        "mixer": lambda: ViT(MixerBlock),
+        "images-mlp": _images_mlp,
+        "images-conv": _images_conv,
+    }
+    if kind in pictures:
+        return Task(pictures[kind](), label, *_pictures(seed), seen)
     if kind in ("llama", "llama-z", "qwen3", "gpt2"):
         return Task(_hugging(kind), next_byte_z if kind == "llama-z" else next_byte, *_text(), seen)
     blocks: dict[str, Callable[[], list[nn.Module]]] = {
         "gru": lambda: [GRUBlock()],
+        "lstm": lambda: [LSTMBlock()],
         "post-norm": lambda: [Block(seen, first=False) for _ in range(4)],
         "pre-norm": lambda: [Block(seen, first=True) for _ in range(2)],
         "pre-norm-deep": lambda: [Block(seen, first=True) for _ in range(6)],

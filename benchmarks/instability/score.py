@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -22,10 +23,12 @@ from common import HERE
 from labels import label
 from matplotlib.figure import Figure
 from signals import SIGNALS, Signal, points
-from zoo import PROBES, stored
+from zoo import EVENT_AT, EVENTS, PROBES, Run, stored
 
 from curvcli.judge.calibration import calibration, odds
+from curvcli.judge.limits import STABLE_BELOW
 from curvcli.judge.verdict import verdict_at
+from curvcli.training.outliers import LossWatch
 
 EARLY, DRAWS, AHEAD = 16, 200, 40
 Scored = tuple[str, float, bool]  # family, signal, whether it went wrong
@@ -34,10 +37,10 @@ Scored = tuple[str, float, bool]  # family, signal, whether it went wrong
 def auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
     """Chance that a bad one's signal is above a good one's; ties count half. None where one kind is missing."""
     bad = [v for v, y in pairs if y]
-    good = [v for v, y in pairs if not y]
+    good = sorted(v for v, y in pairs if not y)
     if not bad or not good:
         return None
-    return sum((b > g) + 0.5 * (b == g) for b in bad for g in good) / (len(bad) * len(good))
+    return sum(bisect_left(good, b) + bisect_right(good, b) for b in bad) / (2 * len(bad) * len(good))
 
 
 def within(scored: Sequence[Scored]) -> float | None:
@@ -80,10 +83,12 @@ def of_histories(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]
 
 
 def of_checkpoints(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]], signal: Signal) -> list[list[Scored]]:
-    """Each point before a break against whether the run breaks within 40 steps: one list a run."""
+    """Each point before a break against whether the run breaks within 40 steps: one list a run, those of events apart."""
     found = []
     for row, said in zip(rows, labels, strict=True):
         at = said["break"]
+        if row["protocol"] in EVENTS:
+            continue  # what comes from outside nothing can foresee
         mine = [
             (row["family"], v, at is not None and at <= p["step"] + AHEAD)
             for p in points(row)
@@ -98,7 +103,7 @@ def lead(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]], signa
     """Breaks that a signal is before, and by how much, at the threshold that `rate` of a family's quiet runs cross."""
     caught, leads, all_of = 0, [], 0
     for family in sorted({row["family"] for row in rows}):
-        mine = [(r, s) for r, s in zip(rows, labels, strict=True) if r["family"] == family]
+        mine = [(r, s) for r, s in zip(rows, labels, strict=True) if r["family"] == family and r["protocol"] not in EVENTS]
         quiet = [
             max((v for p in points(r) if p["step"] >= EARLY and (v := signal(p)) is not None), default=None)
             for r, s in mine
@@ -150,6 +155,60 @@ def score(rows: list[dict[str, Any]], labels: list[dict[str, Any]]) -> dict[str,
             **{f"lead at {rate:.0%} false alarms": lead(rows, labels, signal, rate) for rate in (0.05, 0.2)},
         }
     return table
+
+
+def events(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Runs with something injected after step 100: what became of each kind, and how well they were told at 100 and 150.
+
+    At step 100 a signal can say no more than how much a run stands, at 150 whether it gets over it.
+    """
+    pairs = [(r, s) for r, s in zip(rows, labels, strict=True) if r["protocol"] in EVENTS]
+    found: dict[str, Any] = {}
+    for kind in EVENTS:
+        mine = [(r, s) for r, s in pairs if r["protocol"] == kind]
+        found[kind] = {
+            "runs": len(mine),
+            "break": sum(s["break"] is not None and s["break"] >= EVENT_AT - 15 for _, s in mine),
+            "badly": sum(bool(s["badly"]) for _, s in mine),
+            "loss past 6 sigma within 20 steps": sum(_noticed(r["losses"]) for r, _ in mine),
+        }
+    for name in ("rho", "lr", "update ratio", "gradient norm, z", "gradient norm, 6 sigma", "loss, z"):
+        for step in (EVENT_AT, 150):
+            at = [
+                (v, bool(s["badly"]))
+                for r, s in pairs
+                for p in points(r)
+                if p["step"] == step and (v := SIGNALS[name](p)) is not None
+            ]
+            found[f"{name} at {step}: AUC of a bad end"] = _digits(auc(at))
+    return found
+
+
+def _noticed(losses: Sequence[float | None]) -> bool:
+    """Whether the tracker's rule on the loss fires in the 20 steps after the event."""
+    watch = LossWatch()
+    for step, loss in enumerate(losses[: EVENT_AT + 20]):
+        watch.see(float("nan") if loss is None else loss)
+        if step == EVENT_AT - 1:
+            watch.told()  # and forget
+    sigmas = watch.told()["loss_sigmas"]
+    return sigmas is not None and sigmas > 6
+
+
+def unflagged(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Runs that broke by themselves after a measurement, and those with a rho below the edge at the rate that broke."""
+    found = {"measured before a break": 0, "all of them below 0.8 at the rate that broke": 0}
+    for row, said in zip(rows, labels, strict=True):
+        if said["break"] is None or row["protocol"] in (*EVENTS, "ramp"):
+            continue
+        before = [p for p in row["probes"] if EARLY <= p["step"] < said["break"]]
+        if not before:
+            continue
+        rate = Run(row["family"], row["protocol"], row["lr"], row["seed"]).lr_at(said["break"] - 1)
+        known = [p["rho"] * rate / p["lr"] for p in before if p.get("status") == "converged" and p.get("rho") is not None]
+        found["measured before a break"] += 1
+        found["all of them below 0.8 at the rate that broke"] += bool(known) and max(known) < STABLE_BELOW
+    return found
 
 
 def _digits(value: float | None) -> float | None:
@@ -245,10 +304,12 @@ def main() -> None:
         chosen = [(r, s) for r, s in zip(rows, labels, strict=True) if r["held_out"] == held]
         document[name] = score([r for r, _ in chosen], [s for _, s in chosen])
         document[name]["verdicts"] = verdicts([r for r, _ in chosen], [s for _, s in chosen])
+    document |= {"events": events(rows, labels), "unflagged": unflagged(rows, labels)}
     (HERE / "results" / "instability_scores.json").write_text(json.dumps(document, indent=1) + "\n")
     signals = {name: {k: v for k, v in document[name].items() if k != "verdicts"} for name in sets}
     fit = json.loads((HERE / "results" / "instability_fit.json").read_text())
     draw({**document, **signals}, fit).savefig(HERE.parent / "docs" / "images" / "instability.png", dpi=120)
+    print(json.dumps({name: document[name] for name in ("events", "unflagged")}, indent=1))
     ends = sum(s["break"] is not None for s in labels), sum(bool(s["badly"]) for s in labels)
     print(f"{len(rows)} runs, {ends[0]} break, {ends[1]} end badly")
     for name in sets:

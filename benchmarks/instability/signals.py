@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from statistics import median, pstdev
 from typing import Any
 
+from families import FAMILIES
 from labels import INF, finite
 
 Point = Mapping[str, Any]  # a probe, with "earlier", the probes before, and the losses and norms up to it
@@ -69,7 +70,15 @@ SIGNALS: dict[str, Signal] = {
     "- attention entropy": lambda p: None if p.get("attention_entropy") is None else -p["attention_entropy"],
     "spectral norm": lambda p: p.get("spectral_norm"),
     "lr": lambda p: p["lr"],
+    "1 / (1 - b2)": lambda p: p["memory"],
 }
+
+
+def memory(family: str) -> float | None:
+    """Steps that the second moment averages over; None of an optimizer that has none."""
+    made = FAMILIES[family]
+    b2 = {"SGD": None, "RMSprop": 0.99}.get(made.optimizer, made.options.get("betas", (0.9, 0.999))[1])
+    return None if b2 is None else 1 / (1 - b2)
 
 
 def points(row: Mapping[str, Any]) -> list[Point]:
@@ -78,6 +87,7 @@ def points(row: Mapping[str, Any]) -> list[Point]:
         {
             **probe,
             "earlier": row["probes"][:k],
+            "memory": memory(row["family"]),
             "losses": row["losses"][: probe["step"]],
             "norms": row["norms"][: probe["step"]],
         }

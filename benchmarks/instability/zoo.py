@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -30,6 +31,7 @@ from curvcli.analysis.api import analyze
 from curvcli.documents import Report
 from curvcli.errors import CurvError
 
+Look = Callable[[Task, Any, torch.optim.Optimizer], dict[str, Any]]
 STORE = HERE / "results" / "instability.jsonl"
 STEPS = 200
 PROBES = {8, 16, 32, 64, 100, 150, 200}  # steps; of ramps every 20th
@@ -85,6 +87,8 @@ def wanted() -> list[Run]:
     found = []
     for seed, family in product(SEEDS, FAMILIES.values()):
         found.append(Run(family.name, "ramp", family.rates[0], seed))
+        if family.ramps_only:
+            continue
         hot = family.rates[1:]
         protocols = ("warmup", "cosine") if family.rows else ("constant",)
         found += [
@@ -186,16 +190,27 @@ def corrupted(run: Run, step: int, batch: Any, draw: torch.Generator) -> Any:
     return batch
 
 
-def play(run: Run) -> dict[str, Any]:
-    """Train one run to its end, or to where its loss is no number any more."""
+def look(task: Task, shard: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What is measured where a run is looked at, its shard as one batch."""
+    return measured(task, [shard], optimizer) | companions(task, [shard], optimizer)
+
+
+def play(run: Run, look: Look = look, probes: Collection[int] = PROBES, most: int = MOST) -> dict[str, Any]:
+    """Train one run to its end, or to where its loss is no number any more.
+
+    Args:
+        look: what is measured of the task, its shard and the optimizer.
+        probes: steps at which it is, but for ramps.
+        most: steps after which the run is left.
+    """
     family, started = FAMILIES[run.family], process_time()
     task = build(family, run.seed)
     optimizer = optimizer_of(family, task.model, run.lr)
     draw, shard_draw = torch.Generator().manual_seed(1000 + run.seed), torch.Generator().manual_seed(2000 + run.seed)
     rows = ROWS if family.rows != 16 else 4 * ROWS
-    shard = [task.draw(rows, shard_draw)]
+    shard = task.draw(rows, shard_draw)
     course = Course()
-    for step in range(run.steps):
+    for step in range(min(run.steps, most)):
         for group in optimizer.param_groups:
             group["lr"] = run.lr_at(step)
         if run.protocol == "lost-moments" and step == EVENT_AT:
@@ -204,16 +219,15 @@ def play(run: Run) -> dict[str, Any]:
         value = task.loss(task.model, corrupted(run, step, batch, draw))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        norm = float(nn.utils.clip_grad_norm_(task.model.parameters(), 1.0 if family.rows else float("inf")))
+        norm = float(nn.utils.clip_grad_norm_(task.model.parameters(), family.clip if family.rows else math.inf))
         course.losses.append(float(value.detach()))
         course.norms.append(norm)
         if not (math.isfinite(course.losses[-1]) and math.isfinite(norm)):
             break
         optimizer.step()
-        if (step + 1) % 20 == 0 if run.protocol == "ramp" else step + 1 in PROBES:
+        if (step + 1) % 20 == 0 if run.protocol == "ramp" else step + 1 in probes:
             optimizer.zero_grad(set_to_none=True)
-            probe = {"step": step + 1, "lr": run.lr_at(step)} | measured(task, shard, optimizer)
-            course.probes.append(_rounded(probe | companions(task, shard, optimizer)))
+            course.probes.append(_rounded({"step": step + 1, "lr": run.lr_at(step)} | look(task, shard, optimizer)))
         if over(course.losses, task.constant) and run.protocol == "ramp":
             break
     return {

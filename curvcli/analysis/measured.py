@@ -22,6 +22,7 @@ class Ongoing(Protocol):
     Attributes:
         moving: names of the parameters that move; `names` are those of them that have a P, and so lambda and rho.
         layer_moving: those that move, by layer.
+        notes: for the report's findings, by code.
     """
 
     problem: Problem
@@ -32,6 +33,7 @@ class Ongoing(Protocol):
     moving: list[str]
     names: list[str]
     layer_moving: list[list[str]]
+    notes: dict[str, str]
 
     def in_time(self) -> None:
         """Raises OutOfTime where nothing more may be started."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
+from math import exp, log, sqrt
 from statistics import median
 from typing import Protocol
 
@@ -26,6 +26,7 @@ NO_NUMBERS = 3  # losses in a row at the end that are no numbers
 CONTEXT, SETTLED, UNLOGGED = 0.98, 300, 1000
 DECAYED = 0.5  # lr over its peak, from which on it counts as decayed
 BLOWN = 2.0  # the smoothed loss over the first one logged: no run that trains rises as far
+NO_BETTER = 0.95  # of the first losses logged, or as much over them: there a loss that has risen so far is where it began
 # A logged loss under this share of the entropy says that training does use context: the shard is unlike it. It is less than
 # CONTEXT, since the Trainer's log divides by all tokens of a window, and a window of 32 has 31 predictions.
 LOGGED_CONTEXT = 0.95
@@ -112,6 +113,8 @@ def _found(
         return lost
     curve = _curve([(row.step, row.loss) for row in rows if row.loss is not None])
     found = LossCourse(name="short") if curve is None else _over_best(curve, entries)
+    if unigram is None and curve is not None and not found.lost:
+        return _never_back(found, curve)
     if found.lost or shard_loss is None or unigram is None or shard_loss < CONTEXT * unigram:
         return found
     if curve is not None and (blown := _blown_up(found, curve, shard_loss, unigram)):
@@ -307,6 +310,30 @@ def _blown_up(found: LossCourse, curve: _Curve, shard_loss: float, unigram: floa
     reason = (
         f"the loss rose from {first:.3g} to {top:.3g}, over {first * BLOWN:.3g} at step {since:,}, and still is "
         f"{shard_loss:.3g} on the shard, where the tokens' frequencies alone give {unigram:.3g}"
+    )
+    return found.model_copy(update={"name": "wrecked", "step": since, "reason": reason, "spikes": []})
+
+
+def _never_back(found: LossCourse, curve: _Curve) -> LossCourse:
+    """The same, wrecked, where the loss rose far over where it began, and stands there now.
+
+    What has to do where no entropy is known, as of a classifier. Such a run has often learned for too short a time for its
+    smoothed loss to show it.
+    """
+    first, now, short = max(curve.losses[:3]), curve.medians[-1], WINDOWS[0]  # one of the three may be low by luck
+    if min(curve.losses) <= 0 or not NO_BETTER * first <= now <= first / NO_BETTER:
+        return found
+    # By logarithms, in which the noise of small and of large losses compares.
+    noise = 1.25 * _white([log(loss) for loss in curve.losses]) / sqrt(short)
+    limit = first * max(BLOWN, exp(min(SIGMAS * noise, 700.0)))
+    tops = [(median(curve.losses[end - short : end]), end) for end in range(short, len(curve.losses) + 1)]
+    if max(tops)[0] <= limit:
+        return found
+    place = next(end for top, end in tops if top > limit) - short
+    since = next(curve.steps[i] for i in range(place, len(curve.losses)) if curve.losses[i] > limit)
+    reason = (
+        f"the loss rose from {first:.3g} to {max(curve.losses):.3g} from step {since:,} on, and is {curve.medians[-1]:.3g} "
+        "now: where it began"
     )
     return found.model_copy(update={"name": "wrecked", "step": since, "reason": reason, "spikes": []})
 

@@ -60,6 +60,7 @@ def explain(
     return [*first, *sorted(found, key=lambda f: order[f.severity])]
 
 
+_WARN = ("gradient-over-moments",)  # notes that put rho itself in doubt
 _WHY = {
     "asymmetric": ", products fail u.Gv = v.Gu: a kernel is differentiable once only, or weights have blown up and float32 "
     "resolves nothing; look at the loss",
@@ -174,7 +175,10 @@ def _hot(report: Report) -> Finding:
 
 
 def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str], projects: bool) -> list[Finding]:
-    found = [Finding(code=code, severity="info", message=message) for code, message in notes.items()]
+    found = [
+        Finding(code=code, severity="warning" if code in _WARN else "info", message=message)
+        for code, message in notes.items()
+    ]
     if optimizer.preconditioner == "estimated":
         found.append(
             Finding(

@@ -62,6 +62,11 @@ def judge_run(
         hottest = max(_late(known), key=_rho, default=newest) if name == "hot" and not _past(newest) else newest
         limit = restart_lr(hottest if good is None else good.report, failed)
     action, advice = _action(name, good, limit, newest)
+    if good is not None and step is not None and _below_edge(known, step, course.lr_highest if course else None):
+        advice += (
+            "; rho up to there says nothing against the learning rate, so look first at what came at that step: the data, a "
+            "change of the job, a fault of the machine"
+        )
     return RunVerdict(
         name=name,
         step=step,
@@ -153,6 +158,16 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
     if newest.verdict == "unresolved":
         return "unresolved", None, [f"the newest checkpoint's verdict is unresolved{_loss_says(course)}"]
     return "healthy", None, [f"rho is {_rho(newest):.3g} at the newest checkpoint{_loss_says(course)}"]
+
+
+def _below_edge(known: Sequence[Report], wrong: int, highest: float | None) -> bool:
+    """Whether all that was measured before a wreck was stable, and would be at the highest learning rate up to it."""
+    before = [r for r in _late(known) if r.checkpoint.step is not None and r.checkpoint.step < wrong]
+    if not before or highest is None:
+        return False
+    # Their own rate may be that of a warm-up. lambda is held as it is.
+    grown = [_rho(r) * max(highest / r.optimizer.lr, 1.0) for r in before if r.optimizer.lr]
+    return len(grown) == len(before) and all(r.verdict == "stable" for r in before) and max(grown) < STABLE_BELOW
 
 
 def _late(known: Sequence[Report]) -> list[Report]:

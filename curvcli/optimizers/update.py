@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import hypot, isfinite
 
+import torch
 from torch import Tensor
 
 from curvcli.curvature.hvp import HVP
+from curvcli.curvature.inverse_root import Diagonal
 from curvcli.curvature.precision import norm, numbers
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Ranks
@@ -60,6 +62,30 @@ def update_rms(preconditioner: Preconditioner, names: Sequence[str]) -> float | 
     size = sum(each(sum(step[n].numel() for n in names)))
     found = hypot(*each(norm([step[n] for n in names]))) / size**0.5
     return found if found < float("inf") else None
+
+
+def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients: Sequence[Tensor]) -> float | None:
+    """Norm of a gradient over that of P's diagonal, on the entries that had gradients before.
+
+    P is sqrt(v) + eps, so its norm is the root mean square of the norms that the optimizer was given, or more. The gradient
+    of a mean over more data is no longer, unless gradients were clipped, the data are others or the loss has leapt.
+
+    None where P is not of one number an entry, is divided over processes, or is not of optimizer state.
+    """
+    root = preconditioner.root
+    if preconditioner.kind != "checkpoint" or root.shards is not None or not root or not set(names) >= set(root):
+        return None
+    given, known = 0.0, 0.0
+    for name, gradient in zip(names, gradients, strict=True):
+        part = root.get(name)
+        if part is None:
+            continue
+        if not isinstance(part, Diagonal):
+            return None
+        seen = torch.ones_like(part.entries) if part.never is None else (~part.never).to(part.entries)
+        given += float((gradient * seen).double().square().sum())
+        known += float((part.entries * seen).double().square().sum())
+    return over(given**0.5, known**0.5)
 
 
 def gradient_quotient(hvp: HVP, names: Sequence[str], gradients: Sequence[Tensor], holders: Ranks = ALONE) -> float | None:

@@ -91,7 +91,9 @@ class ArchitectureWarmup:
                 hint=f"make one with curv schedule --depth {depth}" if depth else "pass layers=model.layers",
             )
         if rho_source is not None and self.schedule.gates:
-            raise UsageError("gates open by the step alone", hint="drop rho_source or adaptive=True")
+            raise UsageError(
+                "gates open by the step alone: there is no unlock to decide", hint="drop rho_source or adaptive=True"
+            )
         if getattr(rho_source, "budget", None) is not None:
             raise UsageError(
                 "adaptive mode needs measurements at fixed steps: by a clock, a resumed job would decide otherwise",

@@ -216,6 +216,34 @@ def test_a_loss_that_rose_far_over_its_start_is_a_wreck_while_it_falls_back() ->
     assert course([min(loss, 10.0) for loss in losses], shard_loss=4.1, unigram=3.3, step=123).name == "healthy"
 
 
+def classifier(then: float, noise: float = 0.02) -> list[float]:
+    """It learns for 15 steps, leaps, and stands at `then` for the rest of 400: too short for its medians of 40 to see."""
+    random = np.random.default_rng(0)
+    losses = [log(10), log(10), 2.25, 2.2, *np.linspace(2.1, 0.5, 15), 5.5, 10.0, 26.0, 7.6, 6.0, 5.0]
+    return [*losses, *(then + noise * random.standard_normal(400 - len(losses)))]
+
+
+def test_a_loss_that_leapt_and_stands_where_it_began_is_a_wreck_without_an_entropy() -> None:
+    found = course(classifier(log(10)))
+    assert (found.name, found.step) == ("wrecked", 20)
+    assert "rose from 2.3 to 26 from step 20 on, and is 2.3 now: where it began" in found.reason
+    # It came back, or it never leapt.
+    assert course(classifier(2.1)).name == "healthy"
+    assert course([log(10)] * 19 + classifier(log(10))[25:]).name == "healthy"
+    # An entropy that its loss lies below says more than where it began.
+    assert course(classifier(log(10)), unigram=3.0, shard_loss=log(10)).name == "healthy"
+    # A loss that wanders may come to stand above its first values: that alone says nothing.
+    assert course([1.0] * 3 + [3.0] * 6 + [1.4] * 91).name == "healthy"
+    # No logarithm is taken of a loss of 0.
+    assert course([*classifier(log(10))[:-1], 0.0]).name == "healthy"
+
+
+@pytest.mark.parametrize("seed", [30, 123, 197])  # in these draws a median of five comes to twice the first values
+def test_noise_that_leaps_is_not_taken_for_it(seed: int) -> None:
+    losses = np.random.default_rng(seed).exponential(size=100) + 1e-6
+    assert course(losses.tolist()).name == "healthy"
+
+
 def test_a_run_that_still_gets_better_is_not_collapsed() -> None:
     losses = np.linspace(7.0, 4.2, 600).tolist()
     assert course(losses, shard_loss=4.2, unigram=4.16, step=600).name == "healthy"

@@ -76,6 +76,26 @@ def test_a_wrecked_run_goes_back_to_the_newest_good_checkpoint() -> None:
     assert (bare.action, bare.good_step) == ("stop", None)
 
 
+DATA = "look first at what came at that step: the data"
+
+
+def test_a_wreck_below_the_edge_sends_one_to_the_data_first() -> None:
+    lr = calm(40).optimizer.lr
+    assert lr is not None
+    assert 0.8 / 1.5 < _rho(calm(40)) < 0.8
+    found = verdict([calm(20), calm(40), calm(100, 0.01)], BROKEN, lr=lr)
+    assert (found.name, found.action) == ("wrecked", "go back")
+    assert DATA in found.advice
+    # Not where one before it was past the edge, where none of them was measured, or where the rate grew over that since.
+    assert DATA not in verdict([unstable(20), calm(40), calm(100, 0.01)], BROKEN, lr=lr).advice
+    assert DATA not in verdict([calm(20).model_copy(update={"verdict": "edge"}), calm(40)], BROKEN, lr=lr).advice
+    assert DATA not in verdict([calm(20), calm(40), calm(100, 0.01)], BROKEN, lr=1.5 * lr).advice
+    late = track([calm(100)], log=log(BROKEN, lr=lr))
+    assert DATA not in judge_run([calm(100)], late.log, places=[("run/checkpoint-40", 40)]).advice
+    # Nor where none is old enough to mean anything.
+    assert DATA not in verdict([calm(5), calm(100, 0.01)], BROKEN, lr=lr).advice
+
+
 def test_learning_rate_to_restart_with() -> None:
     """Closed form: lr / rho, and half of what it failed at."""
     report = calm(40)

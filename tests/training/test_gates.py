@@ -141,7 +141,7 @@ def test_blocks_that_cannot_be_gated(block: nn.Module, said: str) -> None:
 def test_gates_and_adaptive_mode_exclude_each_other() -> None:
     model = build()
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(UsageError, match="gates open by the step alone"):
+    with pytest.raises(UsageError, match="gates open by the step alone: there is no unlock to decide"):
         ArchitectureWarmup(model, optimizer, GATES, rho_source=Job().warmup)  # type: ignore[arg-type]
 
 
