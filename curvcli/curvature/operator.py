@@ -118,6 +118,12 @@ class Folded:
             self.ranks.sum_([total])
         return total
 
+    def forget(self, count: int) -> None:
+        """All vectors but the first so many, and what the folds made of them."""
+        del self.vectors[count:]
+        for columns in self.columns:
+            del columns[count:]
+
     def _inner(self, vector: Tensor, image: Tensor) -> float:
         # Of what is here alone: `projected` adds up what the processes found.
         found = float(inner(vector[None], image)[0])
