@@ -281,7 +281,7 @@ def kinks_of(problem: Problem) -> list[str]:
             seen.add(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Seen():
+    with torch.no_grad(), Seen():  # type: ignore[no-untyped-call]
         problem.batch_loss(0)
     return sorted({name.strip("_") for name in seen & KINKS})
 

@@ -51,7 +51,7 @@ class Stepped(Lanczos):
             found, doubt = self._certified(paced, found)
             good = doubt <= (1 - TIGHTER) * self.tolerance * abs(found.top.value) if found.top else True
             good = bool(operator.space.agree(good or self.expired)[0])
-            if good or not again or not paced.refined(found.vector):
+            if good or not again or found.vector is None or not paced.refined(found.vector):
                 break
         if found.top is not None and found.top.value:
             self.step.floor = max(self.step.floor or 0.0, doubt / abs(found.top.value))

@@ -10,8 +10,7 @@ from dataclasses import replace
 import models
 import pytest
 import torch
-from fused import FusedCrossEntropy
-from test_hvp import OneWayTanh
+from fused import FusedCrossEntropy, OneWayTanh
 from torch import Tensor, nn
 
 from curvcli import analyze
@@ -111,7 +110,8 @@ class _Noisy(DenseOperator):
 
     def __init__(self, matrix: Tensor, step: Step, rounding: float) -> None:
         super().__init__(matrix)
-        self.step, self.rounding, self.lengths = step, rounding, []
+        self.step, self.rounding = step, rounding
+        self.lengths: list[float] = []
         self.generator = torch.Generator().manual_seed(1)
 
     def matvec(self, vector: Tensor) -> Tensor:
