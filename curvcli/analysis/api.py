@@ -79,7 +79,8 @@ def analyze(
         layers: the model's list of blocks; found by itself where there is one.
         lr: learning rate to use instead of the optimizer's: that of the largest parameter group that moves; the others
             keep their ratio to it.
-        mode: how Hessian-vector products are made; "auto" keeps graphs where they fit, and is exact in any case.
+        mode: how Hessian-vector products are made; "auto" keeps graphs where they fit, and is exact but under a limit of
+            memory that no exact mode fits. "differences", of gradients, needs no second derivatives and is good to 0.1 %.
         tolerance: residual over lambda at which the full model and the restricted depths count as converged, if no
             eigenvalue lies more than three times that above (depths: up to ten times); layers and truncated networks take
             three times it, and ten times it above.

@@ -17,7 +17,7 @@ from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress
 from curvcli.analysis.track import key_of, the_last
 from curvcli.checkpoints import fetched, find_checkpoints, open_checkpoint
-from curvcli.curvature.hvp import build, graph_bytes, random_direction, timed
+from curvcli.curvature.hvp import graph_bytes, random_direction, timed
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.errors import CurvError, memory_named
 
@@ -109,7 +109,7 @@ def forecast(work: Measurement) -> dict[str, Any]:
     """Of a measurement that is set up: one product is made, and the others are counted."""
     work.stages.enter("one product")
     problem, mode = work.problem, work.choice.mode
-    engine = build(problem, mode)
+    engine = work.build(problem)
     names = list(problem.parameters)
     ready = time.perf_counter() - work.started
     _, product = timed(engine, names, random_direction(problem))

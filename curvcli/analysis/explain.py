@@ -23,7 +23,6 @@ from curvcli.analysis.options import options_of
 from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress, products
 from curvcli.curvature import resources
-from curvcli.curvature.hvp import build
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.precision import wide
 from curvcli.data.examples import IGNORED
@@ -145,7 +144,7 @@ class _Explainer:
         """The full model, and its body where rare rows carry it; no layers, no depths."""
         work.in_time()
         loss, looked_up = lookups(work.problem)
-        found = work.full(build(work.problem, work.choice.mode), loss, looked_up)
+        found = work.full(work.build(work.problem), loss, looked_up)
         self.hvps += work.hvps
         provenance = self.ready.provenance
         said = Provenance(

@@ -36,7 +36,7 @@ class Options:
         eps: as betas.
         weight_decay: as betas.
         momentum: as betas (SGD, RMSprop).
-        mode: how Hessian-vector products are made: "auto", "kept", "fresh", "forward".
+        mode: how Hessian-vector products are made: "auto", "kept", "fresh", "forward", "differences".
         tolerance: residual over the eigenvalue at which an estimate counts as converged.
         max_hvps: Hessian-vector products that one estimate may take, at least 3.
         deadline: instant of `time.monotonic()` from which nothing more is started.

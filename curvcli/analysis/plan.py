@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,6 +26,9 @@ KEPT_BACK = 0.08  # of the peak: what the C allocator does not give back; 5 and 
 GIB = 2**30
 
 
+Planned = Literal["kept", "fresh", "differences"]
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What there is, in bytes unless it says otherwise.
@@ -38,6 +42,7 @@ class Sizes:
         rows: of the shard, a number.
         itemsize: of an entry.
         gathered: what a product gathers where `held` and `vector` are slices: weights, tangents and images; else 0.
+        activations: the graph of one row's loss, which a gradient needs; 0 where differences of gradients are no choice.
     """
 
     held: int
@@ -48,13 +53,14 @@ class Sizes:
     rows: int
     itemsize: int = 4
     gathered: int = 0
+    activations: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """How to measure, and the bytes that its parts take at the peak."""
 
-    mode: Literal["kept", "fresh"]
+    mode: Planned
     batch_rows: int
     basis: int
     held: int
@@ -73,7 +79,8 @@ class Plan:
         rows = f"{self.batch_rows} row{'s' if self.batch_rows > 1 else ''}"
         place = f" {self.place}, where they take up to {self.offloaded / GIB:.1f} GiB" if self.offloaded else ""
         vectors = f"at most {self.basis} vectors{place}"
-        return f"{self.mode} graphs, batches of {rows}, {vectors}; {self.total / GIB:.2f} GiB expected"
+        how = "differences of gradients" if self.mode == "differences" else f"{self.mode} graphs"
+        return f"{how}, batches of {rows}, {vectors}; {self.total / GIB:.2f} GiB expected"
 
 
 def limit_of(memory: int | str | None) -> int | None:
@@ -108,7 +115,7 @@ def fitted(
         resources.return_blocks()
     single = cut(problem, 1)
     alone = largest_batch(single) == 1  # where rows depend on each other, a whole batch counts as one
-    graph = graph_bytes(single.subset([0]))
+    graph, activations = graph_bytes(single.subset([0])), graph_bytes(single.subset([0]), once=True)
     resources.release(device)
     resources.give_back(device)
     nbytes = [p.nbytes for p in parameters]
@@ -121,6 +128,7 @@ def fitted(
         rows=single.shared(problem.ranks).most,  # that one process will have
         itemsize=itemsize,
         gathered=2 * sum(nbytes) if sharded else 0,
+        activations=activations,
     )
     # One plan for all processes, by the largest number that one of them has.
     most_of = {name: int(max(problem.ranks.each(number))) for name, number in asdict(sizes).items()}
@@ -151,11 +159,12 @@ def _elsewhere(problem: Problem) -> float:
     return min(problem.ranks.each(store.free / problem.ranks.here if store else 0.0))
 
 
-def predicted(sizes: Sizes, mode: Literal["kept", "fresh"], batch_rows: int, basis: int, *, offload: bool = False) -> Plan:
+def predicted(sizes: Sizes, mode: Planned, batch_rows: int, basis: int, *, offload: bool = False) -> Plan:
     """The peak of an analysis by one mode.
 
     The double backward of a batch takes, beside its graph, half of it for what it computes on the way, two of the largest
-    parameter (gradients of a tied embedding that are added up), and three chunks of logits.
+    parameter (gradients of a tied embedding that are added up), and three chunks of logits. A gradient has no graph but the
+    loss's, and differences of gradients a moved copy of the weights.
 
     Args:
         batch_rows: rows of one batch.
@@ -163,7 +172,8 @@ def predicted(sizes: Sizes, mode: Literal["kept", "fresh"], batch_rows: int, bas
         offload: they lie elsewhere, and one at a time is where it is used.
     """
     batch_rows = min(batch_rows, sizes.rows)
-    graph = sizes.graph * batch_rows
+    once = mode == "differences"
+    graph = (sizes.activations if once else sizes.graph) * batch_rows
     working = graph // 2 + 2 * sizes.largest + 3 * min(sizes.logits * batch_rows, CHUNK * sizes.itemsize)
     return Plan(
         mode=mode,
@@ -171,7 +181,7 @@ def predicted(sizes: Sizes, mode: Literal["kept", "fresh"], batch_rows: int, bas
         basis=basis,
         held=sizes.held + int(BESIDE * sizes.vector),
         graphs=sizes.graph * sizes.rows if mode == "kept" else 0,
-        product=WORKING * sizes.vector + sizes.gathered + working + (graph if mode == "fresh" else 0),
+        product=(WORKING + once) * sizes.vector + sizes.gathered + working + (0 if mode == "kept" else graph),
         basis_bytes=(1 if offload else basis) * sizes.vector,
         offloaded=basis * sizes.vector if offload else 0,
     )
@@ -185,7 +195,7 @@ def plan(
     A basis of 16 vectors at least comes before all, since a solve that runs out of vectors ends without a number: in memory,
     else elsewhere, where reading it takes time with every product, and only then a smaller one in memory. Among these
     kept graphs come before fresh ones, which cost up to half as much again (benchmarks/hvp_cost.py), large batches before
-    small ones, and a large basis before a small one.
+    small ones, and a large basis before a small one. Differences of gradients, which are not exact, come after all.
 
     Args:
         limit: bytes that the process may take at its peak.
@@ -197,19 +207,21 @@ def plan(
     Raises:
         UsageError: nothing fits; it says what the leanest way would need.
     """
-    modes: tuple[Literal["kept", "fresh"], ...] = (
-        ("kept", "fresh") if mode == "auto" else ("kept",) if mode == "kept" else ("fresh",)
-    )
+    exact: tuple[Planned, ...] = ("kept", "fresh")
+    exact = exact if mode == "auto" else ("kept",) if mode == "kept" else ("fresh",)
+    rough: tuple[Planned, ...] = ("differences",) if mode == "differences" or (mode == "auto" and sizes.activations) else ()
+    ways = [rough] if mode == "differences" else [exact, rough]
     least = min(LEAST, most)
     wanted, there = min(WANTED, most), min(most, int(store / sizes.vector)) if sizes.vector else 0
     # A large enough basis first, with whatever mode and rows leave room for it; only then a smaller one.
-    for size, offload in ((wanted, False), (there, True), (least, False)):
+    bases = ((wanted, False), (there, True), (least, False))
+    for modes, (size, offload) in product(ways, bases):
         for candidate in modes if size >= (wanted if offload else least) else ():
             for rows in _halved(batch_rows):
                 lean = predicted(sizes, candidate, rows, size, offload=offload)
                 if lean.total <= limit:
                     return lean if offload else _widened(sizes, lean, limit, most)
-    lean = min((predicted(sizes, candidate, 1, least) for candidate in modes), key=lambda p: p.total)
+    lean = min((predicted(sizes, candidate, 1, least) for modes in ways for candidate in modes), key=lambda p: p.total)
     raise UsageError(
         f"this analysis needs {lean.total / GIB:.2f} GiB of memory at least, the limit is {limit / GIB:.2f} GiB: "
         f"weights, state and vectors beside {lean.held / GIB:.2f}, a basis of {least} vectors {lean.basis_bytes / GIB:.2f}, "

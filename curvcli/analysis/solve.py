@@ -21,15 +21,17 @@ from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
+from curvcli.curvature.differences import build, choose
 from curvcli.curvature.folds import Folds
 from curvcli.curvature.gathering import Gathered, across
-from curvcli.curvature.hvp import HVP, Choice, Mode, build, choose
+from curvcli.curvature.hvp import HVP, Choice, Mode
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import elsewhere
+from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -96,7 +98,8 @@ class Measurement:
         self.threads = self.choice.mode == "kept" and device.type == "cpu" and basis is None and vector < LARGE
         if basis is None:
             basis, offload = unplanned(problem, vector, self._free(device), solver.max_products)
-        self.solver = replace(solver, basis=basis, store=elsewhere(device) if offload else None)
+        found = replace(solver, basis=basis, store=elsewhere(device) if offload else None)
+        self.solver, self.step = suited(found, self.choice.mode)
         self.cut: Cut | None = None  # where its losses decide
         self.cuts = self._cuts(truncated, unigram)
         self.stages.total = products(layers, depths=depths, truncated=self.cuts, norm=norm)
@@ -143,7 +146,7 @@ class Measurement:
 
     def build(self, problem: Problem) -> HVP:
         """Products with the Hessian of a problem's mean loss, on slices where processes divide the parameters."""
-        engine = build(problem, self.choice.mode, threads=self.threads)
+        engine = build(problem, self.choice.mode, self.step, threads=self.threads)
         if self.shards is None:
             return engine
         found = Gathered(engine.part(), self.shards, problem.gathered)
@@ -212,6 +215,7 @@ class Measurement:
             pass
         self.stages.enter("report")
         self.settle(found)
+        self.notes |= self.step.said() if self.step else {}
         if steep:
             steep.settle()
         self.peak = int(max(self.ranks.each(resources.peak_bytes(self.device))))
@@ -222,14 +226,14 @@ class Measurement:
 
         A part's Ritz vector is one of the whole, so its value bounds the whole's from below, too (Cauchy interlacing).
         """
-        parts = _some(found.ends)
+        parts = [found.ends] if found.ends else []
         for depth, solved in sorted(found.restricted.items()):
             # Layer k - 1 is what depth k has more than the one below it.
             parts += found.layers[depth - 1 : depth] if depth else []
             if parts and depth < len(self.layer_names):
                 found.restricted[depth] = solved.over(parts)
             parts.append(found.restricted[depth])
-        found.full = found.full.over([*_some(found.ends), *found.layers, *found.restricted.values()])
+        found.full = found.full.over([*parts[:1], *found.layers, *found.restricted.values()])
         if found.restricted:
             found.restricted[len(self.layer_names)] = found.full.bare()
 
@@ -329,7 +333,7 @@ class Measurement:
     def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved:
         """A depth from the one above it; not converged where that says too little of it."""
         wide = above.extremes
-        if self.solver.store is not None:  # its basis has no room either, and would not lie elsewhere
+        if self.solver.store is not None or self.step:  # no room for its basis; or no certificate of differences
             return Solved(names, None)
         if not names or wide is None or wide.vector is None:
             return Solved(names, None)
@@ -385,10 +389,6 @@ class Measurement:
         """Parameters outside the layers and in the first `depth` of them, in the model's order."""
         inside = {n for names in self.layer_names[:depth] for n in names} | set(self.outer)
         return [n for n in self.names if n in inside]
-
-
-def _some(solved: Solved | None) -> list[Solved]:
-    return [solved] if solved else []
 
 
 def _folds(operator: Folded) -> Folds | None:

@@ -25,6 +25,7 @@ class HvpMode(StrEnum):
     kept = "kept"
     fresh = "fresh"
     forward = "forward"
+    differences = "differences"
 
 
 class Sample(StrEnum):
@@ -108,7 +109,10 @@ LossOption = Annotated[
 Device = Annotated[str, typer.Option(metavar="NAME", help="Device to measure on: auto, cpu, cuda, cuda:1, ...")]
 ModeOption = Annotated[
     HvpMode,
-    typer.Option(metavar="MODE", help="How Hessian-vector products are made: auto, kept, fresh or forward."),
+    typer.Option(
+        metavar="MODE",
+        help="How Hessian-vector products are made: auto, kept, fresh, forward or differences.",
+    ),
 ]
 Tolerance = Annotated[
     float, typer.Option(metavar="X", help="Residual over the eigenvalue at which an estimate counts as converged.")

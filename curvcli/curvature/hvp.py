@@ -29,8 +29,8 @@ from curvcli.curvature.standin import StandIn
 from curvcli.curvature.threads import in_order
 from curvcli.errors import OutOfMemoryError, UnsupportedError, exhausted, memory_named, shortage
 
-Mode = Literal["kept", "fresh", "forward"]
-MODES: tuple[Mode, ...] = ("kept", "fresh", "forward")  # in the order in which they are tried
+Mode = Literal["kept", "fresh", "forward", "differences"]  # the last is no exact one: differences.py
+MODES: tuple[Mode, ...] = ("kept", "fresh", "forward")  # the exact ones, in the order in which they are tried
 
 
 class HVP(Protocol):
@@ -90,7 +90,7 @@ def _accumulate(total: list[Tensor], parts: Sequence[Tensor | None], weight: flo
 
 
 @contextmanager
-def _taken(inputs: Sequence[Tensor], take: Callable[[int, Tensor], object]) -> Iterator[None]:
+def taken(inputs: Sequence[Tensor], take: Callable[[int, Tensor], object]) -> Iterator[None]:
     """Within it, a gradient of an input is handed over once it is complete, and what autograd.grad returns is 0.
 
     So there is no moment at which the gradients of all of them are in memory.
@@ -124,7 +124,7 @@ def _gradient_edges(problem: Problem, index: int, names: Sequence[str]) -> dict[
 
     inputs = [problem.parameters[n] for n in names]
     loss = problem.batch_loss(index)
-    with _taken(inputs, take):
+    with taken(inputs, take):
         torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
     return found
 
@@ -140,7 +140,7 @@ def _add_derivative(
 ) -> None:
     """Backward from the gradient of one batch along tangents, times a weight, added up."""
     sums, inputs = list(total.values()), [parameters[n] for n in total]
-    with _taken(inputs, lambda place, part: sums[place].add_(part, alpha=weight)):
+    with taken(inputs, lambda place, part: sums[place].add_(part, alpha=weight)):
         _derivative(edges, inputs, tangents, keep=keep)
 
 
@@ -256,11 +256,12 @@ def timed(engine: HVP, names: Sequence[str], tangents: Sequence[Tensor]) -> tupl
     return found, time.perf_counter() - start
 
 
-def graph_bytes(problem: Problem, *, cut_short: bool = False) -> int:
+def graph_bytes(problem: Problem, *, cut_short: bool = False, once: bool = False) -> int:
     """Bytes that the kept graph of the first batch holds beside parameters, counted once per storage as it is saved.
 
     Args:
         cut_short: where memory runs out, what was held by then, in place of the allocator's error.
+        once: of the loss alone, whose gradient is not differentiated again.
     """
     seen: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in problem.model.parameters()}
@@ -274,7 +275,7 @@ def graph_bytes(problem: Problem, *, cut_short: bool = False) -> int:
     inputs = list(problem.parameters.values())
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            torch.autograd.grad(problem.batch_loss(0), inputs, create_graph=True, allow_unused=True)
+            torch.autograd.grad(problem.batch_loss(0), inputs, create_graph=not once, allow_unused=True)
     except (RuntimeError, MemoryError) as error:
         if not (cut_short and exhausted(error)):
             raise
@@ -309,8 +310,7 @@ def choose(
     """
     first = problem.subset([0]).alone()  # ranks may take different modes here, and must not speak in one
     graphs = problem.most if graphs is None else graphs
-    names = list(problem.parameters)
-    tangents = random_direction(problem)
+    names, tangents = list(problem.parameters), random_direction(problem)
     seconds: dict[Mode, float] = {}
     refused: dict[Mode, str] = {}
     try:
@@ -319,13 +319,13 @@ def choose(
     except RuntimeError as error:  # NotImplementedError among them
         raise UnsupportedError(
             f"this model has no second derivative here: {str(error).splitlines()[0][:200]}",
-            hint="use eager or math attention, and pass the model without torch.compile or checkpointing",
+            hint="use eager or math attention, without torch.compile or checkpointing; or --mode differences",
         ) from error
     if not any(g.any() for g in reference) and _has_gradient(first):
         # A kernel marked once_differentiable yields nothing, rather than an error, when differentiated again.
         raise UnsupportedError(
             "every second derivative of this model is zero or missing",
-            hint="a custom or fused kernel is differentiable once only: use eager implementations",
+            hint="a custom or fused kernel is differentiable once only: use eager implementations, or --mode differences",
         )
     check_second_derivative(first, tangents, reference)
     scale = norm(reference)

@@ -142,6 +142,12 @@ class Folded:
             self.ranks.sum_([total])
         return total
 
+    def forget(self, count: int) -> None:
+        """All vectors but the first so many, and what the folds made of them."""
+        del self.vectors[count:]
+        for columns in self.columns:
+            del columns[count:]
+
     def _inner(self, vector: Tensor, images: Sequence[Tensor]) -> list[Tensor]:
         # Of what is here alone: `projected` adds up what the processes found.
         near = self.space.here(vector)[None]

@@ -40,9 +40,9 @@ def check_second_derivative(problem: Problem, direction: Sequence[Tensor], image
 
     def difference(relative: float) -> list[Tensor]:
         length = relative * size / reach
-        with _moved(parameters, direction, length):
+        with moved(parameters, direction, length):
             above = gradient(first, names)
-        with _moved(parameters, direction, -length):
+        with moved(parameters, direction, -length):
             below = gradient(first, names)
         return [(a - b) / (2 * length) for a, b in zip(above, below, strict=True)]
 
@@ -55,13 +55,14 @@ def check_second_derivative(problem: Problem, direction: Sequence[Tensor], image
     if apart <= 0.01 * scale and wrong > 0.03 * scale:
         raise UnsupportedError(
             f"second derivatives of this loss are wrong: products are {wrong / scale:.0%} off differences of gradients",
-            hint="a fused kernel (cross-entropy, norm, attention) is differentiable once only: use plain PyTorch; of a "
-            "network that has blown up differences prove nothing: look at its loss",
+            hint="a fused kernel (cross-entropy, norm, attention) is differentiable once only: use plain PyTorch, or "
+            "--mode differences; of a network that has blown up differences prove nothing: look at its loss",
         )
 
 
 @contextmanager
-def _moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], length: float) -> Iterator[None]:
+def moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], length: float) -> Iterator[None]:
+    """Within it the parameters are `length` times a direction further on."""
     # By swapping storage: in-place arithmetic would spoil graphs that the user holds, and would not restore every bit.
     kept = [p.data for p in parameters]
     try:

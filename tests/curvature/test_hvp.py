@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fused import FusedCrossEntropy
+from fused import FusedCrossEntropy, OneWayTanh
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -141,20 +141,6 @@ def test_no_second_derivative_is_said() -> None:
     problem = Problem.create(model, lambda m, b: OneWay.apply(m(b)).square().mean(), [torch.ones(2, 3)])
     with pytest.raises(UnsupportedError, match="zero or missing"):
         choose(problem)
-
-
-class OneWayTanh(torch.autograd.Function):
-    """Differentiable once: inside a network its double backward yields None, not an error."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        return torch.tanh(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return g * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
 
 
 @pytest.mark.parametrize(

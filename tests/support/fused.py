@@ -1,4 +1,4 @@
-"""A loss that some kernels compute."""
+"""Functions that are differentiable once, as some kernels are."""
 
 from __future__ import annotations
 
@@ -18,3 +18,17 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         return ctx.saved_tensors[0] * g, None
+
+
+class OneWayTanh(torch.autograd.Function):
+    """Differentiable once: inside a network its double backward yields None, not an error."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return g * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
