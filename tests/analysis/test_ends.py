@@ -118,11 +118,11 @@ def test_a_gate_on_layers_looks_at_them(report: Report) -> None:
 def test_a_comparison_has_them(report: Report) -> None:
     assert report.ends is not None
     before = report.ends.model_copy(
-        update={"eigenvalue": report.ends.eigenvalue / 10, "rho": report.ends.rho / 10, "residual": 0.0}
+        update={"eigenvalue": report.ends.eigenvalue / 10, "rho": report.ends.rho / 10, "residual": 0.0, "ceiling": None}
     )  # type: ignore[operator]
     found = compare(report.model_copy(update={"ends": before}), report, names=("a", "b"))
     assert [(change.part, change.name) for change in found.changes[:2]] == [
-        ("full", "full model"),
+        ("full", "without rare rows"),
         ("ends", "embedding, head"),
     ]
     assert found.changes[1].ratio == pytest.approx(10)

@@ -9,7 +9,6 @@ from typing import Any
 
 import models
 import pytest
-import torch
 from places import ROOT, SAMPLES
 
 from curvcli import analyze
@@ -18,8 +17,7 @@ from curvcli.analysis.checkpoint import Options
 from curvcli.analysis.estimate import estimate_checkpoint, estimate_run
 from curvcli.analysis.plan import BESIDE, WANTED, WORKING, Sizes, predicted
 from curvcli.analysis.scale import scale
-from curvcli.errors import UnsupportedError, UsageError
-from curvcli.optimizers.preconditioner import live
+from curvcli.errors import UsageError
 
 SHAPES = [(1000, 8), (16,)]
 VECTORS = 1 + 2 + BESIDE + WORKING + WANTED
@@ -71,11 +69,3 @@ def _measured(**how: Any) -> None:
 def test_kept_graphs_are_refused_where_weights_are_divided() -> None:
     with pytest.raises(UsageError, match="kept graphs hold the whole weights"):
         _measured(shard="all", mode="kept")
-
-
-def test_a_norm_of_whole_tensors_is_refused() -> None:
-    model = models.Net(blocks=1, width=2)
-    view = live(torch.optim.SGD(model.parameters(), lr=0.1), dict(model.named_parameters()))
-    lion = type(view)(view.groups, {n: {"exp_avg": torch.ones_like(p)} for n, p in model.named_parameters()}, "Lion")
-    with pytest.raises(UnsupportedError, match="Lion's step is steepest in a norm of whole tensors"):
-        _measured(shard="all", optimizer=lion)

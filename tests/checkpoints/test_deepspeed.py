@@ -304,13 +304,13 @@ def test_a_ranks_weights_under_another_name(stage3: Path) -> None:
 def test_frozen_weights_are_read_once_from_each_rank(stage3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in rank_files(stage3, "model"):
         document = torch.load(file, weights_only=False)
-        for held in (document["frozen_param_shapes"], document["frozen_param_fragments"]):
-            held["frozen.again"] = held["frozen.weight"]
+        for kind in ("frozen_param_shapes", "frozen_param_fragments"):
+            document[kind]["frozen.again"] = document[kind]["frozen.weight"]
         torch.save(document, file)
     opened, load = [], vars(deepspeed)["load_pickle"]
     monkeypatch.setattr(deepspeed, "load_pickle", lambda file, **how: opened.append(file) or load(file, **how))
-    weights = deepspeed._Model(stage3).weights(None)
-    assert all(torch.equal(weights[f"frozen.{name}"], build().frozen.weight) for name in ("weight", "again"))
+    found = deepspeed._Model(stage3).weights(None)
+    assert all(torch.equal(found[f"frozen.{name}"], build().frozen.weight) for name in ("weight", "again"))
     assert sorted(opened[1:]) == rank_files(stage3, "model")  # the first was of its head
 
 
@@ -395,7 +395,6 @@ def test_inside_a_trainers_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in RANKED if name.startswith("DeepSpeed")])
 def test_damaged_at_random(name: str, runs: Path, tmp_path: Path) -> None:
     """One of each damage; test_fuzz.py does many."""
-    root = runs.parent
-    assert read_everything(master("checkpoint", name, root), name).word == "read"
+    assert read_everything(master("checkpoint", name, runs.parent), name).word == "read"
     for kind in range(len(damages(name))):
-        damaged_checkpoint(name, kind, kind, root, tmp_path / "copy")
+        damaged_checkpoint(name, kind, kind, runs.parent, tmp_path / "copy")

@@ -43,7 +43,7 @@ def no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 def shown(path: Path) -> str:
     """A report as the terminal view has it, in one piece."""
     console = Console(file=StringIO(), width=80)
-    table.show(load_report(path), console)
+    table.show(load_report(path), console, verbose=False)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 

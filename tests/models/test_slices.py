@@ -185,7 +185,7 @@ def test_while_it_reads_a_process_holds_its_slices_and_one_more(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("build", "names", "why"),
     [
-        (lambda: nn.Linear(3, 2), {"weight": (2, 3)}, "1 weights of the model are not stored, first bias"),
+        (lambda: nn.Linear(3, 2), {"weight": (2, 3)}, "1 weight of the model is not stored, first bias"),
         (lambda: nn.Linear(3, 2), {"weight": (3, 2), "bias": (2,)}, "weight has shape (3, 2), the model's weight (2, 3)"),
         (lambda: nn.Linear(2, int(nn.Linear(1, 1).weight.item() * 0) + 1), {}, "does not come without numbers"),
     ],
