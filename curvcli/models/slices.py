@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +155,11 @@ def without_weights() -> Iterator[None]:
                 vars(empty).update(vars(param))
                 self._parameters[name] = empty
 
-        with patch.object(nn.Module, "register_parameter", register):
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        try:
             yield
+        finally:
+            nn.Module.register_parameter = registered  # type: ignore[method-assign]
 
 
 def _placed(model: nn.Module, device: torch.device) -> None:
