@@ -36,7 +36,7 @@ def tables(found: Calibration) -> str:
     low, high = source.parameters
     least, most = source.tokens_per_batch
     lines = [
-        f"From {source.runs:,} runs and {source.ramps:,} ramps ({', '.join(source.families)}), of {low:,} to {high:,} "
+        f"From {source.runs:,} runs, {source.ramps:,} of them ramps ({', '.join(source.families)}), of {low:,} to {high:,} "
         f"parameters on batches of {least:,} to {most:,} tokens, with {', '.join(source.optimizers)}.",
         f"`{source.command}` fits them again.{f' ({source.note.capitalize()}.)' if source.note else ''}",
         "",

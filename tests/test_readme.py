@@ -81,3 +81,12 @@ def test_the_page_of_help_texts_is_up_to_date(writer: ModuleType) -> None:
 def test_the_version_is_that_of_the_metadata() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert curvcli.__version__ == project["version"]
+
+
+def test_every_finding_is_in_the_reference() -> None:
+    """Of those whose code is written out where they are made."""
+    told, codes = (ROOT / "docs" / "reference" / "findings.md").read_text(), set()
+    for file in (ROOT / "curvcli").rglob("*.py"):
+        codes |= set(re.findall(r'\bcode="([a-z0-9-]+)"', file.read_text()))
+    assert len(codes) > 50
+    assert not [code for code in sorted(codes) if not re.search(rf"(?<![\w-]){code}(?![\w-])", told)]

@@ -195,7 +195,7 @@ def uncovered(optimizer: str, parameters: int, rho: float) -> list[str]:
 
 
 def settled_after(betas: tuple[float, float] | None, momentum: float | None) -> int:
-    """Steps after which moments are more than those of a few gradients: as many as the first averages, or a dozen."""
+    """Steps after which moments are more than those of a few gradients: as many as the first averages, or 16."""
     memory = [1 / (1 - b) for b in ((betas or (0.0,))[0], momentum or 0.0) if 0 <= b < 1]
     # Not 1/(1 - beta2), a thousand steps at 0.999: bias correction makes up for a short second average, not for noise in m.
     return max([calibration().early_steps, *(round(steps) for steps in memory)])
