@@ -142,6 +142,11 @@ class _Explainer:
 
     def solved(self, work: Measurement) -> tuple[documents.Report, Measured]:
         """The full model, and its body where rare rows carry it; no layers, no depths."""
+        if work.step is not None:
+            raise UnsupportedError(
+                "what carries curvature is told by exact products, and these are differences of gradients",
+                hint="explain it without --mode differences, on fewer tokens (--tokens) or with more --memory",
+            )
         work.in_time()
         loss, looked_up = lookups(work.problem)
         found = work.full(work.build(work.problem), loss, looked_up)

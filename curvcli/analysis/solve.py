@@ -92,10 +92,12 @@ class Measurement:
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
         vector = -(-vector // self.ranks.world) if self.shards else vector
         # Graphs leave room for vectors. Under a limit of memory plan.py has chosen the mode already.
-        room = free - (WORKING + LEAST) * vector if basis is None else inf
+        moved = sum(problem.parameters[n].nbytes for n in self.moving)  # also those that have a norm and no P
+        room = inf if basis is not None else free if mode == "kept" else max(free - WORKING * moved - LEAST * vector, 0.0)
         self.choice: Choice = choose(trial, mode=mode, memory=room, graphs=graphs)
-        # Small tensors, of which torch's own threads make little, and results that each thread may hold one of.
-        self.threads = self.choice.mode == "kept" and device.type == "cpu" and basis is None and vector < LARGE
+        # Small tensors, of which torch makes little, and results that each thread may hold; not slices, which all gather.
+        small = device.type == "cpu" and basis is None and self.shards is None and moved < LARGE
+        self.threads = small and self.choice.mode == "kept"
         if basis is None:
             basis, offload = unplanned(problem, vector, self._free(device), solver.max_products)
         found = replace(solver, basis=basis, store=elsewhere(device) if offload else None)
@@ -114,7 +116,8 @@ class Measurement:
             return False
         if truncated is not None:
             return truncated
-        self.cut = Cut.of(self.problem, self.blocks, unigram)
+        # Of minus a loss frequencies say nothing.
+        self.cut = Cut.of(self.problem, self.blocks, None if self.preconditioner.ascends else unigram)
         return self.cut.means
 
     # --- solving -----------------------------------------------------------------------------
@@ -215,7 +218,6 @@ class Measurement:
             pass
         self.stages.enter("report")
         self.settle(found)
-        self.notes |= self.step.said() if self.step else {}
         if steep:
             steep.settle()
         self.peak = int(max(self.ranks.each(resources.peak_bytes(self.device))))
@@ -369,6 +371,7 @@ class Measurement:
 
     def completed(self, found: Measured) -> Measured:
         """With entries for what was not reached."""
+        self.notes |= self.step.said() if self.step else {}
         last = len(self.layer_names)
         if not last:
             return found

@@ -140,7 +140,7 @@ class Sharded:
         return torch.empty((rows, sum(self.sizes)), dtype=self.dtype, device=self.device)
 
     def random(self, generator: torch.Generator) -> Tensor:
-        """The entries held here of the vector that one process draws from the same generator."""
+        """The entries held here of the vector that one process draws from the same generator on a CPU."""
         found, own = self.empty(1)[0], self._own()
         start, end = 0, 0
         while end < self.size:

@@ -131,6 +131,10 @@ class Replicated(OneDevice):
 
     ranks: Ranks
 
+    def random(self, generator: torch.Generator) -> Tensor:
+        """As the CPU draws it: from one seed GPUs of two kinds draw different numbers."""
+        return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
+
     def agree(self, *numbers: float) -> list[float]:
         """Rank 0's numbers."""
         return self.ranks.first(numbers)

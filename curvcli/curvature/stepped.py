@@ -40,7 +40,8 @@ class Stepped(Lanczos):
         """As `Lanczos.extremes`, with what differences leave in doubt; once more with another step where that is much."""
         paced = _Paced(operator, self.step, support)
         if self.step.reach is None:
-            paced.calibrate(operator.space.random(torch.Generator().manual_seed(self.seed)))
+            start = operator.space.random(torch.Generator().manual_seed(self.seed))
+            paced.calibrate(start, late=bool(operator.space.agree(self.expired)[0]))
         doubt = 0.0
         inner = replace(self, tolerance=TIGHTER * self.tolerance, margin=TIGHTER * self.margin)
         for again in (True, False):
@@ -50,7 +51,8 @@ class Stepped(Lanczos):
                 break
             found, doubt = self._certified(paced, found)
             good = doubt <= (1 - TIGHTER) * self.tolerance * abs(found.top.value) if found.top else True
-            good = bool(operator.space.agree(good or self.expired)[0])
+            # What is certified, doubt and all, stands, and nothing more is begun once the time is up.
+            good = bool(operator.space.agree(good or found.status == "converged" or self.expired)[0])
             if good or not again or found.vector is None or not paced.refined(found.vector):
                 break
         if found.top is not None and found.top.value:
@@ -136,19 +138,20 @@ class _Paced:
             self.operator.forget(len(self.operator.vectors) - 1)
         return found if self.support is None else found * self.support
 
-    def calibrate(self, start: Tensor) -> None:
-        """Finds the step, at a vector near the sharpest directions."""
+    def calibrate(self, start: Tensor, *, late: bool) -> None:
+        """Finds the step, at a vector near the sharpest directions; takes a usual one where the time is up."""
         vector = start if self.support is None else start * self.support
         vector = vector / self.space.norm(vector)
         self.step.reach = torch.finfo(vector.dtype).eps ** (2 / 3) / 240  # 1e-7 in float32
-        for _ in range(POWER):
+        for _ in range(0 if late else POWER):
             image = self.image(vector, self.length)
             size = self.space.agree(self.space.norm(image))[0]
             if not 0 < size < inf:
                 return
             self.largest = max(self.largest, size if self.largest else HIDDEN * size)
             vector = image / size
-        self.refined(vector)
+        if not late:
+            self.refined(vector)
 
     def refined(self, vector: Tensor) -> bool:
         """Finds a better step at a unit vector; whether there is one."""

@@ -53,6 +53,7 @@ class Preconditioner:
         ascends: the optimizer maximises, so the curvature in this preconditioner is that of minus the loss.
         doubts: options and state that no rule knows and that may change the update: no verdict can rest on it.
         findings: what the report has to say of the groups.
+        relative: T_p / T by name, that the rule's own P_p is in `root` times; empty where that is 1 throughout.
     """
 
     kind: Kind
@@ -71,6 +72,7 @@ class Preconditioner:
     findings: tuple[Finding, ...] = ()
     balls: Mapping[str, Ball] = field(default_factory=dict)
     ball_lr: float | None = None
+    relative: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def moving(self) -> frozenset[str]:
@@ -124,6 +126,7 @@ def prepare(
     roots: dict[str, InverseRoot] = {}
     direction: dict[str, Tensor] = {}
     decay: dict[str, float] = {}
+    relatives: dict[str, float] = {}
     idle = 0
     preconditions = False
     for name, group in members:
@@ -145,7 +148,7 @@ def prepare(
         idle += root.idle
         if root.idle == parameter.numel() and not plain:
             continue  # a tensor that never moved has no curvature to report, and 0 would read as safe
-        roots[name] = sliced(root.scaled(relative), name, shards)
+        roots[name], relatives[name] = sliced(root.scaled(relative), name, shards), relative
         if not rule.decoupled(group, view.name):
             decay[name] = group.number("weight_decay", 0.0)
         # An estimate's is no step that the optimizer takes.
@@ -174,6 +177,7 @@ def prepare(
         findings=(*view.findings, *of_groups(view, frozen, ascends), *of_moments(view), *rule.findings(view)),
         balls={name: sliced_ball(ball, name, shards) for name, ball in balls.items()},
         ball_lr=ball_lr,
+        relative=relatives,
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import Diagonal
-from curvcli.curvature.precision import norm, numbers
+from curvcli.curvature.precision import norm, numbers, wide
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.documents import Update
@@ -65,17 +65,21 @@ def update_rms(preconditioner: Preconditioner, names: Sequence[str]) -> float | 
 
 
 def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients: Sequence[Tensor]) -> float | None:
-    """Norm of a gradient over that of P's diagonal, on the entries that had gradients before.
+    """Norm of a gradient over that of sqrt(v), on the entries that had gradients before.
 
-    P is sqrt(v) + eps, so its norm is the root mean square of the norms that the optimizer was given, or more. The gradient
-    of a mean over more data is no longer, unless gradients were clipped, the data are others or the loss has leapt.
+    Of Adam and its like P is (sqrt(v) + eps) (1 - beta1^t) by bias correction, v's own made up for. Without that factor its
+    norm is the root mean square of the norms that the optimizer was given, or more. The gradient of a mean over more data is
+    no longer, unless gradients were clipped, the data are others or the loss has leapt.
 
-    None where P is not of one number an entry, is divided over processes, or is not of optimizer state.
+    None where P is no such diagonal, is divided over processes, or is not of optimizer state.
     """
-    root = preconditioner.root
+    root, betas, step = preconditioner.root, preconditioner.options.get("betas"), preconditioner.step
     if preconditioner.kind != "checkpoint" or root.shards is not None or not root or not set(names) >= set(root):
         return None
-    given, known = 0.0, 0.0
+    if not betas or not step:  # of RMSprop and others v is not corrected, or P is not its root
+        return None
+    given: list[Tensor] = []
+    known: list[Tensor] = []
     for name, gradient in zip(names, gradients, strict=True):
         part = root.get(name)
         if part is None:
@@ -83,9 +87,10 @@ def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients
         if not isinstance(part, Diagonal):
             return None
         seen = torch.ones_like(part.entries) if part.never is None else (~part.never).to(part.entries)
-        given += float((gradient * seen).double().square().sum())
-        known += float((part.entries * seen).double().square().sum())
-    return over(given**0.5, known**0.5)
+        given.append(wide(gradient * seen).square().sum())
+        known.append(wide(part.entries * seen).square().sum() / preconditioner.relative.get(name, 1.0) ** 2)
+    corrected = 1 - float(betas[0]) ** step
+    return over(sum(numbers(given)) ** 0.5 * corrected, sum(numbers(known)) ** 0.5)
 
 
 def gradient_quotient(hvp: HVP, names: Sequence[str], gradients: Sequence[Tensor], holders: Ranks = ALONE) -> float | None:

@@ -57,5 +57,31 @@ def test_entries_without_a_gradient_until_now_do_not_count() -> None:
     optimizer.step()
     view = live(optimizer, {"p": parameter})
     found = over_moments(prepare(view, {"p": parameter}), ["p"], [torch.tensor([6.0, 8.0, 1e6, 1e6])])
-    # P of a first step has 1 - beta1 in it, the correction of the first moment.
-    assert found == pytest.approx(2.0 / (1 - 0.9), rel=1e-5)
+    assert found == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("rates", [(1e-4, 1e-3), (1e-3, 1e-4)])
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_neither_young_moments_nor_rates_by_group_count(rates: tuple[float, float], steps: int) -> None:
+    """Gradients that are as long as all before them: the factor is 1, whatever P has of beta1 and of other groups' rates."""
+    large, small = (torch.zeros(size, requires_grad=True) for size in (6, 2))
+    groups = [{"params": [large], "lr": rates[0]}, {"params": [small], "lr": rates[1]}]
+    optimizer = torch.optim.AdamW(groups)
+    given = torch.tensor([1.0, -2.0, 3.0, 1.0, 1.0, 2.0]), torch.tensor([4.0, -1.0])
+    for _ in range(steps):
+        large.grad, small.grad = (g.clone() for g in given)
+        optimizer.step()
+    parameters = {"large": large, "small": small}
+    assert over_moments(prepare(live(optimizer, parameters), parameters), ["large", "small"], given) == pytest.approx(
+        1, rel=1e-4
+    )
+
+
+def test_a_second_moment_that_is_not_all_of_p_says_nothing() -> None:
+    parameter = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.RMSprop([parameter], centered=True)
+    for _ in range(50):
+        parameter.grad = torch.tensor([1.0, -2.0])
+        optimizer.step()
+    parameters = {"p": parameter}
+    assert over_moments(prepare(live(optimizer, parameters), parameters), ["p"], [torch.tensor([1.0, -2.0])]) is None

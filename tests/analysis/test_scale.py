@@ -66,6 +66,24 @@ def _measured(**how: Any) -> None:
     analyze(model, models.loss, batches, how.pop("optimizer", None), weights=models.weights(batches), **how)
 
 
+def test_gathering_is_left_to_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that gather in several threads at once wait for each other's wrong word, and for ever."""
+    used: list[int] = []
+
+    def watched(tasks: Any, use: Any) -> None:
+        used.append(len(tasks))
+        for index, task in enumerate(tasks):
+            use(index, task())
+
+    for place in ("hvp", "operator"):
+        monkeypatch.setattr(f"curvcli.curvature.{place}.in_order", watched)
+    _measured(depths=False)
+    assert used, "kept graphs of one process are walked in threads"
+    used.clear()
+    _measured(depths=False, shard="vectors")
+    assert not used
+
+
 def test_kept_graphs_are_refused_where_weights_are_divided() -> None:
     with pytest.raises(UsageError, match="kept graphs hold the whole weights"):
         _measured(shard="all", mode="kept")
