@@ -65,7 +65,9 @@ def _close(exact: Report, rough: Report, error: float) -> None:
     assert rough.update.critical_lr == pytest.approx(exact.update.critical_lr, rel=error)
     for name in ("gradient_quotient", "preconditioned_quotient"):
         assert getattr(rough.companions, name) == pytest.approx(getattr(exact.companions, name), rel=error)
-    assert rough.generalisation.rho_low == pytest.approx(exact.generalisation.rho_low, rel=3 * error)
+    assert rough.generalisation.rho_low == pytest.approx(
+        exact.generalisation.rho_low, rel=max(3 * error, 0.1)
+    )  # of few folds, between other vectors
 
 
 @pytest.mark.slow

@@ -31,6 +31,9 @@ _SAMPLE = 2**15  # entries of a tensor: a rank correlation of them is good to 0.
 # On the sample checkpoints, in the right order: two layers against each other are right by 0.16 or more, single
 # tensors by -0.52 or more (two alike in one layer), the mean correlation is 0.26 or more.
 _LAYERS, _TENSORS, _UNRELATED = -0.1, -0.8, 0.1
+# Mean correlation of the others from which on two that fit each other better are swapped: below it gradients are noise, as
+# those of a network that has collapsed.
+_SOUND = 0.2
 # Tensors whose state is swapped fit their own moments as strangers do, by about 0, so that -0.8 takes 0.8 across.
 _CROSSED = 0.5
 # Four rank correlations over n entries scatter by 2 / sqrt(n) together. Of 80 sound runs with matrices of 16 entries 20 had
@@ -147,22 +150,31 @@ def contradictions(view: OptimizerView, evidence: Evidence, path: object) -> lis
 
     worst: tuple[float, str, str] = (0.0, "", "")
     pairs: dict[tuple[str, int, int], list[float]] = {}
+    held: dict[tuple[str, int, int], list[str]] = {}
     for (prefix, _), layers in _alike(name for name in own if moments[name].dim() >= 2).items():
         for i, j in combinations(sorted(layers), 2):
             if moments[layers[i]].shape == moments[layers[j]].shape:
                 across = crossed(layers[i], layers[j])
                 value = own[layers[i]] + own[layers[j]] - across
                 pairs.setdefault((prefix, i, j), []).append(value)
+                held.setdefault((prefix, i, j), []).extend((layers[i], layers[j]))
                 # Where neither fits the other's, nothing is swapped: gradients of a network that has collapsed are noise.
                 if moments[layers[i]].numel() >= _ENTRIES and across >= _CROSSED:
                     worst = min(worst, (value, layers[i], layers[j]))
     for (prefix, i, j), margins in pairs.items():
         # Two tensors of a layer may agree by chance.
-        if len(margins) >= 3 and -_significant([-value for value in margins]) < _LAYERS:
+        beyond = len(margins) >= 3 and -_significant([-value for value in margins]) < _LAYERS
+        if beyond and _sound(own, held[prefix, i, j]):
             raise _swapped(f"layers {prefix}.{i} and {prefix}.{j}", mean(margins), path)
-    if worst[0] < _TENSORS:
+    if worst[0] < _TENSORS and _sound(own, worst[1:]):
         raise _swapped(f"{worst[1]} and {worst[2]}", worst[0], path)
     return _unrelated(mean(own.values()))
+
+
+def _sound(own: Mapping[str, float], swapped: Sequence[str]) -> bool:
+    """Whether the moments of others than the swapped ones follow their gradients."""
+    rest = [value for name, value in own.items() if name not in swapped]
+    return not rest or mean(rest) >= _SOUND
 
 
 def _told(view: OptimizerView, evidence: Evidence) -> dict[str, Tensor]:
