@@ -55,7 +55,7 @@ def _numbers(report: Report) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _close(exact: Report, rough: Report, error: float) -> None:
+def _close(exact: Report, rough: Report, error: float, low: float | None = None) -> None:
     one, other = _numbers(exact), _numbers(rough)
     assert one.keys() == other.keys()
     for name, part in one.items():
@@ -92,5 +92,5 @@ def test_a_report_in_float64() -> None:
 def test_a_sample_in_float32(name: str) -> None:
     options = Options(tokens=256, device="cpu", depths=False)
     exact, rough = (analyze_checkpoint(SAMPLES / name, replace(options, mode=mode)) for mode in ("kept", "differences"))  # type: ignore[arg-type]
-    _close(exact, rough, 5e-3)
+    _close(exact, rough, 5e-3, low=0.1)  # the bracket's lower end is of few folds, between other vectors
     assert rough.cost.mode == "differences"
