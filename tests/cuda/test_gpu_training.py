@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import gpu
@@ -13,6 +11,7 @@ import torch
 from gpu import DEVICE, copied, llama, moved, say, tokens
 from schedules import schedule
 from torch import Tensor, nn
+from torch_settings import deterministic
 
 from curvcli.data.tasks import causal_loss
 from curvcli.documents import Record
@@ -25,15 +24,6 @@ Snapshot = dict[str, Tensor]
 
 def adam(model: nn.Module, **how: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, **how)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:

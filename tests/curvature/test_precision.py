@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_settings import deterministic
 from wide import data, loss, network
 
 from curvcli import analyze
@@ -43,15 +44,6 @@ def matmul(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
