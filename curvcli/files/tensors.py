@@ -132,13 +132,16 @@ class _File:
     """One file, whose header the safetensors library has found sound: places inside the file, none over another."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.stamp = path, stamp(path)
-        self.infos = {info.name: info for info in safetensors_header(path)}
-        with path.open("rb") as stream:
-            # Read again, as the library does not tell where a tensor's bytes lie; that the places are good it has checked.
-            # The length too, and it is bounded all the same, in case the file was replaced since.
-            length = min(int.from_bytes(stream.read(8), "little"), self.stamp[0])
-            header = stream.read(length)
+        try:
+            self.path, self.stamp = path, stamp(path)
+            self.infos = {info.name: info for info in safetensors_header(path)}
+            with path.open("rb") as stream:
+                # Read again, as the library does not tell where a tensor's bytes lie; that the places are good it has checked.
+                # The length too, and it is bounded all the same, in case the file was replaced since.
+                length = min(int.from_bytes(stream.read(8), "little"), self.stamp[0])
+                header = stream.read(length)
+        except OSError as error:  # of a file that went after its headers were listed
+            raise InputError(f"cannot read {path}: {error.strerror}", hint="check the path and its permissions") from error
         refuse_changed(path, self.stamp)
         self.start = 8 + length
         self.places: dict[str, Any] = json.loads(header)

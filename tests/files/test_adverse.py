@@ -26,6 +26,7 @@ from curvcli.analysis.inspection import inspect_checkpoint
 from curvcli.checkpoints import open_checkpoint
 from curvcli.documents import write_whole
 from curvcli.errors import CurvError, InputError
+from curvcli.files.tensors import stored
 
 NOBODY = 65534
 
@@ -228,3 +229,11 @@ def test_a_pipe_is_refused_and_not_waited_for(arguments: tuple[str, ...], tmp_pa
     done = curv(*given)
     assert done.returncode == 2
     assert "is no regular file" in done.stderr
+
+
+def test_weights_that_have_gone_are_one_line(tmp_path: Path) -> None:
+    """Between the listing of a checkpoint and the reading of its weights."""
+    held = stored({"a": tmp_path / "a.safetensors"})
+    for read in (lambda: held["a"], lambda: held.shape("a"), lambda: held.entries("a", 0, 1)):
+        with pytest.raises(InputError, match=r"cannot read .*a\.safetensors: No such file"):
+            read()
