@@ -136,7 +136,7 @@ class _File:
             self.path, self.stamp = path, stamp(path)
             self.infos = {info.name: info for info in safetensors_header(path)}
             with path.open("rb") as stream:
-                # Read again, as the library does not tell where a tensor's bytes lie; that the places are good it has checked.
+                # Read again: the library does not tell where a tensor's bytes lie; that places are good it has checked.
                 # The length too, and it is bounded all the same, in case the file was replaced since.
                 length = min(int.from_bytes(stream.read(8), "little"), self.stamp[0])
                 header = stream.read(length)
