@@ -26,6 +26,10 @@ KEPT_BACK = 0.08  # of the peak: what the C allocator does not give back; 5 and 
 GIB = 2**30
 
 
+class OverLimitError(UsageError):
+    """A limit of memory does not do for any way to measure."""
+
+
 Planned = Literal["kept", "fresh", "differences"]
 
 
@@ -41,7 +45,8 @@ class Sizes:
         logits: of one row, where the loss may go over them in chunks; 0 where they are a part of the graph.
         rows: of the shard, a number.
         itemsize: of an entry.
-        gathered: what a product gathers where `held` and `vector` are slices: weights, tangents and images; else 0.
+        gathered: what a product gathers where `held` and `vector` are slices: tangents and images, weights being held, or
+            all that is gathered of a block; else 0.
         activations: the graph of one row's loss, which a gradient needs; 0 where differences of gradients are no choice.
     """
 
@@ -106,7 +111,7 @@ def fitted(
         sharded: processes divide the vectors.
 
     Raises:
-        UsageError: nothing fits; it says what the leanest way would need.
+        OverLimitError: nothing fits; it says what the leanest way would need.
     """
     parameters = list(problem.parameters.values())
     device, itemsize = parameters[0].device, parameters[0].element_size()
@@ -115,7 +120,9 @@ def fitted(
         resources.return_blocks()
     single = cut(problem, 1)
     alone = largest_batch(single) == 1  # where rows depend on each other, a whole batch counts as one
-    graph, activations = graph_bytes(single.subset([0])), graph_bytes(single.subset([0]), once=True)
+    streamed = problem.streamed
+    activations = graph_bytes(single.subset([0]), once=True)
+    graph = activations if streamed else graph_bytes(single.subset([0]))
     resources.release(device)
     resources.give_back(device)
     nbytes = [p.nbytes for p in parameters]
@@ -127,7 +134,8 @@ def fitted(
         logits=_ids(single.batches[0]) * widest(problem.model) * itemsize,
         rows=single.shared(problem.ranks).most,  # that one process will have
         itemsize=itemsize,
-        gathered=2 * sum(nbytes) if sharded else 0,
+        # Of a block its weights, their gradients, and these once more as they are sent.
+        gathered=3 * streamed.largest if streamed else 2 * sum(nbytes) if sharded else 0,
         activations=activations,
     )
     # One plan for all processes, by the largest number that one of them has.
@@ -205,7 +213,7 @@ def plan(
         store: bytes that vectors may take elsewhere.
 
     Raises:
-        UsageError: nothing fits; it says what the leanest way would need.
+        OverLimitError: nothing fits; it says what the leanest way would need.
     """
     exact: tuple[Planned, ...] = ("kept", "fresh")
     exact = exact if mode == "auto" else ("kept",) if mode == "kept" else ("fresh",)
@@ -222,7 +230,7 @@ def plan(
                 if lean.total <= limit:
                     return lean if offload else _widened(sizes, lean, limit, most)
     lean = min((predicted(sizes, candidate, 1, least) for modes in ways for candidate in modes), key=lambda p: p.total)
-    raise UsageError(
+    raise OverLimitError(
         f"this analysis needs {lean.total / GIB:.2f} GiB of memory at least, the limit is {limit / GIB:.2f} GiB: "
         f"weights, state and vectors beside {lean.held / GIB:.2f}, a basis of {least} vectors {lean.basis_bytes / GIB:.2f}, "
         f"a product {(lean.product + lean.graphs) / GIB:.2f}",

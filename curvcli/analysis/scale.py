@@ -57,3 +57,10 @@ def scale(shapes: Sequence[Sequence[int]], devices: int, itemsize: int = 4) -> S
         moved=4 * passed,
         moved_full=(2 + 2 * FOLDS) * passed,
     )
+
+
+def least(shapes: Sequence[Sequence[int]], devices: int, itemsize: int = 4) -> int:
+    """What exact products take of each at least, beside weights and graphs: with its vectors elsewhere but one."""
+    whole = sum(prod(shape) for shape in shapes)
+    share = sum(-(-prod(shape) // devices) for shape in shapes)
+    return int(((PREPARED + BESIDE + WORKING + 1) * share + GATHERED * whole) * itemsize)

@@ -15,20 +15,19 @@ import torch
 from curvcli.analysis.companions import companions
 from curvcli.analysis.counting import Counting, count
 from curvcli.analysis.cuts import Cut
+from curvcli.analysis.engines import chosen, engine, mean_gradient
 from curvcli.analysis.measured import Measured, Solved
 from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
 from curvcli.curvature.davidson import Davidson
-from curvcli.curvature.differences import build, choose
 from curvcli.curvature.folds import Folds
-from curvcli.curvature.gathering import Gathered, across
+from curvcli.curvature.gathering import across
 from curvcli.curvature.hvp import HVP, Choice, Mode
 from curvcli.curvature.lanczos import Lanczos
-from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
-from curvcli.curvature.problem import Blocks, Problem, gradient
+from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import elsewhere
 from curvcli.curvature.stepped import suited
@@ -40,7 +39,6 @@ from curvcli.optimizers.update import next_update
 FOLDS = 8  # parts of the shard that the full model is seen on, at most
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
-TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them
 WARM = 4  # products that a depth may take from the vector of the depth above it
 
 
@@ -87,14 +85,13 @@ class Measurement:
         self.solver = solver
         self.in_time()
         self.ranks = problem.ranks
-        free, (trial, graphs) = self._free(device), sample(problem)
-        trial = trial.lean(TRIED) if self.shards else trial  # else it would hold eight whole vectors
+        free = self._free(device)
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
         vector = -(-vector // self.ranks.world) if self.shards else vector
         # Graphs leave room for vectors. Under a limit of memory plan.py has chosen the mode already.
         moved = sum(problem.parameters[n].nbytes for n in self.moving)  # also those that have a norm and no P
         room = inf if basis is not None else free if mode == "kept" else max(free - WORKING * moved - LEAST * vector, 0.0)
-        self.choice: Choice = choose(trial, mode=mode, memory=room, graphs=graphs)
+        self.choice: Choice = chosen(problem, self.shards, mode, room)
         # Small tensors, of which torch makes little, and results that each thread may hold; not slices, which all gather.
         small = device.type == "cpu" and basis is None and self.shards is None and moved < LARGE
         self.threads = small and self.choice.mode == "kept"
@@ -149,11 +146,7 @@ class Measurement:
 
     def build(self, problem: Problem) -> HVP:
         """Products with the Hessian of a problem's mean loss, on slices where processes divide the parameters."""
-        engine = build(problem, self.choice.mode, self.step, threads=self.threads)
-        if self.shards is None:
-            return engine
-        found = Gathered(engine.part(), self.shards, problem.gathered)
-        self.held = found.held
+        found, self.held = engine(problem, self.choice.mode, self.step, self.shards, threads=self.threads)
         return found
 
     @property
@@ -190,8 +183,7 @@ class Measurement:
         """
         self.in_time()
         self.stages.enter("gradient")
-        gradients = gradient(self.problem, self.moving)
-        gradients = self.shards.parts(self.moving, gradients) if self.shards else gradients
+        gradients = mean_gradient(self.problem, self.moving, self.shards)
         loss, looked_up = lookups(self.problem)
         if not isfinite(loss):
             raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")

@@ -1,0 +1,67 @@
+"""How a measurement multiplies and takes gradients, on whole tensors or on the slices that processes hold of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+from torch import Tensor
+
+from curvcli.curvature.differences import Step, build, choose
+from curvcli.curvature.gathering import Gathered
+from curvcli.curvature.hvp import HVP, Choice, Mode
+from curvcli.curvature.memory import sample
+from curvcli.curvature.problem import Problem, gradient
+from curvcli.curvature.shards import Shards
+from curvcli.curvature.slicewise import OnSlices, sliced_gradient
+
+TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them
+Held = Callable[[], AbstractContextManager[None]]
+
+
+def chosen(problem: Problem, shards: Shards | None, mode: Mode | Literal["auto"], room: float) -> Choice:
+    """A way to multiply, tried on a few rows; where processes divide the weights, on the smaller tensors.
+
+    Args:
+        room: bytes that kept graphs may take.
+
+    Raises:
+        UnsupportedError: none works.
+    """
+    trial, graphs = sample(problem)
+    if shards is None:
+        return choose(trial, mode=mode, memory=room, graphs=graphs)
+    streamed = problem.streamed
+    if streamed is None:
+        return choose(trial.lean(TRIED), mode=mode, memory=room, graphs=graphs)  # else it would hold eight whole vectors
+    # No more of them than of a block, which each process has room for.
+    every = sum(p.nbytes for p in problem.parameters.values())
+    trial = trial.lean(min(TRIED, streamed.largest / every))
+    with streamed.whole(list(trial.parameters)):
+        return choose(trial, mode=mode, graphs=graphs)
+
+
+def engine(
+    problem: Problem, mode: Mode, step: Step | None, shards: Shards | None, *, threads: bool
+) -> tuple[HVP, Held | None]:
+    """Products with the Hessian of a problem's mean loss, on slices where processes divide the parameters.
+
+    Returns:
+        The engine; and, on slices, within what products along one vector are made.
+    """
+    if problem.streamed is not None and step is not None:
+        return OnSlices(problem, step), nullcontext
+    found = build(problem, mode, step, threads=threads)
+    if shards is None:
+        return found, None
+    whole = Gathered(found.part(), shards, problem.gathered)
+    return whole, whole.held
+
+
+def mean_gradient(problem: Problem, names: Sequence[str], shards: Shards | None) -> list[Tensor]:
+    """Of the mean loss, in slices where processes divide the parameters. Raises UnsupportedError where it is not finite."""
+    if problem.streamed is not None:
+        return sliced_gradient(problem, names)
+    found = gradient(problem, names)
+    return found if shards is None else shards.parts(names, found)
