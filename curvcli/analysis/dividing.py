@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from curvcli.analysis.plan import GIB, OverLimitError
-from curvcli.analysis.scale import least
+from curvcli.analysis.scale import FOLDS, least
 from curvcli.curvature import resources
 from curvcli.curvature.gathering import Weights
 from curvcli.curvature.hvp import Mode
-from curvcli.curvature.memory import leanest
+from curvcli.curvature.memory import in_parts, leanest
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import current
 from curvcli.errors import OutOfMemoryError, UsageError
@@ -39,14 +39,17 @@ def divided(
     how, notes = settle(weights, problem.model, mode, limit)
     said |= notes
     problem = replace(problem, gathered=weights.whole, streamed=weights.streamed)
-    if mode != "auto" or weights.streamed is not None:
-        return leanest(problem, how, measure)
-    try:
-        return leanest(problem, how, measure)
-    except (OutOfMemoryError, OverLimitError) as error:
-        why = error.message
-    said |= stream(weights, problem.model, f"exactly, {why}")
-    return leanest(replace(problem, streamed=weights.streamed), "differences", measure)
+    if weights.streamed is None:
+        try:
+            return leanest(problem, how, measure)
+        except (OutOfMemoryError, OverLimitError) as error:
+            if mode != "auto":
+                raise
+            why = error.message
+        said |= stream(weights, problem.model, f"exactly, {why}")
+        problem = replace(problem, streamed=weights.streamed)
+    # All ranks go through the network for each fold, and each is to have a part of it.
+    return leanest(in_parts(problem, problem.ranks.world * min(FOLDS, len(problem.given))), "differences", measure)
 
 
 def settle(

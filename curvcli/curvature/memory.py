@@ -80,6 +80,14 @@ def spread(problem: Problem, ranks: Ranks) -> Problem:
     return found
 
 
+def in_parts(problem: Problem, parts: int) -> Problem:
+    """The same mean loss in so many batches at least, where their rows are independent and there are enough of them."""
+    smaller = _smaller(problem)
+    while len(problem.batches) < parts and (part := next(smaller, None)) is not None:
+        problem = part
+    return problem
+
+
 def _uneven(problem: Problem) -> float:
     """The largest share of the weight that a process has, over an even one."""
     load = [0.0] * problem.ranks.world

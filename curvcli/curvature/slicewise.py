@@ -78,13 +78,13 @@ class Sums:
         """Sends what has come."""
         if self.group is None:
             return
-        self.streamed.in_step(self.group)
         places = self.places[self.group]
         shapes = self.streamed.shards.shapes
         # A parameter that a batch does not use (an expert) has no gradient here, and may have one elsewhere.
         wholes = [self.waiting[p] if p in self.waiting else self.totals[p].new_zeros(shapes[self.names[p]]) for p in places]
         self.waiting.clear()
-        for place, part in zip(places, self.streamed.shards.scatter([self.names[p] for p in places], wholes), strict=True):
+        found = self.streamed.shards.scatter([self.names[p] for p in places], wholes, self.group)
+        for place, part in zip(places, found, strict=True):
             self.totals[place].add_(part)
         self.group = None
 
@@ -93,7 +93,7 @@ def add_gradients(problem: Problem, names: Sequence[str], totals: Sequence[Tenso
     """Adds the gradient of the mean loss, times a factor, to slices of it. All processes call it alike.
 
     Raises:
-        UnsupportedError: the processes do not go through the network in one order.
+        LostError: the processes do not go through the network in one order.
     """
     streamed = _streamed(problem)
     sums, inputs = Sums(streamed, names, totals), [problem.parameters[n] for n in names]

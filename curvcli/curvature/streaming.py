@@ -21,7 +21,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from curvcli.curvature.shards import Shards
-from curvcli.errors import UnsupportedError
 
 # Attributes of a tensor that are views of its numbers, unlike the others; and functions that do not read these.
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data", "real", "imag")}
@@ -157,14 +156,15 @@ class Streamed(TorchFunctionMode):
         """Gathers groups that are used together, and lets go of all others."""
         self._release(self._here - groups)
         for index in sorted(groups - self._here):
-            self.in_step(index)
             kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
             for name in self.groups[index]:
                 if name not in self._whole:
                     kinds.setdefault((self.parts[name].dtype, self.parts[name].device), []).append(name)
             with self._quiet():
                 for names in kinds.values():  # what is sent at once is of one type
-                    for name, tensor in zip(names, self.shards.gather(names, [self._part(n) for n in names]), strict=True):
+                    # Blocks are of one size: that all are at the same one has to be said.
+                    found = self.shards.gather(names, [self._part(n) for n in names], index)
+                    for name, tensor in zip(names, found, strict=True):
                         self.parameters[name].data = tensor
                         self._stored[tensor.untyped_storage().data_ptr()] = name
             self._here.add(index)
@@ -174,14 +174,6 @@ class Streamed(TorchFunctionMode):
             return self.parts[name]
         tangent, length = self._moves[name]
         return self.parts[name].add(tangent, alpha=length)
-
-    def in_step(self, group: int) -> None:
-        """That all processes are at the same group: blocks are of one size, and nothing else would tell."""
-        if len(set(self.shards.ranks.each(float(group)))) > 1:
-            raise UnsupportedError(
-                "ranks do not go through the blocks of the network in one order, so none can be gathered at a time",
-                hint="measure exactly, with --mode fresh, on ranks with more memory",
-            )
 
     def _release(self, groups: set[int]) -> None:
         for index in sorted(groups):

@@ -201,13 +201,13 @@ def test_a_product_sends_what_the_estimate_says() -> None:
         sent = [0]
         gathered, summed = ranks.gathered, ranks.sum_
 
-        def gather(part: Tensor) -> Tensor:
+        def gather(part: Tensor, at: int = 0) -> Tensor:
             sent[0] += (ranks.world - 1) * part.nbytes
-            return gathered(part)
+            return gathered(part, at)
 
-        def add(tensors: Any) -> None:
+        def add(tensors: Any, at: int = 0) -> None:
             sent[0] += sum(2 * (ranks.world - 1) * t.nbytes // ranks.world for t in tensors)
-            summed(tensors)
+            summed(tensors, at)
 
         ranks.gathered, ranks.sum_ = gather, add  # type: ignore[method-assign]
         batches, model = models.data(), deepcopy(net)

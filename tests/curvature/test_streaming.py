@@ -1,4 +1,4 @@
-"""Weights that are gathered a block at a time, on threads in the place of processes: gradients and products are the whole's."""
+"""Weights that are gathered a block at a time, on threads in the place of processes: what is made of them is the whole's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from curvcli.curvature.hvp import FreshGraph, graph_bytes
 from curvcli.curvature.problem import Problem, gradient
 from curvcli.curvature.slicewise import OnSlices, sliced_gradient
 from curvcli.curvature.streaming import Streamed
-from curvcli.errors import UnsupportedError
+from curvcli.errors import LostError, UnsupportedError
 from curvcli.models.blocks import used_together
 
 
@@ -187,7 +187,7 @@ def test_ranks_that_go_another_way_are_refused() -> None:
     def work(ranks: Any) -> Any:
         problem, _ = divided(_Disordered(), ranks)
         problem.model.turned = bool(ranks.rank)  # type: ignore[assignment]
-        with pytest.raises(UnsupportedError, match="do not go through the blocks of the network in one order"):
+        with pytest.raises(LostError, match="out of step"):
             sliced_gradient(problem, list(problem.parameters))
         return True
 
@@ -196,7 +196,7 @@ def test_ranks_that_go_another_way_are_refused() -> None:
 
 def test_a_gradient_that_is_not_finite_is_said_by_all() -> None:
     def work(ranks: Any) -> Any:
-        problem, weights = divided(models.Net(), ranks)
+        problem, _ = divided(models.Net(), ranks)
         loss = problem.loss
         bad = problem.batches[1]
         problem = replace(problem, loss=lambda m, b: loss(m, b) * (float("nan") if b is bad else 1.0))
@@ -211,7 +211,7 @@ def test_what_a_pass_without_a_batch_finds_does_not_count() -> None:
     """Of three batches one rank has two, and the other goes through the first once more: its numbers count for nothing."""
 
     def work(ranks: Any) -> Any:
-        problem, weights = divided(models.Net(), ranks)
+        problem, _ = divided(models.Net(), ranks)
         assert len(problem.shares) == 2
         assert sum(share for _, share in problem.shares) == pytest.approx([32 / 55, 23 / 55][ranks.rank])
         return [share == 0 for _, share in problem.shares]
