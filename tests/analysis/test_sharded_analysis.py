@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 from equal_reports import OPTIMIZERS, same
+from fixed_step import fixed_step
 from ranks import launch
 
 from curvcli import analyze
@@ -123,7 +124,7 @@ def _peak(shard: Shard | None, mode: Mode = "fresh", blocks: int = 3, products: 
             raise OutOfTime
 
     bring, flush = Streamed._bring, Sums.flush
-    with patch.object(Streamed, "_bring", looking(bring)), patch.object(Sums, "flush", looking(flush)):
+    with fixed_step(), patch.object(Streamed, "_bring", looking(bring)), patch.object(Sums, "flush", looking(flush)):
         analyze(
             model, loss, batches, view, weights=models.weights(batches), tolerance=1e-3, max_hvps=products, depths=False,
             mode=mode, shard=shard, on_verdict=enough,

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from fixed_step import fixed_step
 from ranks import launch
 
 from curvcli import analyze
@@ -72,11 +73,7 @@ def _weighed(
 
     several = Processes() if dist.is_initialized() else ALONE
 
-    def calibrate(self: Any, start: Any, *, late: bool) -> None:
-        self.step.reach = 1e-7  # it is looked for by products that take no more than others
-
-    paced = patch.multiple("curvcli.curvature.stepped._Paced", calibrate=calibrate, refined=lambda *_: False)
-    with paced, patch.object(api, "fitted", kept), within(several) as ranks, ranks.together():
+    with fixed_step(), patch.object(api, "fitted", kept), within(several) as ranks, ranks.together():
         analyze(
             model, causal_loss, batches, tolerance=1e-9, mode=mode, max_hvps=8, depths=False, memory="64GiB",
             shard="all" if several.world > 1 else None, on_verdict=told,
