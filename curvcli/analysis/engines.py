@@ -38,7 +38,7 @@ def chosen(problem: Problem, shards: Shards | None, mode: Mode | Literal["auto"]
     # No more of them than of a block, which each process has room for.
     every = sum(p.nbytes for p in problem.parameters.values())
     trial = trial.lean(min(TRIED, streamed.largest / every))
-    with streamed.whole(list(trial.parameters)):
+    with problem.gathered(), streamed.whole(list(trial.parameters)):
         return choose(trial, mode=mode, graphs=graphs)
 
 

@@ -13,6 +13,7 @@ import torch
 from threads import on_ranks
 from torch import Tensor, nn
 
+from curvcli.analysis.engines import chosen
 from curvcli.curvature.differences import Differences, Step, trusted
 from curvcli.curvature.gathering import Weights
 from curvcli.curvature.hvp import FreshGraph, graph_bytes
@@ -217,3 +218,25 @@ def test_what_a_pass_without_a_batch_finds_does_not_count() -> None:
         return [share == 0 for _, share in problem.shares]
 
     assert on_ranks(work, 2) == [[False, True], [False, False]]
+
+
+@pytest.mark.parametrize("bend", [nn.GELU, nn.ReLU])
+def test_kinks_are_refused_by_an_exact_product_of_small_tensors(bend: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), bend(), nn.Linear(64, 64), bend(), nn.Linear(64, 4))
+    batches = [torch.randn(256, 8), torch.randn(256, 8)]
+
+    def work(ranks: Any) -> Any:
+        copy = deepcopy(model)
+        problem = Problem.create(copy, lambda m, b: nn.functional.cross_entropy(m(b), b[:, :4].argmax(1)), batches)
+        weights = Weights(copy, ranks)
+        weights.stream(used_together(copy))
+        problem = replace(problem.shared(ranks), gathered=weights.whole, streamed=weights.streamed)
+        return chosen(problem, weights.shards, "differences", 0.0).mode
+
+    found = on_ranks(work, 2)
+    if bend is nn.GELU:
+        assert found == ["differences", "differences"]
+    for error in found if bend is nn.ReLU else ():
+        assert type(error) is UnsupportedError
+        assert "% apart: its relu have kinks" in str(error)
