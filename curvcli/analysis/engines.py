@@ -11,12 +11,13 @@ from torch import Tensor
 from curvcli.curvature.differences import Step, build, choose
 from curvcli.curvature.gathering import Gathered
 from curvcli.curvature.hvp import HVP, Choice, Mode
-from curvcli.curvature.memory import sample
+from curvcli.curvature.memory import few, sample
 from curvcli.curvature.problem import Problem, gradient
 from curvcli.curvature.shards import Shards
 from curvcli.curvature.slicewise import OnSlices, sliced_gradient
 
 TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them
+CROSSED = 2**13  # inputs that differences are tried on, where four rows have fewer
 Held = Callable[[], AbstractContextManager[None]]
 
 
@@ -29,7 +30,8 @@ def chosen(problem: Problem, shards: Shards | None, mode: Mode | Literal["auto"]
     Raises:
         UnsupportedError: none works.
     """
-    trial, graphs = sample(problem)
+    # Kinks show where a step crosses some of them: four rows of one short vector each have too few.
+    trial, graphs = sample(problem, few(problem, CROSSED)) if mode == "differences" else sample(problem)
     if shards is None:
         return choose(trial, mode=mode, memory=room, graphs=graphs)
     streamed = problem.streamed

@@ -65,6 +65,13 @@ def sample(problem: Problem, rows: int = TRIED) -> tuple[Problem, float]:
     return part, problem.most * largest_batch(first) / largest_batch(part)
 
 
+def few(problem: Problem, entries: int) -> int:
+    """How many rows of the first batch have so many entries in its first tensor; `TRIED` at least."""
+    first = next(_tensors(problem.batches[0]), None)
+    each = first.numel() / (_rows(problem.batches[0]) or 1) if first is not None else entries
+    return max(TRIED, int(entries / max(each, 1)))
+
+
 def spread(problem: Problem, ranks: Ranks) -> Problem:
     """The same mean loss with its batches given to several processes, in halves where that evens out their work.
 
