@@ -14,6 +14,7 @@ from threads import on_ranks
 from torch import Tensor, nn
 
 from curvcli.analysis.engines import chosen
+from curvcli.analysis.scale import scale
 from curvcli.curvature.differences import Differences, Step, trusted
 from curvcli.curvature.gathering import Weights
 from curvcli.curvature.hvp import FreshGraph, graph_bytes
@@ -133,6 +134,34 @@ def test_one_group_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     # Forward embedding, blocks and head, backward the blocks: a gradient of the embedding takes none of it, and the head is
     # there. Two passes, on each of two ranks.
     assert len(most) == 2 * 2 * 8
+
+
+def test_a_product_sends_what_the_estimate_says() -> None:
+    model = models.Net()
+    told = scale({n: tuple(p.shape) for n, p in model.named_parameters()}, 2, itemsize=8)
+
+    def work(ranks: Any) -> int:
+        problem, weights = divided(model, ranks)
+        sent = [0]
+        gathered, summed = ranks.gathered, ranks.sum_
+
+        def gather(part: Tensor, at: int = 0) -> Tensor:
+            sent[0] += (ranks.world - 1) * part.nbytes
+            return gathered(part, at)
+
+        def add(tensors: Any, at: int = 0) -> None:
+            sent[0] += sum(2 * (ranks.world - 1) * t.nbytes // ranks.world for t in tensors)
+            summed(tensors, at)
+
+        ranks.gathered, ranks.sum_ = gather, add
+        engine = OnSlices(problem, Step(length=1e-3)).subset([0, 1])  # a batch for each
+        names = list(problem.parameters)
+        engine.product(names, weights.shards.parts(names, _tangents(problem)))
+        return sent[0]
+
+    # The head is there when the backward pass begins, and of the embedding that takes nothing; on either side.
+    ends = sum(-(-p.numel() // 2) for n, p in model.named_parameters() if "layers" not in n)
+    assert on_ranks(work, 2) == [told.moved_by_block - 2 * ends * 8] * 2
 
 
 def test_second_derivatives_of_some_tensors_are_the_wholes() -> None:
