@@ -136,7 +136,8 @@ class Opened:
             # Up to 32 gradients, of rows that are measured anyway, and of no more at once.
             rows = min(size, max(1, 8192 // (shard.sequence_length or 1) // 32))
             try:
-                return gather(model, self.loss, [_to(part, device) for part in shard.batches(rows)[:32]])
+                with current().together():  # where weights are divided, all have to go on with single rows
+                    return gather(model, self.loss, [_to(part, device) for part in shard.batches(rows)[:32]])
             except Exception as error:
                 if rows == 1 or not exhausted(error):
                     raise

@@ -121,7 +121,8 @@ def _plans(problem: Problem, mode: str) -> Iterator[tuple[Problem, str]]:
 def _smaller(problem: Problem) -> Iterator[Problem]:
     """The same mean loss over batches halved once, twice, ... down to one row."""
     try:
-        count = _counting(problem)
+        with problem.ranks.together():  # where weights are divided they are gathered meanwhile, and none may stay away
+            count = _counting(problem)
     except Exception:  # whatever a loss raises on a part of a batch: it cannot be cut
         count = None
     if not all(problem.ranks.each(float(count is not None))):
@@ -136,8 +137,14 @@ def _needs(problem: Problem) -> str:
     parameters = list(problem.parameters.values())
     size = sum(p.numel() * p.element_size() for p in parameters)
     free = resources.free_bytes(parameters[0].device)
-    with problem.gathered():
-        graph = graph_bytes(problem, cut_short=True)
+    try:
+        with problem.ranks.together(), problem.gathered():
+            # Where all go through the network together, none may end before the others.
+            graph = graph_bytes(problem, cut_short=problem.streamed is None)
+    except Exception as error:
+        if not exhausted(error):
+            raise
+        graph = 0
     return (
         f"a batch of {counted(_rows(problem.batches[0]) or 1, 'row')} needs about {_gib(size)} for each vector, of which "
         f"16 are held, and {_gib(graph)} or more for its graph; {_gib(free)} are free"
