@@ -217,8 +217,9 @@ def test_ranks_that_go_another_way_are_refused() -> None:
     def work(ranks: Any) -> Any:
         problem, _ = divided(_Disordered(), ranks)
         problem.model.turned = bool(ranks.rank)  # type: ignore[assignment]
-        with pytest.raises(LostError, match="out of step"):
-            sliced_gradient(problem, list(problem.parameters))
+        for use in (problem.mean_loss, lambda: sliced_gradient(problem, list(problem.parameters))):
+            with pytest.raises(LostError, match="out of step"):
+                use()
         return True
 
     assert on_ranks(work, 2) == [True, True]
@@ -244,9 +245,34 @@ def test_what_a_pass_without_a_batch_finds_does_not_count() -> None:
         problem, _ = divided(models.Net(), ranks)
         assert len(problem.shares) == 2
         assert sum(share for _, share in problem.shares) == pytest.approx([32 / 55, 23 / 55][ranks.rank])
+        assert problem.subset([0, 2]).owners == [1, 1]  # in a fold of these two each rank is to have one
+        assert OnSlices(problem, Step()).subset([0, 2]).problem.owners == [0, 1]
         return [share == 0 for _, share in problem.shares]
 
     assert on_ranks(work, 2) == [[False, True], [False, False]]
+
+
+def test_weights_are_where_they_were_after_a_product() -> None:
+    """Also where blocks stay gathered: the next update reads them within."""
+    model = models.Net()
+    names = [n for n, _ in model.named_parameters()]
+    expected = gradient(problem_of(model), names)
+
+    def work(ranks: Any) -> Any:
+        problem, weights = divided(model, ranks)
+        cut = weights.shards.parts
+        with problem.gathered():
+            OnSlices(problem, Step(length=1.0)).product(names, cut(names, _tangents(problem)))
+            there = dict(problem.model.named_parameters())
+            # First of the block that came last.
+            for name, weight in sorted(model.named_parameters(), key=lambda item: "layers.0" not in item[0]):
+                assert torch.equal(there[name], weight)
+        found = sliced_gradient(problem.alone(), names)  # each process has all batches
+        return list(zip(found, cut(names, expected), strict=True))
+
+    for found in on_ranks(work, 2):
+        for left, right in found:
+            torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("bend", [nn.GELU, nn.ReLU])
