@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from curvcli.curvature.shards import Shards
@@ -27,7 +28,7 @@ _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data
 _SHAPES = {
     getattr(Tensor, name)
     for name in (
-        "dim", "numel", "nelement", "size", "stride", "storage_offset", "element_size", "untyped_storage", "data_ptr",
+        "dim", "numel", "nelement", "size", "stride", "storage_offset", "element_size", "untyped_storage",
         "is_floating_point", "is_complex", "is_contiguous", "register_hook", "requires_grad_", "get_device", "__len__",
     )
 } | {torch.autograd.grad, torch.autograd.backward}  # fmt: skip
@@ -89,10 +90,13 @@ class Streamed(TorchFunctionMode):
             with self._deeper():
                 yield
             return
+        # A torch.autograd.Function is called past the mode: its module's parameters are there before.
+        handle = register_module_forward_pre_hook(lambda module, inputs: self._want(list(module._parameters.values())))
         with self._deeper(), self, saved_tensors_hooks(self._pack, self._unpack):
             try:
                 yield
             finally:
+                handle.remove()
                 self._release(self._here)
 
     @contextmanager
@@ -136,11 +140,15 @@ class Streamed(TorchFunctionMode):
         """The function as it is, once what it is called with is there."""
         kwargs = kwargs or {}
         if not self._busy and _reads(function):
-            used: set[int] = set()
-            self._look((args, tuple(kwargs.values())), used)
-            if used - self._here:
-                self._bring(used)
+            self._want((args, tuple(kwargs.values())))
         return function(*args, **kwargs)
+
+    def _want(self, value: Any) -> None:
+        """Gathers the groups of the parameters in it, where they are not there."""
+        used: set[int] = set()
+        self._look(value, used)
+        if used - self._here:
+            self._bring(used)
 
     def _look(self, value: Any, found: set[int]) -> None:
         """Adds the groups of the parameters in what a function is called with."""
