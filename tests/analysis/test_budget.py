@@ -59,9 +59,9 @@ def trained() -> tuple[models.Net, list[tuple[Tensor, Tensor]], torch.optim.Opti
     ("place", "name", "never"),
     [
         (opened, "weight_findings", (opened, "_optimizer")),
-        (opened, "_optimizer", (solve, "choose")),
-        (solve, "choose", (solve, "gradient")),
-        (solve, "gradient", (solve, "build")),
+        (opened, "_optimizer", (solve, "chosen")),
+        (solve, "chosen", (solve, "mean_gradient")),
+        (solve, "mean_gradient", (solve, "engine")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
