@@ -80,11 +80,11 @@ def test_divided_tensors_give_the_report_of_one_process(mode: str, run: Path) ->
 def test_what_happens_to_one_rank_ends_all_that_hold_slices(fail: str, said: str, mode: str, run: Path) -> None:
     given = ["analyze", "run/checkpoint-6", "--no-depths", "--shard", "--mode", mode, "--loss", "failing_loss:loss", "-q"]
     began = time.monotonic()
-    _, lines, found = ended(started(run, *given, "-o", "slices.json", FAIL=fail))
+    _, lines, found = ended(started(run, *given, "-o", f"{fail}-{mode}.json", FAIL=fail))
     assert time.monotonic() - began < 90 or not said  # start of the processes, work up to the failure, and 30 s
     assert found == ({2} if said else set())
     assert [said in line for line in lines] == [True] * bool(said)
-    assert bool(list(run.glob("*slices.json*"))) == (not said)
+    assert bool(list(run.glob(f"*{fail}-{mode}.json*"))) == (not said)
 
 
 def test_a_gates_exit_code_is_every_ranks(run: Path) -> None:
