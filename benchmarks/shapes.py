@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -192,7 +193,8 @@ def main() -> None:
 
 def _child(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, __file__, *sys.argv[1:], *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as `curv` sets it for itself
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=pages)  # noqa: S603
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -73,6 +73,7 @@ class Lanczos:
         size = operator.space.size if support is None else operator.space.count(support)
         start, random_part = self._start(operator, warm, share, support)
         walk = _Walk(operator, start, support, size, self.store)
+        del start  # the walk has it, and lets go of it
         # e of the module's docstring, for a start of which only a part may be random.
         evidence = self.doubt * sqrt(pi / (2 * size)) * random_part
         most = min(self.basis, self.max_products)
@@ -143,8 +144,9 @@ class _Walk:
         last = range(max(k - 1, 0), k + 1)
         local = dict(zip(last, numbers([self.space.inner(self._here(i)[None], left)[0] for i in last]), strict=True))
         for i, part in local.items():
-            left = torch.sub(left, self._here(i), alpha=part)
-        left, found = self._without(left, k + 1)
+            left.sub_(self._here(i), alpha=part)  # in place: one vector less at a time
+            let_go(self._row(i))
+        found = self._without(left, k + 1)
         rest = self.space.norm(left)
         if k:  # inner products that a symmetric G would not have, or not so
             self.skew = max(self.skew, abs(local[k - 1] - self.beside[-1]), float(found[:k].abs().max()))
@@ -227,13 +229,13 @@ class _Walk:
         """A vector where the operator's are."""
         return self.space.here(self._row(index))
 
-    def _without(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """What is left of a vector by the first `count` of the basis, and its products with them, in float64 on the CPU."""
+    def _without(self, vector: Tensor, count: int) -> Tensor:
+        """Takes the first `count` of the basis from a vector, in place; its products with them, in float64 on the CPU."""
         found = []
         # Block by block, so that each is read once: of a basis that lies elsewhere this is what takes the time.
         for i, block in enumerate(self.blocks):
             rows = self.space.here(block[: count - i * self.rows])
             found.append(self.space.inner(rows, vector))
-            vector = vector - self.space.combine(found[-1], rows)
+            vector.sub_(self.space.combine(found[-1], rows))
             let_go(block)
-        return vector, torch.cat(found).cpu().double()
+        return torch.cat(found).cpu().double()

@@ -65,9 +65,13 @@ class PreconditionedHessian:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """G v for a flat v of shape (n,): one Hessian-vector product between two applications of P^(-1/2)."""
+        large = vector.nbytes >= LARGE
+        if large:  # what was freed before is not to lie beside a product
+            resources.give_back(vector.device)
         tangents = self.root.apply(self.root.split(self.space.here(vector)))
+        let_go(vector)  # one that lies on disk, of which the product has no need
         images = list(self.hvp.product(self.root.names, tangents))
-        if vector.nbytes >= LARGE:
+        if large:
             resources.give_back(vector.device)
         # Allocated only now: during the product, at the peak of memory, it would be one more vector.
         flat = self.space.empty(1)[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -91,6 +92,16 @@ class Scratch:
         _maps[found.data_ptr()] = mapped
         return found
 
+    def put(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of tensors of one precision in one file, none in memory until it is read. Raises InputError as `empty`."""
+        sizes = [tensor.numel() for tensor in tensors]
+        if not any(sizes):
+            return list(tensors)
+        flat = self.empty(sum(sizes), dtype=tensors[0].dtype)
+        found = [part.view(t.shape).copy_(t) for part, t in zip(flat.split(sizes), tensors, strict=True)]
+        let_go(flat)
+        return found
+
     @property
     def free(self) -> int:
         """Half of what the disk has left."""
@@ -114,7 +125,7 @@ def scratch() -> Scratch:
 
 
 def let_go(tensor: Tensor) -> None:
-    """Its pages need not be in memory until it is used again. Of a tensor that is not on disk nothing happens."""
-    mapped = _maps.get(tensor.data_ptr())
+    """What is in its file need not be in memory until it is used again. Of a tensor that is not on disk nothing happens."""
+    mapped = _maps.get(tensor.untyped_storage().data_ptr())
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # what was written stays in the file
         mapped.madvise(mmap.MADV_DONTNEED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -78,6 +78,12 @@ class Preconditioner:
     def moving(self) -> frozenset[str]:
         """The parameters that move, in P's metric or in a norm."""
         return frozenset(self.root) | frozenset(self.balls)
+
+    def aside(self, put: Callable[[Sequence[Tensor]], list[Tensor]]) -> Preconditioner:
+        """With what `put` gives in the place of the direction, which is needed once."""
+        if self.direction is None:
+            return self
+        return replace(self, direction=dict(zip(self.direction, put(list(self.direction.values())), strict=True)))
 
     def without(self, names: Collection[str]) -> Preconditioner:
         """With these parameters held still. Raises ValueError where none is left."""
