@@ -176,8 +176,12 @@ def prepared(
     say = progress or (lambda stage, done: None)
     with measurable(module) as lifted:
 
+        def metric(problem: Problem) -> Preconditioner:
+            found = _preconditioner(problem, optimizer, lr, shards)
+            return found.aside(store.put) if store else found
+
         def set_up(problem: Problem, mode: Mode | Literal["auto"]) -> tuple[Measurement, dict[str, str]]:
-            preconditioner = known or _preconditioner(problem, optimizer, lr, shards)
+            preconditioner = known or metric(problem)
             # An optimizer that maximises descends minus the loss, whose Hessian is the one with an edge.
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
@@ -219,8 +223,7 @@ def prepared(
         slices = shard == "all" or divided is not None
         if isinstance(optimizer, OptimizerView) and (slices or limit is not None):
             with whole.gathered():  # once, so that its state makes room before anything is solved
-                known = _preconditioner(whole, optimizer, lr, shards)
-            known = known.aside(store.put) if store else known
+                known = metric(whole)
             cast("dict[str, Any]", optimizer.state).clear()
         if slices:
             whole = replace(whole, gathered=(divided or Weights(module, current())).whole)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Protocol
-
-from torch import Tensor
 
 from curvcli.analysis.stages import Stages
 from curvcli.curvature.folds import Folds
@@ -15,6 +13,7 @@ from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import Folded
 from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ritz import Extremes, Ritz
+from curvcli.curvature.scratch import Put
 from curvcli.documents import Companions, LayerCompanions, ModelSteepest, Steepest, Update
 from curvcli.optimizers.preconditioner import Preconditioner
 
@@ -82,7 +81,7 @@ class Solved:
         raised = Ritz(value, top.residual + value - top.value)
         return replace(self, extremes=replace(self.extremes, top=raised, ceiling=max(self.ceiling, value)))
 
-    def aside(self, put: Callable[[Sequence[Tensor]], list[Tensor]]) -> Solved:
+    def aside(self, put: Put) -> Solved:
         """With what `put` gives in the place of the vector, so that it makes room for other solves."""
         found = self.extremes
         if found is None or found.vector is None:

@@ -21,10 +21,9 @@ from curvcli.files.parse import byte_size
 from curvcli.models.head import widest
 
 WANTED, LEAST = 16, 8  # vectors of a basis: what most solves end within, and the fewest that are worth a solve
-MASK = 0.25  # vectors: of rare rows, a byte an entry
-BESIDE = 2  # vectors held beside the basis, if not on disk: gradients until the update is done, the full model's own
-WORKING = 3  # vectors of a product: the vector times a root, its image, the folds' sum
-ALGEBRA = 2  # vectors of a solver's step after it: what is left of the image, and its part in the basis
+BESIDE = 2.25  # vectors held beside the basis, if not on disk: gradients until the update is done, the full model's, a mask
+WORKING = 3  # vectors of a product: the vector times a root, its image, the folds' sum, which may be on disk meanwhile
+SEEN = 3  # vectors when it is done: the image, the folds' sum, one of the basis
 KEPT_BACK = 0.08  # of the peak: what the C allocator does not give back; 5 and 10 % were measured on two models
 GIB = 2**30
 
@@ -166,7 +165,7 @@ def spare(problem: Problem, shards: Shards | None) -> Scratch | None:
     if not isinstance(store, Scratch) or shards is not None:  # a GPU's main memory is for the basis
         return None
     vector = sum(p.nbytes for p in problem.parameters.values())
-    return store if _elsewhere(problem) > (BESIDE + 1) * vector else None  # one more for the next update
+    return store if _elsewhere(problem) > (BESIDE + 3) * vector else None  # P, the next update, a sum
 
 
 def _elsewhere(problem: Problem) -> float:
@@ -193,14 +192,14 @@ def predicted(sizes: Sizes, mode: Planned, batch_rows: int, basis: int, *, offlo
     working = graph // 2 + 2 * sizes.largest + 3 * min(sizes.logits * batch_rows, CHUNK * sizes.itemsize)
     working += sizes.gathered + (0 if mode == "kept" else graph)
     # What lies in main memory is copied to where it is used, and read once for two images.
-    vectors = WORKING + once + (2 if offload and not sizes.aside else 0)
+    vectors = WORKING + once + (-1 if sizes.aside else 2 if offload else 0)
     return Plan(
         mode=mode,
         batch_rows=batch_rows,
         basis=basis,
-        held=sizes.held + int((MASK + (0 if sizes.aside else BESIDE)) * sizes.vector),
+        held=sizes.held + (0 if sizes.aside else int(BESIDE * sizes.vector)),
         graphs=sizes.graph * sizes.rows if mode == "kept" else 0,
-        product=max(vectors * sizes.vector + working, (ALGEBRA + offload) * sizes.vector),
+        product=max(vectors * sizes.vector + working, SEEN * sizes.vector),
         basis_bytes=0 if offload else basis * sizes.vector,
         offloaded=basis * sizes.vector if offload else 0,
     )

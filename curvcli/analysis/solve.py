@@ -11,7 +11,6 @@ from math import inf, isfinite
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from curvcli.analysis.companions import companions
 from curvcli.analysis.counting import Counting, count
@@ -30,7 +29,7 @@ from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem, gradient
 from curvcli.curvature.ranks import agreed
-from curvcli.curvature.scratch import Scratch, elsewhere, let_go
+from curvcli.curvature.scratch import Put, Scratch, elsewhere, let_go
 from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
@@ -64,7 +63,8 @@ class Measurement:
         aside: Scratch | None = None,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
-        self.depths, self.put = depths, aside.put if aside else list[Tensor]  # where vectors lie that are needed later
+        self.depths = depths
+        self.put: Put = aside.put if aside else list  # where vectors lie that are needed later
         self.shards = preconditioner.root.shards
         self.held: Callable[[], AbstractContextManager[None]] | None = None
         self.started = time.perf_counter()
@@ -89,8 +89,9 @@ class Measurement:
         self.in_time()
         self.ranks = problem.ranks
         free, (trial, graphs) = self._free(device), sample(problem)
-        # Else it would hold eight whole vectors, where not even the basis has room.
-        trial = trial.lean(TRIED) if self.shards or (offload and aside) else trial
+        # Else it would hold eight whole vectors, as a basis that lies in memory has room for.
+        short = aside is not None and (offload or (basis or LEAST) < LEAST)
+        trial = trial.lean(TRIED) if self.shards or short else trial
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
         vector = -(-vector // self.ranks.world) if self.shards else vector
         # Graphs leave room for vectors. Under a limit of memory plan.py has chosen the mode already.
@@ -147,7 +148,7 @@ class Measurement:
             part = [i for which in those.tolist() for i in given[which]]
             share = sum(weights[i] for i in part)
             folds.append((share, self.operator(hvp.subset(part).part(), self.names, of=of)))
-        return Folded(folds, self.ranks, self.held, done=partial(count, self), threads=self.threads)
+        return Folded(folds, self.ranks, self.held, put=self.put, done=partial(count, self), threads=self.threads)
 
     def build(self, problem: Problem) -> HVP:
         """Products with the Hessian of a problem's mean loss, on slices where processes divide the parameters."""
@@ -199,6 +200,7 @@ class Measurement:
             raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")
         self.in_time()
         hvp = Counting(self.build(self.problem), self)
+        resources.give_back(self.device)  # what gradients took is not to lie beside products
         found = self.full(hvp, loss, looked_up)
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
@@ -269,6 +271,7 @@ class Measurement:
         outer = ((n, outside(self.problem.parameters[n], rows.get(n))) for n in self.names)
         mask = torch.cat([own if self.shards is None else self.shards.part(n, own) for n, own in outer])
         mass = float(vector[~mask].cpu().double().square().sum())
+        (mask,) = self.put([mask])
         let_go(vector)
         # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
         if (sum(self.ranks.each(mass)) if self.shards else self.ranks.first([mass])[0]) < RARE_MASS:

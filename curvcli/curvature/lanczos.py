@@ -98,8 +98,8 @@ class Lanczos:
         """The first vector, of norm 1, and the norm of its random part."""
         space = operator.space
         start = space.random(torch.Generator().manual_seed(self.seed))
-        start = start if support is None else start * support
-        start = start / space.norm(start)
+        start = start if support is None else start.mul_(support)
+        start.div_(space.norm(start))
         if warm is None or not 0 < (norm := space.norm(warm)) < inf:
             return start, 1.0
         mixed = sqrt(1 - share**2) / norm * warm + share * start
@@ -135,7 +135,9 @@ class _Walk:
         k = self.products
         left = self.operator.matvec(self._row(k))
         let_go(self._row(k))
-        left = left if self.support is None else left * self.support
+        if self.support is not None:
+            left.mul_(self.support)
+            let_go(self.support)
         if not self.space.finite(left):
             return False
         # Of a symmetric G what is left of an image by the last two vectors is orthogonal to all: of those before them it
@@ -176,7 +178,7 @@ class _Walk:
         found, done = self.space.empty(1)[0].zero_(), 0
         for block in self.blocks:  # added up as they come: all of them would be as many vectors more as there are blocks
             used = min(len(block), self.products - done)
-            found += self.space.combine(self.vectors[done : done + used, index], self.space.here(block[:used]))
+            self._add_to(found, self.vectors[done : done + used, index], self.space.here(block[:used]))
             let_go(block)
             done += used
         return found
@@ -212,11 +214,12 @@ class _Walk:
         block, row = divmod(self.products, self.rows)
         if block == len(self.blocks):
             self.blocks.append(self._room(min(self.rows, self.space.size)))
-        if self.store is None:
-            torch.div(vector, norm, out=self.blocks[block][row])
+        place = self.blocks[block][row]
+        if place.device == vector.device:
+            torch.div(vector, norm, out=place)
         else:
-            self.blocks[block][row].copy_(vector / norm)
-        let_go(self.blocks[block])
+            place.copy_(vector / norm)
+        let_go(place)
 
     def _room(self, rows: int) -> Tensor:
         return self.space.empty(rows) if self.store is None else self.store.empty(rows, self.held, dtype=self.dtype)
@@ -229,6 +232,12 @@ class _Walk:
         """A vector where the operator's are."""
         return self.space.here(self._row(index))
 
+    def _add_to(self, vector: Tensor, coefficients: Tensor, rows: Tensor) -> None:
+        if len(rows) == 1:  # as of a basis elsewhere: no vector for the product of the two
+            vector.add_(rows[0], alpha=float(coefficients[0]))
+        else:
+            vector.add_(self.space.combine(coefficients, rows))
+
     def _without(self, vector: Tensor, count: int) -> Tensor:
         """Takes the first `count` of the basis from a vector, in place; its products with them, in float64 on the CPU."""
         found = []
@@ -236,6 +245,6 @@ class _Walk:
         for i, block in enumerate(self.blocks):
             rows = self.space.here(block[: count - i * self.rows])
             found.append(self.space.inner(rows, vector))
-            vector.sub_(self.space.combine(found[-1], rows))
+            self._add_to(vector, -found[-1], rows)
             let_go(block)
         return torch.cat(found).cpu().double()

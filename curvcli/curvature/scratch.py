@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +25,8 @@ from curvcli.curvature import resources
 from curvcli.errors import InputError
 
 SHARE = 0.5  # of what is free there, at most
+
+Put = Callable[[Sequence[Tensor]], list[Tensor]]  # `Scratch.put`, or `list` where they stay where they are
 
 _maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor over each
 
@@ -98,8 +100,10 @@ class Scratch:
         if not any(sizes):
             return list(tensors)
         flat = self.empty(sum(sizes), dtype=tensors[0].dtype)
-        found = [part.view(t.shape).copy_(t) for part, t in zip(flat.split(sizes), tensors, strict=True)]
-        let_go(flat)
+        found = []
+        for part, tensor in zip(flat.split(sizes), tensors, strict=True):
+            found.append(part.view(tensor.shape).copy_(tensor))
+            let_go(flat)
         return found
 
     @property

@@ -92,6 +92,7 @@ def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients
         seen = torch.ones_like(part.entries) if part.never is None else (~part.never).to(part.entries)
         given.append(wide(gradient * seen).square().sum())
         known.append(wide(part.entries * seen).square().sum() / preconditioner.relative.get(name, 1.0) ** 2)
+        let_go(part.entries)
     corrected = 1 - float(betas[0]) ** step
     return over(sum(numbers(given)) ** 0.5 * corrected, sum(numbers(known)) ** 0.5)
 
