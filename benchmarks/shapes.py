@@ -71,7 +71,8 @@ def needed(shape: str, rows: int, length: int) -> dict[str, Any]:
     vocabulary, layers = model.config.vocab_size, model.config.num_hidden_layers
     nbytes = [p.nbytes for p in model.parameters()]
     sizes = Sizes(
-        held=int(PROCESS * GIB) + 5 * sum(nbytes),  # weights, two moments, P and the next update
+        held=int(PROCESS * GIB) + sum(nbytes),  # weights: P and the next update are on disk, moments go once they are read
+        aside=True,
         vector=sum(nbytes),
         largest=max(nbytes),
         graph=one + (layers - 1) * (two - one),
