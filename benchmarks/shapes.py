@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -196,8 +195,7 @@ def main() -> None:
 
 def _child(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, __file__, *sys.argv[1:], *arguments]
-    pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as `curv` sets it for itself
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=pages)  # noqa: S603
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

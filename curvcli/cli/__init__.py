@@ -25,9 +25,6 @@ def main() -> None:
     """Entry point of `curv`."""
     # Before torch is loaded: its threads otherwise wait for each other in loops, each on a core that another process wants.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Nor can torch be told later: tensors of 2 MiB and more in huge pages where the system has them. Page by page, zeroing
-    # what a product asks for took half of its time (GPT-2, rows of 64 tokens: docs/explanation/accuracy.md).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Shells start background jobs with SIGINT ignored: leave that as it is.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)

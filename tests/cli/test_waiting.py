@@ -1,4 +1,4 @@
-"""How torch's threads wait for each other in a process of curv's own, and the pages that its tensors lie in."""
+"""How torch's threads wait for each other in a process of curv's own."""
 
 from __future__ import annotations
 
@@ -19,15 +19,3 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(given: str | None, 
     monkeypatch.setattr(cli, "launched", lambda: False)
     cli.main()
     assert seen == [given or "passive"]
-
-
-@pytest.mark.parametrize("given", [None, "0"])
-def test_large_tensors_lie_in_huge_pages_unless_told_otherwise(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
-    if given is None:
-        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
-    seen: list[str | None] = []
-    monkeypatch.setattr(cli, "app", lambda prog_name: seen.append(os.environ.get("THP_MEM_ALLOC_ENABLE")))
-    monkeypatch.setattr(cli, "launched", lambda: False)
-    cli.main()
-    assert seen == [given or "1"]
