@@ -8,9 +8,9 @@ products and seconds of that call are reported, or what it said at its limit: th
 nominal tolerance is. curvlinops hands ARPACK its operator, whose products are counted, and climbs ARPACK's tolerance. Nobody
 is told the truth in use: "curv certified" is what `curv analyze` does, which goes on until a bound from above is within 3 %.
 
-`--profile` asks the same of the full model, of embedding and head, and of each layer, and adds up. To peers a part is one
-whose other parameters need no gradient. curv is told no truth there: each part is solved as `curv analyze` does. Beside what
-peers need when they are told, PyHessian is run by its own stop, its defaults.
+`--profile` asks the same of the full model, of embedding and head, and of each layer, and adds up. To peers a part is a
+model whose other parameters need no gradient. curv is told no truth there: each part is solved as `curv analyze` does.
+Beside what peers need when they are told, PyHessian is run by its own stop, its defaults.
 """
 
 from __future__ import annotations
