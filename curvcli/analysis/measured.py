@@ -67,6 +67,11 @@ class Solved:
         """What no eigenvalue lies above; infinite where that is not known."""
         return self.extremes.ceiling if self.extremes else inf
 
+    @property
+    def second(self) -> float:
+        """What no eigenvalue but the top one lies above; infinite where that is not known."""
+        return self.extremes.second if self.extremes else inf
+
     def over(self, parts: Sequence[Solved]) -> Solved:
         """Not below its parts: what is within the certificate is taken over, what is beyond makes it inconsistent."""
         # An inconsistent part is known to be wrong, and bounds nothing.

@@ -14,13 +14,13 @@ import torch
 
 from curvcli.analysis.companions import companions
 from curvcli.analysis.counting import Counting, count
+from curvcli.analysis.curve import curve
 from curvcli.analysis.cuts import Cut
 from curvcli.analysis.measured import Measured, Solved, folds_of
 from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
-from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.differences import build, choose
 from curvcli.curvature.gathering import Gathered, across
 from curvcli.curvature.hvp import HVP, Choice, Mode
@@ -40,7 +40,6 @@ FOLDS = 8  # parts of the shard that the full model is seen on, at most
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
 TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them, or the basis is on disk
-WARM = 4  # products that a depth may take from the vector of the depth above it
 
 
 class Measurement:
@@ -164,6 +163,11 @@ class Measurement:
         """The solver of layers and truncated networks, on which no verdict hangs: errors go with the residual's square."""
         return replace(self.solver, tolerance=3 * self.solver.tolerance, margin=10 * self.solver.tolerance)
 
+    @property
+    def exact(self) -> bool:
+        """Whether products are exact, not by differences."""
+        return self.step is None
+
     def solve(self, hvp: HVP, names: list[str], solver: Lanczos) -> Solved:
         """Both ends of the spectrum over `names`, from a random start."""
         if not names:
@@ -215,7 +219,7 @@ class Measurement:
             del gradients
             self.parts(hvp, found, steep)
             if self.depths and self.layer_names:
-                self.curve(hvp, found, steep)
+                curve(self, hvp, found, steep)
                 del hvp  # its graphs make room for those of the shortened networks
                 self.shortened(found)
         except OutOfTime:  # what was finished has been added one by one
@@ -308,57 +312,6 @@ class Measurement:
             found.layers.append(self.solve(hvp, names, self.coarse).bare())
             if steep:
                 steep.layer(self.layer_moving[i])
-
-    @property
-    def sharp(self) -> Lanczos:
-        """The solver of restricted depths, whose ceilings bound the depths below them."""
-        return replace(self.solver, margin=3 * self.solver.tolerance)
-
-    def curve(self, hvp: HVP, found: Measured, steep: Steep | None) -> None:
-        """Embedding, head and the first k blocks of the intact network, from the full model down.
-
-        Eigenvalues can only fall with the depth (Cauchy interlacing), so what bounds a depth from above bounds those below
-        it. Where that is near enough, a few products from the vector of the depth above do, and none of a fresh start.
-        """
-        last = len(self.layer_names)
-        above, falls = found.full, False
-        found.restricted.update({0: found.ends or Solved(self.outer, None), last: above.bare()})
-        for depth in range(last - 1, 0, -1):
-            self.stages.enter(f"restricted to depth {depth}")
-            names = self.upto(depth)
-            solved = Solved(names, None) if falls else self.lowered(hvp, names, above)
-            if not solved.converged:
-                # A ceiling serves the depths below where they fall less than what it is allowed to lie above.
-                near = above.value <= (1 + 7 * self.solver.tolerance) * solved.value
-                solved = self.solve(hvp, names, self.sharp if near else self.coarse)
-            falls = above.value > (1 + 10 * self.solver.tolerance) * solved.value
-            found.restricted[depth] = solved.bare()
-            if steep:
-                steep.depth(depth)
-            # A depth that failed leaves no vector to start from: keep the one above it.
-            above = solved if solved.extremes and solved.extremes.vector is not None else above
-
-    def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved:
-        """A depth from the one above it; not converged where that says too little of it."""
-        wide = above.extremes
-        if self.solver.store is not None or self.step:  # no room for its basis; or no certificate of differences
-            return Solved(names, None)
-        if not names or wide is None or wide.vector is None:
-            return Solved(names, None)
-        self.in_time()
-        operator = self.operator(hvp, names)
-        start = operator.root.carry(wide.vector, self.preconditioner.root.restrict(above.names))
-        # Davidson, as Lanczos has no ceiling from a warm start; here that of the depth above holds (Cauchy interlacing).
-        allowed = 1 + 10 * self.solver.tolerance
-        warm = Davidson(
-            self.coarse.tolerance, inf, WARM, basis=6, seed=self.solver.seed, deadline=self.solver.deadline,
-            least=wide.ceiling / allowed if wide.ceiling > 0 else -inf,
-        )  # fmt: skip
-        extremes = warm.extremes(operator, [start])
-        top, ceiling = extremes.top, wide.ceiling
-        if top is not None and ceiling - top.value > (allowed - 1) * abs(top.value):
-            extremes = replace(extremes, status="max-hvps")
-        return Solved(names, replace(extremes, bottom=None, ceiling=ceiling))
 
     def shortened(self, found: Measured) -> None:
         """The network of the first k blocks alone, up to the full model."""
