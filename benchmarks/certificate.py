@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from time import process_time
 from typing import Any
@@ -120,6 +120,8 @@ def solved(family: str, index: int) -> dict[str, Any]:
     task = spectra.sample(family, index)
     found = spectra.solve(task, SOLVERS[index % 2], index)
     top = found.top
+    # As depths of the restricted curve, whose second eigenvalue serves those below them.
+    told = spectra.solve(task, replace(SOLVERS[1], apart=0.9), index)
     return {
         "name": family,
         "setting": ("full", "coarse")[index % 2],
@@ -133,6 +135,9 @@ def solved(family: str, index: int) -> dict[str, Any]:
         "truth": task.top,
         "truth_residual": 0.0,
         "norm": task.norm,
+        "second": told.second,
+        "told": bool(told.top) and told.second < told.top.value,
+        "truth_second": float(task.operator.values.sort().values[-2]),
     }
 
 
@@ -149,6 +154,11 @@ def is_false(row: dict[str, Any]) -> bool:
 def is_below(row: dict[str, Any]) -> bool:
     """Whether the ceiling is no upper bound, by more than rounding."""
     return row["ceiling"] < row["truth"] - 1e-5 * abs(row["truth"]) - 1e-6 * row.get("norm", 0.0)
+
+
+def is_above(row: dict[str, Any]) -> bool:
+    """Whether the second eigenvalue lies above what none but the top should lie above, by more than rounding."""
+    return bool(row["second"] < row["truth_second"] - 1e-5 * abs(row["truth_second"]) - 1e-6 * row["norm"])
 
 
 def count(readings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -169,7 +179,12 @@ def count(readings: list[dict[str, Any]]) -> dict[str, Any]:
         "ceilings_below": sum(map(is_below, bounded)),
         "ceiling_over_truth": digits(median(r["ceiling"] / r["truth"] for r in above)) if above else None,
         "products": digits(sum(r["products"] for r in sure) / len(sure)) if sure else None,
-    }
+    } | (seconds(sure) if "second" in readings[0] else {})
+
+
+def seconds(readings: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often the second eigenvalue was told from the top, and how often it lies above the bound of it."""
+    return {"told": sum(r["told"] for r in readings), "seconds_above": sum(map(is_above, readings))}
 
 
 def show(table: dict[str, dict[str, Any]]) -> None:

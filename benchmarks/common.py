@@ -23,13 +23,15 @@ HERE = Path(__file__).resolve().parent
 SAMPLES = HERE.parent / "sample_checkpoints"
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, *, profile: bool = False) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--checkpoint", type=Path, default=SAMPLES / "calm" / "checkpoint-60")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
+    if profile:
+        parser.add_argument("--profile", action="store_true", help="of all parts of the model")
     return parser.parse_args()
 
 

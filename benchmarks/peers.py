@@ -1,19 +1,25 @@
 """Products and seconds to 1 % of the true top eigenvalue, against three libraries, in one process.
 
-    pip install -e '.[bench]' && python benchmarks/peers.py
+    pip install -e '.[bench]' && python benchmarks/peers.py && python benchmarks/peers.py --profile
 
 All see the same model, the same batch and the bare Hessian (none of them knows a preconditioner). The truth is curv's own
 eigensolver run to a residual of 1e-5. Each library climbs its own effort until its answer is within 1 % of the truth; the
 products and seconds of that call are reported, or what it said at its limit: the accuracy is the same for all, and no
 nominal tolerance is. curvlinops hands ARPACK its operator, whose products are counted, and climbs ARPACK's tolerance. Nobody
 is told the truth in use: "curv certified" is what `curv analyze` does, which goes on until a bound from above is within 3 %.
+
+`--profile` asks the same of the full model, of embedding and head, and of each layer, and adds up. To peers a part is a
+model whose other parameters need no gradient. curv is told no truth there: each part is solved as `curv analyze` does.
+Beside what peers need when they are told, PyHessian is run by its own stop, its defaults.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 from collections.abc import Callable
+from importlib import import_module
 from time import perf_counter
 from typing import Any
 
@@ -30,6 +36,7 @@ from curvcli.data.tasks import causal_loss
 from curvcli.optimizers.preconditioner import identity
 
 COUNTS = (*range(2, 13), 15, 20, 25, 30, 40)  # the same for all
+FEW = (3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40)  # of a part
 
 
 def operator(task: Problem) -> PreconditionedHessian:
@@ -73,7 +80,7 @@ def certified(task: Problem) -> dict[str, Any]:
     }
 
 
-def pyhessian(task: Problem, count: int) -> tuple[float, int]:
+def pyhessian(task: Problem, count: int, tolerance: float = 0.0) -> tuple[float, int]:
     from pyhessian import hessian
 
     class Loss(nn.Module):
@@ -82,8 +89,27 @@ def pyhessian(task: Problem, count: int) -> tuple[float, int]:
 
     windows = torch.cat(list(task.batches))
     tool = hessian(Logits(task.model), Loss(), data=(windows, windows[:, 1:]), cuda=windows.is_cuda)
-    values, _ = tool.eigenvalues(maxIter=count, tol=0.0, top_n=1)
+    values, _ = tool.eigenvalues(maxIter=count, tol=tolerance, top_n=1)
     return float(values[0]), count
+
+
+def pyhessian_alone(task: Problem) -> dict[str, Any]:
+    """PyHessian with its own defaults for when to stop; its products are counted."""
+    module: Any = import_module("pyhessian.hessian")  # the package has a class of the same name
+    product, made = module.hessian_vector_product, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        return product(*arguments)
+
+    module.hessian_vector_product = counted
+    try:
+        start = perf_counter()
+        value, _ = pyhessian(task, 100, 1e-3)
+        return {"value": value, "hvps": made, "seconds": round(perf_counter() - start, 3)}
+    finally:
+        module.hessian_vector_product = product
 
 
 def eigenthings(task: Problem, count: int) -> tuple[float, int]:
@@ -139,8 +165,64 @@ def climb(tool: Callable[[int], tuple[float, int]], truth: float, counts: tuple[
     return {"reached": False, **last}
 
 
+def profile(task: Problem) -> dict[str, Any]:
+    """Products and seconds of each library over all parts of a model, and how often it did not come near the truth."""
+    layers = [f"model.layers.{k}." for k in range(task.model.config.num_hidden_layers)]
+    inside = {layer: [n for n in task.parameters if n.startswith(layer)] for layer in layers}
+    every = list(task.parameters)
+    ends = [n for n in every if not n.startswith("model.layers.")]
+    start = perf_counter()
+    whole = operator(task)
+    spent: dict[str, Any] = {"curv": {"parts": [], "hvps": 0, "seconds": perf_counter() - start}}
+    peers = ("hessian-eigenthings", "PyHessian", "PyHessian by its own stop")
+    spent |= {label: {"parts": [], "hvps": 0, "seconds": 0.0} for label in peers}
+    for names in (every, ends, *inside.values()):
+        part = PreconditionedHessian(whole.hvp, whole.root.restrict(names))
+        exact = Lanczos(tolerance=1e-4, margin=1e-3, max_products=300).extremes(part).top
+        assert exact is not None
+        solver = Lanczos() if names is every else Lanczos(tolerance=3e-2, margin=1e-1)
+        start = perf_counter()
+        found = solver.extremes(part)
+        took = perf_counter() - start
+        assert found.top is not None
+        near = abs(found.top.value - exact.value) <= 0.01 * exact.value
+        rows = {"curv": {"reached": near, "value": found.top.value, "hvps": found.products, "seconds": took}}
+        for name, parameter in task.parameters.items():
+            parameter.requires_grad_(name in names)
+        for label, tool in (("hessian-eigenthings", eigenthings), ("PyHessian", pyhessian)):
+            rows[label] = climb(lambda n, f=tool: f(task, n), exact.value, FEW)
+        alone = pyhessian_alone(task)
+        rows["PyHessian by its own stop"] = {"reached": abs(alone["value"] - exact.value) <= 0.01 * exact.value, **alone}
+        for parameter in task.parameters.values():
+            parameter.requires_grad_(True)
+        for label, row in rows.items():
+            total = spent[label]
+            total["parts"].append({"truth": exact.value, **row})
+            total["hvps"] += row["hvps"]
+            total["seconds"] = round(total["seconds"] + row["seconds"], 3)
+    for total in spent.values():
+        total["missed"] = sum(not row["reached"] for row in total["parts"])
+        total["wrong sign"] = sum(row["value"] < 0 for row in total["parts"])
+    return spent
+
+
+def profiles(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    rows = {}
+    for name in ("calm/checkpoint-60", "hot/checkpoint-600"):
+        options.checkpoint = SAMPLES / name
+        rows[name] = profile(problem(options))
+    save("peers_profile", {"rows": rows, **machine(options)})
+    for name, row in rows.items():
+        for label, total in row.items():
+            print(name, label, {key: value for key, value in total.items() if key != "parts"})
+
+
 def main() -> None:
-    options = arguments(__doc__ or "")
+    options = arguments(__doc__ or "", profile=True)
+    if options.profile:
+        profiles(options)
+        return
     rows = {}
     for name in ("calm/checkpoint-10", "calm/checkpoint-60", "hot/checkpoint-600", "nanogpt"):
         options.checkpoint = SAMPLES / name

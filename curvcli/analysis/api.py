@@ -13,7 +13,7 @@ from curvcli import documents
 from curvcli.analysis.dividing import divided as divide
 from curvcli.analysis.document import Provenance, write
 from curvcli.analysis.measured import Measured
-from curvcli.analysis.plan import GIB, fitted, limit_of
+from curvcli.analysis.plan import GIB, fitted, limit_of, spare
 from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress
 from curvcli.curvature.gathering import Weights
@@ -96,8 +96,8 @@ def analyze(
         on_verdict: called with a report of the full model as soon as that is known; layers and depths are "skipped" in it,
             and no finding says so. Later parts can still show that the full model's estimate is none to rely on.
         memory: most that the process may take at its peak (on a GPU, the tensors there), in bytes or as "8GiB": how products
-            are made, in how large batches, and how many vectors there are follow from it, and freed memory goes back to
-            the system at once, which costs 16 to 36 % of the time. None plans with what is free.
+            are made, in how large batches, and how many vectors there are follow from it, freed memory goes back to
+            the system at once, and state given by name is emptied once it has been read. None plans with what is free.
         shard: where several processes measure together (`curvature.ranks.within`): "vectors" divides preconditioner and
             vectors over them, "all" weights and optimizer state too, for a model that nobody needs afterwards: it is left
             without its weights. Products are made on gathered weights, by fresh graphs; where these do not fit they are
@@ -178,15 +178,21 @@ def prepared(
     say = progress or (lambda stage, done: None)
     with measurable(module) as lifted:
 
+        def metric(problem: Problem) -> Preconditioner:
+            found = _preconditioner(problem, optimizer, lr, shards)
+            return found.aside(store.put) if store else found
+
         def set_up(problem: Problem, mode: Mode | Literal["auto"]) -> tuple[Measurement, dict[str, str]]:
-            preconditioner = known or _preconditioner(problem, optimizer, lr, shards)
+            preconditioner = known or metric(problem)
             # An optimizer that maximises descends minus the loss, whose Hessian is the one with an edge.
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
             notes = {**_lifted(lifted, problem), **_cut(problem, len(whole.batches)), **_idle(problem)}
             basis, offload = None, False
             if limit is not None:
-                part, chosen = fitted(part, limit, mode, solver.max_products, sharded=shards is not None)
+                part, chosen = fitted(
+                    part, limit, mode, solver.max_products, sharded=shards is not None, aside=store is not None
+                )
                 mode, basis, offload = mode if mode == "forward" else chosen.mode, chosen.basis, chosen.offloaded > 0
                 notes["memory-plan"] = f"of {limit / GIB:.2f} GiB: {chosen}"
             if blocks is not None:
@@ -195,7 +201,7 @@ def prepared(
             notes |= said
             work = Measurement(
                 part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated,
-                unigram=unigram, basis=basis, offload=offload,
+                unigram=unigram, basis=basis, offload=offload, aside=store,
             )  # fmt: skip
             return work, notes
 
@@ -216,11 +222,13 @@ def prepared(
         shards, known, said = None, None, dict[str, str]()
         if shard is not None:
             shards = Shards(current(), {n: p.shape for n, p in given.parameters.items()})
-        if shard == "all" or divided is not None:
-            if isinstance(optimizer, OptimizerView):  # once, so that its state makes room before anything is solved
-                with whole.gathered():
-                    known = _preconditioner(whole, optimizer, lr, shards)
-                cast("dict[str, Any]", optimizer.state).clear()
+        store = None if limit is None else spare(whole, shards)
+        slices = shard == "all" or divided is not None
+        if isinstance(optimizer, OptimizerView) and (slices or limit is not None):
+            with whole.gathered():  # once, so that its state makes room before anything is solved
+                known = metric(whole)
+            cast("dict[str, Any]", optimizer.state).clear()
+        if slices:
             return divide(whole, divided or Weights(module, current()), mode, limit, said, measure)
         return leanest(whole, mode, measure)
 

@@ -11,6 +11,7 @@ from curvcli.analysis.measured import Ongoing
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.norms import largest_spectral_norm
 from curvcli.curvature.precision import norm
+from curvcli.curvature.scratch import let_go
 from curvcli.documents import Companions, LayerCompanions
 from curvcli.errors import exhausted
 from curvcli.models.attention import Attention, attention
@@ -83,6 +84,7 @@ def quotients(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[flo
     # P^(-1) g, and 0 where nothing moves.
     steps = [root[n].apply(root[n].apply(g)) for n, g in zip(names, gradients, strict=True)]
     decays = [work.preconditioner.decay.get(n, 0.0) for n in names]
+    let_go(gradients[0])
     bend = inner(steps, hvp.product(names, steps), holders)
     bend += sum(d * inner([u], [u], holders) for d, u in zip(decays, steps, strict=True))
     return raw, over(bend, inner(steps, gradients, holders))

@@ -19,6 +19,7 @@ from curvcli.analysis.steepest import Norms
 from curvcli.curvature import resources
 from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.scratch import let_go
 from curvcli.files.names import unwrapped
 from curvcli.judge.calibration import calibrated
 from curvcli.judge.course import Logged, doubted, loss_course
@@ -242,21 +243,22 @@ class _Writer:
         kinds = row_kinds(self.problem)
         root = self.preconditioner.root.restrict(self.names)
         each, shards = root.holders.each, root.shards
-        squares = vector.cpu().double().square()
-        # Its norm is 1 up to float32's rounding.
-        squares /= sum(each(float(squares.sum())))
-        found = []
-        for name, own in zip(self.names, squares.split(root.sizes), strict=True):
-            parameter, piece = self.problem.parameters[name], own
-            if shards is not None:  # one tensor at a time
-                piece = shards.gather([name], [own])[0].reshape(-1)
+        pieces = vector.split(root.sizes)
+        # Its norm is 1 up to float32's rounding. Piece by piece: in float64 the whole would be as much as four vectors.
+        size = sum(each(sum(float(piece.cpu().double().square().sum()) for piece in pieces)))
+        found, fourths = [], 0.0
+        for name, part in zip(self.names, pieces, strict=True):
+            parameter, own = self.problem.parameters[name], part.cpu().double().square() / size
+            piece = own if shards is None else shards.gather([name], [own])[0].reshape(-1)
+            fourths += float(own.square().sum())
             shape, rows, kind = parameter.shape, None, kinds.get(id(parameter))
             if kind is not None:
                 shares, ids = piece.view(shape).sum(dim=1).topk(min(5, shape[0]))
                 rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
             found.append(documents.Attribution(tensor=unwrapped(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
         # The participation ratio: 1 if one entry has all, n if all have the same.
-        return sorted(found, key=lambda m: -m.mass), 1 / sum(each(float(squares.square().sum())))
+        let_go(vector)
+        return sorted(found, key=lambda m: -m.mass), 1 / sum(each(fourths))
 
 
 def _in_memory(parameters: int, layers: int) -> documents.Checkpoint:

@@ -16,27 +16,29 @@ from curvcli.curvature.problem import Problem, gradient
 from curvcli.curvature.shards import Shards
 from curvcli.curvature.slicewise import OnSlices, sliced_gradient
 
-TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them
+TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them, or the basis is on disk
 CROSSED = 2**13  # inputs that differences are tried on, where four rows have fewer
 Held = Callable[[], AbstractContextManager[None]]
 
 
-def chosen(problem: Problem, shards: Shards | None, mode: Mode | Literal["auto"], room: float) -> Choice:
+def chosen(
+    problem: Problem, shards: Shards | None, mode: Mode | Literal["auto"], room: float, *, lean: bool = False
+) -> Choice:
     """A way to multiply, tried on a few rows; where processes divide the weights, on the smaller tensors.
 
     Args:
         room: bytes that kept graphs may take.
+        lean: whether the smaller tensors are to do though one process has all.
 
     Raises:
         UnsupportedError: none works.
     """
     # Kinks show where a step crosses some of them: four rows of one short vector each have too few.
     trial, graphs = sample(problem, few(problem, CROSSED)) if mode == "differences" else sample(problem)
-    if shards is None:
-        return choose(trial, mode=mode, memory=room, graphs=graphs)
     streamed = problem.streamed
     if streamed is None:
-        return choose(trial.lean(TRIED), mode=mode, memory=room, graphs=graphs)  # else it would hold eight whole vectors
+        trial = trial if shards is None and not lean else trial.lean(TRIED)  # else it would hold eight whole vectors
+        return choose(trial, mode=mode, memory=room, graphs=graphs)
     # No more of them than of a block, which each process has room for.
     every = sum(p.nbytes for p in problem.parameters.values())
     trial = trial.lean(min(TRIED, streamed.largest / every))

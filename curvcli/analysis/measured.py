@@ -10,8 +10,10 @@ from typing import Protocol
 from curvcli.analysis.stages import Stages
 from curvcli.curvature.folds import Folds
 from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.operator import Folded
 from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ritz import Extremes, Ritz
+from curvcli.curvature.scratch import Put
 from curvcli.documents import Companions, LayerCompanions, ModelSteepest, Steepest, Update
 from curvcli.optimizers.preconditioner import Preconditioner
 
@@ -65,6 +67,11 @@ class Solved:
         """What no eigenvalue lies above; infinite where that is not known."""
         return self.extremes.ceiling if self.extremes else inf
 
+    @property
+    def second(self) -> float:
+        """What no eigenvalue but the top one lies above; infinite where that is not known."""
+        return self.extremes.second if self.extremes else inf
+
     def over(self, parts: Sequence[Solved]) -> Solved:
         """Not below its parts: what is within the certificate is taken over, what is beyond makes it inconsistent."""
         # An inconsistent part is known to be wrong, and bounds nothing.
@@ -78,6 +85,13 @@ class Solved:
         # The old residual is about the old value: moving the value widens it by as much.
         raised = Ritz(value, top.residual + value - top.value)
         return replace(self, extremes=replace(self.extremes, top=raised, ceiling=max(self.ceiling, value)))
+
+    def aside(self, put: Put) -> Solved:
+        """With what `put` gives in the place of the vector, so that it makes room for other solves."""
+        found = self.extremes
+        if found is None or found.vector is None:
+            return self
+        return replace(self, extremes=replace(found, vector=put([found.vector])[0]))
 
     def bare(self) -> Solved:
         """Without the vector."""
@@ -125,3 +139,10 @@ def violates(lower: Solved, upper: Solved) -> bool:
         return False
     most = max(upper.value + upper.extremes.top.residual, upper.ceiling if upper.ceiling < inf else upper.value)
     return lower.value > most + 1e-5 * abs(lower.value)  # float32's rounding
+
+
+def folds_of(operator: Folded) -> Folds | None:
+    """What was seen of the shard's parts between the vectors of a solve; None where there is but one part."""
+    if len(operator.folds) < 2:
+        return None
+    return Folds([weight for weight, _ in operator.folds], operator.projected())

@@ -14,22 +14,21 @@ import torch
 
 from curvcli.analysis.companions import companions
 from curvcli.analysis.counting import Counting, count
+from curvcli.analysis.curve import curve
 from curvcli.analysis.cuts import Cut
 from curvcli.analysis.engines import chosen, engine, mean_gradient
-from curvcli.analysis.measured import Measured, Solved
+from curvcli.analysis.measured import Measured, Solved, folds_of
 from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
-from curvcli.curvature.davidson import Davidson
-from curvcli.curvature.folds import Folds
 from curvcli.curvature.gathering import across
 from curvcli.curvature.hvp import HVP, Choice, Mode
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ranks import agreed
-from curvcli.curvature.scratch import elsewhere
+from curvcli.curvature.scratch import Put, Scratch, elsewhere, let_go
 from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
@@ -39,7 +38,6 @@ from curvcli.optimizers.update import next_update
 FOLDS = 8  # parts of the shard that the full model is seen on, at most
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
-WARM = 4  # products that a depth may take from the vector of the depth above it
 
 
 class Measurement:
@@ -59,9 +57,11 @@ class Measurement:
         unigram: float | None = None,
         basis: int | None = None,
         offload: bool = False,
+        aside: Scratch | None = None,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
         self.depths = depths
+        self.put: Put = aside.put if aside else list  # where vectors lie that are needed later
         self.shards = preconditioner.root.shards
         self.held: Callable[[], AbstractContextManager[None]] | None = None
         self.started = time.perf_counter()
@@ -86,12 +86,14 @@ class Measurement:
         self.in_time()
         self.ranks = problem.ranks
         free = self._free(device)
+        # Else it would hold eight whole vectors, as a basis that lies in memory has room for.
+        short = aside is not None and (offload or (basis or LEAST) < LEAST)
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
         vector = -(-vector // self.ranks.world) if self.shards else vector
         # Graphs leave room for vectors. Under a limit of memory plan.py has chosen the mode already.
         moved = sum(problem.parameters[n].nbytes for n in self.moving)  # also those that have a norm and no P
         room = inf if basis is not None else free if mode == "kept" else max(free - WORKING * moved - LEAST * vector, 0.0)
-        self.choice: Choice = chosen(problem, self.shards, mode, room)
+        self.choice: Choice = chosen(problem, self.shards, mode, room, lean=short)
         # Small tensors, of which torch makes little, and results that each thread may hold; not slices, which all gather.
         small = device.type == "cpu" and basis is None and self.shards is None and moved < LARGE
         self.threads = small and self.choice.mode == "kept"
@@ -142,7 +144,7 @@ class Measurement:
             part = [i for which in those.tolist() for i in given[which]]
             share = sum(weights[i] for i in part)
             folds.append((share, self.operator(hvp.subset(part).part(), self.names, of=of)))
-        return Folded(folds, self.ranks, self.held, done=partial(count, self), threads=self.threads)
+        return Folded(folds, self.ranks, self.held, put=self.put, done=partial(count, self), threads=self.threads)
 
     def build(self, problem: Problem) -> HVP:
         """Products with the Hessian of a problem's mean loss, on slices where processes divide the parameters."""
@@ -153,6 +155,11 @@ class Measurement:
     def coarse(self) -> Lanczos:
         """The solver of layers and truncated networks, on which no verdict hangs: errors go with the residual's square."""
         return replace(self.solver, tolerance=3 * self.solver.tolerance, margin=10 * self.solver.tolerance)
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are exact, not by differences."""
+        return self.step is None
 
     def solve(self, hvp: HVP, names: list[str], solver: Lanczos) -> Solved:
         """Both ends of the spectrum over `names`, from a random start."""
@@ -184,11 +191,13 @@ class Measurement:
         self.in_time()
         self.stages.enter("gradient")
         gradients = mean_gradient(self.problem, self.moving, self.shards)
+        gradients = gradients if self.shards else self.put(gradients)
         loss, looked_up = lookups(self.problem)
         if not isfinite(loss):
             raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")
         self.in_time()
         hvp = Counting(self.build(self.problem), self)
+        resources.give_back(self.device)  # what gradients took is not to lie beside products
         found = self.full(hvp, loss, looked_up)
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
@@ -203,7 +212,7 @@ class Measurement:
             del gradients
             self.parts(hvp, found, steep)
             if self.depths and self.layer_names:
-                self.curve(hvp, found, steep)
+                curve(self, hvp, found, steep)
                 del hvp  # its graphs make room for those of the shortened networks
                 self.shortened(found)
         except OutOfTime:  # what was finished has been added one by one
@@ -240,8 +249,8 @@ class Measurement:
         # The most negative eigenvalue is of interest in the full model: only here it is waited for.
         solver = replace(self.solver, bottom_tolerance=0.1)
         operator = self.folded(hvp)
-        full = Solved(self.names, solver.extremes(operator))
-        found = Measured(loss, full, _folds(operator))
+        full = Solved(self.names, solver.extremes(operator)).aside(self.put)
+        found = Measured(loss, full, folds_of(operator))
         if full.extremes and full.extremes.status == "non-finite":
             self.notes |= self._overflown(operator)
         rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
@@ -256,9 +265,11 @@ class Measurement:
         # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
         if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
             return found
-        outer = [(n, outside(self.problem.parameters[n], rows.get(n))) for n in self.names]
+        outer = ((n, outside(self.problem.parameters[n], rows.get(n))) for n in self.names)
         mask = torch.cat([own if self.shards is None else self.shards.part(n, own) for n, own in outer])
         mass = float(vector[~mask].cpu().double().square().sum())
+        (mask,) = self.put([mask])
+        let_go(vector)
         # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
         if (sum(self.ranks.each(mass)) if self.shards else self.ranks.first([mass])[0]) < RARE_MASS:
             return found
@@ -268,7 +279,7 @@ class Measurement:
         operator = self.folded(hvp)
         found.body = Solved(self.names, self.solver.extremes(operator, support=mask))
         found.rare = {n: int(m.sum()) for n, m in rows.items()}
-        found.folds = _folds(operator)
+        found.folds = folds_of(operator)
         return found
 
     def _overflown(self, operator: Folded) -> dict[str, str]:
@@ -294,57 +305,6 @@ class Measurement:
             found.layers.append(self.solve(hvp, names, self.coarse).bare())
             if steep:
                 steep.layer(self.layer_moving[i])
-
-    @property
-    def sharp(self) -> Lanczos:
-        """The solver of restricted depths, whose ceilings bound the depths below them."""
-        return replace(self.solver, margin=3 * self.solver.tolerance)
-
-    def curve(self, hvp: HVP, found: Measured, steep: Steep | None) -> None:
-        """Embedding, head and the first k blocks of the intact network, from the full model down.
-
-        Eigenvalues can only fall with the depth (Cauchy interlacing), so what bounds a depth from above bounds those below
-        it. Where that is near enough, a few products from the vector of the depth above do, and none of a fresh start.
-        """
-        last = len(self.layer_names)
-        above, falls = found.full, False
-        found.restricted.update({0: found.ends or Solved(self.outer, None), last: above.bare()})
-        for depth in range(last - 1, 0, -1):
-            self.stages.enter(f"restricted to depth {depth}")
-            names = self.upto(depth)
-            solved = Solved(names, None) if falls else self.lowered(hvp, names, above)
-            if not solved.converged:
-                # A ceiling serves the depths below where they fall less than what it is allowed to lie above.
-                near = above.value <= (1 + 7 * self.solver.tolerance) * solved.value
-                solved = self.solve(hvp, names, self.sharp if near else self.coarse)
-            falls = above.value > (1 + 10 * self.solver.tolerance) * solved.value
-            found.restricted[depth] = solved.bare()
-            if steep:
-                steep.depth(depth)
-            # A depth that failed leaves no vector to start from: keep the one above it.
-            above = solved if solved.extremes and solved.extremes.vector is not None else above
-
-    def lowered(self, hvp: HVP, names: list[str], above: Solved) -> Solved:
-        """A depth from the one above it; not converged where that says too little of it."""
-        wide = above.extremes
-        if self.solver.store is not None or self.step:  # no room for its basis; or no certificate of differences
-            return Solved(names, None)
-        if not names or wide is None or wide.vector is None:
-            return Solved(names, None)
-        self.in_time()
-        operator = self.operator(hvp, names)
-        start = operator.root.carry(wide.vector, self.preconditioner.root.restrict(above.names))
-        # Davidson, as Lanczos has no ceiling from a warm start; here that of the depth above holds (Cauchy interlacing).
-        allowed = 1 + 10 * self.solver.tolerance
-        warm = Davidson(
-            self.coarse.tolerance, inf, WARM, basis=6, seed=self.solver.seed, deadline=self.solver.deadline,
-            least=wide.ceiling / allowed if wide.ceiling > 0 else -inf,
-        )  # fmt: skip
-        extremes = warm.extremes(operator, [start])
-        top, ceiling = extremes.top, wide.ceiling
-        if top is not None and ceiling - top.value > (allowed - 1) * abs(top.value):
-            extremes = replace(extremes, status="max-hvps")
-        return Solved(names, replace(extremes, bottom=None, ceiling=ceiling))
 
     def shortened(self, found: Measured) -> None:
         """The network of the first k blocks alone, up to the full model."""
@@ -384,9 +344,3 @@ class Measurement:
         """Parameters outside the layers and in the first `depth` of them, in the model's order."""
         inside = {n for names in self.layer_names[:depth] for n in names} | set(self.outer)
         return [n for n in self.names if n in inside]
-
-
-def _folds(operator: Folded) -> Folds | None:
-    if len(operator.folds) < 2:
-        return None
-    return Folds([weight for weight, _ in operator.folds], operator.projected())

@@ -22,6 +22,8 @@ from curvcli.curvature.precision import numbers
 from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
 from curvcli.curvature.scratch import Store, let_go
 
+EXTRA = 4  # products at most for telling the two largest eigenvalues apart
+
 
 @dataclass(frozen=True)
 class Lanczos:
@@ -33,6 +35,7 @@ class Lanczos:
         doubt: probability that an eigenvalue lies above the ceiling after all.
         bottom_tolerance: residual of the smallest eigenvalue that is waited for, over itself or half the top, whichever
             is larger; infinite waits for nothing. It counts as converged only within a tenth of itself.
+        apart: share of the top below which the second eigenvalue has to lie for a few products more, which bound it.
         max_products: stop after this many products.
         basis: vectors there is room for; one product each.
         store: where these lie, if not beside the operator's vectors.
@@ -46,6 +49,7 @@ class Lanczos:
     margin: float = 3e-2
     doubt: float = 1e-3
     bottom_tolerance: float = inf
+    apart: float = 0.0
     max_products: int = 200
     basis: int = 200
     store: Store | None = None
@@ -73,23 +77,31 @@ class Lanczos:
         size = operator.space.size if support is None else operator.space.count(support)
         start, random_part = self._start(operator, warm, share, support)
         walk = _Walk(operator, start, support, size, self.store)
+        del start  # the walk has it, and lets go of it
         # e of the module's docstring, for a start of which only a part may be random.
         evidence = self.doubt * sqrt(pi / (2 * size)) * random_part
-        most = min(self.basis, self.max_products)
+        most, enough = min(self.basis, self.max_products), -log(evidence)
+        last: float = inf  # product of a solve that is done, but for what tells the second eigenvalue from the top
         while walk.step():
             top, bottom = walk.pair(-1), walk.pair(0)
-            ceiling = walk.ceiling(-log(evidence))
+            ceiling = walk.ceiling(enough)
+            second = min(walk.second(enough), ceiling)
             near = top.residual <= self.tolerance * abs(top.value) and ceiling - top.value <= self.margin * abs(top.value)
             # The smallest eigenvalue of a positive G is mostly rounding, and would never converge relative to itself.
             waiting = bottom.residual > self.bottom_tolerance * max(abs(bottom.value), abs(top.value) / 2)
-            over = (near and not waiting) or walk.complete or walk.products >= most or self.expired
+            done = near and not waiting
+            if done:
+                below = (1 + self.margin) * abs(float(walk.values[-2:][0]))
+                last = min(last, walk.products + (EXTRA if below < self.apart * top.value else 0))
+                done = walk.products >= last or second <= below
+            over = done or walk.complete or walk.products >= most or self.expired
             near, over = map(bool, operator.space.agree(near, over))
             if over:
                 # Only now: the first few Ritz values know little of the norm that the skew is held against.
                 crooked = walk.skew > self.asymmetry * walk.norm
                 status: Status = "asymmetric" if crooked else "converged" if near else "max-hvps"
                 known = bottom.residual <= 0.1 * abs(bottom.value)
-                found = Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling)
+                found = Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling, second)
                 return agreed(found, operator.space.agree)
         return Extremes(None, None, None, "non-finite", walk.products)
 
@@ -97,8 +109,8 @@ class Lanczos:
         """The first vector, of norm 1, and the norm of its random part."""
         space = operator.space
         start = space.random(torch.Generator().manual_seed(self.seed))
-        start = start if support is None else start * support
-        start = start / space.norm(start)
+        start = start if support is None else start.mul_(support)
+        start.div_(space.norm(start))
         if warm is None or not 0 < (norm := space.norm(warm)) < inf:
             return start, 1.0
         mixed = sqrt(1 - share**2) / norm * warm + share * start
@@ -120,6 +132,7 @@ class _Walk:
         self.diagonal: list[float] = []
         self.beside: list[float] = []  # one entry more than the matrix has beside its diagonal: the norm of what is left
         self.skew = self.norm = 0.0
+        self.scale = 0.0  # log (beta_1 ... beta_k)
         self.rounding = 30 * torch.finfo(start.dtype).eps  # over |G|: what is left below it has no direction
         self.complete = False
         self._add(start)
@@ -134,7 +147,9 @@ class _Walk:
         k = self.products
         left = self.operator.matvec(self._row(k))
         let_go(self._row(k))
-        left = left if self.support is None else left * self.support
+        if self.support is not None:
+            left.mul_(self.support)
+            let_go(self.support)
         if not self.space.finite(left):
             return False
         # Of a symmetric G what is left of an image by the last two vectors is orthogonal to all: of those before them it
@@ -143,8 +158,9 @@ class _Walk:
         last = range(max(k - 1, 0), k + 1)
         local = dict(zip(last, numbers([self.space.inner(self._here(i)[None], left)[0] for i in last]), strict=True))
         for i, part in local.items():
-            left = torch.sub(left, self._here(i), alpha=part)
-        left, found = self._without(left, k + 1)
+            left.sub_(self._here(i), alpha=part)  # in place: one vector less at a time
+            let_go(self._row(i))
+        found = self._without(left, k + 1)
         rest = self.space.norm(left)
         if k:  # inner products that a symmetric G would not have, or not so
             self.skew = max(self.skew, abs(local[k - 1] - self.beside[-1]), float(found[:k].abs().max()))
@@ -156,6 +172,7 @@ class _Walk:
             matrix[i, i + 1] = matrix[i + 1, i] = value
         self.values, self.vectors = torch.linalg.eigh(matrix)
         self.norm = float(self.values.abs().max())
+        self.scale += log(rest) if rest > 0 else -inf
         # No start but one without a part in some eigenvector ends before the space does: all eigenvalues are found.
         self.complete = k + 1 >= self.size or rest <= self.rounding * self.norm
         if not self.complete:
@@ -174,13 +191,13 @@ class _Walk:
         found, done = self.space.empty(1)[0].zero_(), 0
         for block in self.blocks:  # added up as they come: all of them would be as many vectors more as there are blocks
             used = min(len(block), self.products - done)
-            found += self.space.combine(self.vectors[done : done + used, index], self.space.here(block[:used]))
+            self._add_to(found, self.vectors[done : done + used, index], self.space.here(block[:used]))
             let_go(block)
             done += used
         return found
 
     def ceiling(self, evidence: float) -> float:
-        """The t above the top at which log p_k(t) is `evidence`."""
+        """The t above the top at which log |p_k(t)| is `evidence`."""
         top = float(self.values[-1])
         if self.complete:
             return top
@@ -188,33 +205,50 @@ class _Walk:
         # Ends: beyond all Ritz values p_k grows like t^k.
         while self._growth(top + reach) < evidence:
             reach *= 2
-        low, high = reach / 2, reach
-        for _ in range(20):  # to a millionth of `reach`, of which two digits would do
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._growth(top + middle) < evidence else (low, middle)
-        return top + high
+        return self._crossing(top + reach, top + reach / 2, evidence)
+
+    def second(self, evidence: float) -> float:
+        """The t between the two largest Ritz values, nearest to the second, at which log |p_k(t)| is `evidence`.
+
+        Infinite where it is nowhere so large.
+        """
+        if self.products < 2:
+            return inf
+        low, top = map(float, self.values[-2:])
+        if self.products >= self.size:
+            return low
+        # Between two of its roots the logarithm of a polynomial with real roots alone is concave.
+        left, right = low, top
+        for _ in range(40):
+            third = (right - left) / 3
+            if self._growth(left + third) < self._growth(right - third):
+                left += third
+            else:
+                right -= third
+        return self._crossing(left, low, evidence) if self._growth(left) >= evidence else inf
+
+    def _crossing(self, above: float, below: float, evidence: float) -> float:
+        """Between a t at which log |p_k(t)| is at least `evidence` and one at which it is less, on the side of the first."""
+        for _ in range(20):  # to a millionth of their distance, of which two digits would do
+            middle = (above + below) / 2
+            above, below = (above, middle) if self._growth(middle) < evidence else (middle, below)
+        return above
 
     def _growth(self, t: float) -> float:
-        """log p_k(t), for t above all Ritz values, by the recurrence of the Lanczos vectors."""
-        # As ratios of neighbours, in logarithms: p_k itself overflows after a few dozen steps.
-        ratio, total, before = inf, 0.0, 0.0
-        for diagonal, beside in zip(self.diagonal, self.beside, strict=True):
-            ratio = (t - diagonal - before / ratio) / beside
-            if ratio <= 0:  # t is a Ritz value to rounding
-                return -inf
-            total += log(ratio)
-            before = beside
-        return total
+        """log |p_k(t)|: its roots are the Ritz values, its leading coefficient is 1 / (beta_1 ... beta_k)."""
+        away = (t - self.values).abs()
+        return float(away.log().sum()) - self.scale
 
     def _add(self, vector: Tensor, norm: float = 1.0) -> None:
         block, row = divmod(self.products, self.rows)
         if block == len(self.blocks):
             self.blocks.append(self._room(min(self.rows, self.space.size)))
-        if self.store is None:
-            torch.div(vector, norm, out=self.blocks[block][row])
+        place = self.blocks[block][row]
+        if place.device == vector.device:
+            torch.div(vector, norm, out=place)
         else:
-            self.blocks[block][row].copy_(vector / norm)
-        let_go(self.blocks[block])
+            place.copy_(vector / norm)
+        let_go(place)
 
     def _room(self, rows: int) -> Tensor:
         return self.space.empty(rows) if self.store is None else self.store.empty(rows, self.held, dtype=self.dtype)
@@ -227,13 +261,19 @@ class _Walk:
         """A vector where the operator's are."""
         return self.space.here(self._row(index))
 
-    def _without(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """What is left of a vector by the first `count` of the basis, and its products with them, in float64 on the CPU."""
+    def _add_to(self, vector: Tensor, coefficients: Tensor, rows: Tensor) -> None:
+        if len(rows) == 1:  # as of a basis elsewhere: no vector for the product of the two
+            vector.add_(rows[0], alpha=float(coefficients[0]))
+        else:
+            vector.add_(self.space.combine(coefficients, rows))
+
+    def _without(self, vector: Tensor, count: int) -> Tensor:
+        """Takes the first `count` of the basis from a vector, in place; its products with them, in float64 on the CPU."""
         found = []
         # Block by block, so that each is read once: of a basis that lies elsewhere this is what takes the time.
         for i, block in enumerate(self.blocks):
             rows = self.space.here(block[: count - i * self.rows])
             found.append(self.space.inner(rows, vector))
-            vector = vector - self.space.combine(found[-1], rows)
+            self._add_to(vector, -found[-1], rows)
             let_go(block)
-        return vector, torch.cat(found).cpu().double()
+        return torch.cat(found).cpu().double()

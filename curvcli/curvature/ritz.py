@@ -28,7 +28,7 @@ class Extremes:
     """Result of a solve. `top`, `bottom` and `vector` are None where status is "non-finite"; status is the top's.
 
     `vector` is the top's, of norm 1; None too where nobody needs it any more. No eigenvalue lies above `ceiling`, at the
-    solver's confidence; it is infinite where nothing is known.
+    solver's confidence, and none but the top one above `second`; they are infinite where nothing is known.
     """
 
     top: Ritz | None
@@ -38,6 +38,7 @@ class Extremes:
     products: int
     bottom_converged: bool = False
     ceiling: float = inf
+    second: float = inf
 
 
 def agreed(found: Extremes, agree: Callable[..., list[float]]) -> Extremes:
@@ -46,15 +47,16 @@ def agreed(found: Extremes, agree: Callable[..., list[float]]) -> Extremes:
         return found
     # Processes exchange numbers only: a status is sent as its index.
     kinds: tuple[Status, ...] = get_args(Status)
-    top, above, bottom, below, ceiling, kind, known = agree(
+    top, above, bottom, below, ceiling, second, kind, known = agree(
         found.top.value, found.top.residual, found.bottom.value, found.bottom.residual, found.ceiling,
-        kinds.index(found.status), found.bottom_converged,
+        found.second, kinds.index(found.status), found.bottom_converged,
     )  # fmt: skip
     return replace(
         found,
         top=Ritz(top, above),
         bottom=Ritz(bottom, below),
         ceiling=ceiling,
+        second=second,
         status=kinds[int(kind)],
         bottom_converged=bool(known),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from curvcli.curvature.balls import Ball
 from curvcli.curvature.gathering import sliced, sliced_ball
 from curvcli.curvature.inverse_root import InverseRoot, ModelRoot, Multiple
+from curvcli.curvature.scratch import Put
 from curvcli.curvature.shards import Shards
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError, UsageError
@@ -78,6 +79,13 @@ class Preconditioner:
     def moving(self) -> frozenset[str]:
         """The parameters that move, in P's metric or in a norm."""
         return frozenset(self.root) | frozenset(self.balls)
+
+    def aside(self, put: Put) -> Preconditioner:
+        """With what `put` gives in the place of the direction, which is needed once, and of P where that is diagonal."""
+        step = self.direction
+        if step is not None:
+            step = dict(zip(step, put(list(step.values())), strict=True))
+        return replace(self, root=self.root.aside(put), direction=step)
 
     def without(self, names: Collection[str]) -> Preconditioner:
         """With these parameters held still. Raises ValueError where none is left."""

@@ -13,6 +13,7 @@ from curvcli.curvature.inverse_root import Diagonal
 from curvcli.curvature.precision import norm, numbers, wide
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Ranks
+from curvcli.curvature.scratch import let_go
 from curvcli.documents import Update
 from curvcli.optimizers.preconditioner import Preconditioner
 
@@ -39,6 +40,7 @@ def next_update(
     slopes = [((g + d * w) * u).sum() for g, d, w, u in zip(gradients, decays, weights, step, strict=True)]
     bends = [((h.detach() + d * u) * u).sum() for h, d, u in zip(image, decays, step, strict=True)]
     slope, bend = sum(holders.each(sum(numbers(slopes)))), sum(holders.each(sum(numbers(bends))))
+    let_go(step[0])
     if not isfinite(slope + bend):
         return Update(critical_lr=None, ratio=None, status="unavailable")
     if slope <= 0:
@@ -60,6 +62,7 @@ def update_rms(preconditioner: Preconditioner, names: Sequence[str]) -> float | 
     each = preconditioner.root.holders.each
     size = sum(each(sum(step[n].numel() for n in names)))
     found = hypot(*each(norm([step[n] for n in names]))) / size**0.5
+    let_go(step[names[0]])
     return found if found < float("inf") else None
 
 
@@ -88,6 +91,7 @@ def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients
         seen = torch.ones_like(part.entries) if part.never is None else (~part.never).to(part.entries)
         given.append(wide(gradient * seen).square().sum())
         known.append(wide(part.entries * seen).square().sum() / preconditioner.relative.get(name, 1.0) ** 2)
+        let_go(part.entries)
     corrected = 1 - float(betas[0]) ** step
     return over(sum(numbers(given)) ** 0.5 * corrected, sum(numbers(known)) ** 0.5)
 

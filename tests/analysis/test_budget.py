@@ -75,7 +75,7 @@ def test_nothing_more_is_begun_before_the_full_model(
 
 
 def test_past_the_full_model_no_product_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    (deadline,) = late_after(monkeypatch, solve, "_folds")
+    (deadline,) = late_after(monkeypatch, solve, "folds_of")
     monkeypatch.setattr(solve, "next_update", lambda *_: pytest.fail("the next update was measured"))
     model, batches, optimizer = trained()
     early: list[Report] = []
@@ -125,7 +125,7 @@ def test_a_run_goes_on_where_its_budget_ended(run: Path, tmp_path: Path, monkeyp
 
 def test_what_is_cut_short_by_the_deadline_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        late_after(patch, solve, "_folds")
+        late_after(patch, solve, "folds_of")
         found = track(run, last=1, cache=FileCache(tmp_path), budget=3600, **PLAIN)
     assert found.points[0].report is not None
     assert found.points[0].report.layers[0].status == "skipped"

@@ -78,6 +78,31 @@ def test_a_small_residual_is_not_enough() -> None:
     assert found.top.value == pytest.approx(2.0, rel=1e-3)
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.integers(2, 60), st.integers(0, 10_000), st.floats(0.0, 1.0), st.booleans())
+def test_what_none_but_the_top_lies_above(size: int, seed: int, apart: float, early: bool) -> None:
+    torch.manual_seed(seed)
+    values = torch.randn(size, dtype=torch.float64).sort().values
+    solver = Lanczos(max_products=6 if early else 400, seed=seed, apart=apart)
+    found = solver.extremes(DenseOperator(matrix_of(values, seed)))
+    assert found.top is not None
+    assert float(values[-2]) - 1e-9 <= found.second
+    assert found.second < found.top.value or found.second == found.ceiling
+
+
+def test_the_second_eigenvalue_is_told_apart_where_that_is_asked_for() -> None:
+    operator = DenseOperator(matrix_of([*torch.linspace(-1, 1, 398).tolist(), 1.5, 2.5]))
+    plain, more = (Lanczos(margin=0.1, apart=apart).extremes(operator) for apart in (0.0, 0.9))
+    assert more.top is not None
+    assert plain.products < more.products <= plain.products + 4
+    assert 1.5 <= more.second <= 1.8 < plain.second
+    assert Lanczos(margin=0.1, apart=0.6).extremes(operator).products == plain.products, "it lies above that share"
+    whole = Lanczos(apart=0.9).extremes(DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))))
+    assert whole.second == pytest.approx(2.0)
+    for multiple in (1, 50):  # one product tells nothing of a second eigenvalue, nor of how often the first one is there
+        assert Lanczos(apart=0.9).extremes(DenseOperator(3 * torch.eye(multiple, dtype=torch.float64))).second >= 3 - 1e-9
+
+
 def test_the_ceiling_is_exceeded_as_rarely_as_it_says() -> None:
     """One eigenvalue and nothing else: after one product the ceiling is too low just where the start hardly has it."""
     operator, tries = DenseOperator(torch.diag(torch.tensor([5.0, *[0.0] * 199], dtype=torch.float64))), 600
