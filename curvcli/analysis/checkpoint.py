@@ -315,6 +315,7 @@ def _optimizer(
         view, finding = choose(error, gradients)
         found.append(finding)
     # Not the learning rate, which scales all groups below: one value for all would lose their ratios.
+    view = replace(view, clip=checkpoint.clip)
     view = override(replace(view, name=name, vouched=True) if name else view, **{**given, "lr": None})
     view = at_gradient(view, parameters)
     found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)

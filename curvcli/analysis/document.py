@@ -21,6 +21,7 @@ from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
 from curvcli.files.names import unwrapped
 from curvcli.judge.calibration import calibrated
+from curvcli.judge.clipping import too_high
 from curvcli.judge.course import Logged, doubted, loss_course
 from curvcli.judge.findings import explain
 from curvcli.judge.verdict import judge
@@ -101,7 +102,7 @@ class _Writer:
         # With `maximize` minus the loss was measured; the report gives the loss itself.
         loss = -found.loss if self.preconditioner.ascends else found.loss
         data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
-        optimizer = _optimizer(self.preconditioner, provenance.lr_source)
+        optimizer = _optimizer(self.preconditioner, provenance.lr_source, found.ratios)
         norm = Norms(found.norm, work.preconditioner, optimizer, sizes=numel, step=checkpoint.step)
         partial = bool(work.preconditioner.balls)
         estimate = documents.Estimate(**self.entry(found.full, norm.full))
@@ -132,14 +133,14 @@ class _Writer:
         body = None
         if found.body is not None:
             body = documents.BodyEstimate(**self.entry(found.body), rows=sum(found.rare.values()))
-        generalisation = self.generalisation(body or estimate)
+        generalisation = self.generalisation(body or estimate, too_high(optimizer))
         told = calibrated(
             body or estimate,
             generalisation,
             optimizer,
             step=checkpoint.step,
             parameters=checkpoint.parameters,
-            doubts=bool(self.preconditioner.doubts),
+            doubts=bool(self.preconditioner.doubts) or too_high(optimizer) > 1,
             partial=partial,
         )
         attribution, participation = self.attribution(found.full)
@@ -196,7 +197,8 @@ class _Writer:
             return {}
         return {"truncated-left-out": self.work.cut.why_not(negated=self.preconditioner.ascends)}
 
-    def generalisation(self, judged: documents.Estimate) -> documents.Generalisation:
+    def generalisation(self, judged: documents.Estimate, too_high: float) -> documents.Generalisation:
+        """The bracket, from what rho is where it is `too_high` by as much as it may be."""
         threshold, folds = self.preconditioner.threshold, self.measured.folds
         spread = folds.spread() if folds and judged.status == "converged" else None
         said: dict[str, Any] = {"held_out": None, "rho_low": None, "rho_high": None}
@@ -210,11 +212,12 @@ class _Writer:
             return documents.Generalisation(**said)
         if spread:
             low, high = spread.bracket(value, residual)
-            return documents.Generalisation(**{**said, "rho_low": low / threshold, "rho_high": high / threshold})
+            return documents.Generalisation(**{**said, "rho_low": low / threshold / too_high, "rho_high": high / threshold})
         # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
         whole = self.whole and len(self.problem.batches) == 1
         high = (value + residual) / threshold
-        return documents.Generalisation(**{**said, "rho_low": judged.rho if whole else None, "rho_high": high})
+        rho = None if judged.rho is None else judged.rho / too_high
+        return documents.Generalisation(**{**said, "rho_low": rho if whole else None, "rho_high": high})
 
     def prefixes(self, judged: documents.Estimate, tokens: int) -> list[documents.TokensPoint]:
         """The top eigenvalue on a quarter, half and all of the shard."""
@@ -282,7 +285,7 @@ def _batches(problem: Problem, loss: float, tokens: float | None) -> documents.D
     return documents.Data(path="(in memory)", tokens=count, sequence_length=None, sha256=digest.hexdigest(), loss=loss)
 
 
-def _optimizer(preconditioner: Preconditioner, lr_source: Any) -> documents.Optimizer:
+def _optimizer(preconditioner: Preconditioner, lr_source: Any, ratios: tuple[float, float] | None) -> documents.Optimizer:
     def number(key: str) -> float | None:
         value = preconditioner.options.get(key)
         return None if value is None or isinstance(value, (tuple, list)) else float(value)  # Adafactor has two eps
@@ -299,4 +302,7 @@ def _optimizer(preconditioner: Preconditioner, lr_source: Any) -> documents.Opti
         step=preconditioner.step,
         threshold=preconditioner.threshold,
         preconditioner=preconditioner.kind,
+        clip=preconditioner.clip,
+        gradient_ratio=ratios[0] if ratios else None,
+        batch_ratio=ratios[1] if ratios else None,
     )

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from curvcli.documents import Estimate, Report, RunVerdict, Track, TrackPoint, VerdictName
 from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
 from curvcli.documents.columns import parts as parts_of
+from curvcli.judge.clipping import narrow, too_high
 from curvcli.judge.compare import shard_of
 from curvcli.judge.limits import certified, highest
 from curvcli.judge.run import judge_run, judge_track
@@ -85,7 +86,9 @@ class ReportReadings:
             return Reading("rho", full.rho, reason="the second moment is estimated, and rho's scale with it")
         if held.rho_low is None or held.rho_high is None:
             return Reading("rho", full.rho, reason="nothing could be held out to check it against; measure more tokens")
-        return Reading("rho", full.rho, held.rho_low, held.rho_high, narrow="measure more tokens")
+        return Reading(
+            "rho", full.rho, held.rho_low, held.rho_high, narrow=narrow(self.report.optimizer, "measure more tokens")
+        )
 
     def layers(self) -> Sequence[Reading]:
         """rho of each part alone: embedding and head, and each layer; at least one reading."""
@@ -107,7 +110,9 @@ class ReportReadings:
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         threshold = self.report.optimizer.threshold
         low, high = on_shard(estimate.rho, estimate, threshold)
-        return Reading(what, estimate.rho, low, high, narrow="lower --tolerance of curv analyze", part=name, note=note)
+        low = None if low is None else low / too_high(self.report.optimizer)
+        how = narrow(self.report.optimizer, "lower --tolerance of curv analyze")
+        return Reading(what, estimate.rho, low, high, narrow=how, part=name, note=note)
 
     def _plain(self, column: Column[Any]) -> list[Reading]:
         """Of a number whose bracket is its column's, or which is exact."""
@@ -166,7 +171,8 @@ class ReportReadings:
             what,
             reason="no curvature is positive, so none sets a learning rate"
             if flat
-            else "the report has none: either its preconditioner is not known in full, or an older version wrote it",
+            else "the report has none: its preconditioner is not known in full, nor how hard gradients were clipped, or an "
+            "older version wrote it",
         )
 
     def surge(self) -> Reading:

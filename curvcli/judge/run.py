@@ -10,6 +10,7 @@ from typing import Literal
 
 from curvcli.documents import ActionName, Finding, LossCourse, Report, RunName, RunVerdict, Track, TrackPoint, TrainingStep
 from curvcli.judge.calibration import calibration
+from curvcli.judge.clipping import too_high
 from curvcli.judge.course import Logged, loss_course
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 from curvcli.judge.steepest import alone, words
@@ -178,7 +179,7 @@ def _late(known: Sequence[Report]) -> list[Report]:
 
 def _past(report: Report) -> bool:
     """Whether a checkpoint lies past the edge: by its verdict, or so far that few tokens would not make it look so."""
-    far = certified(report.judged) and report.judged.rho is not None and report.judged.rho > FAR
+    far = certified(report.judged) and report.judged.rho is not None and report.judged.rho > FAR * too_high(report.optimizer)
     return report.verdict in _PAST or (report.verdict == "unresolved" and far)
 
 

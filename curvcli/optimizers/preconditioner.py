@@ -35,6 +35,9 @@ class Preconditioner:
     the mix of groups: that eigenvalue is rho. `root` is that of T_p P_p / T with T, `threshold`,
     that of the largest group, so that operator eigenvalues are lambda and rho = lambda / threshold.
 
+    Where clipping leaves a share s of each gradient, a move d of the weights changes what the optimizer is given by s H d,
+    but for the part along the gradient, which is less: the threshold is 1/s times as high, and rho s times as large.
+
     Parameters whose normalised step is steepest in a norm (Muon's matrices, all of Lion's) have a ball of it instead, and no
     part in P, lambda and rho: those are of the other parameters, with these held still.
 
@@ -54,6 +57,7 @@ class Preconditioner:
         doubts: options and state that no rule knows and that may change the update: no verdict can rest on it.
         findings: what the report has to say of the groups.
         relative: T_p / T by name, that the rule's own P_p is in `root` times; empty where that is 1 throughout.
+        clip: s, which `threshold` counts with; None where it is not known, and counts for nothing.
     """
 
     kind: Kind
@@ -73,6 +77,7 @@ class Preconditioner:
     balls: Mapping[str, Ball] = field(default_factory=dict)
     ball_lr: float | None = None
     relative: Mapping[str, float] = field(default_factory=dict)
+    clip: float | None = None
 
     @property
     def moving(self) -> frozenset[str]:
@@ -160,13 +165,15 @@ def prepare(
             "the second moment of every weight is 0",
             hint="the optimizer state is damaged or was saved before its first step: use another checkpoint",
         )
+    # Coupled decay is added to what clipping leaves, and is not shortened by it; nor are an estimate's gradients clipped.
+    clip = view.clip if kind == "checkpoint" and not any(decay.values()) else None
     return Preconditioner(
         kind=kind if preconditions else "none",
         name=rule.name(view),
         root=ModelRoot(roots, parameters, shards),
         decay=decay,
         direction=direction if direction and len(direction) == len(roots) + len(balls) else None,
-        threshold=reference,
+        threshold=reference / clip if reference is not None and clip else reference,
         lr=lr,
         options=lead.options,
         step=view.step if kind == "checkpoint" else None,
@@ -178,6 +185,7 @@ def prepare(
         balls={name: sliced_ball(ball, name, shards) for name, ball in balls.items()},
         ball_lr=ball_lr,
         relative=relatives,
+        clip=clip,
     )
 
 

@@ -76,6 +76,7 @@ def assemble(
     step: int | None,
     log: tuple[Logged, ...] = (),
     notes: Mapping[str, str] | None = None,
+    clip: float | None = None,
     part: str = "",
     aside: Sequence[str] = (),
     parts: Callable[[], Parts] | None = None,
@@ -85,6 +86,7 @@ def assemble(
     Args:
         part: under which the weights lie in the checkpoint.
         aside: further parts, which hold averages of them.
+        clip: as the checkpoint has it.
         parts: the same weights, where a part of one can be read without the rest.
     """
     found = architecture or beside(path)
@@ -129,6 +131,7 @@ def assemble(
         log=log,
         tokenizer=found.tokenizer if found else None,
         notes=said,
+        clip=clip,
         findings=tuple(findings),
         divisible=None if parts is None else lambda: Divisible(needed(found, path).build, parts(), tuple(tensors), path),
     )

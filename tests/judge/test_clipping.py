@@ -1,0 +1,48 @@
+"""What is said of a rho that clipping may have made too high, and of a gradient that clipping does not explain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tracks import asset
+
+from curvcli.documents import Report
+from curvcli.judge.clipping import clipping_findings, too_high
+from curvcli.judge.readings import ReportReadings
+
+
+def clipped(**optimizer: Any) -> Report:
+    hot = asset("hot")
+    return hot.model_copy(update={"optimizer": hot.optimizer.model_copy(update=optimizer)})
+
+
+@pytest.mark.parametrize(
+    ("ratio", "batch", "clip", "times"),
+    [
+        (2.9, 9.0, None, 1.0),  # batches are longer than their mean by chance
+        (3.1, 9.0, None, 9.0),
+        (3.1, None, None, 3.1),
+        (30.0, 90.0, 0.03, 1.0),  # rho counts with that already
+        (30.0, 90.0, 1.0, 1.0),  # nothing was clipped: the loss has leapt
+        (None, None, None, 1.0),
+    ],
+)
+def test_how_much_too_high_rho_may_be(ratio: float | None, batch: float | None, clip: float | None, times: float) -> None:
+    assert too_high(clipped(gradient_ratio=ratio, batch_ratio=batch, clip=clip).optimizer) == times
+
+
+def test_a_layers_bracket_goes_down_to_what_hard_clipping_would_leave() -> None:
+    plain, hard = (ReportReadings(clipped(**known)).layers() for known in ({}, {"gradient_ratio": 4.0, "batch_ratio": 8.0}))
+    assert [reading.low for reading in hard] == [reading.low / 8 for reading in plain if reading.low is not None]
+    assert {reading.narrow for reading in hard} == {"find out how hard gradients were clipped"}
+
+
+@pytest.mark.parametrize(
+    ("clip", "said"),
+    [(None, "rho is up to 50 times too high; else data are"), (1.0, "clipping is not why: data are"), (0.05, "")],
+)
+def test_a_long_gradient_is_a_warning_but_where_clipping_on_record_explains_it(clip: float | None, said: str) -> None:
+    found = clipping_findings(clipped(gradient_ratio=20.0, batch_ratio=50.0, clip=clip).optimizer)
+    assert [(f.code, f.severity) for f in found] == ([("gradient-over-moments", "warning")] if said else [])
+    assert all(said in finding.message for finding in found)
