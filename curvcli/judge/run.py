@@ -157,7 +157,9 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
         z = "no Z" if newest.steepest.z is None else f"Z is {newest.steepest.z:.3g}"
         return "unresolved", None, [f"{z}, {words(newest.steepest)}: no verdict{_loss_says(course)}"]
     if newest.verdict == "unresolved":
-        return "unresolved", None, [f"the newest checkpoint's verdict is unresolved{_loss_says(course)}"]
+        times = too_high(newest.optimizer)
+        why = f": clipping may make its rho up to {times:.2g} times too high" if times > 1 else ""
+        return "unresolved", None, [f"the newest checkpoint's verdict is unresolved{why}{_loss_says(course)}"]
     return "healthy", None, [f"rho is {_rho(newest):.3g} at the newest checkpoint{_loss_says(course)}"]
 
 

@@ -120,7 +120,9 @@ def test_no_verdict_is_given_where_clipping_alone_may_make_rho_too_high() -> Non
     low = clipped.generalisation.rho_low
     assert low is not None
     assert low < 0.8
-    assert judge_run([clipped]).name == "unresolved"  # rho over 2.5 would make it hot
+    run = judge_run([clipped])
+    assert run.name == "unresolved"  # rho over 2.5 would make it hot
+    assert "clipping may make its rho up to 1.3e+02 times too high" in run.reasons[0]
     reading = ReportReadings(clipped).rho()
     assert (reading.low, reading.narrow) == (low, "find out how hard gradients were clipped")
     part = judge([Rule(name="max-rho", limit=1.0, source="--max-rho")], ReportReadings(clipped))[0]
