@@ -154,6 +154,10 @@ class Opened:
         if divided is not None:
             divided.keep()  # Schedule-Free takes gradients elsewhere than where the weights are stored
         notes |= why
+        if options.clip is not None:
+            notes["clipped-moments"] = (
+                f"clipping leaves {options.clip:.2g} of a gradient, as was said, and rho is times that"
+            )
         if isinstance(self.read, Shard) and isinstance(shard, Examples):
             positions = len(self.read.windows) * self.read.sequence_length
             notes["masked-positions"] = (
@@ -299,7 +303,11 @@ def _optimizer(
         rule = rule_named(name or "AdamW")
         if not rule.state:
             check_known(rule, given)
-            return OptimizerView((Group(tuple(parameters), given),), {}, name, vouched=True), lr_source, {}
+            return (
+                OptimizerView((Group(tuple(parameters), given),), {}, name, vouched=True, clip=options.clip),
+                lr_source,
+                {},
+            )
         if rule.defaults is None:
             raise InputError(
                 f"{checkpoint.path} has no optimizer state, and {name}'s cannot be estimated",
@@ -315,7 +323,7 @@ def _optimizer(
         view, finding = choose(error, gradients)
         found.append(finding)
     # Not the learning rate, which scales all groups below: one value for all would lose their ratios.
-    view = replace(view, clip=checkpoint.clip)
+    view = replace(view, clip=checkpoint.clip if options.clip is None else options.clip)
     view = override(replace(view, name=name, vouched=True) if name else view, **{**given, "lr": None})
     view = at_gradient(view, parameters)
     found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)

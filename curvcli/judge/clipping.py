@@ -42,8 +42,8 @@ def unknown(optimizer: Optimizer, rho: float) -> Finding | None:
         code="unresolved-clipping",
         severity="warning",
         message=f"rho is {rho:.3g}, or up to {times:.2g} times less: gradients here are longer than those that the second "
-        "moment has seen, as where they are clipped, and no record says how hard; the Trainer's training_args.bin and the "
-        "gradient norms in its log would",
+        "moment has seen, as where they are clipped, and no record says how hard; pass --clip, the share of a "
+        "gradient that is left",
     )
 
 

@@ -111,7 +111,7 @@ def prepare(
     Raises:
         InputError: a state tensor does not fit its parameter, or is not finite or negative.
         UnsupportedError: the optimizer has no rule, no threshold exists for it, or its options change its update.
-        UsageError: every learning rate is 0, or one is negative.
+        UsageError: every learning rate is 0, or one is negative, or clipping leaves no share between 0 and 1.
     """
     rule = rule_for(view)
     doubts = scrutinise(view, rule)
@@ -165,8 +165,7 @@ def prepare(
             "the second moment of every weight is 0",
             hint="the optimizer state is damaged or was saved before its first step: use another checkpoint",
         )
-    # Coupled decay is added to what clipping leaves, and is not shortened by it; nor are an estimate's gradients clipped.
-    clip = view.clip if kind == "checkpoint" and not any(decay.values()) else None
+    clip, said = _clip(view, kind, decay)
     return Preconditioner(
         kind=kind if preconditions else "none",
         name=rule.name(view),
@@ -181,7 +180,7 @@ def prepare(
         left_out=tuple(n for n in parameters if n not in roots and n not in balls and n not in frozen),
         ascends=ascends,
         doubts=doubts,
-        findings=(*view.findings, *of_groups(view, frozen, ascends), *of_moments(view), *rule.findings(view)),
+        findings=(*view.findings, *of_groups(view, frozen, ascends), *of_moments(view), *rule.findings(view), *said),
         balls={name: sliced_ball(ball, name, shards) for name, ball in balls.items()},
         ball_lr=ball_lr,
         relative=relatives,
@@ -278,6 +277,22 @@ def _threshold(rule: Rule, view: OptimizerView, name: str, group: Group) -> floa
             f"at learning rate {own:g} the weight decay {wd:g} alone diverges", hint="check --lr and --weight-decay"
         )
     return edge
+
+
+def _clip(view: OptimizerView, kind: Kind, decay: Mapping[str, float]) -> tuple[float | None, list[Finding]]:
+    """The share of a gradient that the threshold counts with, and why not. Raises UsageError where it is no share."""
+    if view.clip is None or kind != "checkpoint":  # an estimate is made of gradients that nobody clips
+        return None, []
+    if not 0 < view.clip <= 1:
+        raise UsageError(
+            f"clipping leaves {view.clip:g} of a gradient", hint="a share is above 0, and 1 where nothing is clipped"
+        )
+    if view.clip == 1 or not any(decay.values()):
+        return view.clip, []
+    message = (
+        "weight decay is added to what clipping leaves of a gradient: rho does not count with clipping, and is too high"
+    )
+    return None, [Finding(code="clipping-not-counted", severity="warning", message=message)]
 
 
 def _ascends(groups: Sequence[Group]) -> bool:

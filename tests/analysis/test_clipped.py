@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import curvcli
+from curvcli.analysis.checkpoint import Options, open_for_analysis
 from curvcli.checkpoints.clipping import Clipping
 from curvcli.documents import Report, Rule
 from curvcli.judge.clipping import too_high
 from curvcli.judge.gate import judge
 from curvcli.judge.readings import ReportReadings
 from curvcli.judge.run import judge_run
+from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live, prepare
 from curvcli.optimizers.update import over_moments
 
@@ -153,8 +158,7 @@ def test_clipping_on_record_makes_rho_what_it_is_at_the_edge() -> None:
     share = Clipping(clip, tuple(norms)).share
     assert share is not None
     assert share < 0.4
-    view = live(optimizer, dict(model.named_parameters()))
-    known, unknown = (curvcli.analyze(model, loss, [(x, y)], replace(view, clip=s), depths=False) for s in (share, None))
+    known, unknown = (curvcli.analyze(model, loss, [(x, y)], optimizer, clip=s, depths=False) for s in (share, None))
     assert unknown.judged.rho is not None
     assert known.judged.rho is not None
     assert unknown.judged.rho > 2.5
@@ -162,3 +166,29 @@ def test_clipping_on_record_makes_rho_what_it_is_at_the_edge() -> None:
     assert known.judged.rho == pytest.approx(share * unknown.judged.rho, rel=1e-3)
     assert known.optimizer.clip == share
     assert known.verdict == "edge"
+
+
+def test_the_trainers_files_say_what_clipping_left(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    sample = Path("sample_checkpoints")
+    run = tmp_path / "checkpoint-60"
+    shutil.copytree(sample / "calm" / "checkpoint-60", run)
+    options = Options(data=sample / "data" / "shard.bin", tokens=256)
+
+    def ready(options: Options = options) -> tuple[float | None, str]:
+        found = open_for_analysis(run, options).ready()
+        assert isinstance(found.optimizer, OptimizerView)
+        return found.optimizer.clip, found.provenance.notes["clipped-moments"]
+
+    assert ready()[0] is None  # the Trainer's default may not have been in force
+    torch.save(TrainingArguments(str(tmp_path), use_cpu=True, max_grad_norm=0.1), run / "training_args.bin")
+    norms = [e["grad_norm"] for e in json.loads((run / "trainer_state.json").read_text())["log_history"] if "grad_norm" in e]
+    left = sum(0.1 / norm for norm in norms[-20:]) / 20
+    share, said = ready()
+    assert share == pytest.approx(left)
+    assert said.endswith(f"{left:.2g} of a gradient was left of late, and rho is times that")
+    assert ready(replace(options, clip=0.5)) == (
+        0.5,
+        "clipping leaves 0.5 of a gradient, as was said, and rho is times that",
+    )

@@ -110,6 +110,16 @@ def test_decay_that_is_added_to_what_clipping_left_takes_the_share_away() -> Non
     view = live(made, {"w": weight})
     clipped = prepare(replace(view, clip=0.1), {"w": weight})
     assert (clipped.clip, clipped.threshold) == (None, prepare(view, {"w": weight}).threshold)
+    assert [finding.code for finding in clipped.findings] == ["clipping-not-counted"]
+    assert prepare(replace(view, clip=1.0), {"w": weight}).clip == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
+def test_what_is_no_share_is_refused(share: float) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    view = replace(live(torch.optim.SGD([weight], lr=0.1), {"w": weight}), clip=share)
+    with pytest.raises(UsageError, match="of a gradient"):
+        prepare(view, {"w": weight})
 
 
 @pytest.mark.parametrize(
