@@ -93,7 +93,7 @@ Momentum = Annotated[
 Clip = Annotated[
     float | None,
     typer.Option(
-        metavar="SHARE", min=0, max=1,
+        metavar="X", min=0, max=1,
         help="What clipping leaves of a gradient: max_grad_norm over its usual norm; 1 if nothing is clipped. By default "
         "what the run's record says.",
     ),
