@@ -151,13 +151,12 @@ class Opened:
         _in_time(options)
         with mapped() if options.shard else nullcontext():
             optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
+            if isinstance(optimizer, OptimizerView):
+                optimizer, said = checkpoint.clipping.counted(optimizer, options.clip)
+                notes |= said
         if divided is not None:
             divided.keep()  # Schedule-Free takes gradients elsewhere than where the weights are stored
         notes |= why
-        if options.clip is not None:
-            notes["clipped-moments"] = (
-                f"clipping leaves {options.clip:.2g} of a gradient, as was said, and rho is times that"
-            )
         if isinstance(self.read, Shard) and isinstance(shard, Examples):
             positions = len(self.read.windows) * self.read.sequence_length
             notes["masked-positions"] = (
@@ -303,11 +302,7 @@ def _optimizer(
         rule = rule_named(name or "AdamW")
         if not rule.state:
             check_known(rule, given)
-            return (
-                OptimizerView((Group(tuple(parameters), given),), {}, name, vouched=True, clip=options.clip),
-                lr_source,
-                {},
-            )
+            return OptimizerView((Group(tuple(parameters), given),), {}, name, vouched=True), lr_source, {}
         if rule.defaults is None:
             raise InputError(
                 f"{checkpoint.path} has no optimizer state, and {name}'s cannot be estimated",
@@ -323,7 +318,6 @@ def _optimizer(
         view, finding = choose(error, gradients)
         found.append(finding)
     # Not the learning rate, which scales all groups below: one value for all would lose their ratios.
-    view = replace(view, clip=checkpoint.clip if options.clip is None else options.clip)
     view = override(replace(view, name=name, vouched=True) if name else view, **{**given, "lr": None})
     view = at_gradient(view, parameters)
     found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
+from math import inf, isfinite, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
 from curvcli.errors import InputError
 from curvcli.files.foreign import Foreign
 from curvcli.files.safe import load_pickle
+from curvcli.optimizers.base import OptimizerView
 
+ROUNDED = 1.1  # a norm over the one that it was clipped to, by rounding in low precision
 RECENT, LEAST = 20, 5  # logged norms that the share is a mean over, at most; and from how many on there is one
 
 
@@ -61,6 +65,40 @@ class Clipping:
         if share is None:
             return {"clipped-moments": said + raises}
         return {"clipped-moments": f"{said}{raises}; {share:.2g} of a gradient was left of late, and rho is times that"}
+
+    def counted(self, view: OptimizerView, given: float | None = None) -> tuple[OptimizerView, dict[str, str]]:
+        """An optimizer that knows what share of a gradient was left, and a note where that is not what the record says.
+
+        Args:
+            given: the share, by the user, which goes before the record.
+        """
+        if given is not None:
+            said = f"clipping leaves {given:.2g} of a gradient, as was said, and rho is times that"
+            return replace(view, clip=given), {"clipped-moments": said}
+        # What was clipped to a norm is no longer than that, nor is what the second moment averages.
+        if self.share is not None and self.limit and (seen := remembered(view)) > ROUNDED * self.limit:
+            said = (
+                f"the run's files say that gradients were clipped to a norm of {self.limit:.3g}, and the second moment has "
+                f"seen {seen:.3g}: rho does not count with clipping"
+            )
+            return view, {"clipped-moments": said}
+        return replace(view, clip=self.share), {}
+
+
+def remembered(view: OptimizerView) -> float:
+    """Norm of the gradients that second moments average, as the root mean square, or less; 0 where there is none.
+
+    Less where a moment is that of a part, or a mean over entries.
+    """
+    total = 0.0
+    for group in view.groups:
+        betas = group.options.get("betas")
+        for entry in (view.state.get(name, {}) for name in group.names):
+            second, step = entry.get("exp_avg_sq", entry.get("square_avg")), entry.get("step")
+            if isinstance(second, Tensor):
+                corrected = 1 - float(betas[1]) ** float(step) if betas is not None and step is not None else 1.0
+                total += float(second.double().sum()) / (corrected or 1.0)
+    return sqrt(total) if 0 < total < inf else 0.0
 
 
 def clipping(path: Path, log: Mapping[str, Any] | None, limit: float | None = None) -> Clipping:

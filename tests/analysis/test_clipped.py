@@ -183,6 +183,14 @@ def test_the_trainers_files_say_what_clipping_left(tmp_path: Path) -> None:
 
     assert ready()[0] is None  # the Trainer's default may not have been in force
     torch.save(TrainingArguments(str(tmp_path), use_cpu=True, max_grad_norm=0.1), run / "training_args.bin")
+    share, said = ready()
+    assert share is None
+    assert "and the second moment has seen 0." in said, "moments of longer gradients than the files allow"
+    state = torch.load(run / "optimizer.pt", weights_only=True)
+    for entry in state["state"].values():
+        entry["exp_avg"] *= 0.1
+        entry["exp_avg_sq"] *= 0.01
+    torch.save(state, run / "optimizer.pt")
     norms = [e["grad_norm"] for e in json.loads((run / "trainer_state.json").read_text())["log_history"] if "grad_norm" in e]
     left = sum(0.1 / norm for norm in norms[-20:]) / 20
     share, said = ready()

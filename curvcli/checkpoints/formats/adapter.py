@@ -90,7 +90,7 @@ class AdapterReader:
                 **clipped.notes,
                 "adapter": f"curvature is over the adapter's weights; the base, {home or base.name}, is fixed",
             },
-            clip=clipped.share,
+            clipping=clipped,
             findings=tuple(unread(path, read)),
             sources=(home,) if home else (),
         )

@@ -60,7 +60,7 @@ class DeepSpeedReader:
             step=integer(model.head, "global_steps"),
             log=run_log(log),
             notes=clipped.notes,
-            clip=clipped.share,
+            clipping=clipped,
         )
 
 

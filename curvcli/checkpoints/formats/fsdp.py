@@ -50,7 +50,7 @@ class FSDPReader:
             step=next((step for step in steps if step is not None and step >= 0), None),
             log=run_log(state),
             notes=clipped.notes,
-            clip=clipped.share,
+            clipping=clipped,
         )
 
 

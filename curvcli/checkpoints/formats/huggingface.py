@@ -87,7 +87,7 @@ class HuggingFaceReader:
             log=run_log(state),
             tokenizer=described.tokenizer,
             notes=clipped.notes | (_normaliser(described.name) if state is not None else {}),
-            clip=clipped.share,
+            clipping=clipped,
             findings=tuple(findings),
             divisible=None if _pickled(files) else lambda: self._divisible(path, described),
         )
