@@ -14,7 +14,7 @@ from torch import Tensor
 from curvcli.errors import InputError
 from curvcli.files.foreign import Foreign
 from curvcli.files.safe import load_pickle
-from curvcli.optimizers.base import OptimizerView
+from curvcli.optimizers.base import OptimizerView, scalar
 
 ROUNDED = 1.1  # a norm over the one that it was clipped to, by rounding in low precision
 RECENT, LEAST = 20, 5  # logged norms that the share is a mean over, at most; and from how many on there is one
@@ -88,16 +88,15 @@ class Clipping:
 def remembered(view: OptimizerView) -> float:
     """Norm of the gradients that second moments average, as the root mean square, or less; 0 where there is none.
 
-    Less where a moment is that of a part, or a mean over entries.
+    Less where a moment is that of a part, or a mean over entries. Raises InputError where betas are no numbers.
     """
     total = 0.0
     for group in view.groups:
-        betas = group.options.get("betas")
         for entry in (view.state.get(name, {}) for name in group.names):
             second, step = entry.get("exp_avg_sq", entry.get("square_avg")), entry.get("step")
             if isinstance(second, Tensor):
-                corrected = 1 - float(betas[1]) ** float(step) if betas is not None and step is not None else 1.0
-                total += float(second.double().sum()) / (corrected or 1.0)
+                averages = group.options.get("betas") is not None and step is not None
+                total += float(second.double().sum()) / ((1 - group.betas[1] ** scalar(step) if averages else 1.0) or 1.0)
     return sqrt(total) if 0 < total < inf else 0.0
 
 
