@@ -140,7 +140,15 @@ class _Writer:
             optimizer,
             step=checkpoint.step,
             parameters=checkpoint.parameters,
-            doubts=bool(self.preconditioner.doubts) or too_high(optimizer) > 1,
+            doubts=bool(self.preconditioner.doubts),
+            partial=partial,
+        )
+        verdict = judge(
+            body or estimate,
+            generalisation,
+            early=told.early,
+            odds=told.odds,
+            odds_at_most=told.odds_at_most,
             partial=partial,
         )
         attribution, participation = self.attribution(found.full)
@@ -161,9 +169,7 @@ class _Writer:
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=doubted(
-                judge(body or estimate, generalisation, early=told.early, odds=told.odds, partial=partial), course
-            ),
+            verdict=doubted(verdict, course),
             steepest=norm.model,
             stable_lr=None if lost else told.stable_lr,
             odds=None if lost else told.odds,

@@ -134,6 +134,17 @@ def test_no_verdict_is_given_where_clipping_alone_may_make_rho_too_high() -> Non
     assert part.outcome == "unresolved"
 
 
+def test_a_young_optimizer_says_nothing_however_long_its_gradients_are() -> None:
+    model, made, batches = trained(0.01)
+    for group in made.param_groups:
+        group["lr"] = 100.0 * LR
+    for entry in made.state.values():
+        entry["step"].fill_(6)
+    young = curvcli.analyze(model, loss, batches, made, depths=False)
+    assert too_high(young.optimizer) > 1
+    assert young.verdict == "early"
+
+
 def test_a_rho_that_is_past_the_edge_however_hard_gradients_were_clipped_is_told() -> None:
     clipped = steep(0.01)
     times = too_high(clipped.optimizer)
