@@ -21,7 +21,7 @@ from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
 from curvcli.files.names import unwrapped
 from curvcli.judge.calibration import calibrated
-from curvcli.judge.clipping import too_high
+from curvcli.judge.clipping import lowest
 from curvcli.judge.course import Logged, doubted, loss_course
 from curvcli.judge.findings import explain
 from curvcli.judge.verdict import judge
@@ -133,7 +133,7 @@ class _Writer:
         body = None
         if found.body is not None:
             body = documents.BodyEstimate(**self.entry(found.body), rows=sum(found.rare.values()))
-        generalisation = self.generalisation(body or estimate, too_high(optimizer))
+        generalisation = self.generalisation(body or estimate, optimizer)
         told = calibrated(
             body or estimate,
             generalisation,
@@ -203,8 +203,8 @@ class _Writer:
             return {}
         return {"truncated-left-out": self.work.cut.why_not(negated=self.preconditioner.ascends)}
 
-    def generalisation(self, judged: documents.Estimate, too_high: float) -> documents.Generalisation:
-        """The bracket, from what rho is where it is `too_high` by as much as it may be."""
+    def generalisation(self, judged: documents.Estimate, optimizer: documents.Optimizer) -> documents.Generalisation:
+        """The bracket, from what rho is where it is too high by as much as it may be."""
         threshold, folds = self.preconditioner.threshold, self.measured.folds
         spread = folds.spread() if folds and judged.status == "converged" else None
         said: dict[str, Any] = {"held_out": None, "rho_low": None, "rho_high": None}
@@ -218,11 +218,13 @@ class _Writer:
             return documents.Generalisation(**said)
         if spread:
             low, high = spread.bracket(value, residual)
-            return documents.Generalisation(**{**said, "rho_low": low / threshold / too_high, "rho_high": high / threshold})
+            return documents.Generalisation(
+                **{**said, "rho_low": lowest(low / threshold, optimizer), "rho_high": high / threshold}
+            )
         # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
         whole = self.whole and len(self.problem.batches) == 1
         high = (value + residual) / threshold
-        rho = None if judged.rho is None else judged.rho / too_high
+        rho = None if judged.rho is None else lowest(judged.rho, optimizer)
         return documents.Generalisation(**{**said, "rho_low": rho if whole else None, "rho_high": high})
 
     def prefixes(self, judged: documents.Estimate, tokens: int) -> list[documents.TokensPoint]:

@@ -18,6 +18,7 @@ from curvcli.optimizers.base import OptimizerView, scalar
 
 ROUNDED = 1.1  # a norm over the one that it was clipped to, by rounding in low precision
 RECENT, LEAST = 20, 5  # logged norms that the share is a mean over, at most; and from how many on there is one
+SMALLEST = 1e-9  # share that a record is believed of: less is a damaged file, and would make any rho safe
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Clipping:
     """What gradients were clipped to, and their norms before, in step order.
 
     Args:
-        limit: the largest norm, 0 where nothing is clipped; None where the record does not say.
+        limit: the largest norm, finite, 0 where nothing is clipped; None where the record does not say.
         norms: of logged steps; one may be no number.
     """
 
@@ -40,11 +41,12 @@ class Clipping:
         recent = [norm for norm in self.norms if isfinite(norm) and norm > 0][-RECENT:]
         if self.limit is None or len(recent) < LEAST:
             return None
-        return fmean(min(1.0, self.limit / norm) for norm in recent)
+        share = fmean(min(1.0, self.limit / norm) for norm in recent)
+        return share if share >= SMALLEST else None
 
     @property
     def notes(self) -> dict[str, str]:
-        """For reports, by code: that the moments are of clipped gradients, and whether rho counts with that."""
+        """For reports, by code: that the moments are of clipped gradients, and what was left of these."""
         limit = 1.0 if self.limit is None else self.limit
         over = sum(norm > limit for norm in self.norms)
         if limit == 0 or (self.norms and not over) or not (self.norms or self.limit):
@@ -64,7 +66,7 @@ class Clipping:
         raises = ", which raises lambda as the optimizer sees it"
         if share is None:
             return {"clipped-moments": said + raises}
-        return {"clipped-moments": f"{said}{raises}; {share:.2g} of a gradient was left of late, and rho is times that"}
+        return {"clipped-moments": f"{said}{raises}; {share:.2g} of a gradient was left of late"}
 
     def counted(self, view: OptimizerView, given: float | None = None) -> tuple[OptimizerView, dict[str, str]]:
         """An optimizer that knows what share of a gradient was left, and a note where that is not what the record says.
@@ -73,7 +75,7 @@ class Clipping:
             given: the share, by the user, which goes before the record.
         """
         if given is not None:
-            said = f"clipping leaves {given:.2g} of a gradient, as was said, and rho is times that"
+            said = f"clipping leaves {given:.2g} of a gradient, as was said"
             return replace(view, clip=given), {"clipped-moments": said}
         # What was clipped to a norm is no longer than that, nor is what the second moment averages.
         if self.share is not None and self.limit and (seen := remembered(view)) > ROUNDED * self.limit:
@@ -93,10 +95,10 @@ def remembered(view: OptimizerView) -> float:
     total = 0.0
     for group in view.groups:
         for entry in (view.state.get(name, {}) for name in group.names):
-            second, step = entry.get("exp_avg_sq", entry.get("square_avg")), entry.get("step")
+            second, step = entry.get("exp_avg_sq", entry.get("square_avg")), scalar(entry.get("step"))
             if isinstance(second, Tensor):
-                averages = group.options.get("betas") is not None and step is not None
-                total += float(second.double().sum()) / ((1 - group.betas[1] ** scalar(step) if averages else 1.0) or 1.0)
+                averages = group.options.get("betas") is not None and step >= 1
+                total += float(second.double().sum()) / (1 - group.betas[1] ** step if averages else 1.0)
     return sqrt(total) if 0 < total < inf else 0.0
 
 
@@ -115,7 +117,8 @@ def clipping(path: Path, log: Mapping[str, Any] | None, limit: float | None = No
     norms = tuple(float(n) for n in found if isinstance(n, (int, float)) and not (isinstance(n, int) and abs(n) > 2**53))
     if limit is None and log is not None:
         limit = _max_grad_norm(path)
-    return Clipping(limit, norms)
+    # No norm is over inf, and none over NaN.
+    return Clipping(limit if limit is None or isfinite(limit) else 0.0, norms)
 
 
 def _max_grad_norm(path: Path) -> float | None:

@@ -47,6 +47,16 @@ def unknown(optimizer: Optimizer, rho: float) -> Finding | None:
     )
 
 
+def counted(optimizer: Optimizer) -> str:
+    """What a note on clipping ends with: whether rho counts with it, which no reader of files can know."""
+    return "" if optimizer.clip is None else ", and rho is times that"
+
+
+def lowest(end: float, optimizer: Optimizer) -> float:
+    """The lower end of a bracket of rho, where that may be too high; below 0 it is as low already."""
+    return min(end, end / too_high(optimizer))
+
+
 def clipping_findings(optimizer: Optimizer) -> list[Finding]:
     """A gradient that the second moment has not seen the like of."""
     times = longer(optimizer)

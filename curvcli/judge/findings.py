@@ -15,7 +15,7 @@ from curvcli.documents import (
     Update,
 )
 from curvcli.judge.calibration import settled_after
-from curvcli.judge.clipping import clipping_findings, unknown
+from curvcli.judge.clipping import clipping_findings, counted, unknown
 from curvcli.judge.course import course_findings
 from curvcli.judge.limits import STABLE_BELOW, certified, classify
 from curvcli.judge.steepest import headline, steepest_findings
@@ -182,7 +182,10 @@ def _hot(report: Report) -> Finding:
 
 
 def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str], projects: bool) -> list[Finding]:
-    found = [Finding(code=code, severity="info", message=message) for code, message in notes.items()]
+    found = [
+        Finding(code=code, severity="info", message=message + (counted(optimizer) if code == "clipped-moments" else ""))
+        for code, message in notes.items()
+    ]
     found += clipping_findings(optimizer)
     if optimizer.preconditioner == "estimated":
         found.append(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from curvcli.documents import Estimate, Report, RunVerdict, Track, TrackPoint, VerdictName
 from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
 from curvcli.documents.columns import parts as parts_of
-from curvcli.judge.clipping import narrow, too_high
+from curvcli.judge.clipping import lowest, narrow
 from curvcli.judge.compare import shard_of
 from curvcli.judge.limits import certified, highest
 from curvcli.judge.run import judge_run, judge_track
@@ -110,7 +110,7 @@ class ReportReadings:
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         threshold = self.report.optimizer.threshold
         low, high = on_shard(estimate.rho, estimate, threshold)
-        low = None if low is None else low / too_high(self.report.optimizer)
+        low = None if low is None else lowest(low, self.report.optimizer)
         how = narrow(self.report.optimizer, "lower --tolerance of curv analyze")
         return Reading(what, estimate.rho, low, high, narrow=how, part=name, note=note)
 

@@ -281,12 +281,14 @@ def _threshold(rule: Rule, view: OptimizerView, name: str, group: Group) -> floa
 
 def _clip(view: OptimizerView, kind: Kind, decay: Mapping[str, float]) -> tuple[float | None, list[Finding]]:
     """The share of a gradient that the threshold counts with, and why not. Raises UsageError where it is no share."""
-    if view.clip is None or kind != "checkpoint":  # an estimate is made of gradients that nobody clips
+    if view.clip is None:
         return None, []
     if not 0 < view.clip <= 1:
         raise UsageError(
             f"clipping leaves {view.clip:g} of a gradient", hint="a share is above 0, and 1 where nothing is clipped"
         )
+    if kind != "checkpoint":  # an estimate is made of gradients that nobody clips
+        return None, []
     if view.clip == 1 or not any(decay.values()):
         return view.clip, []
     message = (

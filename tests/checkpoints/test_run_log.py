@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from curvcli.checkpoints.base import Logged
-from curvcli.checkpoints.clipping import Clipping, clipping
+from curvcli.checkpoints.clipping import Clipping, clipping, remembered
 from curvcli.checkpoints.formats.deepspeed import _clipped
 from curvcli.checkpoints.formats.huggingface import run_log, trainer_state
+from curvcli.optimizers.base import Group, OptimizerView
 
 
 def test_lines_of_a_log(tmp_path: Path) -> None:
@@ -102,6 +103,7 @@ def test_deepspeeds_own_limit_comes_first(limit: float | None, log: dict | None,
         (1.0, (float("nan"), float("inf"), 2.0, 4.0, 0.5, 1.0, 8.0), (0.5 + 0.25 + 1 + 1 + 0.125) / 5),
         (1.0, (100.0,) * 30 + (2.0,) * 20, 0.5),  # the newest alone
         (1.0, (2.0,) * 4, None),  # too few
+        (1e-200, (1.0,) * 20, None),  # such a share would make any rho safe
         (None, (2.0,) * 20, None),  # the Trainer's default may not have been in force
     ],
 )
@@ -109,6 +111,19 @@ def test_the_share_that_clipping_left(limit: float | None, norms: tuple[float, .
     assert Clipping(limit, norms).share == (None if share is None else pytest.approx(share))
 
 
-def test_a_note_says_that_rho_counts_with_it() -> None:
+def test_a_note_says_what_was_left() -> None:
     said = Clipping(0.5, (1.0,) * 20).notes["clipped-moments"]
-    assert said.endswith("; 0.5 of a gradient was left of late, and rho is times that")
+    assert said.endswith("; 0.5 of a gradient was left of late")
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("nan")])
+def test_a_limit_that_no_norm_is_over_clips_nothing(limit: float, tmp_path: Path) -> None:
+    found = _clipped(SimpleNamespace(head={"clip_grad": limit}), tmp_path, None)
+    assert (found.share, found.notes) == (1.0, {})
+
+
+@pytest.mark.parametrize("step", [-1e9, 0.0, float("nan"), float("-inf"), float("inf"), 2.0])
+def test_what_the_second_moment_remembers_whatever_the_steps_are(step: float) -> None:
+    entry = {"exp_avg_sq": torch.full((3,), 0.75), "step": torch.tensor(step)}
+    view = OptimizerView((Group(("w",), {"betas": (0.9, 0.5)}),), {"w": entry}, "Adam")
+    assert remembered(view) == pytest.approx((2.25 / (0.75 if step == 2 else 1.0)) ** 0.5)

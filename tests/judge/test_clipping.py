@@ -8,7 +8,8 @@ import pytest
 from tracks import asset
 
 from curvcli.documents import Report
-from curvcli.judge.clipping import clipping_findings, too_high
+from curvcli.judge.clipping import clipping_findings, lowest, too_high
+from curvcli.judge.findings import explain
 from curvcli.judge.readings import ReportReadings
 
 
@@ -46,3 +47,19 @@ def test_a_long_gradient_is_a_warning_but_where_clipping_on_record_explains_it(c
     found = clipping_findings(clipped(gradient_ratio=20.0, batch_ratio=50.0, clip=clip).optimizer)
     assert [(f.code, f.severity) for f in found] == ([("gradient-over-moments", "warning")] if said else [])
     assert all(said in finding.message for finding in found)
+
+
+def test_a_lower_end_below_zero_stays() -> None:
+    """What rho is lies within its own bracket, also where nothing is convex."""
+    optimizer = clipped(gradient_ratio=4.0, batch_ratio=8.0).optimizer
+    assert (lowest(4.0, optimizer), lowest(-4.0, optimizer)) == (0.5, -4.0)
+
+
+@pytest.mark.parametrize(("clip", "said"), [(None, ""), (0.05, ", and rho is times that")])
+def test_a_note_says_that_rho_counts_with_clipping_only_where_it_does(clip: float | None, said: str) -> None:
+    report = clipped(clip=clip)
+    found = explain(report, idle=0, left_out=0, notes={"clipped-moments": "0.05 was left", "other": "as it is"})
+    assert {f.code: f.message for f in found if f.code in ("clipped-moments", "other")} == {
+        "clipped-moments": f"0.05 was left{said}",
+        "other": "as it is",
+    }

@@ -118,8 +118,9 @@ def test_decay_that_is_added_to_what_clipping_left_takes_the_share_away() -> Non
 def test_what_is_no_share_is_refused(share: float) -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     view = replace(live(torch.optim.SGD([weight], lr=0.1), {"w": weight}), clip=share)
-    with pytest.raises(UsageError, match="of a gradient"):
-        prepare(view, {"w": weight})
+    for kind in ("checkpoint", "estimated"):
+        with pytest.raises(UsageError, match="of a gradient"):
+            prepare(view, {"w": weight}, kind=kind)
 
 
 @pytest.mark.parametrize(
