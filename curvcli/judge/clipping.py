@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from curvcli.documents import Finding, Optimizer
+from collections.abc import Callable
+
+from curvcli.documents import Finding, Optimizer, Report
 
 FAR = 3.0  # of the gradient here over those that the second moment has seen, from which on it is remarkable
 
@@ -50,6 +52,12 @@ def unknown(optimizer: Optimizer, rho: float) -> Finding | None:
 def counted(optimizer: Optimizer) -> str:
     """What a note on clipping ends with: whether rho counts with it, which no reader of files can know."""
     return "" if optimizer.clip is None else ", and rho is times that"
+
+
+def alike(*reports: Report | None) -> Callable[[Report], float]:
+    """What the rho of each is to be multiplied by to compare them: where one does not count with clipping, none may."""
+    clips = [report.optimizer.clip for report in reports if report is not None]
+    return lambda report: 1 / (report.optimizer.clip or 1.0) if None in clips else 1.0
 
 
 def lowest(end: float, optimizer: Optimizer) -> float:

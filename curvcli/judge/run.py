@@ -10,7 +10,7 @@ from typing import Literal
 
 from curvcli.documents import ActionName, Finding, LossCourse, Report, RunName, RunVerdict, Track, TrackPoint, TrainingStep
 from curvcli.judge.calibration import calibration
-from curvcli.judge.clipping import too_high
+from curvcli.judge.clipping import alike, too_high
 from curvcli.judge.course import Logged, loss_course
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 from curvcli.judge.steepest import alone, words
@@ -219,10 +219,12 @@ def _rho(report: Report) -> float:
 
 def _trend(known: Sequence[Report]) -> Literal["rising", "falling", "flat"] | None:
     """The newest rho against the median of those before it."""
-    before = [_rho(report) for report in known[-TREND_WINDOW - 1 : -1]]
+    window = known[-TREND_WINDOW - 1 :]
+    times = alike(*window)
+    *before, newest = [_rho(report) * times(report) for report in window] or [0.0]
     if len(before) < 2 or median(before) <= 0:
         return None
-    ratio = _rho(known[-1]) / median(before)
+    ratio = newest / median(before)
     return "rising" if ratio > RISING else "falling" if ratio < FALLING else "flat"
 
 

@@ -224,9 +224,12 @@ def test_what_has_no_learning_rate_says_none(fixed: Calibration) -> None:
     assert of(estimate(2.0), doubts=True) == of(estimate(2.0), doubts=True, step=3) == (False, False, False)
     assert of(estimate(-2.0)) == of(estimate(2.0, status="unconverged")) == (False, False, False)
     assert of(estimate(2.0), step=3) == (True, False, False)
-    clipped = {"gradient_ratio": 4.0, "batch_ratio": 8.0}
-    assert of(estimate(2.0), **clipped) == (False, False, False)
-    assert of(estimate(2.0), step=3, **clipped) == (True, False, False)  # young moments are as young where they are short
+    assert of(estimate(2.0), gradient_ratio=4.0) == (False, False, False)
+    assert of(estimate(2.0), step=3, gradient_ratio=4.0) == (
+        True,
+        False,
+        False,
+    )  # young moments are as young where they are short
     assert of(estimate(None, status="non-finite"), step=3) == of(estimate(2.0), threshold=None, step=3) == (False,) * 3
 
 

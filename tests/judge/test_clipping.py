@@ -11,6 +11,7 @@ from curvcli.documents import Report
 from curvcli.judge.clipping import clipping_findings, lowest, too_high
 from curvcli.judge.findings import explain
 from curvcli.judge.readings import ReportReadings
+from curvcli.judge.run import judge_run
 
 
 def clipped(**optimizer: Any) -> Report:
@@ -63,3 +64,22 @@ def test_a_note_says_that_rho_counts_with_clipping_only_where_it_does(clip: floa
         "clipped-moments": f"0.05 was left{said}",
         "other": "as it is",
     }
+
+
+def test_rho_neither_surges_nor_falls_because_clipping_has_come_on_record() -> None:
+    """The same run, measured the same, of whose clipping the first points know nothing yet."""
+
+    def points(*shares: float | None) -> list[Report]:
+        hot = [clipped(clip=share) for share in shares]
+        scaled = [r.full.model_copy(update={"rho": (r.full.rho or 0.0) * (r.optimizer.clip or 1.0)}) for r in hot]
+        tall = [(r.optimizer.threshold or 0.0) / (r.optimizer.clip or 1.0) for r in hot]
+        return [
+            r.model_copy(update={"full": full, "optimizer": r.optimizer.model_copy(update={"threshold": threshold})})
+            for r, full, threshold in zip(hot, scaled, tall, strict=True)
+        ]
+
+    for shares, surge in (((None, None, 0.1), 1.0), ((0.1, 0.1, None), 1.0), ((0.2, 0.2, 0.1), 0.5)):
+        *before, newest = points(*shares)
+        assert ReportReadings(newest, history=before).surge().value == pytest.approx(surge)
+        assert ReportReadings(newest, baseline=before[0]).surge().value == pytest.approx(surge)
+        assert judge_run([*before, newest]).trend == ("flat" if surge == 1 else "falling")
