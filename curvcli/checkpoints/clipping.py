@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
@@ -117,8 +118,15 @@ def clipping(path: Path, log: Mapping[str, Any] | None, limit: float | None = No
     norms = tuple(float(n) for n in found if isinstance(n, (int, float)) and not (isinstance(n, int) and abs(n) > 2**53))
     if limit is None and log is not None:
         limit = _max_grad_norm(path)
-    # No norm is over inf, and none over NaN.
-    return Clipping(limit if limit is None or isfinite(limit) else 0.0, norms)
+    return Clipping(limit, norms)
+
+
+def largest_norm(value: Any) -> float | None:
+    """A limit as files have it, 0 for one that no norm is over; None where it is no number."""
+    if not isinstance(value, (int, float)):
+        return None
+    # An integer may be larger than any float.
+    return float(value) if 0 < value <= sys.float_info.max else 0.0
 
 
 def _max_grad_norm(path: Path) -> float | None:
@@ -131,4 +139,4 @@ def _max_grad_norm(path: Path) -> float | None:
     if not isinstance(arguments, Foreign) or "max_grad_norm" not in arguments.attributes:
         return None
     value = arguments.attributes["max_grad_norm"]
-    return max(0.0, float(value)) if isinstance(value, (int, float)) else 0.0 if value is None else None
+    return 0.0 if value is None else largest_norm(value)

@@ -116,7 +116,7 @@ def test_a_note_says_what_was_left() -> None:
     assert said.endswith("; 0.5 of a gradient was left of late")
 
 
-@pytest.mark.parametrize("limit", [float("inf"), float("nan")])
+@pytest.mark.parametrize("limit", [float("inf"), float("nan"), -1.0, 10**400])
 def test_a_limit_that_no_norm_is_over_clips_nothing(limit: float, tmp_path: Path) -> None:
     found = _clipped(SimpleNamespace(head={"clip_grad": limit}), tmp_path, None)
     assert (found.share, found.notes) == (1.0, {})

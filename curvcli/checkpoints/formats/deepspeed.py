@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.checkpoints.base import Checkpoint
-from curvcli.checkpoints.clipping import Clipping, clipping
+from curvcli.checkpoints.clipping import Clipping, clipping, largest_norm
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, assemble
 from curvcli.checkpoints.formats.huggingface import integer, run_log, trainer_state
 from curvcli.checkpoints.formats.torchfile import named
@@ -235,7 +235,7 @@ def _plain_optimizer(model: _Model) -> NamedOptimizer:
 def _clipped(source: Source | None, home: Path, log: dict[str, Any] | None) -> Clipping:
     """By DeepSpeed's own limit, which is in force, and the norms that the Trainer logged, if it did."""
     limit = source.head.get("clip_grad") if source else None
-    return clipping(home, log, max(0.0, float(limit)) if isinstance(limit, (int, float)) else None)
+    return clipping(home, log, largest_norm(limit))
 
 
 def _sizes(group: Any, file: Path) -> dict[str, tuple[int, ...]]:
