@@ -15,6 +15,7 @@ import curvcli
 from curvcli.analysis.checkpoint import Options, open_for_analysis
 from curvcli.checkpoints.clipping import Clipping
 from curvcli.documents import Report, Rule
+from curvcli.errors import UsageError
 from curvcli.judge.clipping import too_high
 from curvcli.judge.gate import judge
 from curvcli.judge.readings import ReportReadings
@@ -211,3 +212,15 @@ def test_the_trainers_files_say_what_clipping_left(tmp_path: Path) -> None:
         0.5,
         "clipping leaves 0.5 of a gradient, as was said",
     )
+
+
+def test_a_share_that_nothing_can_count_with_is_not_taken_in_silence(tmp_path: Path) -> None:
+    sample = Path("sample_checkpoints")
+    run = tmp_path / "checkpoint-60"
+    shutil.copytree(sample / "calm" / "checkpoint-60", run, ignore=shutil.ignore_patterns("optimizer*"))
+    options = Options(data=sample / "data" / "shard.bin", tokens=256, clip=0.5)
+    found = open_for_analysis(run, options).ready()
+    assert "no --clip counts" in found.provenance.notes["clipping-not-counted"]
+    assert "as was said" not in found.provenance.notes.get("clipped-moments", "")
+    with pytest.raises(UsageError, match="--optimizer none takes no clip"):
+        open_for_analysis(run, replace(options, optimizer="none")).ready()
