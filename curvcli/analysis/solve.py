@@ -27,14 +27,15 @@ from curvcli.curvature.hvp import HVP, Choice, Mode
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
-from curvcli.curvature.problem import Blocks, Problem, gradient
+from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import Put, Scratch, elsewhere, let_go
+from curvcli.curvature.spread import spread_gradient
 from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
-from curvcli.optimizers.update import next_update
+from curvcli.optimizers.update import next_update, ratios
 
 FOLDS = 8  # parts of the shard that the full model is seen on, at most
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
@@ -185,8 +186,6 @@ class Measurement:
         """Whether the deadline has passed, by the clock of rank 0."""
         return self.solver.deadline < inf and agreed(self.solver.expired)[0]
 
-    # --- the parts ---------------------------------------------------------------------------
-
     def run(self, on_full: Callable[[Measured], None] = lambda measured: None) -> Measured:
         """Everything, the full model first.
 
@@ -197,7 +196,7 @@ class Measurement:
         """
         self.in_time()
         self.stages.enter("gradient")
-        gradients = gradient(self.problem, self.moving)
+        gradients, spread = spread_gradient(self.problem, self.moving)
         gradients = self.shards.parts(self.moving, gradients) if self.shards else self.put(gradients)
         loss, looked_up = lookups(self.problem)
         if not isfinite(loss):
@@ -206,6 +205,7 @@ class Measurement:
         hvp = Counting(self.build(self.problem), self)
         resources.give_back(self.device)  # what gradients took is not to lie beside products
         found = self.full(hvp, loss, looked_up)
+        found.ratios = ratios(self.preconditioner, self.moving, gradients, spread)
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
         try:
