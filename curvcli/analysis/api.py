@@ -53,6 +53,7 @@ def analyze(
     weights: Sequence[float] | None = None,
     layers: nn.ModuleList | nn.ModuleDict | nn.Sequential | None = None,
     lr: float | None = None,
+    clip: float | None = None,
     mode: Mode | Literal["auto"] = "auto",
     tolerance: float = 1e-2,
     max_hvps: int = 100,
@@ -80,6 +81,8 @@ def analyze(
         layers: the model's list of blocks; found by itself where there is one.
         lr: learning rate to use instead of the optimizer's: that of the largest parameter group that moves; the others
             keep their ratio to it.
+        clip: share of its norm that clipping leaves of a gradient, above 0, 1 where nothing is clipped: max_norm over the
+            usual norm, or better the mean of min(1, max_norm / norm) over steps. An optimizer does not know it.
         mode: how Hessian-vector products are made; "auto" keeps graphs where they fit, and is exact but under a limit of
             memory that no exact mode fits. "differences", of gradients, needs no second derivatives and is good to 0.1 %.
         tolerance: residual over lambda at which the full model and the restricted depths count as converged, if no
@@ -133,7 +136,7 @@ def analyze(
     tokens = sum(weights) if weights else None
     solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
     return prepared(
-        model, loss, batches, optimizer, finish, weights=weights, layers=layers, lr=lr, mode=mode, solver=solver,
+        model, loss, batches, optimizer, finish, weights=weights, layers=layers, lr=lr, clip=clip, mode=mode, solver=solver,
         progress=progress, depths=depths, truncated=truncated,
         unigram=provenance.unigram if provenance else None, memory=memory, shard=shard,
     )  # fmt: skip
@@ -150,6 +153,7 @@ def prepared(
     weights: Sequence[float] | None = None,
     layers: nn.ModuleList | nn.ModuleDict | nn.Sequential | None = None,
     lr: float | None = None,
+    clip: float | None = None,
     mode: Mode | Literal["auto"] = "auto",
     progress: Progress | None = None,
     depths: bool = True,
@@ -172,9 +176,7 @@ def prepared(
     """
     limit = limit_of(memory)
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
-    # It knows the parameters by identity: before copies take their place.
-    if isinstance(optimizer, (torch.optim.Optimizer, Sequence)):
-        optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
+    optimizer = _by_name(module, optimizer, clip)
     say = progress or (lambda stage, done: None)
     with measurable(module) as lifted:
 
@@ -244,6 +246,16 @@ def check_effort(tolerance: float, max_hvps: int, *, depths: bool = True, trunca
         raise UsageError("networks cut short are one of the two curves over depth", hint="drop --no-depths, or --truncated")
     if not 0 < tolerance < 1 or max_hvps < 3:  # NaN too; a residual of lambda's size certifies nothing
         raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
+
+
+def _by_name(
+    module: nn.Module, optimizer: Live | OptimizerView | Estimated | None, clip: float | None
+) -> OptimizerView | Estimated | None:
+    """The optimizer's state by the parameters' names, with what clipping leaves of a gradient where that is given."""
+    # An optimizer knows the parameters by identity: before copies take their place.
+    if isinstance(optimizer, (torch.optim.Optimizer, Sequence)):
+        optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
+    return replace(optimizer, clip=clip) if clip is not None and isinstance(optimizer, OptimizerView) else optimizer
 
 
 def _preconditioner(

@@ -156,6 +156,8 @@ class Opened:
         with mapped() if options.shard else nullcontext():
             put = divided.put if divided else None
             optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found, put)
+            optimizer, said = _clipped(checkpoint, optimizer, options.clip)
+            notes |= said
         notes |= why
         if isinstance(self.read, Shard) and isinstance(shard, Examples):
             positions = len(self.read.windows) * self.read.sequence_length
@@ -276,6 +278,18 @@ def _named(optimizer: str | None) -> str | None:
     return names[optimizer.lower()] if optimizer else None
 
 
+def _clipped(
+    checkpoint: Checkpoint, optimizer: OptimizerView | Estimated | None, given: float | None
+) -> tuple[OptimizerView | Estimated | None, dict[str, str]]:
+    """An optimizer that knows what clipping left of a gradient, by the user or the run's record, and a note."""
+    if isinstance(optimizer, OptimizerView):
+        return checkpoint.clipping.counted(optimizer, given)
+    if given is None:
+        return optimizer, {}
+    said = "the second moment is estimated of gradients that nobody clips: no --clip counts"
+    return optimizer, {"clipping-not-counted": said}
+
+
 def _optimizer(
     checkpoint: Checkpoint,
     model: nn.Module,
@@ -295,6 +309,7 @@ def _optimizer(
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     name = _named(options.optimizer)
     if name == "none":
+        given |= {} if options.clip is None else {"clip": options.clip}
         if given:
             raise UsageError(f"--optimizer none takes no {', '.join(sorted(given))}", hint="drop them, or name an optimizer")
         return None, "none", {}

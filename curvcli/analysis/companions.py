@@ -15,9 +15,7 @@ from curvcli.curvature.scratch import let_go
 from curvcli.documents import Companions, LayerCompanions
 from curvcli.errors import exhausted
 from curvcli.models.attention import Attention, attention
-from curvcli.optimizers.update import gradient_quotient, inner, over, over_moments, update_rms
-
-FAR = 3.0  # of the gradient here over those that the second moment has seen, from which on the report says so
+from curvcli.optimizers.update import gradient_quotient, inner, over, update_rms
 
 
 def companions(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[Companions, list[LayerCompanions]]:
@@ -51,13 +49,6 @@ def companions(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[Co
         for i in range(len(modules))
     ]
     raw, weighted = quotients(work, hvp, gradients)
-    longer = over_moments(work.preconditioner, work.moving, gradients)
-    if longer is not None and longer > FAR:
-        work.notes["gradient-over-moments"] = (
-            f"the gradient here is {longer:.2g} times as long as those that the second moment has seen: where gradients are "
-            f"clipped so hard, steps are shorter than lr says, and rho is up to {longer:.2g} times too high; else data are "
-            "not the run's, or the loss has just leapt"
-        )
     whole = Companions(
         gradient_norm=hypot(*work.preconditioner.root.holders.each(norm(gradients))),
         gradient_quotient=raw,

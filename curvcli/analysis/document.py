@@ -22,6 +22,7 @@ from curvcli.curvature.problem import Problem
 from curvcli.curvature.scratch import let_go
 from curvcli.files.names import unwrapped
 from curvcli.judge.calibration import calibrated
+from curvcli.judge.clipping import lowest
 from curvcli.judge.course import Logged, doubted, loss_course
 from curvcli.judge.findings import explain
 from curvcli.judge.verdict import judge
@@ -102,7 +103,7 @@ class _Writer:
         # With `maximize` minus the loss was measured; the report gives the loss itself.
         loss = -found.loss if self.preconditioner.ascends else found.loss
         data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
-        optimizer = _optimizer(self.preconditioner, provenance.lr_source)
+        optimizer = _optimizer(self.preconditioner, provenance.lr_source, found.ratios)
         norm = Norms(found.norm, work.preconditioner, optimizer, sizes=numel, step=checkpoint.step)
         partial = bool(work.preconditioner.balls)
         estimate = documents.Estimate(**self.entry(found.full, norm.full))
@@ -133,7 +134,7 @@ class _Writer:
         body = None
         if found.body is not None:
             body = documents.BodyEstimate(**self.entry(found.body), rows=sum(found.rare.values()))
-        generalisation = self.generalisation(body or estimate)
+        generalisation = self.generalisation(body or estimate, optimizer)
         told = calibrated(
             body or estimate,
             generalisation,
@@ -141,6 +142,14 @@ class _Writer:
             step=checkpoint.step,
             parameters=checkpoint.parameters,
             doubts=bool(self.preconditioner.doubts),
+            partial=partial,
+        )
+        verdict = judge(
+            body or estimate,
+            generalisation,
+            early=told.early,
+            odds=told.odds,
+            odds_at_most=told.odds_at_most,
             partial=partial,
         )
         attribution, participation = self.attribution(found.full)
@@ -161,9 +170,7 @@ class _Writer:
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=doubted(
-                judge(body or estimate, generalisation, early=told.early, odds=told.odds, partial=partial), course
-            ),
+            verdict=doubted(verdict, course),
             steepest=norm.model,
             stable_lr=None if lost else told.stable_lr,
             odds=None if lost else told.odds,
@@ -197,7 +204,8 @@ class _Writer:
             return {}
         return {"truncated-left-out": self.work.cut.why_not(negated=self.preconditioner.ascends)}
 
-    def generalisation(self, judged: documents.Estimate) -> documents.Generalisation:
+    def generalisation(self, judged: documents.Estimate, optimizer: documents.Optimizer) -> documents.Generalisation:
+        """The bracket, from what rho is where it is too high by as much as it may be."""
         threshold, folds = self.preconditioner.threshold, self.measured.folds
         spread = folds.spread() if folds and judged.status == "converged" else None
         said: dict[str, Any] = {"held_out": None, "rho_low": None, "rho_high": None}
@@ -211,11 +219,14 @@ class _Writer:
             return documents.Generalisation(**said)
         if spread:
             low, high = spread.bracket(value, residual)
-            return documents.Generalisation(**{**said, "rho_low": low / threshold, "rho_high": high / threshold})
+            return documents.Generalisation(
+                **{**said, "rho_low": lowest(low / threshold, optimizer), "rho_high": high / threshold}
+            )
         # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
         whole = self.whole and len(self.problem.batches) == 1
         high = (value + residual) / threshold
-        return documents.Generalisation(**{**said, "rho_low": judged.rho if whole else None, "rho_high": high})
+        rho = None if judged.rho is None else lowest(judged.rho, optimizer)
+        return documents.Generalisation(**{**said, "rho_low": rho if whole else None, "rho_high": high})
 
     def prefixes(self, judged: documents.Estimate, tokens: int) -> list[documents.TokensPoint]:
         """The top eigenvalue on a quarter, half and all of the shard."""
@@ -284,7 +295,7 @@ def _batches(problem: Problem, loss: float, tokens: float | None) -> documents.D
     return documents.Data(path="(in memory)", tokens=count, sequence_length=None, sha256=digest.hexdigest(), loss=loss)
 
 
-def _optimizer(preconditioner: Preconditioner, lr_source: Any) -> documents.Optimizer:
+def _optimizer(preconditioner: Preconditioner, lr_source: Any, ratios: tuple[float, float] | None) -> documents.Optimizer:
     def number(key: str) -> float | None:
         value = preconditioner.options.get(key)
         return None if value is None or isinstance(value, (tuple, list)) else float(value)  # Adafactor has two eps
@@ -301,4 +312,7 @@ def _optimizer(preconditioner: Preconditioner, lr_source: Any) -> documents.Opti
         step=preconditioner.step,
         threshold=preconditioner.threshold,
         preconditioner=preconditioner.kind,
+        clip=preconditioner.clip,
+        gradient_ratio=ratios[0] if ratios else None,
+        batch_ratio=ratios[1] if ratios else None,
     )

@@ -12,9 +12,10 @@ from curvcli.curvature.differences import Step, build, choose
 from curvcli.curvature.gathering import Gathered
 from curvcli.curvature.hvp import HVP, Choice, Mode
 from curvcli.curvature.memory import few, sample
-from curvcli.curvature.problem import Problem, gradient
+from curvcli.curvature.problem import Problem
 from curvcli.curvature.shards import Shards
 from curvcli.curvature.slicewise import OnSlices, sliced_gradient
+from curvcli.curvature.spread import Spread, spread_gradient
 
 TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them, or the basis is on disk
 CROSSED = 2**13  # inputs that differences are tried on, where four rows have fewer
@@ -63,9 +64,15 @@ def engine(
     return whole, whole.held
 
 
-def mean_gradient(problem: Problem, names: Sequence[str], shards: Shards | None) -> list[Tensor]:
-    """Of the mean loss, in slices where processes divide the parameters. Raises UnsupportedError where it is not finite."""
+def mean_gradient(problem: Problem, names: Sequence[str], shards: Shards | None) -> tuple[list[Tensor], Spread | None]:
+    """Of the mean loss, in slices where processes divide the parameters, and the spread of what it is the mean of.
+
+    Where blocks are gathered one at a time nobody has a batch's gradient, and of its spread nothing is known.
+
+    Raises:
+        UnsupportedError: it is not finite.
+    """
     if problem.streamed is not None:
-        return sliced_gradient(problem, names)
-    found = gradient(problem, names)
-    return found if shards is None else shards.parts(names, found)
+        return sliced_gradient(problem, names), None
+    found, spread = spread_gradient(problem, names)
+    return (found if shards is None else shards.parts(names, found)), spread

@@ -115,7 +115,8 @@ class Measured:
     `body` is the full model without the embedding rows that the shard hardly looks up, where they carry the top direction;
     `rare` counts them by name. `folds` are of the body where there is one, else of the full model; None where the shard is
     one batch. `ends` are the parameters outside the layers, as one part; None where there are no layers. `norm` is of the
-    parameters whose step is steepest in a norm, which the others are not of; None where there is none.
+    parameters whose step is steepest in a norm, which the others are not of; None where there is none. `ratios` are of
+    the gradient's norm, and of that of a batch's, over what the second moment remembers; None where there is none.
     """
 
     loss: float
@@ -131,6 +132,7 @@ class Measured:
     restricted: dict[int, Solved] = field(default_factory=dict)
     truncated: list[Solved] = field(default_factory=list)
     norm: InNorm | None = None
+    ratios: tuple[float, float] | None = None
 
 
 def violates(lower: Solved, upper: Solved) -> bool:

@@ -33,7 +33,7 @@ from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
-from curvcli.optimizers.update import next_update
+from curvcli.optimizers.update import next_update, ratios
 
 FOLDS = 8  # parts of the shard that the full model is seen on, at most
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
@@ -178,8 +178,6 @@ class Measurement:
         """Whether the deadline has passed, by the clock of rank 0."""
         return self.solver.deadline < inf and agreed(self.solver.expired)[0]
 
-    # --- the parts ---------------------------------------------------------------------------
-
     def run(self, on_full: Callable[[Measured], None] = lambda measured: None) -> Measured:
         """Everything, the full model first.
 
@@ -190,7 +188,7 @@ class Measurement:
         """
         self.in_time()
         self.stages.enter("gradient")
-        gradients = mean_gradient(self.problem, self.moving, self.shards)
+        gradients, spread = mean_gradient(self.problem, self.moving, self.shards)
         gradients = gradients if self.shards else self.put(gradients)
         loss, looked_up = lookups(self.problem)
         if not isfinite(loss):
@@ -199,6 +197,7 @@ class Measurement:
         hvp = Counting(self.build(self.problem), self)
         resources.give_back(self.device)  # what gradients took is not to lie beside products
         found = self.full(hvp, loss, looked_up)
+        found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
         try:

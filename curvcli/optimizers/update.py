@@ -14,6 +14,7 @@ from curvcli.curvature.precision import norm, numbers, wide
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.scratch import let_go
+from curvcli.curvature.spread import Spread
 from curvcli.documents import Update
 from curvcli.optimizers.preconditioner import Preconditioner
 
@@ -94,6 +95,15 @@ def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients
         let_go(part.entries)
     corrected = 1 - float(betas[0]) ** step
     return over(sum(numbers(given)) ** 0.5 * corrected, sum(numbers(known)) ** 0.5)
+
+
+def ratios(
+    preconditioner: Preconditioner, names: Sequence[str], gradients: Sequence[Tensor], spread: Spread
+) -> tuple[float, float] | None:
+    """`over_moments` of the gradient that the batches are samples of, and of one batch's; None where that is None."""
+    found, whole = over_moments(preconditioner, names, gradients), norm(gradients)
+    # In proportion: what never had a gradient is left out of the first alone.
+    return None if found is None or not whole else (found * spread.mean(whole) / whole, found * spread.batch / whole)
 
 
 def gradient_quotient(hvp: HVP, names: Sequence[str], gradients: Sequence[Tensor], holders: Ranks = ALONE) -> float | None:
