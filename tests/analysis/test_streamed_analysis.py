@@ -19,6 +19,7 @@ from curvcli.curvature.hvp import Mode
 from curvcli.curvature.ranks import Processes, within
 
 pytestmark = pytest.mark.slow
+RATIOS = ("gradient_ratio", "batch_ratio")
 
 
 def _measured(name: str, shard: Shard | None, mode: Mode | Literal["auto"], *, depths: bool, **how: Any) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def test_a_report_is_that_of_one_process(world: int, tmp_path: Path) -> None:
             assert found["cost"]["ranks"] == world
             assert sum("one block at a time" in f["message"] for f in found["findings"]) == 1
             found["findings"] = [f for f in found["findings"] if f["code"] != "blocks-gathered"]
+            # On slices nobody knows how long gradients are beside the moments.
+            one["optimizer"] |= dict.fromkeys(RATIOS) if one["optimizer"] else {}
             same(one, found)
             same(every[0][name], found)
             for left, right in zip(_numbers(exact), _numbers(found), strict=True):
