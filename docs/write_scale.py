@@ -23,8 +23,8 @@ MODELS = {
 }
 
 
-def shapes(name: str) -> list[tuple[int, ...]]:
-    """Shapes of a model's weights, tied ones once."""
+def shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's weights by name, tied ones once."""
     layers, width, mlp, heads, kv, vocabulary, tied = MODELS[name]
     config = LlamaConfig(
         num_hidden_layers=layers, hidden_size=width, intermediate_size=mlp, num_attention_heads=heads,
@@ -32,20 +32,24 @@ def shapes(name: str) -> list[tuple[int, ...]]:
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return [tuple(parameter.shape) for parameter in model.parameters()]
+    return {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
 
 
 def table() -> str:
     """A row for each model and number of devices, in GiB."""
     lines = [
-        "| weights | devices | slices | gathered a product | peak beside graphs | received a product | of the full model |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| weights | devices | slices | exact: gathered | peak | received "
+        "| by blocks: gathered | peak | basis elsewhere | received |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name in MODELS:
         for devices in DEVICES:
             found = scale(shapes(name), devices)
-            sizes = (found.slices, found.gathered, found.peak, found.moved, found.moved_full)
-            lines.append(f"| {name} | {devices} | {' | '.join(map(_gib, sizes))} |")
+            exact = (found.slices, found.gathered, found.peak, found.moved_full)
+            blocks = (found.block, found.peak_by_block, found.least_by_block, found.moved_full_by_block)
+            sizes = (*exact, *(blocks if devices > 1 else ()))
+            cells = [*map(_gib, sizes), *[""] * (8 - len(sizes))]
+            lines.append(f"| {name} | {devices} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from curvcli import documents
+from curvcli.analysis.dividing import divided as divide
 from curvcli.analysis.document import Provenance, write
 from curvcli.analysis.measured import Measured
 from curvcli.analysis.plan import GIB, fitted, limit_of, spare
@@ -102,8 +103,9 @@ def analyze(
             the system at once, and state given by name is emptied once it has been read. None plans with what is free.
         shard: where several processes measure together (`curvature.ranks.within`): "vectors" divides preconditioner and
             vectors over them, "all" weights and optimizer state too, for a model that nobody needs afterwards: it is left
-            without its weights. Products are made on gathered weights, by fresh graphs. None divides the batches alone.
-            Weights of a model that is divided already are as "all".
+            without its weights. Products are made on gathered weights, by fresh graphs; where these do not fit they are
+            differences of gradients, and one block is gathered at a time. None divides the batches alone. Weights of a model
+            that is divided already are as "all".
         provenance: what the report says of its inputs; needed only where they are files.
 
     Returns:
@@ -198,6 +200,7 @@ def prepared(
             if blocks is not None:
                 blocks, found = survey(part, blocks)
                 notes |= found
+            notes |= said
             work = Measurement(
                 part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated,
                 unigram=unigram, basis=basis, offload=offload, aside=store,
@@ -211,14 +214,14 @@ def prepared(
 
         divided = shard if isinstance(shard, Weights) else None
         given = Problem.create(module, loss, [lifted.batch(batch) for batch in batches], weights)
-        given = given if divided is None else replace(given, gathered=divided.whole)
+        given = given if divided is None else replace(given, gathered=divided.whole, streamed=divided.streamed)
         check_lifted(given, lifted)
         state = optimizer.state if isinstance(optimizer, OptimizerView) else {}
         # Ranks that read different files would sum products of different functions, and no number would show it. Weights
         # that were read in slices were held against each other then.
         same("weights, optimizer state or data", {} if divided else given.parameters, given.batches, state)
         whole = spread(given, current())
-        shards, known = None, None
+        shards, known, said = None, None, dict[str, str]()
         if shard is not None:
             shards = Shards(current(), {n: p.shape for n, p in given.parameters.items()})
         store = None if limit is None else spare(whole, shards)
@@ -228,8 +231,7 @@ def prepared(
                 known = metric(whole)
             cast("dict[str, Any]", optimizer.state).clear()
         if slices:
-            whole = replace(whole, gathered=(divided or Weights(module, current())).whole)
-            mode = _on_slices(mode)
+            return divide(whole, divided or Weights(module, current()), mode, limit, said, measure)
         return leanest(whole, mode, measure)
 
 
@@ -254,15 +256,6 @@ def _by_name(
     if isinstance(optimizer, (torch.optim.Optimizer, Sequence)):
         optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
     return replace(optimizer, clip=clip) if clip is not None and isinstance(optimizer, OptimizerView) else optimizer
-
-
-def _on_slices(mode: Mode | Literal["auto"]) -> Mode:
-    """The mode where weights are there while a product is made, and not between. Raises UsageError where it has none."""
-    if mode == "kept":
-        raise UsageError(
-            "kept graphs hold the whole weights, which --shard divides", hint="drop --mode kept, or measure without --shard"
-        )
-    return "fresh" if mode == "auto" else mode
 
 
 def _preconditioner(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from curvcli import documents
 from curvcli.analysis.api import Estimated, analyze, check_effort
 from curvcli.analysis.config import find_config
+from curvcli.analysis.dividing import settle
 from curvcli.analysis.document import Provenance
 from curvcli.analysis.options import Options as Options  # whoever opens a checkpoint needs them
 from curvcli.analysis.plan import limit_of
@@ -110,6 +111,8 @@ class Opened:
         elif device.type == "cpu":
             resources.keep_blocks()
         model, divided, why = self._model(device)
+        if divided:
+            why |= settle(divided, model, options.mode, limit_of(options.memory))[1]
         with divided.whole() if divided else nullcontext():
             return self._with(model, device, divided, why)
 
@@ -133,7 +136,8 @@ class Opened:
             # Up to 32 gradients, of rows that are measured anyway, and of no more at once.
             rows = min(size, max(1, 8192 // (shard.sequence_length or 1) // 32))
             try:
-                return gather(model, self.loss, [_to(part, device) for part in shard.batches(rows)[:32]])
+                with current().together():  # where weights are divided, all have to go on with single rows
+                    return gather(model, self.loss, [_to(part, device) for part in shard.batches(rows)[:32]])
             except Exception as error:
                 if rows == 1 or not exhausted(error):
                     raise
@@ -150,11 +154,10 @@ class Opened:
                 raise  # smaller batches may do
         _in_time(options)
         with mapped() if options.shard else nullcontext():
-            optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
+            put = divided.put if divided else None
+            optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found, put)
             optimizer, said = _clipped(checkpoint, optimizer, options.clip)
             notes |= said
-        if divided is not None:
-            divided.keep()  # Schedule-Free takes gradients elsewhere than where the weights are stored
         notes |= why
         if isinstance(self.read, Shard) and isinstance(shard, Examples):
             positions = len(self.read.windows) * self.read.sequence_length
@@ -293,6 +296,7 @@ def _optimizer(
     options: Options,
     evidence: Callable[[], Evidence],
     found: list[documents.Finding],
+    put: Callable[[str, Tensor], object] | None,
 ) -> tuple[OptimizerView | Estimated | None, Literal["checkpoint", "log", "option", "none"], dict[str, str]]:
     given: dict[str, Any] = {
         "lr": options.lr,
@@ -331,7 +335,7 @@ def _optimizer(
         found.append(finding)
     # Not the learning rate, which scales all groups below: one value for all would lose their ratios.
     view = override(replace(view, name=name, vouched=True) if name else view, **{**given, "lr": None})
-    view = at_gradient(view, parameters)
+    view = at_gradient(view, parameters, put)
     found += state_findings(view, checkpoint.step, checkpoint.optimizer.path)
     found += contradictions(view, gradients, checkpoint.optimizer.path)
     if options.lr is not None:

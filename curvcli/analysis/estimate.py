@@ -92,18 +92,26 @@ def sharded(path: Path, model: str | None = None) -> dict[str, Any]:
 
     Returns:
         parameters: numbers of all stored weights, all of which are taken to train.
-        devices: for each number of devices what `scale.Scale` has, and the peak.
+        devices: for each number of devices what `scale.Scale` has, and the peaks.
 
     Raises:
         CurvError: the checkpoint cannot be read.
     """
     checkpoint = open_checkpoint(path, architecture_of(model))
-    shapes = [tensor.shape for tensor in checkpoint.tensors]
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
     found = [scale(shapes, devices) for devices in DEVICES]
     return {
         "checkpoint": str(checkpoint.path),
-        "parameters": sum(prod(shape) for shape in shapes),
-        "devices": [{**asdict(one), "peak": one.peak} for one in found],
+        "parameters": sum(prod(shape) for shape in shapes.values()),
+        "devices": [
+            {
+                **asdict(one),
+                "peak": one.peak,
+                "peak_by_block": one.peak_by_block,
+                "least_by_block": one.least_by_block,
+            }
+            for one in found
+        ],
     }
 
 

@@ -28,6 +28,10 @@ KEPT_BACK = 0.08  # of the peak: what the C allocator does not give back; 5 and 
 GIB = 2**30
 
 
+class OverLimitError(UsageError):
+    """A limit of memory does not do for any way to measure."""
+
+
 Planned = Literal["kept", "fresh", "differences"]
 
 
@@ -43,7 +47,8 @@ class Sizes:
         logits: of one row, where the loss may go over them in chunks; 0 where they are a part of the graph.
         rows: of the shard, a number.
         itemsize: of an entry.
-        gathered: what a product gathers where `held` and `vector` are slices: weights, tangents and images; else 0.
+        gathered: what a product gathers where `held` and `vector` are slices: tangents and images, weights being held, or
+            all that is gathered of a block; else 0.
         activations: the graph of one row's loss, which a gradient needs; 0 where differences of gradients are no choice.
         aside: what lies elsewhere lies on disk, also vectors beside the basis.
     """
@@ -111,7 +116,7 @@ def fitted(
         aside: those beside the basis lie on disk.
 
     Raises:
-        UsageError: nothing fits; it says what the leanest way would need.
+        OverLimitError: nothing fits; it says what the leanest way would need.
     """
     parameters = list(problem.parameters.values())
     device, itemsize = parameters[0].device, parameters[0].element_size()
@@ -120,7 +125,9 @@ def fitted(
         resources.return_blocks()
     single = cut(problem, 1)
     alone = largest_batch(single) == 1  # where rows depend on each other, a whole batch counts as one
-    graph, activations = graph_bytes(single.subset([0])), graph_bytes(single.subset([0]), once=True)
+    streamed = problem.streamed
+    activations = graph_bytes(single.subset([0]), once=True)
+    graph = activations if streamed else graph_bytes(single.subset([0]))
     resources.release(device)
     resources.give_back(device)
     nbytes = [p.nbytes for p in parameters]
@@ -132,7 +139,8 @@ def fitted(
         logits=_ids(single.batches[0]) * widest(problem.model) * itemsize,
         rows=single.shared(problem.ranks).most,  # that one process will have
         itemsize=itemsize,
-        gathered=2 * sum(nbytes) if sharded else 0,
+        # Of a block its weights, their gradients, and these once more as they are sent.
+        gathered=3 * streamed.largest if streamed else 2 * sum(nbytes) if sharded else 0,
         activations=activations,
         aside=aside,
     )
@@ -223,7 +231,7 @@ def plan(
         store: bytes that vectors may take elsewhere.
 
     Raises:
-        UsageError: nothing fits; it says what the leanest way would need.
+        OverLimitError: nothing fits; it says what the leanest way would need.
     """
     exact: tuple[Planned, ...] = ("kept", "fresh")
     exact = exact if mode == "auto" else ("kept",) if mode == "kept" else ("fresh",)
@@ -245,7 +253,7 @@ def plan(
         key=lambda found: found.total,
     )
     vectors = f"a basis {'on disk' if sizes.aside else 'elsewhere'}" if lean.offloaded else f"a basis of {least} vectors"
-    raise UsageError(
+    raise OverLimitError(
         f"this analysis needs {lean.total / GIB:.2f} GiB of memory at least, the limit is {limit / GIB:.2f} GiB: "
         f"libraries, weights, preconditioner and vectors beside {lean.held / GIB:.2f}, {vectors} "
         f"{lean.basis_bytes / GIB:.2f}, a product {(lean.product + lean.graphs) / GIB:.2f}",

@@ -16,21 +16,19 @@ from curvcli.analysis.companions import companions
 from curvcli.analysis.counting import Counting, count
 from curvcli.analysis.curve import curve
 from curvcli.analysis.cuts import Cut
+from curvcli.analysis.engines import chosen, engine, mean_gradient
 from curvcli.analysis.measured import Measured, Solved, folds_of
 from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
-from curvcli.curvature.differences import build, choose
-from curvcli.curvature.gathering import Gathered, across
+from curvcli.curvature.gathering import across
 from curvcli.curvature.hvp import HVP, Choice, Mode
 from curvcli.curvature.lanczos import Lanczos
-from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import Put, Scratch, elsewhere, let_go
-from curvcli.curvature.spread import spread_gradient
 from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
@@ -40,7 +38,6 @@ from curvcli.optimizers.update import next_update, ratios
 FOLDS = 8  # parts of the shard that the full model is seen on, at most
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
-TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them, or the basis is on disk
 
 
 class Measurement:
@@ -88,16 +85,15 @@ class Measurement:
         self.solver = solver
         self.in_time()
         self.ranks = problem.ranks
-        free, (trial, graphs) = self._free(device), sample(problem)
+        free = self._free(device)
         # Else it would hold eight whole vectors, as a basis that lies in memory has room for.
         short = aside is not None and (offload or (basis or LEAST) < LEAST)
-        trial = trial.lean(TRIED) if self.shards or short else trial
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
         vector = -(-vector // self.ranks.world) if self.shards else vector
         # Graphs leave room for vectors. Under a limit of memory plan.py has chosen the mode already.
         moved = sum(problem.parameters[n].nbytes for n in self.moving)  # also those that have a norm and no P
         room = inf if basis is not None else free if mode == "kept" else max(free - WORKING * moved - LEAST * vector, 0.0)
-        self.choice: Choice = choose(trial, mode=mode, memory=room, graphs=graphs)
+        self.choice: Choice = chosen(problem, self.shards, mode, room, lean=short)
         # Small tensors, of which torch makes little, and results that each thread may hold; not slices, which all gather.
         small = device.type == "cpu" and basis is None and self.shards is None and moved < LARGE
         self.threads = small and self.choice.mode == "kept"
@@ -152,11 +148,7 @@ class Measurement:
 
     def build(self, problem: Problem) -> HVP:
         """Products with the Hessian of a problem's mean loss, on slices where processes divide the parameters."""
-        engine = build(problem, self.choice.mode, self.step, threads=self.threads)
-        if self.shards is None:
-            return engine
-        found = Gathered(engine.part(), self.shards, problem.gathered)
-        self.held = found.held
+        found, self.held = engine(problem, self.choice.mode, self.step, self.shards, threads=self.threads)
         return found
 
     @property
@@ -196,8 +188,8 @@ class Measurement:
         """
         self.in_time()
         self.stages.enter("gradient")
-        gradients, spread = spread_gradient(self.problem, self.moving)
-        gradients = self.shards.parts(self.moving, gradients) if self.shards else self.put(gradients)
+        gradients, spread = mean_gradient(self.problem, self.moving, self.shards)
+        gradients = gradients if self.shards else self.put(gradients)
         loss, looked_up = lookups(self.problem)
         if not isfinite(loss):
             raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")
@@ -205,7 +197,7 @@ class Measurement:
         hvp = Counting(self.build(self.problem), self)
         resources.give_back(self.device)  # what gradients took is not to lie beside products
         found = self.full(hvp, loss, looked_up)
-        found.ratios = ratios(self.preconditioner, self.moving, gradients, spread)
+        found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
         try:

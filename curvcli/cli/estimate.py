@@ -44,9 +44,15 @@ def show(found: dict[str, Any], format: str) -> None:  # noqa: A002
 
 
 def _of_device(row: dict[str, int]) -> dict[str, str]:
-    held = {"slices held": row["slices"], "gathered for a product": row["gathered"], "peak beside the graph": row["peak"]}
-    moved = {"received a product": row["moved"], "of the full model": row["moved_full"]}
-    return {key: _size(size) if size else "0" for key, size in {**held, **moved}.items()}
+    held = {"slices held": "slices", "gathered for an exact product": "gathered", "peak beside the graph": "peak"}
+    moved = {"received a product": "moved", "of the full model": "moved_full"}
+    block = {
+        "one block gathered at a time": "block",
+        "its peak": "peak_by_block",
+        "and with a basis elsewhere": "least_by_block",
+    }
+    more = {"received so": "moved_by_block", "of the full model so": "moved_full_by_block"}
+    return {key: _size(row[name]) if row[name] else "0" for key, name in {**held, **moved, **block, **more}.items()}
 
 
 def _size(count: int) -> str:

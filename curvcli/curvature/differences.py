@@ -115,7 +115,7 @@ class Differences:
 
     def subset(self, indices: Sequence[int]) -> Differences:
         """The same of some of the batches, whose weights sum to 1."""
-        return Differences(self.problem.subset(indices), self.step)
+        return type(self)(self.problem.subset(indices), self.step)
 
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
         """By two gradients of each batch; by four or more where no length is given, and NaN where none agree."""
@@ -126,19 +126,29 @@ class Differences:
 
     def careful(self, names: Sequence[str], tangents: Sequence[Tensor]) -> tuple[list[Tensor], float]:
         """A product, and how far it lies from that of another length, over its norm; infinite where nothing is known."""
-        parameters = [self.problem.parameters[n] for n in names]
-        size, reach = norm(parameters), norm(tangents)
+        weights = self.weights(names)
+        size, reach = self.norm(weights), self.norm(tangents)
         if not reach > 0 or not isfinite(reach):
             return [torch.full_like(t, 0.0 if reach == 0 else float("nan")) for t in tangents], 0.0
 
         def distance(one: list[Tensor], other: list[Tensor]) -> float:
-            scale = max(norm(one), norm(other))
-            return norm([a - b for a, b in zip(one, other, strict=True)]) / scale if scale else 0.0
+            scale = max(self.norm(one), self.norm(other))
+            return self.norm([a - b for a, b in zip(one, other, strict=True)]) / scale if scale else 0.0
 
         # Relative to the weights, as far as rounding asks for in smooth directions: 1e-3 in float32.
-        start = torch.finfo(parameters[0].dtype).eps ** (1 / 3) / 5 * (size or 1.0) / reach
+        start = torch.finfo(weights[0].dtype).eps ** (1 / 3) / 5 * (size or 1.0) / reach
         _, found, apart = settled(lambda length: self.along(names, tangents, length), distance, start)
         return found, apart
+
+    def weights(self, names: Sequence[str]) -> list[Tensor]:
+        """What is held here of the weights."""
+        return [self.problem.parameters[n] for n in names]
+
+    def norm(self, tensors: Sequence[Tensor]) -> float:
+        """Euclidean norm of a vector of these."""
+        found, streamed = norm(tensors), self.problem.streamed
+        # Where all go through the network together, one decides how often.
+        return found if streamed is None else streamed.shards.ranks.first([found])[0]
 
     def along(self, names: Sequence[str], tangents: Sequence[Tensor], length: float) -> list[Tensor]:
         """(g(w + h t) - g(w - h t)) / 2h over this process' batches."""
@@ -146,8 +156,8 @@ class Differences:
         total = [torch.zeros_like(p) for p in parameters]
         for signed in (length, -length):
             with moved(parameters, tangents, signed):
-                for i in self.problem.own:
-                    weight = self.problem.weights[i] / (2 * signed)
+                for i, share in self.problem.shares:
+                    weight = share / (2 * signed)
                     # Each gradient is added as it comes: there is no moment at which all of a batch's are held.
                     with taken(parameters, lambda at, part, weight=weight: total[at].add_(part, alpha=weight)):  # type: ignore[misc]
                         torch.autograd.grad(self.problem.batch_loss(i), parameters, allow_unused=True)
@@ -216,7 +226,7 @@ def choose(
     first = problem.subset([0]).alone()
     engine, names, tangents = Differences(first, Step()), list(problem.parameters), random_direction(problem)
     _, seconds = timed(engine, names, tangents)
-    trusted(first.lean(TRIED))
+    trusted(first if first.names is not None else first.lean(TRIED))  # of few tensors all
     return Choice("differences", {"differences": seconds}, {})
 
 

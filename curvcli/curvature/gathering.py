@@ -13,6 +13,7 @@ from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import Diagonal, InverseRoot, Multiple
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.shards import Shards
+from curvcli.curvature.streaming import Streamed
 
 
 @dataclass
@@ -86,15 +87,34 @@ class Weights:
         self.shards = Shards(ranks, {n: p.shape for n, p in self._parameters.items()})
         self._parts = dict(parts or {n: self.shards.part(n, p) for n, p in self._parameters.items()})
         self._depth = 0
+        self.streamed: Streamed | None = None
         self._release()
 
-    def keep(self) -> None:
-        """Within `whole`: the weights as they are there now are those that are held from here on."""
-        self._parts = {n: self.shards.part(n, p) for n, p in self._parameters.items()}
+    @property
+    def nbytes(self) -> int:
+        """Of all of them, whole."""
+        return sum(p.nbytes for p in self._parameters.values())
+
+    def stream(self, groups: Sequence[Sequence[str]]) -> None:
+        """From now on those that are used together are there while they are used, and never all.
+
+        Args:
+            groups: names of all parameters, those together that are.
+        """
+        self.streamed = Streamed(self._parameters, self.shards, self._parts, groups)
+
+    def put(self, name: str, whole: Tensor) -> None:
+        """Within `whole`: another tensor in the place of a parameter, from here on."""
+        self._parts[name] = self.shards.part(name, whole)
+        self._parameters[name].data.copy_(whole)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Within it the weights are there; all processes have to come to it. Within itself it costs nothing."""
+        if self.streamed is not None:
+            with self.streamed.on():
+                yield
+            return
         if not self._depth:
             self._gather()
         self._depth += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -272,9 +272,11 @@ def graph_bytes(problem: Problem, *, cut_short: bool = False, once: bool = False
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    inputs = list(problem.parameters.values())
+    inputs, streamed = list(problem.parameters.values()), problem.streamed
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        # Where blocks are gathered one at a time their weights are no part of it, and gradients are not to pile up.
+        watched = saved_tensors_hooks(pack, lambda t: t) if streamed is None else streamed.watched(pack)
+        with watched, nullcontext() if streamed is None else taken(inputs, lambda place, gradient: None):
             torch.autograd.grad(problem.batch_loss(0), inputs, create_graph=not once, allow_unused=True)
     except (RuntimeError, MemoryError) as error:
         if not (cut_short and exhausted(error)):

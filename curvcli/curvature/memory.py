@@ -65,6 +65,13 @@ def sample(problem: Problem, rows: int = TRIED) -> tuple[Problem, float]:
     return part, problem.most * largest_batch(first) / largest_batch(part)
 
 
+def few(problem: Problem, entries: int) -> int:
+    """How many rows of the first batch have so many entries in its first tensor; `TRIED` at least."""
+    first = next(_tensors(problem.batches[0]), None)
+    each = first.numel() / (_rows(problem.batches[0]) or 1) if first is not None else entries
+    return max(TRIED, int(entries / max(each, 1)))
+
+
 def spread(problem: Problem, ranks: Ranks) -> Problem:
     """The same mean loss with its batches given to several processes, in halves where that evens out their work.
 
@@ -78,6 +85,14 @@ def spread(problem: Problem, ranks: Ranks) -> Problem:
     while _uneven(found) > UNEVEN and (part := next(smaller, None)) is not None:
         found = part
     return found
+
+
+def in_parts(problem: Problem, parts: int) -> Problem:
+    """The same mean loss in so many batches at least, where their rows are independent and there are enough of them."""
+    smaller = _smaller(problem)
+    while len(problem.batches) < parts and (part := next(smaller, None)) is not None:
+        problem = part
+    return problem
 
 
 def _uneven(problem: Problem) -> float:
@@ -106,7 +121,8 @@ def _plans(problem: Problem, mode: str) -> Iterator[tuple[Problem, str]]:
 def _smaller(problem: Problem) -> Iterator[Problem]:
     """The same mean loss over batches halved once, twice, ... down to one row."""
     try:
-        count = _counting(problem)
+        with problem.ranks.together():  # where weights are divided they are gathered meanwhile, and none may stay away
+            count = _counting(problem)
     except Exception:  # whatever a loss raises on a part of a batch: it cannot be cut
         count = None
     if not all(problem.ranks.each(float(count is not None))):
@@ -121,8 +137,14 @@ def _needs(problem: Problem) -> str:
     parameters = list(problem.parameters.values())
     size = sum(p.numel() * p.element_size() for p in parameters)
     free = resources.free_bytes(parameters[0].device)
-    with problem.gathered():
-        graph = graph_bytes(problem, cut_short=True)
+    try:
+        with problem.ranks.together(), problem.gathered():
+            # Where all go through the network together, none may end before the others.
+            graph = graph_bytes(problem, cut_short=problem.streamed is None)
+    except Exception as error:
+        if not exhausted(error):
+            raise
+        graph = 0
     return (
         f"a batch of {counted(_rows(problem.batches[0]) or 1, 'row')} needs about {_gib(size)} for each vector, of which "
         f"16 are held, and {_gib(graph)} or more for its graph; {_gib(free)} are free"

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvcli.curvature.precision import Lifted, all_finite, exact, lift, uses
 from curvcli.curvature.ranks import ALONE, Ranks
+from curvcli.curvature.streaming import Streamed
 from curvcli.curvature.untouched import restored
 from curvcli.errors import UnsupportedError, UsageError, exhausted
 
@@ -87,6 +88,7 @@ class Problem:
         origins: the batch, as they were given, that each is a part of; none where each is a whole one.
         gathered: within it the parameters are there, where processes divide them; all of these have to come to it.
         names: of the parameters that it is a function of; None of all that are trained.
+        streamed: the weights, where processes divide them and gather one block at a time.
     """
 
     model: nn.Module
@@ -99,6 +101,7 @@ class Problem:
     origins: Sequence[int] = ()
     gathered: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
     names: frozenset[str] | None = None
+    streamed: Streamed | None = field(default=None, repr=False)
 
     @classmethod
     def create(
@@ -158,6 +161,16 @@ class Problem:
         return [i for i in range(len(self.batches)) if not self.owners or self.owners[i] == mine]
 
     @property
+    def shares(self) -> list[tuple[int, float]]:
+        """Of each pass that this process makes, which batch it is over and what that weighs in the mean.
+
+        Where blocks are gathered one at a time all make equally many: those who have no more batches go through the first
+        one, which weighs nothing then.
+        """
+        own = [(i, self.weights[i]) for i in self.own]
+        return own + [(0, 0.0)] * (self.most - len(own)) if self.streamed else own
+
+    @property
     def most(self) -> int:
         """How many batches the process computes that has most of them."""
         return max(Counter(self.owners).values()) if self.owners else len(self.batches)
@@ -209,10 +222,18 @@ class Problem:
             )
         return value
 
-    def mean_loss(self) -> float:
-        """Mean loss over the shard."""
+    def mean_loss(self, after: Callable[[float], object] = lambda share: None) -> float:
+        """Mean loss over the shard.
+
+        Args:
+            after: called after each forward pass, with what its batch weighs.
+        """
+        mine = 0.0
         with torch.no_grad(), self.gathered():
-            mine = sum(self.weights[i] * float(self.batch_loss(i)) for i in self.own)
+            for index, share in self.shares:
+                value = float(self.batch_loss(index))
+                mine += share * value if share else 0.0
+                after(share)
         if self.ranks.world == 1:
             return mine
         total = torch.tensor([mine], dtype=torch.float64)

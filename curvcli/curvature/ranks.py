@@ -41,12 +41,20 @@ class Ranks(Protocol):
     world: int
     here: int  # on this machine, whose memory they share
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over the processes, in place. All call it with the same shapes in the same order."""
+    def sum_(self, tensors: Sequence[Tensor], at: int = 0) -> None:
+        """Sum each tensor over the processes, in place. All call it with the same shapes in the same order.
+
+        Args:
+            at: what they are of, which has to be the same for all.
+        """
         ...
 
-    def gathered(self, part: Tensor) -> Tensor:
-        """A part of every process, by rank: of shape (world, k) for parts of shape (k,), of one length and type."""
+    def gathered(self, part: Tensor, at: int = 0) -> Tensor:
+        """A part of every process, by rank: of shape (world, k) for parts of shape (k,), of one length and type.
+
+        Args:
+            at: as for `sum_`.
+        """
         ...
 
     def first(self, numbers: Sequence[float]) -> list[float]:
@@ -71,10 +79,10 @@ class Alone:
 
     rank, world, here = 0, 1, 1
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def sum_(self, tensors: Sequence[Tensor], at: int = 0) -> None:
         """Nothing is to be added."""
 
-    def gathered(self, part: Tensor) -> Tensor:
+    def gathered(self, part: Tensor, at: int = 0) -> Tensor:
         """The part alone, as the only row."""
         return part[None]
 
@@ -116,11 +124,11 @@ class Processes:
         self.here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         self.speaking = False  # an alarm that breaks into it would leave the others waiting
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def sum_(self, tensors: Sequence[Tensor], at: int = 0) -> None:
         """Sum each tensor over the processes, in place: small ones together, so that each does not wait alone."""
         with self._speaking():
             # First agree on the number of entries: a rank missing from all_reduce would hang the others.
-            self._exchange(_WELL, _SUM, [float(sum(t.numel() for t in tensors))])
+            self._exchange(_WELL, _SUM, [float(sum(t.numel() for t in tensors)), at])
             large = [t for t in tensors if t.numel() > SMALL]
             small = [t for t in tensors if 0 < t.numel() <= SMALL]
             kinds = {(t.dtype, t.device): [s for s in small if (s.dtype, s.device) == (t.dtype, t.device)] for t in small}
@@ -138,10 +146,10 @@ class Processes:
                     if tensor.data_ptr() != piece.data_ptr():
                         tensor.copy_(piece.view(tensor.shape))
 
-    def gathered(self, part: Tensor) -> Tensor:
+    def gathered(self, part: Tensor, at: int = 0) -> Tensor:
         """A part of every process, by rank, of shape (world, k)."""
         with self._speaking():
-            self._exchange(_WELL, _GATHER, [float(part.numel())])
+            self._exchange(_WELL, _GATHER, [float(part.numel()), at])
             every = part.new_empty((self.world, part.numel()))
             with self._connected():
                 self._dist.all_gather(list(every.unbind()), part.contiguous(), group=self._group)
@@ -220,15 +228,15 @@ class Processes:
         table = self._gathered(mine)
         if bool((table[:, 0] != _WELL).any()):
             raise self._failure(table[:, 0], reason)
-        # Of a sum, and of what is gathered, all have to have the same number of entries.
-        sizes = table[:, 3] if what in (_SUM, _GATHER) else table[:, 2]
-        apart = ((table[:, 1] != table[0, 1]) | (sizes != sizes[0])).nonzero().flatten().tolist()
+        # Of a sum, and of what is gathered, all have to have the same number of entries, and of the same.
+        known = table[:, 1:5] if what in (_SUM, _GATHER) else table[:, 1:3]
+        apart = (known != known[0]).any(dim=1).nonzero().flatten().tolist()
         if apart:
             raise _mark(
                 LostError(
-                    f"ranks are out of step: rank 0 is at {table[0, 1:4].tolist()}, rank {apart[0]} at "
-                    f"{table[apart[0], 1:4].tolist()}",
-                    hint="report it; meanwhile measure in one process",
+                    f"ranks are out of step: rank 0 is at {table[0, 1:5].tolist()}, rank {apart[0]} at "
+                    f"{table[apart[0], 1:5].tolist()}",
+                    hint="report it; meanwhile measure in one process, or with --mode fresh",
                 )
             )
         return table[:, 3:]

@@ -54,22 +54,27 @@ class Shards:
         """What is held here of several."""
         return [self.part(name, whole) for name, whole in zip(names, wholes, strict=True)]
 
-    def gather(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Whole tensors, in their shapes, from the slices of all processes, of one type. All call it alike."""
+    def gather(self, names: Sequence[str], parts: Sequence[Tensor], at: int = 0) -> list[Tensor]:
+        """Whole tensors, in their shapes, from the slices of all processes, of one type. All call it alike.
+
+        Args:
+            at: what they are of, which has to be the same for all.
+        """
         wholes = [part.new_empty(self.shapes[n].numel()) for n, part in zip(names, parts, strict=True)]
         for pieces in self._pieces(names):
             mine = torch.cat([_cut(parts[i], begin, end) for i, begin, end in pieces])
-            for rank, row in enumerate(self.ranks.gathered(mine)):
+            for rank, row in enumerate(self.ranks.gathered(mine, at)):
                 for (i, begin, _), piece in zip(pieces, row.split([e - b for _, b, e in pieces]), strict=True):
                     room = wholes[i][rank * self.share(names[i]) + begin :][: len(piece)]
                     room.copy_(piece[: len(room)])
         return [whole.view(self.shapes[n]) for n, whole in zip(names, wholes, strict=True)]
 
-    def scatter(self, names: Sequence[str], wholes: list[Tensor]) -> list[Tensor]:
+    def scatter(self, names: Sequence[str], wholes: list[Tensor], at: int = 0) -> list[Tensor]:
         """The sum over all processes of whole tensors, of which each keeps its slices. All call it alike.
 
         Args:
             wholes: is emptied on the way, so that what has been sent makes room.
+            at: as for `gather`.
         """
         found = [whole.new_empty(self.share(n)) for n, whole in zip(names, wholes, strict=True)]
         waiting: list[Tensor | None] = list(wholes)
@@ -81,7 +86,7 @@ class Shards:
                 rows.append(torch.cat([_cut(w.detach().reshape(-1)[at:], b, e) for w, at, b, e in flat if w is not None]))
             every = torch.stack(rows)
             # Not reduce-scattered: gloo has that since torch 2.13, and takes longer for it (docs/adr/0008-own-slices.md).
-            self.ranks.sum_([every])
+            self.ranks.sum_([every], at)
             split = every[self.ranks.rank].split([e - b for _, b, e in pieces])
             for (i, begin, end), piece in zip(pieces, split, strict=True):
                 found[i][begin:end] = piece

@@ -42,6 +42,18 @@ def stacks(model: nn.Module) -> list[Blocks]:
     return [blocks for _, blocks in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
+def used_together(model: nn.Module) -> list[list[str]]:
+    """Names of its parameters, those together that a forward pass uses together: of a block, or a module outside of all."""
+    names, found = {id(p): n for n, p in model.named_parameters()}, list[list[str]]()
+    blocks = [list(block.parameters()) for stack in stacks(model) for block in stack.modules]
+    for parameters in [*blocks, *(list(module.parameters(recurse=False)) for module in model.modules())]:
+        # Each once: what is tied goes with where it was found first.
+        own = [names.pop(id(p)) for p in parameters if id(p) in names]
+        if own:
+            found.append(own)
+    return found
+
+
 def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
     """How the network can be cut short, and what a reader of its layers should know; two forward passes.
 

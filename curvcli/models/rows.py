@@ -87,6 +87,12 @@ def outside(parameter: Tensor, rare: Tensor | None) -> Tensor:
 def lookups(problem: Problem) -> tuple[float, Lookups]:
     """The mean loss over the shard, and what its forward passes look up."""
     counts: dict[int, Tensor] = {}
+    seen: dict[int, Tensor] = {}  # in one forward pass
+
+    def add(share: float) -> None:
+        for key, found in seen.items() if share else ():
+            counts[key] = counts.get(key, 0) + found
+        seen.clear()
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if not isinstance(module, nn.Embedding) or not arguments:
@@ -94,11 +100,11 @@ def lookups(problem: Problem) -> tuple[float, Lookups]:
         ids = arguments[0]
         if isinstance(ids, Tensor) and not _consecutive(ids):
             found = torch.bincount(ids.reshape(-1).to(torch.int64), minlength=module.num_embeddings).cpu()
-            counts[id(module.weight)] = counts.get(id(module.weight), 0) + found
+            seen[id(module.weight)] = seen.get(id(module.weight), 0) + found
 
     handles = [m.register_forward_hook(hook) for m in problem.model.modules() if isinstance(m, nn.Embedding)]
     try:
-        loss = problem.mean_loss()
+        loss = problem.mean_loss(add)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.shards import Shards
+from curvcli.curvature.slicewise import sliced_gradient
 from curvcli.optimizers.adam import Adam
 from curvcli.optimizers.base import Group, OptimizerView, State
 
@@ -48,6 +49,8 @@ def _held(shards: Shards | None, names: Sequence[str], tensors: Sequence[Tensor]
 
 def _gradient(problem: Problem, indices: Sequence[int], shards: Shards | None, names: Sequence[str]) -> list[Tensor]:
     """Gradient of the mean loss over these batches, summed over the processes; what is held here of it."""
+    if problem.streamed is not None:
+        return sliced_gradient(problem.subset(indices), names)
     tensors, own = list(problem.parameters.values()), set(problem.own)
     share = sum(problem.weights[i] for i in indices)
     gradients = [torch.zeros_like(t) for t in tensors]

@@ -14,10 +14,15 @@ from curvcli.optimizers import rule_for
 from curvcli.optimizers.base import NO_OPTIMIZER, Group, OptimizerView, Rule
 
 
-def at_gradient(view: OptimizerView, parameters: Mapping[str, Tensor]) -> OptimizerView:
+def at_gradient(
+    view: OptimizerView, parameters: Mapping[str, Tensor], put: Callable[[str, Tensor], object] | None = None
+) -> OptimizerView:
     """The view as its rule completes it, with the weights moved, in place, to where the optimizer takes gradients.
 
     Most take them at the weights that are stored; Schedule-Free does where it was in training mode.
+
+    Args:
+        put: puts a tensor in the place of a parameter, where that takes more than to copy it.
 
     Raises:
         CurvError: no rule is known for the optimizer, or it does not say.
@@ -29,7 +34,7 @@ def at_gradient(view: OptimizerView, parameters: Mapping[str, Tensor]) -> Optimi
         for name in group.names:
             where = rule.gradient_at(group, view.state[name], parameters[name]) if name in view.state else None
             if where is not None:
-                parameters[name].data.copy_(where)
+                put(name, where) if put else parameters[name].data.copy_(where)
                 moved = True
         groups.append(Group(group.names, {**group.options, "train_mode": True}) if moved else group)
     return replace(view, groups=tuple(groups))

@@ -34,9 +34,8 @@ def next_update(
     decays = [preconditioner.decay.get(n, 0.0) for n in names]
     shards, holders = preconditioner.root.shards, preconditioner.root.holders
     with problem.gathered():
-        weights = [problem.parameters[n].detach() for n in names]
-        if shards is not None:
-            weights = shards.parts(names, weights)
+        weights = [problem.parameters[n] for n in names]
+        weights = [w.detach() for w in weights] if shards is None else shards.parts(names, weights)
         image = hvp.product(names, step)
     # A coupled weight decay is part of the function that the optimizer descends.
     slopes = [((g + d * w) * u).sum() for g, d, w, u in zip(gradients, decays, weights, step, strict=True)]

@@ -59,9 +59,9 @@ def trained() -> tuple[models.Net, list[tuple[Tensor, Tensor]], torch.optim.Opti
     ("place", "name", "never"),
     [
         (opened, "weight_findings", (opened, "_optimizer")),
-        (opened, "_optimizer", (solve, "choose")),
-        (solve, "choose", (solve, "gradient")),
-        (solve, "gradient", (solve, "build")),
+        (opened, "_optimizer", (solve, "chosen")),
+        (solve, "chosen", (solve, "mean_gradient")),
+        (solve, "mean_gradient", (solve, "engine")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -75,7 +75,7 @@ def test_nothing_more_is_begun_before_the_full_model(
 
 
 def test_past_the_full_model_no_product_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    (deadline,) = late_after(monkeypatch, solve, "_folds")
+    (deadline,) = late_after(monkeypatch, solve, "folds_of")
     monkeypatch.setattr(solve, "next_update", lambda *_: pytest.fail("the next update was measured"))
     model, batches, optimizer = trained()
     early: list[Report] = []
@@ -125,7 +125,7 @@ def test_a_run_goes_on_where_its_budget_ended(run: Path, tmp_path: Path, monkeyp
 
 def test_what_is_cut_short_by_the_deadline_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        late_after(patch, solve, "_folds")
+        late_after(patch, solve, "folds_of")
         found = track(run, last=1, cache=FileCache(tmp_path), budget=3600, **PLAIN)
     assert found.points[0].report is not None
     assert found.points[0].report.layers[0].status == "skipped"

@@ -16,10 +16,10 @@ from curvcli.analysis.cache import NoCache
 from curvcli.analysis.checkpoint import Options
 from curvcli.analysis.estimate import estimate_checkpoint, estimate_run
 from curvcli.analysis.plan import BESIDE, WANTED, WORKING, Sizes, predicted
-from curvcli.analysis.scale import scale
+from curvcli.analysis.scale import block_of, scale
 from curvcli.errors import UsageError
 
-SHAPES = [(1000, 8), (16,)]
+SHAPES = {"embed.weight": (1000, 8), "layers.0.up.weight": (2, 4), "layers.0.up.bias": (8,)}
 VECTORS = 1 + 2 + BESIDE + WORKING + WANTED
 
 
@@ -31,7 +31,19 @@ def test_bytes_of_a_device() -> None:
     assert many.gathered == 3 * 8016 * 4
     assert many.moved == 4 * 7 * 1002 * 4  # weights and tangents once, images twice as a sum in a ring
     assert many.moved_full == 18 * 7 * 1002 * 4
-    assert scale([(3,)], 8).slices == int(VECTORS * 4)  # a slice is of one entry at least
+    assert scale({"bias": (3,)}, 8).slices == int(VECTORS * 4)  # a slice is of one entry at least
+
+
+def test_bytes_of_a_device_that_gathers_a_block_at_a_time() -> None:
+    one, many = scale(SHAPES, 1), scale(SHAPES, 8)
+    assert (one.block, one.moved_by_block) == (0, 0)
+    assert many.block == 3 * 8000 * 4  # the embedding; a layer is its matrix and its bias
+    assert many.peak_by_block == many.slices + many.block
+    assert many.least_by_block == many.peak_by_block - 15 * 1002 * 4
+    assert many.moved_by_block == 2 * 4 * 7 * 1002 * 4  # two sides: weights forward and backward, gradients in a ring
+    assert many.moved_full_by_block == 8 * many.moved_by_block
+    names = {"model.layers.3.mlp.experts.1.up.weight": "model.layers.3", "0.weight": "0", "lm_head.weight": "lm_head"}
+    assert {name: block_of(name) for name in names} == names
 
 
 def test_an_estimate_is_made_of_headers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import models
 import pytest
 import torch
 from equal_reports import OPTIMIZERS, same
+from fixed_step import fixed_step
 from ranks import launch
 
 from curvcli import analyze
 from curvcli.analysis.api import Estimated, Shard
 from curvcli.curvature import shards
+from curvcli.curvature.hvp import Mode
 from curvcli.curvature.ranks import Processes, within
+from curvcli.curvature.slicewise import Sums
+from curvcli.curvature.streaming import Streamed
+from curvcli.errors import OutOfTime
 from curvcli.optimizers.preconditioner import live
 
 pytestmark = pytest.mark.slow
@@ -82,12 +89,16 @@ def _held() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _peak(shard: Shard | None) -> int:
-    """The most that is held, looked at in every forward pass, when all that a product takes is there."""
+def _peak(shard: Shard | None, mode: Mode = "fresh", blocks: int = 3, products: int = 17) -> int:
+    """The most that is held, looked at in every forward pass, when all that a product takes is there.
+
+    Where blocks are gathered one at a time also when one is there, and when its gradients are about to be sent.
+    """
     gc.collect()
     gc.freeze()  # of what was imported before there are too many objects to look at
-    batches = models.data(rows=600, vocab=500)
-    model = models.Net(width=48, vocab=500)
+    vocabulary = 500 if mode == "fresh" else 50
+    batches = models.data(rows=600, vocab=vocabulary)
+    model = models.Net(width=48, vocab=vocabulary, blocks=blocks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     models.train(model, optimizer, batches, steps=3)
     view = live(optimizer, dict(model.named_parameters()))
@@ -99,24 +110,42 @@ def _peak(shard: Shard | None) -> int:
         seen.append(_held())
         return models.loss(model, batch)
 
-    analyze(
-        model, loss, batches, view, weights=models.weights(batches), tolerance=1e-3, max_hvps=17, depths=False,
-        mode="fresh", shard=shard,
-    )  # fmt: skip
+    def looking(function: Any) -> Any:
+        def looked(*arguments: Any) -> None:
+            if function is flush:
+                seen.append(_held())
+            function(*arguments)
+            seen.append(_held())
+
+        return looked
+
+    def enough(report: Any) -> None:
+        if mode == "differences":  # of layers there is less
+            raise OutOfTime
+
+    bring, flush = Streamed._bring, Sums.flush
+    with fixed_step(), patch.object(Streamed, "_bring", looking(bring)), patch.object(Sums, "flush", looking(flush)):
+        analyze(
+            model, loss, batches, view, weights=models.weights(batches), tolerance=1e-3, max_hvps=products, depths=False,
+            mode=mode, shard=shard, on_verdict=enough,
+        )  # fmt: skip
     gc.unfreeze()
-    assert len(seen) > 100
+    assert len(seen) > (100 if mode == "fresh" else 20)
     return max(seen)
 
 
-def _weighed(rank: int, path: Path) -> None:
+def _weighed(rank: int, path: Path, **how: Any) -> None:
     # Of a real model what is sent at once is little. Of this one it would be all, and torch holds it for a moment longer.
     shards.BUCKET = 2**12
     with within(Processes()) as ranks, ranks.together():
-        (path / f"{rank}.json").write_text(json.dumps(_peak("all")))
+        (path / f"{rank}.json").write_text(json.dumps(_peak("all", **how)))
 
 
-def test_a_rank_of_four_holds_a_third_of_weights_moments_and_vectors_at_its_peak(tmp_path: Path) -> None:
-    launch(_weighed, tmp_path, world=4)
+@pytest.mark.parametrize("mode", ["fresh", "differences"])
+def test_a_rank_of_four_holds_a_third_of_weights_moments_and_vectors_at_its_peak(mode: Mode, tmp_path: Path) -> None:
+    how: Any = {"mode": mode, "blocks": 3 if mode == "fresh" else 12, "products": 17 if mode == "fresh" else 8}
+    launch(partial(_weighed, **how), tmp_path, world=4)
     every = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
-    one = _peak(None)
-    assert 0.2 * one < max(every) < 0.35 * one  # a quarter, and weights, tangents and images as a whole
+    one = _peak(None, **how)
+    # A quarter, and weights, tangents and images as a whole; or all that there is of a block.
+    assert 0.2 * one < max(every) < 0.35 * one, (every, one)

@@ -201,13 +201,13 @@ def test_a_product_sends_what_the_estimate_says() -> None:
         sent = [0]
         gathered, summed = ranks.gathered, ranks.sum_
 
-        def gather(part: Tensor) -> Tensor:
+        def gather(part: Tensor, at: int = 0) -> Tensor:
             sent[0] += (ranks.world - 1) * part.nbytes
-            return gathered(part)
+            return gathered(part, at)
 
-        def add(tensors: Any) -> None:
+        def add(tensors: Any, at: int = 0) -> None:
             sent[0] += sum(2 * (ranks.world - 1) * t.nbytes // ranks.world for t in tensors)
-            summed(tensors)
+            summed(tensors, at)
 
         ranks.gathered, ranks.sum_ = gather, add  # type: ignore[method-assign]
         batches, model = models.data(), deepcopy(net)
@@ -226,7 +226,7 @@ def test_a_product_sends_what_the_estimate_says() -> None:
     batches = models.data()
     whole = build(Problem.create(net, models.loss, batches, models.weights(batches)), "fresh")
     expected = whole.product(list(shapes), [torch.ones(s).double() for s in shapes.values()])
-    told = scale([tuple(shape) for shape in shapes.values()], 2, itemsize=8)
+    told = scale({n: tuple(shape) for n, shape in shapes.items()}, 2, itemsize=8)
     for one, two_folds, images in on_ranks(work, 2):
         assert one == told.moved
         assert two_folds == told.moved + 2 * told.moved // 4

@@ -103,8 +103,8 @@ def test_ties_frozen_parameters_and_buffers_are_as_in_the_whole(tmp_path: Path) 
             n: p.requires_grad for n, p in net.named_parameters()
         }
         with weights.whole():
-            model.scale.data += 1
-            weights.keep()
+            weights.put("scale", model.scale.detach() + 1)
+            assert torch.equal(model.scale, net.scale + 1)
         with weights.whole():
             return [model.embed.weight.clone(), model.scale.clone(), model.kept, model.constant]
 

@@ -76,12 +76,22 @@ def gather(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: 
     there = {name: picks[name].to(p.device) for name, p in parameters.items()}
     kinds = {n: torch.float32 if p.device.type == "mps" else torch.float64 for n, p in parameters.items()}
     squares = {n: torch.zeros(len(picks[n]), dtype=kinds[n], device=p.device) for n, p in parameters.items()}
-    for batch in batches:
-        gradients = torch.autograd.grad(
-            loss(model, batch), list(parameters.values()), allow_unused=True, materialize_grads=True
-        )
-        for name, gradient in zip(parameters, gradients, strict=True):
-            squares[name] += gradient.reshape(-1)[there[name]].to(kinds[name]).square()
+
+    def hook(name: str) -> Callable[[Tensor], Tensor]:
+        def once(gradient: Tensor) -> Tensor:
+            squares[name] += gradient.detach().reshape(-1)[there[name]].to(kinds[name]).square()
+            return gradient.detach().new_zeros(()).expand(gradient.shape)  # which takes the room of one entry
+
+        return once
+
+    # Each gradient is looked at as it comes: there is no moment at which all of a batch's are held.
+    handles = [parameter.register_hook(hook(name)) for name, parameter in parameters.items()]
+    try:
+        for batch in batches:
+            torch.autograd.grad(loss(model, batch), list(parameters.values()), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
     return Evidence(picks, {name: _ranks(value) for name, value in squares.items()})
 
 
