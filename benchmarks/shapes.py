@@ -70,7 +70,8 @@ def needed(shape: str, rows: int, length: int) -> dict[str, Any]:
     vocabulary, layers = model.config.vocab_size, model.config.num_hidden_layers
     nbytes = [p.nbytes for p in model.parameters()]
     sizes = Sizes(
-        held=int(PROCESS * GIB) + 5 * sum(nbytes),  # weights, two moments, P and the next update
+        held=int(PROCESS * GIB) + sum(nbytes),  # weights: P and the next update are on disk, moments go once they are read
+        aside=True,
         vector=sum(nbytes),
         largest=max(nbytes),
         graph=one + (layers - 1) * (two - one),
@@ -120,7 +121,7 @@ def write(shape: str, folder: Path, rows: int, length: int) -> dict[str, Any]:
     return {**found, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def measure(folder: Path, rows: int, length: int, memory: str | None, budget: float) -> dict[str, Any]:
+def measure(folder: Path, rows: int, length: int, memory: str | None, budget: float, hvps: int) -> dict[str, Any]:
     """The analysis, and what had been taken by the verdict."""
     started = time.monotonic()
     passed: dict[str, tuple[float, float, float]] = {}
@@ -132,7 +133,7 @@ def measure(folder: Path, rows: int, length: int, memory: str | None, budget: fl
 
     options = Options(
         data=folder / "tokens.bin", tokens=rows * length, sequence_length=length,
-        memory=memory, depths=False, deadline=started + budget,
+        memory=memory, depths=False, deadline=started + budget, max_hvps=hvps,
     )  # fmt: skip
     report = analyze_checkpoint(folder / f"checkpoint-{STEPS}", options, progress)
     solves = [report.full, *([report.body] if report.body else [])]
@@ -141,6 +142,7 @@ def measure(folder: Path, rows: int, length: int, memory: str | None, budget: fl
     verdict = passed.get("embedding, head", passed["report"])
     return {
         "memory": memory,
+        "max_hvps": hvps,
         "plan": [f.message for f in report.findings if f.code == "memory-plan"],
         "mode": report.cost.mode,
         "seconds_to_verdict": verdict[0],
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--memory", help="limit, as 8GiB")
+    parser.add_argument("--hvps", type=int, default=100, help="products that one estimate may take")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing more is started")
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
@@ -173,7 +176,7 @@ def main() -> None:
         found = (
             write(options.shape, options.folder, options.rows, options.length)
             if options.write
-            else measure(options.folder, options.rows, options.length, options.memory, options.budget)
+            else measure(options.folder, options.rows, options.length, options.memory, options.budget, options.hvps)
         )
         print(json.dumps(found))
         return
@@ -185,7 +188,7 @@ def main() -> None:
         said |= _child("--in", folder, "--write") | _child("--in", folder)
     file = HERE / "results" / "shapes.json"
     known = json.loads(file.read_text()) if file.exists() else []
-    known = [k for k in known if (k["shape"], k["memory"]) != (said["shape"], said["memory"])]
+    known = [k for k in known if any(k[key] != said[key] for key in ("shape", "memory", "max_hvps"))]
     file.write_text(json.dumps([*known, said], indent=2) + "\n")
     print(json.dumps(said, indent=2))
 

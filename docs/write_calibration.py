@@ -95,10 +95,28 @@ def scores(found: dict[str, Any], fit: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def clipped(found: dict[str, Any]) -> str:
+    """rho at which ramps broke by what clipping left of a gradient: as it is, and times s; a row a family."""
+    rows: dict[str, dict[float | None, str]] = {}
+    for entry in found["table"]:
+        edge, times = entry["edge"], entry["edge s"]
+        cell = "" if edge is None else f"{edge:.3g}" if entry["share"] is None else f"{edge:.3g}, with s {times:.2g}"
+        rows.setdefault(entry["family"], {})[entry["share"]] = cell
+    shares = sorted({share for row in rows.values() for share in row if share is not None}, reverse=True)
+    lines = [
+        f"| family | not clipped | {' | '.join(f'to {share:g}' for share in shares)} |",
+        f"|---|--:|{'--:|' * len(shares)}",
+    ]
+    for family, row in rows.items():
+        lines.append(f"| {family} | {row.get(None, '')} | {' | '.join(row.get(share, '') for share in shares)} |")
+    return "\n".join(lines) + "\n"
+
+
 def page(text: str) -> str:
     """The text of the page with the numbers as they are now. Raises ValueError where it has no one place for them."""
-    measured = [json.loads((RESULTS / f"instability_{name}.json").read_text(encoding="utf-8")) for name in ("scores", "fit")]
-    for name, made in (("calibration", tables(calibration())), ("scores", scores(*measured))):
+    names = ("instability_scores", "instability_fit", "clipped")
+    of_zoo, fit, hard = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names)
+    for name, made in (("calibration", tables(calibration())), ("scores", scores(of_zoo, fit)), ("clipped", clipped(hard))):
         text, found = _place(name).subn(lambda match, made=made: f"{match[1]}{made}{match[2]}", text)  # type: ignore[misc]
         if found != 1:
             raise ValueError(f"{PAGE.name} has {found} places for the {name}, and not one")

@@ -195,15 +195,20 @@ def look(task: Task, shard: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
     return measured(task, [shard], optimizer) | companions(task, [shard], optimizer)
 
 
-def play(run: Run, look: Look = look, probes: Collection[int] = PROBES, most: int = MOST) -> dict[str, Any]:
+def play(
+    run: Run, look: Look = look, probes: Collection[int] = PROBES, most: int = MOST, clip: float | None = None
+) -> dict[str, Any]:
     """Train one run to its end, or to where its loss is no number any more.
 
     Args:
         look: what is measured of the task, its shard and the optimizer.
         probes: steps at which it is, but for ramps.
         most: steps after which the run is left.
+        clip: largest norm of a gradient; None for the family's own.
     """
     family, started = FAMILIES[run.family], process_time()
+    if clip is None:
+        clip = family.clip if family.rows else math.inf
     task = build(family, run.seed)
     optimizer = optimizer_of(family, task.model, run.lr)
     draw, shard_draw = torch.Generator().manual_seed(1000 + run.seed), torch.Generator().manual_seed(2000 + run.seed)
@@ -219,7 +224,7 @@ def play(run: Run, look: Look = look, probes: Collection[int] = PROBES, most: in
         value = task.loss(task.model, corrupted(run, step, batch, draw))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        norm = float(nn.utils.clip_grad_norm_(task.model.parameters(), family.clip if family.rows else math.inf))
+        norm = float(nn.utils.clip_grad_norm_(task.model.parameters(), clip))
         course.losses.append(float(value.detach()))
         course.norms.append(norm)
         if not (math.isfinite(course.losses[-1]) and math.isfinite(norm)):

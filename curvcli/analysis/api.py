@@ -12,7 +12,7 @@ from torch import nn
 from curvcli import documents
 from curvcli.analysis.document import Provenance, write
 from curvcli.analysis.measured import Measured
-from curvcli.analysis.plan import GIB, fitted, limit_of
+from curvcli.analysis.plan import GIB, fitted, limit_of, spare
 from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress
 from curvcli.curvature.gathering import Weights
@@ -52,6 +52,7 @@ def analyze(
     weights: Sequence[float] | None = None,
     layers: nn.ModuleList | nn.ModuleDict | nn.Sequential | None = None,
     lr: float | None = None,
+    clip: float | None = None,
     mode: Mode | Literal["auto"] = "auto",
     tolerance: float = 1e-2,
     max_hvps: int = 100,
@@ -79,6 +80,8 @@ def analyze(
         layers: the model's list of blocks; found by itself where there is one.
         lr: learning rate to use instead of the optimizer's: that of the largest parameter group that moves; the others
             keep their ratio to it.
+        clip: share of its norm that clipping leaves of a gradient, above 0, 1 where nothing is clipped: max_norm over the
+            usual norm, or better the mean of min(1, max_norm / norm) over steps. An optimizer does not know it.
         mode: how Hessian-vector products are made; "auto" keeps graphs where they fit, and is exact but under a limit of
             memory that no exact mode fits. "differences", of gradients, needs no second derivatives and is good to 0.1 %.
         tolerance: residual over lambda at which the full model and the restricted depths count as converged, if no
@@ -95,8 +98,8 @@ def analyze(
         on_verdict: called with a report of the full model as soon as that is known; layers and depths are "skipped" in it,
             and no finding says so. Later parts can still show that the full model's estimate is none to rely on.
         memory: most that the process may take at its peak (on a GPU, the tensors there), in bytes or as "8GiB": how products
-            are made, in how large batches, and how many vectors there are follow from it, and freed memory goes back to
-            the system at once, which costs 16 to 36 % of the time. None plans with what is free.
+            are made, in how large batches, and how many vectors there are follow from it, freed memory goes back to
+            the system at once, and state given by name is emptied once it has been read. None plans with what is free.
         shard: where several processes measure together (`curvature.ranks.within`): "vectors" divides preconditioner and
             vectors over them, "all" weights and optimizer state too, for a model that nobody needs afterwards: it is left
             without its weights. Products are made on gathered weights, by fresh graphs. None divides the batches alone.
@@ -131,7 +134,7 @@ def analyze(
     tokens = sum(weights) if weights else None
     solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
     return prepared(
-        model, loss, batches, optimizer, finish, weights=weights, layers=layers, lr=lr, mode=mode, solver=solver,
+        model, loss, batches, optimizer, finish, weights=weights, layers=layers, lr=lr, clip=clip, mode=mode, solver=solver,
         progress=progress, depths=depths, truncated=truncated,
         unigram=provenance.unigram if provenance else None, memory=memory, shard=shard,
     )  # fmt: skip
@@ -148,6 +151,7 @@ def prepared(
     weights: Sequence[float] | None = None,
     layers: nn.ModuleList | nn.ModuleDict | nn.Sequential | None = None,
     lr: float | None = None,
+    clip: float | None = None,
     mode: Mode | Literal["auto"] = "auto",
     progress: Progress | None = None,
     depths: bool = True,
@@ -170,21 +174,25 @@ def prepared(
     """
     limit = limit_of(memory)
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
-    # It knows the parameters by identity: before copies take their place.
-    if isinstance(optimizer, (torch.optim.Optimizer, Sequence)):
-        optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
+    optimizer = _by_name(module, optimizer, clip)
     say = progress or (lambda stage, done: None)
     with measurable(module) as lifted:
 
+        def metric(problem: Problem) -> Preconditioner:
+            found = _preconditioner(problem, optimizer, lr, shards)
+            return found.aside(store.put) if store else found
+
         def set_up(problem: Problem, mode: Mode | Literal["auto"]) -> tuple[Measurement, dict[str, str]]:
-            preconditioner = known or _preconditioner(problem, optimizer, lr, shards)
+            preconditioner = known or metric(problem)
             # An optimizer that maximises descends minus the loss, whose Hessian is the one with an edge.
             part = problem.negated() if preconditioner.ascends else problem
             blocks = locate(module, layers) if layers is not None else find_blocks(module)
             notes = {**_lifted(lifted, problem), **_cut(problem, len(whole.batches)), **_idle(problem)}
             basis, offload = None, False
             if limit is not None:
-                part, chosen = fitted(part, limit, mode, solver.max_products, sharded=shards is not None)
+                part, chosen = fitted(
+                    part, limit, mode, solver.max_products, sharded=shards is not None, aside=store is not None
+                )
                 mode, basis, offload = mode if mode == "forward" else chosen.mode, chosen.basis, chosen.offloaded > 0
                 notes["memory-plan"] = f"of {limit / GIB:.2f} GiB: {chosen}"
             if blocks is not None:
@@ -192,7 +200,7 @@ def prepared(
                 notes |= found
             work = Measurement(
                 part, preconditioner, blocks, solver, mode, say, depths=depths, truncated=truncated,
-                unigram=unigram, basis=basis, offload=offload,
+                unigram=unigram, basis=basis, offload=offload, aside=store,
             )  # fmt: skip
             return work, notes
 
@@ -213,11 +221,13 @@ def prepared(
         shards, known = None, None
         if shard is not None:
             shards = Shards(current(), {n: p.shape for n, p in given.parameters.items()})
-        if shard == "all" or divided is not None:
-            if isinstance(optimizer, OptimizerView):  # once, so that its state makes room before anything is solved
-                with whole.gathered():
-                    known = _preconditioner(whole, optimizer, lr, shards)
-                cast("dict[str, Any]", optimizer.state).clear()
+        store = None if limit is None else spare(whole, shards)
+        slices = shard == "all" or divided is not None
+        if isinstance(optimizer, OptimizerView) and (slices or limit is not None):
+            with whole.gathered():  # once, so that its state makes room before anything is solved
+                known = metric(whole)
+            cast("dict[str, Any]", optimizer.state).clear()
+        if slices:
             whole = replace(whole, gathered=(divided or Weights(module, current())).whole)
             mode = _on_slices(mode)
         return leanest(whole, mode, measure)
@@ -234,6 +244,16 @@ def check_effort(tolerance: float, max_hvps: int, *, depths: bool = True, trunca
         raise UsageError("networks cut short are one of the two curves over depth", hint="drop --no-depths, or --truncated")
     if not 0 < tolerance < 1 or max_hvps < 3:  # NaN too; a residual of lambda's size certifies nothing
         raise UsageError("tolerance must be above 0 and below 1, max_hvps at least 3", hint="the defaults are 0.01 and 100")
+
+
+def _by_name(
+    module: nn.Module, optimizer: Live | OptimizerView | Estimated | None, clip: float | None
+) -> OptimizerView | Estimated | None:
+    """The optimizer's state by the parameters' names, with what clipping leaves of a gradient where that is given."""
+    # An optimizer knows the parameters by identity: before copies take their place.
+    if isinstance(optimizer, (torch.optim.Optimizer, Sequence)):
+        optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
+    return replace(optimizer, clip=clip) if clip is not None and isinstance(optimizer, OptimizerView) else optimizer
 
 
 def _on_slices(mode: Mode | Literal["auto"]) -> Mode:

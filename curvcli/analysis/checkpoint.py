@@ -151,6 +151,8 @@ class Opened:
         _in_time(options)
         with mapped() if options.shard else nullcontext():
             optimizer, lr_source, notes = _optimizer(checkpoint, model, options, evidence, found)
+            optimizer, said = _clipped(checkpoint, optimizer, options.clip)
+            notes |= said
         if divided is not None:
             divided.keep()  # Schedule-Free takes gradients elsewhere than where the weights are stored
         notes |= why
@@ -273,6 +275,18 @@ def _named(optimizer: str | None) -> str | None:
     return names[optimizer.lower()] if optimizer else None
 
 
+def _clipped(
+    checkpoint: Checkpoint, optimizer: OptimizerView | Estimated | None, given: float | None
+) -> tuple[OptimizerView | Estimated | None, dict[str, str]]:
+    """An optimizer that knows what clipping left of a gradient, by the user or the run's record, and a note."""
+    if isinstance(optimizer, OptimizerView):
+        return checkpoint.clipping.counted(optimizer, given)
+    if given is None:
+        return optimizer, {}
+    said = "the second moment is estimated of gradients that nobody clips: no --clip counts"
+    return optimizer, {"clipping-not-counted": said}
+
+
 def _optimizer(
     checkpoint: Checkpoint,
     model: nn.Module,
@@ -291,6 +305,7 @@ def _optimizer(
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     name = _named(options.optimizer)
     if name == "none":
+        given |= {} if options.clip is None else {"clip": options.clip}
         if given:
             raise UsageError(f"--optimizer none takes no {', '.join(sorted(given))}", hint="drop them, or name an optimizer")
         return None, "none", {}

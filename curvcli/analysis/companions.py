@@ -11,12 +11,11 @@ from curvcli.analysis.measured import Ongoing
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.norms import largest_spectral_norm
 from curvcli.curvature.precision import norm
+from curvcli.curvature.scratch import let_go
 from curvcli.documents import Companions, LayerCompanions
 from curvcli.errors import exhausted
 from curvcli.models.attention import Attention, attention
-from curvcli.optimizers.update import gradient_quotient, inner, over, over_moments, update_rms
-
-FAR = 3.0  # of the gradient here over those that the second moment has seen, from which on the report says so
+from curvcli.optimizers.update import gradient_quotient, inner, over, update_rms
 
 
 def companions(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[Companions, list[LayerCompanions]]:
@@ -50,13 +49,6 @@ def companions(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[Co
         for i in range(len(modules))
     ]
     raw, weighted = quotients(work, hvp, gradients)
-    longer = over_moments(work.preconditioner, work.moving, gradients)
-    if longer is not None and longer > FAR:
-        work.notes["gradient-over-moments"] = (
-            f"the gradient here is {longer:.2g} times as long as those that the second moment has seen: where gradients are "
-            f"clipped so hard, steps are shorter than lr says, and rho is up to {longer:.2g} times too high; else data are "
-            "not the run's, or the loss has just leapt"
-        )
     whole = Companions(
         gradient_norm=hypot(*work.preconditioner.root.holders.each(norm(gradients))),
         gradient_quotient=raw,
@@ -83,6 +75,7 @@ def quotients(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[flo
     # P^(-1) g, and 0 where nothing moves.
     steps = [root[n].apply(root[n].apply(g)) for n, g in zip(names, gradients, strict=True)]
     decays = [work.preconditioner.decay.get(n, 0.0) for n in names]
+    let_go(gradients[0])
     bend = inner(steps, hvp.product(names, steps), holders)
     bend += sum(d * inner([u], [u], holders) for d, u in zip(decays, steps, strict=True))
     return raw, over(bend, inner(steps, gradients, holders))

@@ -8,7 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from curvcli.analysis.stages import Stages
+from curvcli.curvature import resources
 from curvcli.curvature.hvp import HVP
+from curvcli.curvature.operator import LARGE
 
 
 class Counted(Protocol):
@@ -37,7 +39,10 @@ class Counting:
     def product(self, names: Sequence[str], tangents: Sequence[Tensor]) -> list[Tensor]:
         """The engine's."""
         count(self.work, 1.0)
-        return self.hvp.product(names, tangents)
+        found = self.hvp.product(names, tangents)
+        if sum(t.nbytes for t in tangents) >= LARGE:
+            resources.give_back(tangents[0].device)
+        return found
 
     def subset(self, indices: Sequence[int]) -> HVP:
         """The engine's, which counts nothing."""

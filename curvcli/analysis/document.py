@@ -19,8 +19,10 @@ from curvcli.analysis.steepest import Norms
 from curvcli.curvature import resources
 from curvcli.curvature.folds import CONFIDENCE
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.scratch import let_go
 from curvcli.files.names import unwrapped
 from curvcli.judge.calibration import calibrated
+from curvcli.judge.clipping import lowest
 from curvcli.judge.course import Logged, doubted, loss_course
 from curvcli.judge.findings import explain
 from curvcli.judge.verdict import judge
@@ -101,7 +103,7 @@ class _Writer:
         # With `maximize` minus the loss was measured; the report gives the loss itself.
         loss = -found.loss if self.preconditioner.ascends else found.loss
         data = provenance.data(loss) if provenance.data else _batches(self.problem, loss, tokens)
-        optimizer = _optimizer(self.preconditioner, provenance.lr_source)
+        optimizer = _optimizer(self.preconditioner, provenance.lr_source, found.ratios)
         norm = Norms(found.norm, work.preconditioner, optimizer, sizes=numel, step=checkpoint.step)
         partial = bool(work.preconditioner.balls)
         estimate = documents.Estimate(**self.entry(found.full, norm.full))
@@ -132,7 +134,7 @@ class _Writer:
         body = None
         if found.body is not None:
             body = documents.BodyEstimate(**self.entry(found.body), rows=sum(found.rare.values()))
-        generalisation = self.generalisation(body or estimate)
+        generalisation = self.generalisation(body or estimate, optimizer)
         told = calibrated(
             body or estimate,
             generalisation,
@@ -140,6 +142,14 @@ class _Writer:
             step=checkpoint.step,
             parameters=checkpoint.parameters,
             doubts=bool(self.preconditioner.doubts),
+            partial=partial,
+        )
+        verdict = judge(
+            body or estimate,
+            generalisation,
+            early=told.early,
+            odds=told.odds,
+            odds_at_most=told.odds_at_most,
             partial=partial,
         )
         attribution, participation = self.attribution(found.full)
@@ -160,9 +170,7 @@ class _Writer:
             generalisation=generalisation,
             attribution=attribution,
             participation=participation,
-            verdict=doubted(
-                judge(body or estimate, generalisation, early=told.early, odds=told.odds, partial=partial), course
-            ),
+            verdict=doubted(verdict, course),
             steepest=norm.model,
             stable_lr=None if lost else told.stable_lr,
             odds=None if lost else told.odds,
@@ -196,7 +204,8 @@ class _Writer:
             return {}
         return {"truncated-left-out": self.work.cut.why_not(negated=self.preconditioner.ascends)}
 
-    def generalisation(self, judged: documents.Estimate) -> documents.Generalisation:
+    def generalisation(self, judged: documents.Estimate, optimizer: documents.Optimizer) -> documents.Generalisation:
+        """The bracket, from what rho is where it is too high by as much as it may be."""
         threshold, folds = self.preconditioner.threshold, self.measured.folds
         spread = folds.spread() if folds and judged.status == "converged" else None
         said: dict[str, Any] = {"held_out": None, "rho_low": None, "rho_high": None}
@@ -210,11 +219,14 @@ class _Writer:
             return documents.Generalisation(**said)
         if spread:
             low, high = spread.bracket(value, residual)
-            return documents.Generalisation(**{**said, "rho_low": low / threshold, "rho_high": high / threshold})
+            return documents.Generalisation(
+                **{**said, "rho_low": lowest(low / threshold, optimizer), "rho_high": high / threshold}
+            )
         # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
         whole = self.whole and len(self.problem.batches) == 1
         high = (value + residual) / threshold
-        return documents.Generalisation(**{**said, "rho_low": judged.rho if whole else None, "rho_high": high})
+        rho = None if judged.rho is None else lowest(judged.rho, optimizer)
+        return documents.Generalisation(**{**said, "rho_low": rho if whole else None, "rho_high": high})
 
     def prefixes(self, judged: documents.Estimate, tokens: int) -> list[documents.TokensPoint]:
         """The top eigenvalue on a quarter, half and all of the shard."""
@@ -242,21 +254,22 @@ class _Writer:
         kinds = row_kinds(self.problem)
         root = self.preconditioner.root.restrict(self.names)
         each, shards = root.holders.each, root.shards
-        squares = vector.cpu().double().square()
-        # Its norm is 1 up to float32's rounding.
-        squares /= sum(each(float(squares.sum())))
-        found = []
-        for name, own in zip(self.names, squares.split(root.sizes), strict=True):
-            parameter, piece = self.problem.parameters[name], own
-            if shards is not None:  # one tensor at a time
-                piece = shards.gather([name], [own])[0].reshape(-1)
+        pieces = vector.split(root.sizes)
+        # Its norm is 1 up to float32's rounding. Piece by piece: in float64 the whole would be as much as four vectors.
+        size = sum(each(sum(float(piece.cpu().double().square().sum()) for piece in pieces)))
+        found, fourths = [], 0.0
+        for name, part in zip(self.names, pieces, strict=True):
+            parameter, own = self.problem.parameters[name], part.cpu().double().square() / size
+            piece = own if shards is None else shards.gather([name], [own])[0].reshape(-1)
+            fourths += float(own.square().sum())
             shape, rows, kind = parameter.shape, None, kinds.get(id(parameter))
             if kind is not None:
                 shares, ids = piece.view(shape).sum(dim=1).topk(min(5, shape[0]))
                 rows = [(int(i), float(s)) for i, s in zip(ids, shares, strict=True)]
             found.append(documents.Attribution(tensor=unwrapped(name), mass=float(piece.sum()), rows=rows, rows_of=kind))
         # The participation ratio: 1 if one entry has all, n if all have the same.
-        return sorted(found, key=lambda m: -m.mass), 1 / sum(each(float(squares.square().sum())))
+        let_go(vector)
+        return sorted(found, key=lambda m: -m.mass), 1 / sum(each(fourths))
 
 
 def _in_memory(parameters: int, layers: int) -> documents.Checkpoint:
@@ -282,7 +295,7 @@ def _batches(problem: Problem, loss: float, tokens: float | None) -> documents.D
     return documents.Data(path="(in memory)", tokens=count, sequence_length=None, sha256=digest.hexdigest(), loss=loss)
 
 
-def _optimizer(preconditioner: Preconditioner, lr_source: Any) -> documents.Optimizer:
+def _optimizer(preconditioner: Preconditioner, lr_source: Any, ratios: tuple[float, float] | None) -> documents.Optimizer:
     def number(key: str) -> float | None:
         value = preconditioner.options.get(key)
         return None if value is None or isinstance(value, (tuple, list)) else float(value)  # Adafactor has two eps
@@ -299,4 +312,7 @@ def _optimizer(preconditioner: Preconditioner, lr_source: Any) -> documents.Opti
         step=preconditioner.step,
         threshold=preconditioner.threshold,
         preconditioner=preconditioner.kind,
+        clip=preconditioner.clip,
+        gradient_ratio=ratios[0] if ratios else None,
+        batch_ratio=ratios[1] if ratios else None,
     )

@@ -37,9 +37,10 @@ def estimate_checkpoint(path: Path, options: Options, progress: Progress | None 
         seconds_per_product: of the whole shard.
         mode, device: how and where products are made.
         memory_bytes: parameters; graphs, that are kept or of one batch; basis, the eigensolver's vectors.
+        plan: under a limit of memory, what was chosen and the peak that is expected.
 
     Raises:
-        CurvError: the checkpoint cannot be read or measured.
+        CurvError: the checkpoint cannot be read or measured, or not within a limit of memory.
     """
     say = progress or (lambda stage, done: None)
     say("reading", 0.0)
@@ -51,10 +52,11 @@ def estimate_checkpoint(path: Path, options: Options, progress: Progress | None 
         ready = opened.ready()
         solver = Lanczos(options.tolerance, max_products=options.max_hvps, seed=options.seed or 0)
         found = prepared(
-            ready.model, opened.loss, ready.batches, ready.optimizer, lambda work, notes: forecast(work),
+            ready.model, opened.loss, ready.batches, ready.optimizer,
+            lambda work, notes: {**forecast(work), **({"plan": notes["memory-plan"]} if "memory-plan" in notes else {})},
             weights=ready.weights, mode=options.mode, solver=solver,
             progress=lambda stage, done: say(stage, 0.0), depths=options.depths, truncated=options.truncated,
-            unigram=ready.provenance.unigram,
+            unigram=ready.provenance.unigram, memory=options.memory,
         )  # fmt: skip
     return {"checkpoint": str(opened.checkpoint.path), **found}
 

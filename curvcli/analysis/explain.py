@@ -25,12 +25,14 @@ from curvcli.analysis.stages import Progress, products
 from curvcli.curvature import resources
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.precision import wide
+from curvcli.curvature.spread import spread_gradient
 from curvcli.data.examples import IGNORED
 from curvcli.data.words import Words, words_of
 from curvcli.errors import OutOfTime, UnsupportedError, memory_named
 from curvcli.files.names import unwrapped
 from curvcli.models.roles import Roles
 from curvcli.models.rows import lookups, row_kinds
+from curvcli.optimizers.update import ratios
 
 HEADS, ROWS, SEQUENCES, TOKENS = 20, 10, 5, 5  # how many of each are named
 WIDE = 1e-2  # of lambda, by which sequences may add up to something else before it is said
@@ -150,6 +152,7 @@ class _Explainer:
         work.in_time()
         loss, looked_up = lookups(work.problem)
         found = work.full(work.build(work.problem), loss, looked_up)
+        found.ratios = ratios(work.preconditioner, work.moving, *spread_gradient(work.problem, work.moving))
         self.hvps += work.hvps
         provenance = self.ready.provenance
         said = Provenance(

@@ -10,8 +10,10 @@ from typing import Protocol
 from curvcli.analysis.stages import Stages
 from curvcli.curvature.folds import Folds
 from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.operator import Folded
 from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ritz import Extremes, Ritz
+from curvcli.curvature.scratch import Put
 from curvcli.documents import Companions, LayerCompanions, ModelSteepest, Steepest, Update
 from curvcli.optimizers.preconditioner import Preconditioner
 
@@ -84,6 +86,13 @@ class Solved:
         raised = Ritz(value, top.residual + value - top.value)
         return replace(self, extremes=replace(self.extremes, top=raised, ceiling=max(self.ceiling, value)))
 
+    def aside(self, put: Put) -> Solved:
+        """With what `put` gives in the place of the vector, so that it makes room for other solves."""
+        found = self.extremes
+        if found is None or found.vector is None:
+            return self
+        return replace(self, extremes=replace(found, vector=put([found.vector])[0]))
+
     def bare(self) -> Solved:
         """Without the vector."""
         return replace(self, extremes=self.extremes and replace(self.extremes, vector=None))
@@ -106,7 +115,8 @@ class Measured:
     `body` is the full model without the embedding rows that the shard hardly looks up, where they carry the top direction;
     `rare` counts them by name. `folds` are of the body where there is one, else of the full model; None where the shard is
     one batch. `ends` are the parameters outside the layers, as one part; None where there are no layers. `norm` is of the
-    parameters whose step is steepest in a norm, which the others are not of; None where there is none.
+    parameters whose step is steepest in a norm, which the others are not of; None where there is none. `ratios` are of
+    the gradient's norm, and of that of a batch's, over what the second moment remembers; None where there is none.
     """
 
     loss: float
@@ -122,6 +132,7 @@ class Measured:
     restricted: dict[int, Solved] = field(default_factory=dict)
     truncated: list[Solved] = field(default_factory=list)
     norm: InNorm | None = None
+    ratios: tuple[float, float] | None = None
 
 
 def violates(lower: Solved, upper: Solved) -> bool:
@@ -130,3 +141,10 @@ def violates(lower: Solved, upper: Solved) -> bool:
         return False
     most = max(upper.value + upper.extremes.top.residual, upper.ceiling if upper.ceiling < inf else upper.value)
     return lower.value > most + 1e-5 * abs(lower.value)  # float32's rounding
+
+
+def folds_of(operator: Folded) -> Folds | None:
+    """What was seen of the shard's parts between the vectors of a solve; None where there is but one part."""
+    if len(operator.folds) < 2:
+        return None
+    return Folds([weight for weight, _ in operator.folds], operator.projected())

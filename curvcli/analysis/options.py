@@ -36,6 +36,8 @@ class Options:
         eps: as betas.
         weight_decay: as betas.
         momentum: as betas (SGD, RMSprop).
+        clip: share of its norm that clipping leaves of a gradient, above 0, 1 where nothing is clipped; by default what the
+            run's own record says.
         mode: how Hessian-vector products are made: "auto", "kept", "fresh", "forward", "differences".
         tolerance: residual over the eigenvalue at which an estimate counts as converged.
         max_hvps: Hessian-vector products that one estimate may take, at least 3.
@@ -62,6 +64,7 @@ class Options:
     eps: float | None = None
     weight_decay: float | None = None
     momentum: float | None = None
+    clip: float | None = None
     mode: Mode | Literal["auto"] = "auto"
     tolerance: float = 1e-2
     max_hvps: int = 100

@@ -14,14 +14,16 @@ from curvcli.curvature.cross_entropy import CHUNK
 from curvcli.curvature.hvp import Mode, graph_bytes
 from curvcli.curvature.memory import cut, largest_batch
 from curvcli.curvature.problem import Problem
-from curvcli.curvature.scratch import elsewhere
+from curvcli.curvature.scratch import Scratch, elsewhere
+from curvcli.curvature.shards import Shards
 from curvcli.errors import UsageError
 from curvcli.files.parse import byte_size
 from curvcli.models.head import widest
 
 WANTED, LEAST = 16, 8  # vectors of a basis: what most solves end within, and the fewest that are worth a solve
-BESIDE = 2.25  # vectors held beside the basis, at most: gradients until the update is done, the full model's, and a mask
-WORKING = 4  # vectors of a product: what it is applied to without rare rows, that times a root, its image, the folds' sum
+BESIDE = 2.25  # vectors held beside the basis, if not on disk: gradients until the update is done, the full model's, a mask
+WORKING = 3  # vectors of a product: the vector times a root, its image, the folds' sum, which may be on disk meanwhile
+SEEN = 3  # vectors when it is done: the image, the folds' sum, one of the basis
 KEPT_BACK = 0.08  # of the peak: what the C allocator does not give back; 5 and 10 % were measured on two models
 GIB = 2**30
 
@@ -43,6 +45,7 @@ class Sizes:
         itemsize: of an entry.
         gathered: what a product gathers where `held` and `vector` are slices: weights, tangents and images; else 0.
         activations: the graph of one row's loss, which a gradient needs; 0 where differences of gradients are no choice.
+        aside: what lies elsewhere lies on disk, also vectors beside the basis.
     """
 
     held: int
@@ -54,6 +57,7 @@ class Sizes:
     itemsize: int = 4
     gathered: int = 0
     activations: int = 0
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def limit_of(memory: int | str | None) -> int | None:
 
 
 def fitted(
-    problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int, *, sharded: bool = False
+    problem: Problem, limit: int, mode: Mode | Literal["auto"], most: int, *, sharded: bool = False, aside: bool = False
 ) -> tuple[Problem, Plan]:
     """The same mean loss in batches that fit a limit, and the plan for them.
 
@@ -104,6 +108,7 @@ def fitted(
         mode: one to insist on, or "auto".
         most: products that a solve may take, and so vectors that it can use.
         sharded: processes divide the vectors.
+        aside: those beside the basis lie on disk.
 
     Raises:
         UsageError: nothing fits; it says what the leanest way would need.
@@ -129,9 +134,10 @@ def fitted(
         itemsize=itemsize,
         gathered=2 * sum(nbytes) if sharded else 0,
         activations=activations,
+        aside=aside,
     )
     # One plan for all processes, by the largest number that one of them has.
-    most_of = {name: int(max(problem.ranks.each(number))) for name, number in asdict(sizes).items()}
+    most_of: dict[str, Any] = {name: int(max(problem.ranks.each(number))) for name, number in asdict(sizes).items()}
     sizes = Sizes(**most_of)
     found = plan(sizes, limit, largest_batch(problem) if alone else 1, mode, most, _elsewhere(problem))
     found = found if device.type == "cpu" else replace(found, place="in main memory")
@@ -153,6 +159,15 @@ def unplanned(problem: Problem, vector: int, free: float, most: int) -> tuple[in
     return max(room, LEAST), False
 
 
+def spare(problem: Problem, shards: Shards | None) -> Scratch | None:
+    """Where vectors beside the basis lie under a limit of memory: on disk if they are whole, on the CPU, and have room."""
+    store = elsewhere(next(iter(problem.parameters.values())).device)
+    if not isinstance(store, Scratch) or shards is not None:  # a GPU's main memory is for the basis
+        return None
+    vector = sum(p.nbytes for p in problem.parameters.values())
+    return store if _elsewhere(problem) > (BESIDE + 3) * vector else None  # P, the next update, a sum
+
+
 def _elsewhere(problem: Problem) -> float:
     """Bytes that vectors of each process may take where its device has no room: on disk, or a GPU's in main memory."""
     store = elsewhere(next(iter(problem.parameters.values())).device)
@@ -169,20 +184,23 @@ def predicted(sizes: Sizes, mode: Planned, batch_rows: int, basis: int, *, offlo
     Args:
         batch_rows: rows of one batch.
         basis: vectors of the eigensolver's basis.
-        offload: they lie elsewhere, and one at a time is where it is used.
+        offload: they lie elsewhere, and one at a time is where it is used, but not while a product is made.
     """
     batch_rows = min(batch_rows, sizes.rows)
     once = mode == "differences"
     graph = (sizes.activations if once else sizes.graph) * batch_rows
     working = graph // 2 + 2 * sizes.largest + 3 * min(sizes.logits * batch_rows, CHUNK * sizes.itemsize)
+    working += sizes.gathered + (0 if mode == "kept" else graph)
+    # What lies in main memory is copied to where it is used, and read once for two images.
+    vectors = WORKING + once + (-1 if sizes.aside else 2 if offload else 0)
     return Plan(
         mode=mode,
         batch_rows=batch_rows,
         basis=basis,
-        held=sizes.held + int(BESIDE * sizes.vector),
+        held=sizes.held + (0 if sizes.aside else int(BESIDE * sizes.vector)),
         graphs=sizes.graph * sizes.rows if mode == "kept" else 0,
-        product=(WORKING + once) * sizes.vector + sizes.gathered + working + (0 if mode == "kept" else graph),
-        basis_bytes=(1 if offload else basis) * sizes.vector,
+        product=max(vectors * sizes.vector + working, SEEN * sizes.vector),
+        basis_bytes=0 if offload else basis * sizes.vector,
         offloaded=basis * sizes.vector if offload else 0,
     )
 
@@ -221,11 +239,16 @@ def plan(
                 lean = predicted(sizes, candidate, rows, size, offload=offload)
                 if lean.total <= limit:
                     return lean if offload else _widened(sizes, lean, limit, most)
-    lean = min((predicted(sizes, candidate, 1, least) for modes in ways for candidate in modes), key=lambda p: p.total)
+    places = [False, True] if there >= wanted else [False]
+    lean = min(
+        (predicted(sizes, candidate, 1, least, offload=where) for modes in ways for candidate in modes for where in places),
+        key=lambda found: found.total,
+    )
+    vectors = f"a basis {'on disk' if sizes.aside else 'elsewhere'}" if lean.offloaded else f"a basis of {least} vectors"
     raise UsageError(
         f"this analysis needs {lean.total / GIB:.2f} GiB of memory at least, the limit is {limit / GIB:.2f} GiB: "
-        f"weights, state and vectors beside {lean.held / GIB:.2f}, a basis of {least} vectors {lean.basis_bytes / GIB:.2f}, "
-        f"a product {(lean.product + lean.graphs) / GIB:.2f}",
+        f"libraries, weights, preconditioner and vectors beside {lean.held / GIB:.2f}, {vectors} "
+        f"{lean.basis_bytes / GIB:.2f}, a product {(lean.product + lean.graphs) / GIB:.2f}",
         hint="give it more memory, shorter sequences (--sequence-length), or fewer tokens (--tokens)",
     )
 

@@ -16,31 +16,31 @@ from curvcli.analysis.companions import companions
 from curvcli.analysis.counting import Counting, count
 from curvcli.analysis.curve import curve
 from curvcli.analysis.cuts import Cut
-from curvcli.analysis.measured import Measured, Solved
+from curvcli.analysis.measured import Measured, Solved, folds_of
 from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
 from curvcli.curvature import resources
 from curvcli.curvature.differences import build, choose
-from curvcli.curvature.folds import Folds
 from curvcli.curvature.gathering import Gathered, across
 from curvcli.curvature.hvp import HVP, Choice, Mode
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.memory import sample
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
-from curvcli.curvature.problem import Blocks, Problem, gradient
+from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ranks import agreed
-from curvcli.curvature.scratch import elsewhere
+from curvcli.curvature.scratch import Put, Scratch, elsewhere, let_go
+from curvcli.curvature.spread import spread_gradient
 from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
-from curvcli.optimizers.update import next_update
+from curvcli.optimizers.update import next_update, ratios
 
 FOLDS = 8  # parts of the shard that the full model is seen on, at most
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
-TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them
+TRIED = 1 / 8  # of all weights, that products are tried and tested on where processes divide them, or the basis is on disk
 
 
 class Measurement:
@@ -60,9 +60,11 @@ class Measurement:
         unigram: float | None = None,
         basis: int | None = None,
         offload: bool = False,
+        aside: Scratch | None = None,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
         self.depths = depths
+        self.put: Put = aside.put if aside else list  # where vectors lie that are needed later
         self.shards = preconditioner.root.shards
         self.held: Callable[[], AbstractContextManager[None]] | None = None
         self.started = time.perf_counter()
@@ -87,7 +89,9 @@ class Measurement:
         self.in_time()
         self.ranks = problem.ranks
         free, (trial, graphs) = self._free(device), sample(problem)
-        trial = trial.lean(TRIED) if self.shards else trial  # else it would hold eight whole vectors
+        # Else it would hold eight whole vectors, as a basis that lies in memory has room for.
+        short = aside is not None and (offload or (basis or LEAST) < LEAST)
+        trial = trial.lean(TRIED) if self.shards or short else trial
         vector = sum(problem.parameters[n].nbytes for n in self.names) or 1  # nothing has a P: no basis is needed
         vector = -(-vector // self.ranks.world) if self.shards else vector
         # Graphs leave room for vectors. Under a limit of memory plan.py has chosen the mode already.
@@ -144,7 +148,7 @@ class Measurement:
             part = [i for which in those.tolist() for i in given[which]]
             share = sum(weights[i] for i in part)
             folds.append((share, self.operator(hvp.subset(part).part(), self.names, of=of)))
-        return Folded(folds, self.ranks, self.held, done=partial(count, self), threads=self.threads)
+        return Folded(folds, self.ranks, self.held, put=self.put, done=partial(count, self), threads=self.threads)
 
     def build(self, problem: Problem) -> HVP:
         """Products with the Hessian of a problem's mean loss, on slices where processes divide the parameters."""
@@ -182,8 +186,6 @@ class Measurement:
         """Whether the deadline has passed, by the clock of rank 0."""
         return self.solver.deadline < inf and agreed(self.solver.expired)[0]
 
-    # --- the parts ---------------------------------------------------------------------------
-
     def run(self, on_full: Callable[[Measured], None] = lambda measured: None) -> Measured:
         """Everything, the full model first.
 
@@ -194,14 +196,16 @@ class Measurement:
         """
         self.in_time()
         self.stages.enter("gradient")
-        gradients = gradient(self.problem, self.moving)
-        gradients = self.shards.parts(self.moving, gradients) if self.shards else gradients
+        gradients, spread = spread_gradient(self.problem, self.moving)
+        gradients = self.shards.parts(self.moving, gradients) if self.shards else self.put(gradients)
         loss, looked_up = lookups(self.problem)
         if not isfinite(loss):
             raise UnsupportedError("the mean loss is not finite on this data", hint="check the data and the weights")
         self.in_time()
         hvp = Counting(self.build(self.problem), self)
+        resources.give_back(self.device)  # what gradients took is not to lie beside products
         found = self.full(hvp, loss, looked_up)
+        found.ratios = ratios(self.preconditioner, self.moving, gradients, spread)
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
         try:
@@ -252,8 +256,8 @@ class Measurement:
         # The most negative eigenvalue is of interest in the full model: only here it is waited for.
         solver = replace(self.solver, bottom_tolerance=0.1)
         operator = self.folded(hvp)
-        full = Solved(self.names, solver.extremes(operator))
-        found = Measured(loss, full, _folds(operator))
+        full = Solved(self.names, solver.extremes(operator)).aside(self.put)
+        found = Measured(loss, full, folds_of(operator))
         if full.extremes and full.extremes.status == "non-finite":
             self.notes |= self._overflown(operator)
         rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
@@ -268,9 +272,11 @@ class Measurement:
         # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
         if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
             return found
-        outer = [(n, outside(self.problem.parameters[n], rows.get(n))) for n in self.names]
+        outer = ((n, outside(self.problem.parameters[n], rows.get(n))) for n in self.names)
         mask = torch.cat([own if self.shards is None else self.shards.part(n, own) for n, own in outer])
         mass = float(vector[~mask].cpu().double().square().sum())
+        (mask,) = self.put([mask])
+        let_go(vector)
         # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
         if (sum(self.ranks.each(mass)) if self.shards else self.ranks.first([mass])[0]) < RARE_MASS:
             return found
@@ -280,7 +286,7 @@ class Measurement:
         operator = self.folded(hvp)
         found.body = Solved(self.names, self.solver.extremes(operator, support=mask))
         found.rare = {n: int(m.sum()) for n, m in rows.items()}
-        found.folds = _folds(operator)
+        found.folds = folds_of(operator)
         return found
 
     def _overflown(self, operator: Folded) -> dict[str, str]:
@@ -345,9 +351,3 @@ class Measurement:
         """Parameters outside the layers and in the first `depth` of them, in the model's order."""
         inside = {n for names in self.layer_names[:depth] for n in names} | set(self.outer)
         return [n for n in self.names if n in inside]
-
-
-def _folds(operator: Folded) -> Folds | None:
-    if len(operator.folds) < 2:
-        return None
-    return Folds([weight for weight, _ in operator.folds], operator.projected())

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import nn
 
+from curvcli.checkpoints.clipping import Clipping
 from curvcli.documents import Finding
 from curvcli.errors import InputError
 from curvcli.files.tensors import TensorInfo
@@ -72,6 +73,7 @@ class Checkpoint:
         log: the run's own log up to this checkpoint, in step order, where it has one.
         tokenizer: directory of its tokenizer, where there is one.
         notes: what a reader of the numbers should know about how the trainer made them.
+        clipping: what the run's record says of it.
         findings: what is wrong with the files, as far as headers tell.
         sources: further files and directories that the model is made of, outside the checkpoint.
         divisible: the weights as processes that share the model read them; None where the format is read as a whole.
@@ -90,6 +92,7 @@ class Checkpoint:
     log: tuple[Logged, ...] = ()
     tokenizer: Path | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    clipping: Clipping = field(default_factory=Clipping)
     findings: tuple[Finding, ...] = ()
     sources: tuple[Path, ...] = ()
     divisible: Callable[[], Divisible] | None = None

@@ -90,6 +90,14 @@ WeightDecay = Annotated[
 Momentum = Annotated[
     float | None, typer.Option(metavar="X", min=0, help="Momentum instead of the checkpoint's, as --betas (SGD, RMSprop).")
 ]
+Clip = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", min=0, max=1,
+        help="What clipping leaves of a gradient: max_grad_norm over its usual norm; 1 if nothing is clipped. By default "
+        "what the run's record says.",
+    ),
+]  # fmt: skip
 Network = Annotated[
     str | None,
     typer.Option(
@@ -160,6 +168,7 @@ def _measuring(
     eps: Eps = None,
     weight_decay: WeightDecay = None,
     momentum: Momentum = None,
+    clip: Clip = None,
     model: Network = None,
     loss: LossOption = "auto",
     device: Device = "auto",

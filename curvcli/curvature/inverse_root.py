@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature.ranks import ALONE, Ranks
+from curvcli.curvature.scratch import Put, let_go
 from curvcli.curvature.shards import Sharded, Shards
 from curvcli.curvature.space import OneDevice, space_of
 
@@ -125,8 +126,12 @@ class Diagonal:
     @property
     def _root(self) -> Tensor:
         root = self.entries.rsqrt()
-        # Selected, not multiplied by 0: P may be 0 where there never was a gradient, and infinity times 0 is NaN.
-        return root if self.never is None else torch.where(self.never, torch.zeros_like(root), root)
+        let_go(self.entries)
+        if self.never is not None:
+            # Filled in, not multiplied by 0: P may be 0 where there never was a gradient, and infinity times 0 is NaN.
+            root.masked_fill_(self.never, 0.0)
+            let_go(self.never)
+        return root
 
     def apply(self, tensor: Tensor) -> Tensor:
         """Entries over the square root of P; 0 where there never was a gradient."""
@@ -253,6 +258,15 @@ class ModelRoot(Mapping[str, InverseRoot]):
                 for n, size in zip(self.names, self.sizes, strict=True)
             ]
         )
+
+    def aside(self, put: Put) -> ModelRoot:
+        """With what `put` gives in the place of diagonals."""
+        found = {n: root for n, root in self._roots.items() if isinstance(root, Diagonal)}
+        masks = {n: root.never for n, root in found.items() if root.never is not None}
+        never = dict(zip(masks, put(list(masks.values())), strict=True))
+        entries = dict(zip(found, put([root.entries for root in found.values()]), strict=True))
+        moved = {n: Diagonal(diagonal, never.get(n)) for n, diagonal in entries.items()}
+        return ModelRoot({**self._roots, **moved}, self._empty(), self.shards)
 
     def _empty(self) -> dict[str, Tensor]:
         """A tensor in every parameter's shape that takes the room of one entry."""

@@ -77,6 +77,7 @@ class Lanczos:
         size = operator.space.size if support is None else operator.space.count(support)
         start, random_part = self._start(operator, warm, share, support)
         walk = _Walk(operator, start, support, size, self.store)
+        del start  # the walk has it, and lets go of it
         # e of the module's docstring, for a start of which only a part may be random.
         evidence = self.doubt * sqrt(pi / (2 * size)) * random_part
         most, enough = min(self.basis, self.max_products), -log(evidence)
@@ -108,8 +109,8 @@ class Lanczos:
         """The first vector, of norm 1, and the norm of its random part."""
         space = operator.space
         start = space.random(torch.Generator().manual_seed(self.seed))
-        start = start if support is None else start * support
-        start = start / space.norm(start)
+        start = start if support is None else start.mul_(support)
+        start.div_(space.norm(start))
         if warm is None or not 0 < (norm := space.norm(warm)) < inf:
             return start, 1.0
         mixed = sqrt(1 - share**2) / norm * warm + share * start
@@ -146,7 +147,9 @@ class _Walk:
         k = self.products
         left = self.operator.matvec(self._row(k))
         let_go(self._row(k))
-        left = left if self.support is None else left * self.support
+        if self.support is not None:
+            left.mul_(self.support)
+            let_go(self.support)
         if not self.space.finite(left):
             return False
         # Of a symmetric G what is left of an image by the last two vectors is orthogonal to all: of those before them it
@@ -155,8 +158,9 @@ class _Walk:
         last = range(max(k - 1, 0), k + 1)
         local = dict(zip(last, numbers([self.space.inner(self._here(i)[None], left)[0] for i in last]), strict=True))
         for i, part in local.items():
-            left = torch.sub(left, self._here(i), alpha=part)
-        left, found = self._without(left, k + 1)
+            left.sub_(self._here(i), alpha=part)  # in place: one vector less at a time
+            let_go(self._row(i))
+        found = self._without(left, k + 1)
         rest = self.space.norm(left)
         if k:  # inner products that a symmetric G would not have, or not so
             self.skew = max(self.skew, abs(local[k - 1] - self.beside[-1]), float(found[:k].abs().max()))
@@ -187,7 +191,7 @@ class _Walk:
         found, done = self.space.empty(1)[0].zero_(), 0
         for block in self.blocks:  # added up as they come: all of them would be as many vectors more as there are blocks
             used = min(len(block), self.products - done)
-            found += self.space.combine(self.vectors[done : done + used, index], self.space.here(block[:used]))
+            self._add_to(found, self.vectors[done : done + used, index], self.space.here(block[:used]))
             let_go(block)
             done += used
         return found
@@ -239,11 +243,12 @@ class _Walk:
         block, row = divmod(self.products, self.rows)
         if block == len(self.blocks):
             self.blocks.append(self._room(min(self.rows, self.space.size)))
-        if self.store is None:
-            torch.div(vector, norm, out=self.blocks[block][row])
+        place = self.blocks[block][row]
+        if place.device == vector.device:
+            torch.div(vector, norm, out=place)
         else:
-            self.blocks[block][row].copy_(vector / norm)
-        let_go(self.blocks[block])
+            place.copy_(vector / norm)
+        let_go(place)
 
     def _room(self, rows: int) -> Tensor:
         return self.space.empty(rows) if self.store is None else self.store.empty(rows, self.held, dtype=self.dtype)
@@ -256,13 +261,19 @@ class _Walk:
         """A vector where the operator's are."""
         return self.space.here(self._row(index))
 
-    def _without(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """What is left of a vector by the first `count` of the basis, and its products with them, in float64 on the CPU."""
+    def _add_to(self, vector: Tensor, coefficients: Tensor, rows: Tensor) -> None:
+        if len(rows) == 1:  # as of a basis elsewhere: no vector for the product of the two
+            vector.add_(rows[0], alpha=float(coefficients[0]))
+        else:
+            vector.add_(self.space.combine(coefficients, rows))
+
+    def _without(self, vector: Tensor, count: int) -> Tensor:
+        """Takes the first `count` of the basis from a vector, in place; its products with them, in float64 on the CPU."""
         found = []
         # Block by block, so that each is read once: of a basis that lies elsewhere this is what takes the time.
         for i, block in enumerate(self.blocks):
             rows = self.space.here(block[: count - i * self.rows])
             found.append(self.space.inner(rows, vector))
-            vector = vector - self.space.combine(found[-1], rows)
+            self._add_to(vector, -found[-1], rows)
             let_go(block)
-        return vector, torch.cat(found).cpu().double()
+        return torch.cat(found).cpu().double()

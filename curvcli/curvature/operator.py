@@ -15,7 +15,7 @@ from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import ModelRoot
 from curvcli.curvature.precision import inner, numbers
 from curvcli.curvature.ranks import ALONE, Ranks
-from curvcli.curvature.scratch import let_go
+from curvcli.curvature.scratch import Put, let_go
 from curvcli.curvature.space import OneDevice, Space
 from curvcli.curvature.threads import in_order
 
@@ -31,7 +31,7 @@ class Operator(Protocol):
         ...
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Image of a vector of the space."""
+        """Image of a vector of the space, which is the caller's to change."""
         ...
 
 
@@ -65,9 +65,11 @@ class PreconditionedHessian:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """G v for a flat v of shape (n,): one Hessian-vector product between two applications of P^(-1/2)."""
+        large = vector.nbytes >= LARGE
         tangents = self.root.apply(self.root.split(self.space.here(vector)))
+        let_go(vector)  # one that lies on disk, of which the product has no need
         images = list(self.hvp.product(self.root.names, tangents))
-        if vector.nbytes >= LARGE:
+        if large:
             resources.give_back(vector.device)
         # Allocated only now: during the product, at the peak of memory, it would be one more vector.
         flat = self.space.empty(1)[0]
@@ -77,6 +79,8 @@ class PreconditionedHessian:
         for piece, root, weight in pieces:  # each image goes as it is written down: three vectors at a time, not five
             image, tangent = images.pop().detach(), tangents.pop()
             piece.copy_(root.apply(image + weight * tangent if weight else image))
+        if large:  # large tensors had taken the place of what the product left free
+            resources.give_back(vector.device)
         return flat
 
 
@@ -91,6 +95,7 @@ class Folded:
             together, what this one's batches add to it, or all of it on the entries that are held here.
         ranks: these processes, which sum a product once and not once a fold.
         held: where entries are divided over them: within it products are along one vector alone.
+        put: what keeps a sum elsewhere while a product is made.
         done: called with a fold's weight after each of its products.
         threads: whether folds may be applied at the same time (`threads.in_order`).
     """
@@ -101,10 +106,11 @@ class Folded:
         ranks: Ranks = ALONE,
         held: Callable[[], AbstractContextManager[None]] | None = None,
         *,
+        put: Put = list,
         done: Callable[[float], object] = lambda weight: None,
         threads: bool = False,
     ) -> None:
-        self.done, self.threads = done, threads
+        self.put, self.done, self.threads = put, done, threads
         self.folds, self.space, self.ranks = folds, folds[0][1].space, ranks
         self.sharded, self.held = held is not None, held or nullcontext
         self.vectors: list[Tensor] = []  # each (n,), as they were given
@@ -120,7 +126,7 @@ class Folded:
         # A basis that lies elsewhere is read once for two folds' images, which are one vector more than for one.
         at_once = 2 if vector.device != self.space.empty(0).device else 1
         vector = self.space.here(vector)
-        total = torch.zeros_like(vector)
+        (total,) = self.put([torch.zeros_like(vector)])
 
         def add(first: int, images: Sequence[Tensor]) -> None:
             # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.
@@ -130,6 +136,7 @@ class Folded:
                 self.columns[first + place].append(numbers([found[place] for found in inside]))
                 total.add_(image, alpha=weight)
                 self.done(weight)
+            let_go(total)
 
         products = [partial(operator.matvec, vector) for _, operator in self.folds]
         with self.held():

@@ -306,14 +306,21 @@ def _kinds(lifted: Lifted) -> str:
     return " and ".join([*lifted.dtypes, *["shards"][: lifted.whole]]) or "inference mode"
 
 
-def gradient(problem: Problem, names: Sequence[str]) -> list[Tensor]:
-    """Gradient of the mean loss for the named parameters, in their shapes (zeros where unused)."""
+def gradient(
+    problem: Problem, names: Sequence[str], see: Callable[[int, Sequence[Tensor]], None] = lambda index, parts: None
+) -> list[Tensor]:
+    """Gradient of the mean loss for the named parameters, in their shapes (zeros where unused).
+
+    Args:
+        see: called with each batch that this process has, and its gradient for the parameters that it uses.
+    """
     parameters = problem.parameters
     chosen = [parameters[n] for n in names]
     total = [torch.zeros_like(p) for p in chosen]
     with problem.gathered():
         for i in problem.own:
             parts = torch.autograd.grad(problem.batch_loss(i), chosen, allow_unused=True)
+            see(i, [part for part in parts if part is not None])
             for accumulated, part in zip(total, parts, strict=True):
                 if part is not None:
                     accumulated.add_(part, alpha=problem.weights[i])

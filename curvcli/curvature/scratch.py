@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +25,8 @@ from curvcli.curvature import resources
 from curvcli.errors import InputError
 
 SHARE = 0.5  # of what is free there, at most
+
+Put = Callable[[Sequence[Tensor]], list[Tensor]]  # `Scratch.put`, or `list` where they stay where they are
 
 _maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor over each
 
@@ -91,6 +94,18 @@ class Scratch:
         _maps[found.data_ptr()] = mapped
         return found
 
+    def put(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of tensors of one precision in one file, none in memory until it is read. Raises InputError as `empty`."""
+        sizes = [tensor.numel() for tensor in tensors]
+        if not any(sizes):
+            return list(tensors)
+        flat = self.empty(sum(sizes), dtype=tensors[0].dtype)
+        found = []
+        for part, tensor in zip(flat.split(sizes), tensors, strict=True):
+            found.append(part.view(tensor.shape).copy_(tensor))
+            let_go(flat)
+        return found
+
     @property
     def free(self) -> int:
         """Half of what the disk has left."""
@@ -114,7 +129,7 @@ def scratch() -> Scratch:
 
 
 def let_go(tensor: Tensor) -> None:
-    """Its pages need not be in memory until it is used again. Of a tensor that is not on disk nothing happens."""
-    mapped = _maps.get(tensor.data_ptr())
+    """What is in its file need not be in memory until it is used again. Of a tensor that is not on disk nothing happens."""
+    mapped = _maps.get(tensor.untyped_storage().data_ptr())
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # what was written stays in the file
         mapped.madvise(mmap.MADV_DONTNEED)

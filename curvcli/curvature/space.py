@@ -16,6 +16,8 @@ from torch import Tensor
 from curvcli.curvature.precision import inner, length
 from curvcli.curvature.ranks import Ranks, current
 
+DRAWN = 2**20  # random numbers at a time; a multiple of 16
+
 
 class Space(Protocol):
     """Real vectors of `size` entries, of which n are held here."""
@@ -84,8 +86,18 @@ class OneDevice:
             # A CPU draws 124 million in five seconds, in which a GPU makes ten products of GPT-2.
             own = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
             return torch.randn(self.size, generator=own, dtype=self.dtype, device=self.device)
-        # In float64 on the CPU, so that a seed means the same vector in every precision.
-        return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
+        return self._drawn(generator)
+
+    def _drawn(self, generator: torch.Generator) -> Tensor:
+        # In float64 on the CPU, so that a seed means the same vector in every precision. Part by part, which draws the same
+        # numbers and holds no vector of twice the size: but for torch's last 16, which are drawn together.
+        found = torch.empty(self.size, dtype=self.dtype)
+        done = 0
+        while done < self.size:
+            count = DRAWN if self.size - done >= DRAWN + 16 else self.size - done
+            found[done : done + count] = torch.randn(count, generator=generator, dtype=torch.float64)
+            done += count
+        return found.to(self.device)
 
     def inner(self, rows: Tensor, vector: Tensor) -> Tensor:
         """Products of the rows, of shape (k, size), with the vector, good to rounding at any length."""
@@ -133,7 +145,7 @@ class Replicated(OneDevice):
 
     def random(self, generator: torch.Generator) -> Tensor:
         """As the CPU draws it: from one seed GPUs of two kinds draw different numbers."""
-        return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.dtype).to(self.device)
+        return self._drawn(generator)
 
     def agree(self, *numbers: float) -> list[float]:
         """Rank 0's numbers."""

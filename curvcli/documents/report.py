@@ -162,6 +162,19 @@ class Optimizer(Document):
     step: int | None
     threshold: float | None = Field(description="value of lambda at which rho is 1")
     preconditioner: Literal["checkpoint", "estimated", "none"]
+    clip: float | None = Field(
+        default=None,
+        description="mean of min(1, limit / norm) over the newest logged gradient norms, what clipping leaves of a "
+        "gradient: the threshold is that of the optimizer over it; null where the run's record does not say",
+    )
+    gradient_ratio: float | None = Field(
+        default=None,
+        description="norm of the data's gradient, without what chance adds to the shard's, over that which the second "
+        "moment remembers; null where there is none, and in documents of older versions",
+    )
+    batch_ratio: float | None = Field(
+        default=None, description="the same of the gradient of one batch that the shard is measured in; null as that is"
+    )
 
 
 class Update(Document):

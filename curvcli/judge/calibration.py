@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from curvcli.documents import Document, Estimate, Generalisation, Optimizer, StableLr
 from curvcli.documents.base import LARGEST
+from curvcli.judge.clipping import too_high
 from curvcli.judge.limits import certified, highest
 
 Group = Literal["adaptive", "sgd"]
@@ -214,10 +215,15 @@ def too_early(step: int | None, moments_step: int | None, betas: tuple[float, fl
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What the calibration says of a measurement; None where nothing follows from it."""
+    """What the calibration says of a measurement; None where nothing follows from it.
+
+    Attributes:
+        odds_at_most: the chance of a bad end where rho may be too high; `odds` is None then.
+    """
 
     early: bool = False
     odds: float | None = None
+    odds_at_most: float | None = None
     stable_lr: StableLr | None = None
 
 
@@ -246,7 +252,10 @@ def calibrated(
     rho = bracket_of(judged, generalisation, optimizer.threshold)
     if rho is None or optimizer.preconditioner == "estimated" or not optimizer.lr or partial:
         return Calibrated()
+    chance = odds(rho.value, optimizer.name)
+    if too_high(optimizer) > 1:
+        return Calibrated(odds_at_most=chance)
     found = stable_lr(optimizer.lr, rho, optimizer.name)
     if found is not None:
         found = found.model_copy(update={"uncovered": uncovered(optimizer.name, parameters, rho.value)})
-    return Calibrated(odds=odds(rho.value, optimizer.name), stable_lr=found)
+    return Calibrated(odds=chance, stable_lr=found)

@@ -116,6 +116,13 @@ def unlike(first: Report, second: Report, *, what: str = "checkpoints") -> list[
             f"their ratio compares more than the {what}"
         )
         found.append(Finding(code="other-rows", severity="warning", message=message))
+    shares = [first.optimizer.clip, second.optimizer.clip]
+    if shares.count(None) == 1 and min(share for share in shares if share is not None) < 1:
+        # Of one it is known what clipping left, and its rho is that much less; ratios of lambda are none the worse.
+        message = f"rho of the {'second' if shares[0] is None else 'first'} alone counts with clipping: "
+        found.append(
+            Finding(code="other-clipping", severity="warning", message=f"{message}rho's ratios compare more than the {what}")
+        )
     return found
 
 

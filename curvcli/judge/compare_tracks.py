@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 from curvcli.documents import Finding, Report, StepSide, Track, TrackComparison, TrackPoint, TrackSide, TrackStep, Versions
+from curvcli.judge.clipping import lowest
 from curvcli.judge.compare import shard_of, unlike
-from curvcli.judge.limits import certified
-from curvcli.judge.readings import on_shard
+from curvcli.judge.limits import certified, on_shard
 from curvcli.judge.run import judge_track
 
 Which: TypeAlias = Literal["first", "second"] | None
@@ -93,7 +93,8 @@ def _step_side(point: TrackPoint, report: Report, *, on_data: bool) -> StepSide:
     if sure and on_data:
         ends = (held.rho_low, held.rho_high) if held.held_out is not None else (None, None)
     elif sure:
-        ends = on_shard(judged.rho, judged, report.optimizer.threshold)
+        low, high = on_shard(judged.rho, judged, report.optimizer.threshold)
+        ends = None if low is None else lowest(low, report.optimizer), high
     return StepSide(
         checkpoint=point.checkpoint,
         verdict=report.verdict,

@@ -15,6 +15,7 @@ from curvcli.documents import (
     Update,
 )
 from curvcli.judge.calibration import settled_after
+from curvcli.judge.clipping import clipping_findings, counted, unknown
 from curvcli.judge.course import course_findings
 from curvcli.judge.limits import STABLE_BELOW, certified, classify
 from curvcli.judge.steepest import headline, steepest_findings
@@ -60,7 +61,6 @@ def explain(
     return [*first, *sorted(found, key=lambda f: order[f.severity])]
 
 
-_WARN = ("gradient-over-moments",)  # notes that put rho itself in doubt
 _WHY = {
     "asymmetric": ", products fail u.Gv = v.Gu: a kernel is differentiable once only, or weights have blown up and float32 "
     "resolves nothing; look at the loss",
@@ -70,7 +70,6 @@ _WHY = {
 
 def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     verdict, full, optimizer = report.verdict, report.judged, report.optimizer
-    generalisation, data = report.generalisation, report.data
     # The first reason that applies, from what makes rho meaningless to what more data would settle.
     if optimizer.threshold is None:
         why = "no optimizer was taken" if optimizer.name == "none" else "no learning rate is known"
@@ -91,43 +90,7 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     if verdict == "hot":
         return _hot(report)
     if verdict == "unresolved":
-        if full.status != "converged":
-            # Where time ran out, allowing more products would not help.
-            late = any(part.status == "skipped" for part in report.parts)
-            return Finding(
-                code="unresolved-residual",
-                severity="warning",
-                message=f"rho {full.rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); "
-                f"raise {'--budget' if late else '--max-hvps'}",
-            )
-        if doubts:
-            return Finding(
-                code="unresolved-optimizer",
-                severity="warning",
-                message=f"rho {full.rho:.3g} is that of {optimizer.name}, and the optimizer has {', '.join(doubts[:4])}, "
-                f"which may change its update: no verdict; pass --optimizer {optimizer.name.lower()} if it does not",
-            )
-        if optimizer.preconditioner == "estimated":
-            return Finding(
-                code="unresolved-estimate",
-                severity="warning",
-                message=f"rho {full.rho:.3g} rests on an estimated second moment, whose scale follows the size of the "
-                "batches it is estimated on: no verdict; analyze a checkpoint with its optimizer state",
-            )
-        if generalisation.rho_low is None:
-            return Finding(
-                code="unresolved-tokens",
-                severity="warning",
-                message=f"of {data.tokens:,} tokens nothing could be held out to check rho {full.rho:.3g} against; "
-                f"run again with more, e.g. --tokens {4 * data.tokens}",
-            )
-        low, high = generalisation.rho_low, generalisation.rho_high or 0.0
-        return Finding(
-            code="unresolved-tokens",
-            severity="warning",
-            message=f"on {data.tokens:,} tokens rho is {full.rho:.3g}, and that of the data behind them lies between "
-            f"{low:.3g} and {high:.3g}, which spans a verdict's limit; run again with more, e.g. --tokens {4 * data.tokens}",
-        )
+        return _unresolved(report, doubts)
     words = {
         "stable": "below the edge of stability: curvature does not limit this learning rate",
         "edge": _edge(full.rho, report.odds),
@@ -136,6 +99,50 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     }
     severity: Severity = "info" if verdict == "stable" else "warning" if verdict == "edge" else "error"
     return Finding(code=verdict, severity=severity, message=f"rho {full.rho:.3g}, {words[verdict]}")
+
+
+def _unresolved(report: Report, doubts: Sequence[str]) -> Finding:
+    full, optimizer, generalisation, data = report.judged, report.optimizer, report.generalisation, report.data
+    rho = full.rho or 0.0
+    if full.status != "converged":
+        # Where time ran out, allowing more products would not help.
+        late = any(part.status == "skipped" for part in report.parts)
+        return Finding(
+            code="unresolved-residual",
+            severity="warning",
+            message=f"rho {rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); "
+            f"raise {'--budget' if late else '--max-hvps'}",
+        )
+    if doubts:
+        return Finding(
+            code="unresolved-optimizer",
+            severity="warning",
+            message=f"rho {rho:.3g} is that of {optimizer.name}, and the optimizer has {', '.join(doubts[:4])}, "
+            f"which may change its update: no verdict; pass --optimizer {optimizer.name.lower()} if it does not",
+        )
+    if optimizer.preconditioner == "estimated":
+        return Finding(
+            code="unresolved-estimate",
+            severity="warning",
+            message=f"rho {rho:.3g} rests on an estimated second moment, whose scale follows the size of the "
+            "batches it is estimated on: no verdict; analyze a checkpoint with its optimizer state",
+        )
+    if (clipped := unknown(optimizer, rho)) and generalisation.rho_high is not None:
+        return clipped
+    if generalisation.rho_low is None:
+        return Finding(
+            code="unresolved-tokens",
+            severity="warning",
+            message=f"of {data.tokens:,} tokens nothing could be held out to check rho {rho:.3g} against; "
+            f"run again with more, e.g. --tokens {4 * data.tokens}",
+        )
+    low, high = generalisation.rho_low, generalisation.rho_high or 0.0
+    return Finding(
+        code="unresolved-tokens",
+        severity="warning",
+        message=f"on {data.tokens:,} tokens rho is {rho:.3g}, and that of the data behind them lies between "
+        f"{low:.3g} and {high:.3g}, which spans a verdict's limit; run again with more, e.g. --tokens {4 * data.tokens}",
+    )
 
 
 def _early(report: Report) -> Finding:
@@ -176,9 +183,10 @@ def _hot(report: Report) -> Finding:
 
 def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[str, str], projects: bool) -> list[Finding]:
     found = [
-        Finding(code=code, severity="warning" if code in _WARN else "info", message=message)
+        Finding(code=code, severity="info", message=message + (counted(optimizer) if code == "clipped-moments" else ""))
         for code, message in notes.items()
     ]
+    found += clipping_findings(optimizer)
     if optimizer.preconditioner == "estimated":
         found.append(
             Finding(

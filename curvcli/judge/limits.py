@@ -52,6 +52,13 @@ def highest(found: Estimate) -> float | None:
     return end if found.ceiling is None else max(end, found.ceiling)
 
 
+def on_shard(value: float | None, estimate: Estimate, unit: float | None) -> tuple[float | None, float | None]:
+    """From a Ritz value, which is a lower bound, to what no eigenvalue lies above; in units of so many eigenvalues."""
+    if value is None or (most := highest(estimate)) is None or not unit or unit <= 0:
+        return None, None
+    return value, most / unit
+
+
 def certified(found: Solved) -> bool:
     """Whether its value may be relied on: it has converged, and says how far off it may be."""
     return found.status == "converged" and found.eigenvalue is not None and found.residual is not None

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from curvcli.documents import Estimate, Report, RunVerdict, Track, TrackPoint, VerdictName
 from curvcli.documents.columns import Column, Measurement, Part, is_of_parts
 from curvcli.documents.columns import parts as parts_of
+from curvcli.judge.clipping import alike, lowest, narrow
 from curvcli.judge.compare import shard_of
-from curvcli.judge.limits import certified, highest
+from curvcli.judge.limits import certified, on_shard
 from curvcli.judge.run import judge_run, judge_track
 from curvcli.judge.steepest import alone, words
 
@@ -85,7 +86,9 @@ class ReportReadings:
             return Reading("rho", full.rho, reason="the second moment is estimated, and rho's scale with it")
         if held.rho_low is None or held.rho_high is None:
             return Reading("rho", full.rho, reason="nothing could be held out to check it against; measure more tokens")
-        return Reading("rho", full.rho, held.rho_low, held.rho_high, narrow="measure more tokens")
+        return Reading(
+            "rho", full.rho, held.rho_low, held.rho_high, narrow=narrow(self.report.optimizer, "measure more tokens")
+        )
 
     def layers(self) -> Sequence[Reading]:
         """rho of each part alone: embedding and head, and each layer; at least one reading."""
@@ -107,7 +110,9 @@ class ReportReadings:
             return Reading(what, estimate.rho, reason=reason, part=name, note=note)
         threshold = self.report.optimizer.threshold
         low, high = on_shard(estimate.rho, estimate, threshold)
-        return Reading(what, estimate.rho, low, high, narrow="lower --tolerance of curv analyze", part=name, note=note)
+        low = None if low is None else lowest(low, self.report.optimizer)
+        how = narrow(self.report.optimizer, "lower --tolerance of curv analyze")
+        return Reading(what, estimate.rho, low, high, narrow=how, part=name, note=note)
 
     def _plain(self, column: Column[Any]) -> list[Reading]:
         """Of a number whose bracket is its column's, or which is exact."""
@@ -166,7 +171,8 @@ class ReportReadings:
             what,
             reason="no curvature is positive, so none sets a learning rate"
             if flat
-            else "the report has none: either its preconditioner is not known in full, or an older version wrote it",
+            else "the report has none: its preconditioner is not known in full, nor how hard gradients were clipped, or an "
+            "older version wrote it",
         )
 
     def surge(self) -> Reading:
@@ -175,7 +181,10 @@ class ReportReadings:
             return Reading("surge of rho", reason=reason)
         if self.history:
             return self._over_history("surge of rho")
-        return self._ratio("surge of rho", lambda r: r.judged.rho, lambda r: r.optimizer.threshold, lambda x: x)
+        times = alike(self.report, self.baseline)
+        return self._ratio(
+            "surge of rho", lambda r: (r.judged.rho or 0.0) * times(r), lambda r: (r.optimizer.threshold or 0.0) / times(r)
+        )
 
     def _over_history(self, what: str) -> Reading:
         """rho over the median of what it was; the corners of both brackets."""
@@ -189,9 +198,10 @@ class ReportReadings:
                 return Reading(what, reason=f"the baseline does not compare: {reason}")
             if shard_of(old) != shard_of(report):
                 return Reading(what, reason="the shards differ; measure the whole run on one")
-        brackets = [on_shard(r.judged.rho, r.judged, r.optimizer.threshold) for r in (report, *self.history)]
-        known = [(low, high) for low, high in brackets if low is not None and high is not None]
-        if len(known) < len(brackets) or report.judged.rho is None:
+        every, times = (report, *self.history), alike(report, *self.history)
+        brackets = [(times(r), *on_shard(r.judged.rho, r.judged, r.optimizer.threshold)) for r in every]
+        known = [(low * by, high * by) for by, low, high in brackets if low is not None and high is not None]
+        if len(known) < len(brackets):
             return Reading(what, reason="a value is missing")
         (low, high), before = known[0], known[1:]
         # A median is monotone in each of its numbers, so the medians of both ends bracket the median of the true values.
@@ -200,7 +210,7 @@ class ReportReadings:
             return Reading(what, reason=f"the median before may be 0 or below ({old_low:.4g}): nothing can be divided by it")
         corners = [a / b for a in (low, high) for b in (old_low, old_high)]
         narrow = "lower --tolerance of curv track"
-        return Reading(what, report.judged.rho / old_low, min(corners), max(corners), narrow=narrow)
+        return Reading(what, low / old_low, min(corners), max(corners), narrow=narrow)
 
     def regression(self) -> Reading:
         """Percent that lambda has risen over the baseline's."""
@@ -213,7 +223,7 @@ class ReportReadings:
         what: str,
         number: Callable[[Report], float | None],
         unit: Callable[[Report], float | None],
-        scale: Callable[[float], float],
+        scale: Callable[[float], float] = lambda x: x,
     ) -> Reading:
         """A number of the report over the baseline's, with `unit` eigenvalues to it."""
         if self.baseline is None:
@@ -385,10 +395,3 @@ def _early(report: Report) -> str:
         return ""
     said = next((finding.message for finding in report.findings if finding.code == "early"), "rho says nothing yet")
     return f"too early: {said}"
-
-
-def on_shard(value: float | None, estimate: Estimate, unit: float | None) -> tuple[float | None, float | None]:
-    """From a Ritz value, which is a lower bound, to what no eigenvalue lies above; in units of so many eigenvalues."""
-    if value is None or (most := highest(estimate)) is None or not unit or unit <= 0:
-        return None, None
-    return value, most / unit

@@ -10,6 +10,7 @@ from typing import Literal
 
 from curvcli.documents import ActionName, Finding, LossCourse, Report, RunName, RunVerdict, Track, TrackPoint, TrainingStep
 from curvcli.judge.calibration import calibration
+from curvcli.judge.clipping import alike, too_high
 from curvcli.judge.course import Logged, loss_course
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
 from curvcli.judge.steepest import alone, words
@@ -156,7 +157,9 @@ def _name(newest: Report, known: Sequence[Report], course: LossCourse | None) ->
         z = "no Z" if newest.steepest.z is None else f"Z is {newest.steepest.z:.3g}"
         return "unresolved", None, [f"{z}, {words(newest.steepest)}: no verdict{_loss_says(course)}"]
     if newest.verdict == "unresolved":
-        return "unresolved", None, [f"the newest checkpoint's verdict is unresolved{_loss_says(course)}"]
+        times = too_high(newest.optimizer)
+        why = f": clipping may make its rho up to {times:.2g} times too high" if times > 1 else ""
+        return "unresolved", None, [f"the newest checkpoint's verdict is unresolved{why}{_loss_says(course)}"]
     return "healthy", None, [f"rho is {_rho(newest):.3g} at the newest checkpoint{_loss_says(course)}"]
 
 
@@ -178,7 +181,7 @@ def _late(known: Sequence[Report]) -> list[Report]:
 
 def _past(report: Report) -> bool:
     """Whether a checkpoint lies past the edge: by its verdict, or so far that few tokens would not make it look so."""
-    far = certified(report.judged) and report.judged.rho is not None and report.judged.rho > FAR
+    far = certified(report.judged) and report.judged.rho is not None and report.judged.rho > FAR * too_high(report.optimizer)
     return report.verdict in _PAST or (report.verdict == "unresolved" and far)
 
 
@@ -216,10 +219,12 @@ def _rho(report: Report) -> float:
 
 def _trend(known: Sequence[Report]) -> Literal["rising", "falling", "flat"] | None:
     """The newest rho against the median of those before it."""
-    before = [_rho(report) for report in known[-TREND_WINDOW - 1 : -1]]
+    window = known[-TREND_WINDOW - 1 :]
+    times = alike(*window)
+    *before, newest = [_rho(report) * times(report) for report in window] or [0.0]
     if len(before) < 2 or median(before) <= 0:
         return None
-    ratio = _rho(known[-1]) / median(before)
+    ratio = newest / median(before)
     return "rising" if ratio > RISING else "falling" if ratio < FALLING else "flat"
 
 

@@ -13,6 +13,7 @@ def judge(
     *,
     early: bool = False,
     odds: float | None = None,
+    odds_at_most: float | None = None,
     partial: bool = False,
 ) -> VerdictName:
     """Verdict on the full model, or on its body where rare rows are left out; unresolved where more data could change it.
@@ -20,6 +21,8 @@ def judge(
     Args:
         early: the optimizer is young, and no rho says anything yet.
         odds: chance of a bad end at this rho; None where it is not known.
+        odds_at_most: the same where rho may be too high, and the lower end counts with that: what it would keep from being
+            called stable is unresolved.
         partial: rho is that of some parameters, and the others, whose step is steepest in a norm, have none: that some are
             stable says nothing of all, and that they are not does.
     """
@@ -27,7 +30,10 @@ def judge(
         return "early"
     if not certified(judged) or generalisation.rho_low is None or generalisation.rho_high is None:
         return "unresolved"
-    return _of_all(verdict_at(generalisation.rho_low, generalisation.rho_high, odds), partial=partial)
+    found = verdict_at(generalisation.rho_low, generalisation.rho_high, odds)
+    if found == "stable" and odds_at_most is not None and odds_at_most >= calibration().stable_below:
+        return "unresolved"
+    return _of_all(found, partial=partial)
 
 
 def _of_all(found: VerdictName, *, partial: bool) -> VerdictName:

@@ -94,6 +94,7 @@ class OptimizerView:
         vouched: the class is certain: torch's own in memory, or named by the user. Options that are not known cannot
             change its update then.
         findings: what was done to the options on the way here.
+        clip: what clipping left of a gradient of late, a share of its norm; None where it is not known.
     """
 
     groups: tuple[Group, ...]
@@ -101,6 +102,7 @@ class OptimizerView:
     name: str | None = None
     vouched: bool = False
     findings: tuple[Finding, ...] = ()
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         options = {n: g.options for g in self.groups for n in g.names}

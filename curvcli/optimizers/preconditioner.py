@@ -12,6 +12,7 @@ from torch import Tensor
 from curvcli.curvature.balls import Ball
 from curvcli.curvature.gathering import sliced, sliced_ball
 from curvcli.curvature.inverse_root import InverseRoot, ModelRoot, Multiple
+from curvcli.curvature.scratch import Put
 from curvcli.curvature.shards import Shards
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError, UsageError
@@ -35,6 +36,9 @@ class Preconditioner:
     the mix of groups: that eigenvalue is rho. `root` is that of T_p P_p / T with T, `threshold`,
     that of the largest group, so that operator eigenvalues are lambda and rho = lambda / threshold.
 
+    Where clipping leaves a share s of each gradient, a move d of the weights changes what the optimizer is given by s H d,
+    but for the part along the gradient, which is less: the threshold is 1/s times as high, and rho s times as large.
+
     Parameters whose normalised step is steepest in a norm (Muon's matrices, all of Lion's) have a ball of it instead, and no
     part in P, lambda and rho: those are of the other parameters, with these held still.
 
@@ -54,6 +58,7 @@ class Preconditioner:
         doubts: options and state that no rule knows and that may change the update: no verdict can rest on it.
         findings: what the report has to say of the groups.
         relative: T_p / T by name, that the rule's own P_p is in `root` times; empty where that is 1 throughout.
+        clip: s, which `threshold` counts with; None where it is not known, and counts for nothing.
     """
 
     kind: Kind
@@ -73,11 +78,19 @@ class Preconditioner:
     balls: Mapping[str, Ball] = field(default_factory=dict)
     ball_lr: float | None = None
     relative: Mapping[str, float] = field(default_factory=dict)
+    clip: float | None = None
 
     @property
     def moving(self) -> frozenset[str]:
         """The parameters that move, in P's metric or in a norm."""
         return frozenset(self.root) | frozenset(self.balls)
+
+    def aside(self, put: Put) -> Preconditioner:
+        """With what `put` gives in the place of the direction, which is needed once, and of P where that is diagonal."""
+        step = self.direction
+        if step is not None:
+            step = dict(zip(step, put(list(step.values())), strict=True))
+        return replace(self, root=self.root.aside(put), direction=step)
 
     def without(self, names: Collection[str]) -> Preconditioner:
         """With these parameters held still. Raises ValueError where none is left."""
@@ -106,7 +119,7 @@ def prepare(
     Raises:
         InputError: a state tensor does not fit its parameter, or is not finite or negative.
         UnsupportedError: the optimizer has no rule, no threshold exists for it, or its options change its update.
-        UsageError: every learning rate is 0, or one is negative.
+        UsageError: every learning rate is 0, or one is negative, or clipping leaves no share between 0 and 1.
     """
     rule = rule_for(view)
     doubts = scrutinise(view, rule)
@@ -160,13 +173,14 @@ def prepare(
             "the second moment of every weight is 0",
             hint="the optimizer state is damaged or was saved before its first step: use another checkpoint",
         )
+    clip, said = _clip(view, kind, decay)
     return Preconditioner(
         kind=kind if preconditions else "none",
         name=rule.name(view),
         root=ModelRoot(roots, parameters, shards),
         decay=decay,
         direction=direction if direction and len(direction) == len(roots) + len(balls) else None,
-        threshold=reference,
+        threshold=reference / clip if reference is not None and clip else reference,
         lr=lr,
         options=lead.options,
         step=view.step if kind == "checkpoint" else None,
@@ -174,10 +188,11 @@ def prepare(
         left_out=tuple(n for n in parameters if n not in roots and n not in balls and n not in frozen),
         ascends=ascends,
         doubts=doubts,
-        findings=(*view.findings, *of_groups(view, frozen, ascends), *of_moments(view), *rule.findings(view)),
+        findings=(*view.findings, *of_groups(view, frozen, ascends), *of_moments(view), *rule.findings(view), *said),
         balls={name: sliced_ball(ball, name, shards) for name, ball in balls.items()},
         ball_lr=ball_lr,
         relative=relatives,
+        clip=clip,
     )
 
 
@@ -270,6 +285,24 @@ def _threshold(rule: Rule, view: OptimizerView, name: str, group: Group) -> floa
             f"at learning rate {own:g} the weight decay {wd:g} alone diverges", hint="check --lr and --weight-decay"
         )
     return edge
+
+
+def _clip(view: OptimizerView, kind: Kind, decay: Mapping[str, float]) -> tuple[float | None, list[Finding]]:
+    """The share of a gradient that the threshold counts with, and why not. Raises UsageError where it is no share."""
+    if view.clip is None:
+        return None, []
+    if not 0 < view.clip <= 1:
+        raise UsageError(
+            f"clipping leaves {view.clip:g} of a gradient", hint="a share is above 0, and 1 where nothing is clipped"
+        )
+    if kind != "checkpoint":  # an estimate is made of gradients that nobody clips
+        return None, []
+    if view.clip == 1 or not any(decay.values()):
+        return view.clip, []
+    message = (
+        "weight decay is added to what clipping leaves of a gradient: rho does not count with clipping, and is too high"
+    )
+    return None, [Finding(code="clipping-not-counted", severity="warning", message=message)]
 
 
 def _ascends(groups: Sequence[Group]) -> bool:

@@ -13,6 +13,8 @@ from curvcli.curvature.inverse_root import Diagonal
 from curvcli.curvature.precision import norm, numbers, wide
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Ranks
+from curvcli.curvature.scratch import let_go
+from curvcli.curvature.spread import Spread
 from curvcli.documents import Update
 from curvcli.optimizers.preconditioner import Preconditioner
 
@@ -40,6 +42,7 @@ def next_update(
     slopes = [((g + d * w) * u).sum() for g, d, w, u in zip(gradients, decays, weights, step, strict=True)]
     bends = [((h.detach() + d * u) * u).sum() for h, d, u in zip(image, decays, step, strict=True)]
     slope, bend = sum(holders.each(sum(numbers(slopes)))), sum(holders.each(sum(numbers(bends))))
+    let_go(step[0])
     if not isfinite(slope + bend):
         return Update(critical_lr=None, ratio=None, status="unavailable")
     if slope <= 0:
@@ -61,6 +64,7 @@ def update_rms(preconditioner: Preconditioner, names: Sequence[str]) -> float | 
     each = preconditioner.root.holders.each
     size = sum(each(sum(step[n].numel() for n in names)))
     found = hypot(*each(norm([step[n] for n in names]))) / size**0.5
+    let_go(step[names[0]])
     return found if found < float("inf") else None
 
 
@@ -89,8 +93,18 @@ def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients
         seen = torch.ones_like(part.entries) if part.never is None else (~part.never).to(part.entries)
         given.append(wide(gradient * seen).square().sum())
         known.append(wide(part.entries * seen).square().sum() / preconditioner.relative.get(name, 1.0) ** 2)
+        let_go(part.entries)
     corrected = 1 - float(betas[0]) ** step
     return over(sum(numbers(given)) ** 0.5 * corrected, sum(numbers(known)) ** 0.5)
+
+
+def ratios(
+    preconditioner: Preconditioner, names: Sequence[str], gradients: Sequence[Tensor], spread: Spread
+) -> tuple[float, float] | None:
+    """`over_moments` of the gradient that the batches are samples of, and of one batch's; None where that is None."""
+    found, whole = over_moments(preconditioner, names, gradients), norm(gradients)
+    # In proportion: what never had a gradient is left out of the first alone.
+    return None if found is None or not whole else (found * spread.mean(whole) / whole, found * spread.batch / whole)
 
 
 def gradient_quotient(hvp: HVP, names: Sequence[str], gradients: Sequence[Tensor], holders: Ranks = ALONE) -> float | None:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import curvcli
+from curvcli.analysis.checkpoint import Options, open_for_analysis
+from curvcli.checkpoints.clipping import Clipping
+from curvcli.documents import Report, Rule
+from curvcli.errors import UsageError
+from curvcli.judge.clipping import too_high
+from curvcli.judge.gate import judge
+from curvcli.judge.readings import ReportReadings
+from curvcli.judge.run import judge_run
+from curvcli.optimizers.base import OptimizerView
 from curvcli.optimizers.preconditioner import live, prepare
 from curvcli.optimizers.update import over_moments
 
@@ -34,12 +48,15 @@ def test_the_report_says_that_gradients_were_clipped_hard() -> None:
     report = curvcli.analyze(model, loss, batches, optimizer, depths=False)
     said = {finding.code: finding for finding in report.findings}["gradient-over-moments"]
     assert said.severity == "warning"
-    # Every gradient was of norm 0.05 to the optimizer: by closed form the factor is the norm over that.
-    model.zero_grad()
-    torch.stack([loss(model, batch) for batch in batches]).mean().backward()
-    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    # Every gradient was of norm 0.05 to the optimizer: by closed form the factor is the norm over that. The
+    # square of the norm behind two samples' is in expectation their inner product.
+    one, two = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss(model, b), list(model.parameters()))]) for b in batches
+    )
     factor = float(said.message.split()[4])  # "the gradient here is N times as long"
-    assert factor == pytest.approx(norm / 0.05, rel=0.08)
+    assert factor == pytest.approx(float(one @ two) ** 0.5 / 0.05, rel=0.08)
+    batch = ((one @ one + two @ two) / 2).sqrt().item()
+    assert report.optimizer.batch_ratio == pytest.approx(batch / 0.05, rel=0.08)
 
 
 @pytest.mark.parametrize(("clip", "optimizer"), [(1e9, "AdamW"), (0.05, "SGD")])
@@ -85,3 +102,125 @@ def test_a_second_moment_that_is_not_all_of_p_says_nothing() -> None:
         optimizer.step()
     parameters = {"p": parameter}
     assert over_moments(prepare(live(optimizer, parameters), parameters), ["p"], [torch.tensor([1.0, -2.0])]) is None
+
+
+LR = 1e-2
+
+
+def steep(clip: float) -> Report:
+    """Of a healthy run, a fifth below its edge but for what is clipped away."""
+    model, made, batches = trained(clip)
+    for group in made.param_groups:
+        group["lr"] = LR
+    return curvcli.analyze(model, loss, batches, made, depths=False)
+
+
+def test_no_verdict_is_given_where_clipping_alone_may_make_rho_too_high() -> None:
+    whole, clipped = steep(1e9), steep(0.01)
+    assert whole.judged.rho is not None
+    assert clipped.judged.rho is not None
+    assert whole.judged.rho < 0.3 < 2.5 < clipped.judged.rho
+    assert whole.verdict == "stable"
+    assert (clipped.verdict, clipped.findings[0].code) == ("unresolved", "unresolved-clipping")
+    assert clipped.stable_lr is clipped.odds is None
+    low = clipped.generalisation.rho_low
+    assert low is not None
+    assert low < 0.8
+    run = judge_run([clipped])
+    assert run.name == "unresolved"  # rho over 2.5 would make it hot
+    assert "clipping may make its rho up to 1.3e+02 times too high" in run.reasons[0]
+    reading = ReportReadings(clipped).rho()
+    assert (reading.low, reading.narrow) == (low, "find out how hard gradients were clipped")
+    part = judge([Rule(name="max-rho", limit=1.0, source="--max-rho")], ReportReadings(clipped))[0]
+    assert part.outcome == "unresolved"
+
+
+def test_a_young_optimizer_says_nothing_however_long_its_gradients_are() -> None:
+    model, made, batches = trained(0.01)
+    for group in made.param_groups:
+        group["lr"] = 100.0 * LR
+    for entry in made.state.values():
+        entry["step"].fill_(6)
+    young = curvcli.analyze(model, loss, batches, made, depths=False)
+    assert too_high(young.optimizer) > 1
+    assert young.verdict == "early"
+
+
+def test_a_rho_that_is_past_the_edge_however_hard_gradients_were_clipped_is_told() -> None:
+    clipped = steep(0.01)
+    times = too_high(clipped.optimizer)
+    for rho, name in ((2.4 * times, "unresolved"), (2.6 * times, "hot")):
+        full = clipped.full.model_copy(update={"rho": rho})
+        assert judge_run([clipped.model_copy(update={"full": full})]).name == name
+
+
+def test_clipping_on_record_makes_rho_what_it_is_at_the_edge() -> None:
+    """Full-batch training comes to rest where rho is 1 (arXiv 2207.14484); clipped hard, where rho s is, and not rho."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 32)
+    y = torch.sin(2 * torch.tanh(x @ torch.randn(32, 32) / 4) @ torch.randn(32, 10) / 3)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.99))
+    norms, clip = [], 0.003
+    for _ in range(600):
+        optimizer.zero_grad()
+        loss(model, (x, y)).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        optimizer.step()
+    share = Clipping(clip, tuple(norms)).share
+    assert share is not None
+    assert share < 0.4
+    known, unknown = (curvcli.analyze(model, loss, [(x, y)], optimizer, clip=s, depths=False) for s in (share, None))
+    assert unknown.judged.rho is not None
+    assert known.judged.rho is not None
+    assert unknown.judged.rho > 2.5
+    assert known.judged.rho == pytest.approx(1, abs=0.15)
+    assert known.judged.rho == pytest.approx(share * unknown.judged.rho, rel=1e-3)
+    assert known.optimizer.clip == share
+    assert known.verdict == "edge"
+
+
+def test_the_trainers_files_say_what_clipping_left(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    sample = Path("sample_checkpoints")
+    run = tmp_path / "checkpoint-60"
+    shutil.copytree(sample / "calm" / "checkpoint-60", run)
+    options = Options(data=sample / "data" / "shard.bin", tokens=256)
+
+    def ready(options: Options = options) -> tuple[float | None, str]:
+        found = open_for_analysis(run, options).ready()
+        assert isinstance(found.optimizer, OptimizerView)
+        return found.optimizer.clip, found.provenance.notes["clipped-moments"]
+
+    assert ready()[0] is None  # the Trainer's default may not have been in force
+    torch.save(TrainingArguments(str(tmp_path), use_cpu=True, max_grad_norm=0.1), run / "training_args.bin")
+    share, said = ready()
+    assert share is None
+    assert "and the second moment has seen 0." in said, "moments of longer gradients than the files allow"
+    state = torch.load(run / "optimizer.pt", weights_only=True)
+    for entry in state["state"].values():
+        entry["exp_avg"] *= 0.1
+        entry["exp_avg_sq"] *= 0.01
+    torch.save(state, run / "optimizer.pt")
+    norms = [e["grad_norm"] for e in json.loads((run / "trainer_state.json").read_text())["log_history"] if "grad_norm" in e]
+    left = sum(0.1 / norm for norm in norms[-20:]) / 20
+    share, said = ready()
+    assert share == pytest.approx(left)
+    assert said.endswith(f"{left:.2g} of a gradient was left of late")
+    assert ready(replace(options, clip=0.5)) == (
+        0.5,
+        "clipping leaves 0.5 of a gradient, as was said",
+    )
+
+
+def test_a_share_that_nothing_can_count_with_is_not_taken_in_silence(tmp_path: Path) -> None:
+    sample = Path("sample_checkpoints")
+    run = tmp_path / "checkpoint-60"
+    shutil.copytree(sample / "calm" / "checkpoint-60", run, ignore=shutil.ignore_patterns("optimizer*"))
+    options = Options(data=sample / "data" / "shard.bin", tokens=256, clip=0.5)
+    found = open_for_analysis(run, options).ready()
+    assert "no --clip counts" in found.provenance.notes["clipping-not-counted"]
+    assert "as was said" not in found.provenance.notes.get("clipped-moments", "")
+    with pytest.raises(UsageError, match="--optimizer none takes no clip"):
+        open_for_analysis(run, replace(options, optimizer="none")).ready()

@@ -15,6 +15,8 @@ from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 from curvcli.analysis.estimate import HELD, estimate_checkpoint, estimate_run
 from curvcli.analysis.stages import products
 from curvcli.analysis.track import track_run
+from curvcli.curvature import resources
+from curvcli.errors import UsageError
 
 OPTIONS = Options(tokens=256, mode="kept", depths=False, device="cpu")
 
@@ -46,6 +48,15 @@ def test_memory_is_that_of_the_parameters_the_graphs_and_the_vectors(run: Path) 
     assert (kept["parameters"], fresh["parameters"]) == (size, size)
     assert 0 < kept["basis"] <= HELD * size  # weights that never had a gradient are left out
     assert kept["graphs"] == 4 * fresh["graphs"], "16 windows in batches of 4: all graphs are kept, or one"
+
+
+def test_a_limit_of_memory_is_planned_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "return_blocks", lambda: True)
+    found = estimate_checkpoint(run / "checkpoint-3", replace(OPTIONS, memory=2**40))
+    assert found["plan"].startswith("of 1024.00 GiB: kept graphs, batches of ")
+    assert "plan" not in estimate_checkpoint(run / "checkpoint-3", OPTIONS)
+    with pytest.raises(UsageError, match=r"GiB of memory at least, the limit is 0\.00 GiB"):
+        estimate_checkpoint(run / "checkpoint-3", replace(OPTIONS, memory=2**20))
 
 
 def test_nothing_is_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

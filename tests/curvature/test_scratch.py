@@ -67,6 +67,28 @@ def test_what_is_let_go_is_there_when_it_is_asked_for_again_and_leaves_no_file(
     assert not [address for address, mapped in module._maps.items() if isinstance(mapped, Told)]
 
 
+def test_tensors_are_put_into_one_file_and_let_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[int] = []
+
+    class Told(mmap.mmap):
+        def madvise(self, option: int, *rest: int) -> None:
+            advised.append(len(self))
+            super().madvise(option, *rest)
+
+    monkeypatch.setattr(mmap, "mmap", Told)
+    given = [torch.randn(7, 5), torch.zeros(0), torch.randn(3)]
+    found = Scratch(tmp_path).put(given)
+    for one, other in zip(found, given, strict=True):
+        assert torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr() or not one.numel()
+    assert advised == [4 * 38] * 3, "no more than one of them is in memory at a time"
+    let_go(found[2])
+    assert advised == [4 * 38] * 4
+    mask = torch.tensor([True, False])
+    assert torch.equal(Scratch(tmp_path).put([mask])[0], mask)
+    assert Scratch(tmp_path).put([]) == []
+
+
 def test_a_full_disk_is_an_error_with_a_remedy_and_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, offset: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

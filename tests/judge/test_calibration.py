@@ -224,6 +224,12 @@ def test_what_has_no_learning_rate_says_none(fixed: Calibration) -> None:
     assert of(estimate(2.0), doubts=True) == of(estimate(2.0), doubts=True, step=3) == (False, False, False)
     assert of(estimate(-2.0)) == of(estimate(2.0, status="unconverged")) == (False, False, False)
     assert of(estimate(2.0), step=3) == (True, False, False)
+    assert of(estimate(2.0), gradient_ratio=4.0) == (False, False, False)
+    assert of(estimate(2.0), step=3, gradient_ratio=4.0) == (
+        True,
+        False,
+        False,
+    )  # young moments are as young where they are short
     assert of(estimate(None, status="non-finite"), step=3) == of(estimate(2.0), threshold=None, step=3) == (False,) * 3
 
 
@@ -354,3 +360,11 @@ def test_points_that_are_too_early_are_no_past(report: Report) -> None:
     points = [at(report, step) for step in (1, 20, 40)]
     points[0] = points[0].model_copy(update={"verdict": "early"})
     assert [r.checkpoint.step for r in past(track(points).points, 5)] == [20, 40]
+
+
+def test_what_the_odds_keep_from_being_stable_is_unresolved_where_rho_may_be_too_high(fixed: Calibration) -> None:
+    """A loss that has leapt looks like clipping: a rho that is `edge` by its odds is not made `stable` by not knowing."""
+    for rho, verdict in ((0.7, "unresolved"), (0.1, "stable")):
+        found, generalisation = estimate(rho), held(rho / 8, rho)
+        told = calibrated(found, generalisation, optimizer(gradient_ratio=4.0, batch_ratio=8.0), step=100, parameters=5)
+        assert judge(found, generalisation, odds=told.odds, odds_at_most=told.odds_at_most) == verdict

@@ -91,6 +91,7 @@ def test_what_each_report_judged_is_compared(calm: Report, hot: Report) -> None:
         ("data", {"sha256": "0" * 64}, "other-data"),
         ("optimizer", {"name": "SGD"}, "other-optimizer"),
         ("optimizer", {"preconditioner": "estimated"}, "other-preconditioner"),
+        ("optimizer", {"clip": 0.2}, "other-clipping"),
         ("checkpoint", {"parameters": 7}, "other-size"),
     ],
 )
@@ -98,6 +99,14 @@ def test_what_is_not_like_for_like_is_said(calm: Report, part: str, update: dict
     other = calm.model_copy(update={part: getattr(calm, part).model_copy(update=update)})
     assert [f.code for f in compare(calm, other, names=("a", "b")).findings] == [code]
     assert compare(calm, calm, names=("a", "b")).findings == []
+
+
+def test_clipping_that_is_known_of_both_or_is_none_is_like_for_like(calm: Report) -> None:
+    def clipped(share: float | None) -> Report:
+        return calm.model_copy(update={"optimizer": calm.optimizer.model_copy(update={"clip": share})})
+
+    for one, other in ((0.2, 0.9), (None, 1.0), (1.0, None)):
+        assert compare(clipped(one), clipped(other), names=("a", "b")).findings == []
 
 
 def test_csv(calm: Report, hot: Report) -> None:

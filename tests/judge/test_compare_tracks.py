@@ -61,6 +61,14 @@ def test_brackets_that_meet_rank_nothing() -> None:
     assert "their brackets of rho meet" in ranking(found)
 
 
+def test_a_rho_that_clipping_may_have_made_too_high_is_not_further_up() -> None:
+    clipped = CALM.model_copy(
+        update={"optimizer": CALM.optimizer.model_copy(update={"gradient_ratio": 4.0, "batch_ratio": 8.0})}
+    )
+    for rho, further in ((1.4, None), (14.0, "first")):
+        assert compared(run("a", {20: 1.0}), run("b", {20: rho}, clipped)).steps[0].further == further
+
+
 def test_on_the_same_tokens_brackets_are_those_of_residuals_and_else_of_the_data() -> None:
     (step,) = compared(run("a", {10: 1.0}), run("b", {10: 1.0})).steps
     assert step.bracket == "shard"

@@ -7,6 +7,7 @@ do not move it; the threshold in use is the rule's own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,56 @@ def test_real_optimizer_flips_at_the_threshold(case: str, factor: float) -> None
     assert metric.threshold is not None
     h = factor * metric.threshold / float(metric.root["w"].apply(torch.ones_like(weight))) ** 2 - metric.decay.get("w", 0.0)
     assert stepped.grows(optimizer, weight, h) == (factor > 1)  # an adaptive one may settle again once its v has grown
+
+
+@pytest.mark.parametrize("case", ["sgd", "heavy ball", "adam", "adamw decay", "rmsprop"])
+@pytest.mark.parametrize("factor", [0.97, 1.03])
+def test_clipped_to_a_share_it_flips_at_that_much_more(case: str, factor: float) -> None:
+    """A gradient with a large steady part, at a right angle to the sharp direction, of which clipping leaves a tenth."""
+    make, initial = CASES[case]
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = make([weight])
+    for key, value in initial.items():
+        shape = () if key in ("step", "mu_product") else (2,)
+        optimizer.state[weight][key] = torch.full(shape, float(value), dtype=torch.float64)
+    share, steady = 0.1, 50.0
+    metric = prepare(replace(live(optimizer, {"w": weight}), clip=share), {"w": weight})
+    assert metric.threshold is not None
+    assert metric.clip == share
+    h = factor * metric.threshold / float(metric.root["w"].apply(torch.ones_like(weight))[1]) ** 2
+    with torch.no_grad():
+        weight[1] = 1e-9
+    largest = 0.0
+    for _ in range(1500):
+        optimizer.zero_grad()
+        (steady * weight[0] + 0.5 * h * weight[1] ** 2).backward()
+        torch.nn.utils.clip_grad_norm_([weight], share * steady)
+        optimizer.step()
+        largest = max(largest, abs(float(weight[1].detach())))
+        if largest > 1e-6:
+            break  # before its own part of the norm counts
+    assert (largest > 1e-7) == (factor > 1)
+
+
+def test_decay_that_is_added_to_what_clipping_left_takes_the_share_away() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    made = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1)
+    weight.sum().backward()
+    made.step()
+    view = live(made, {"w": weight})
+    clipped = prepare(replace(view, clip=0.1), {"w": weight})
+    assert (clipped.clip, clipped.threshold) == (None, prepare(view, {"w": weight}).threshold)
+    assert [finding.code for finding in clipped.findings] == ["clipping-not-counted"]
+    assert prepare(replace(view, clip=1.0), {"w": weight}).clip == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
+def test_what_is_no_share_is_refused(share: float) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    view = replace(live(torch.optim.SGD([weight], lr=0.1), {"w": weight}), clip=share)
+    for kind in ("checkpoint", "estimated"):
+        with pytest.raises(UsageError, match="of a gradient"):
+            prepare(view, {"w": weight}, kind=kind)
 
 
 @pytest.mark.parametrize(

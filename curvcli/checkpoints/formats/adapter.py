@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.checkpoints.base import Checkpoint
+from curvcli.checkpoints.clipping import clipping
 from curvcli.checkpoints.formats.beside import unread
 from curvcli.checkpoints.formats.huggingface import (
     HuggingFaceReader,
-    clipping,
     header,
     integer,
     optimizer_beside,
@@ -70,6 +70,7 @@ class AdapterReader:
         tensors = header(file)
         base = architecture or _base(path, options)
         state = trainer_state(path)
+        clipped = clipping(path, state)
         optimizer, read = optimizer_beside(path)
         home = base.configuration.parent if base.configuration else None
         return Checkpoint(
@@ -86,9 +87,10 @@ class AdapterReader:
             log=run_log(state),
             tokenizer=base.tokenizer,
             notes={
-                **clipping(path, state),
+                **clipped.notes,
                 "adapter": f"curvature is over the adapter's weights; the base, {home or base.name}, is fixed",
             },
+            clipping=clipped,
             findings=tuple(unread(path, read)),
             sources=(home,) if home else (),
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.checkpoints.base import UNNAMED, Checkpoint, Logged, OptimizerFile
+from curvcli.checkpoints.clipping import Clipping
 from curvcli.checkpoints.formats.beside import averaged_weights, averages_of, merged, of_another, unread
 from curvcli.checkpoints.formats.dcp_files import METADATA, Entry, Lazy, read_metadata
 from curvcli.checkpoints.state.mapping import map_named, map_state, matrix_order, single_order, summary, trainer_order
@@ -76,6 +77,7 @@ def assemble(
     step: int | None,
     log: tuple[Logged, ...] = (),
     notes: Mapping[str, str] | None = None,
+    clipping: Clipping | None = None,
     part: str = "",
     aside: Sequence[str] = (),
     parts: Callable[[], Parts] | None = None,
@@ -85,6 +87,7 @@ def assemble(
     Args:
         part: under which the weights lie in the checkpoint.
         aside: further parts, which hold averages of them.
+        clipping: as the checkpoint has it.
         parts: the same weights, where a part of one can be read without the rest.
     """
     found = architecture or beside(path)
@@ -129,6 +132,7 @@ def assemble(
         log=log,
         tokenizer=found.tokenizer if found else None,
         notes=said,
+        clipping=clipping or Clipping(),
         findings=tuple(findings),
         divisible=None if parts is None else lambda: Divisible(needed(found, path).build, parts(), tuple(tensors), path),
     )

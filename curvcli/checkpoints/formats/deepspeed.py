@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.checkpoints.base import Checkpoint
+from curvcli.checkpoints.clipping import Clipping, clipping, largest_norm
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, assemble
-from curvcli.checkpoints.formats.huggingface import clipping, gradient_norms, integer, run_log, trainer_state
+from curvcli.checkpoints.formats.huggingface import integer, run_log, trainer_state
 from curvcli.checkpoints.formats.torchfile import named
 from curvcli.checkpoints.formats.zero import WEIGHTS, Lazy, Partitions, Shapes, Source, Universal, rank_files
 from curvcli.checkpoints.state.mapping import map_named, summary
@@ -48,6 +49,7 @@ class DeepSpeedReader:
         model = _Model(tag)
         source = model.source
         optimizer = _zero_optimizer(model, source) if source else _plain_optimizer(model)
+        clipped = _clipped(source, home, log)
         return assemble(
             path,
             architecture,
@@ -57,7 +59,8 @@ class DeepSpeedReader:
             optimizer=optimizer,
             step=integer(model.head, "global_steps"),
             log=run_log(log),
-            notes=_clipped(source, home, log),
+            notes=clipped.notes,
+            clipping=clipped,
         )
 
 
@@ -229,16 +232,10 @@ def _plain_optimizer(model: _Model) -> NamedOptimizer:
     return NamedOptimizer(model.file, view, lambda: summary(head, model.file))
 
 
-def _clipped(source: Source | None, home: Path, log: dict[str, Any] | None) -> dict[str, str]:
-    """A note where clipping shaped the moments: DeepSpeed's own, which is in force, by what the Trainer logged if it did."""
+def _clipped(source: Source | None, home: Path, log: dict[str, Any] | None) -> Clipping:
+    """By DeepSpeed's own limit, which is in force, and the norms that the Trainer logged, if it did."""
     limit = source.head.get("clip_grad") if source else None
-    limit = max(0.0, float(limit)) if isinstance(limit, (int, float)) else None
-    if not limit or gradient_norms(log):
-        return clipping(home, log, limit)
-    return {
-        "clipped-moments": f"DeepSpeed clipped gradients to a norm of {limit:g}: the second moment is of clipped gradients, "
-        "which raises lambda as the optimizer sees it"
-    }
+    return clipping(home, log, largest_norm(limit))
 
 
 def _sizes(group: Any, file: Path) -> dict[str, tuple[int, ...]]:

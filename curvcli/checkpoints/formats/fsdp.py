@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from curvcli.checkpoints.base import Checkpoint
+from curvcli.checkpoints.clipping import clipping
 from curvcli.checkpoints.formats.dcp import NamedOptimizer, Saved, assemble
 from curvcli.checkpoints.formats.dcp_files import METADATA, Lazy
-from curvcli.checkpoints.formats.huggingface import clipping, integer, run_log, trainer_state
+from curvcli.checkpoints.formats.huggingface import integer, run_log, trainer_state
 from curvcli.checkpoints.state.mapping import map_named, summary
 from curvcli.errors import InputError
 from curvcli.files.runs import step_order
@@ -33,6 +34,7 @@ class FSDPReader:
     def read(self, path: Path, architecture: Architecture | None) -> Checkpoint:
         """The checkpoint, full or sharded. Raises InputError, UnsupportedError."""
         state = trainer_state(path)
+        clipped = clipping(path, state)
         full = (path / _FULL).is_file()
         tensors, weights = _full_weights(path / _FULL) if full else _sharded_weights(path)
         optimizer, counted = _optimizer(path)
@@ -47,7 +49,8 @@ class FSDPReader:
             optimizer=optimizer,
             step=next((step for step in steps if step is not None and step >= 0), None),
             log=run_log(state),
-            notes=clipping(path, state),
+            notes=clipped.notes,
+            clipping=clipped,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvcli.checkpoints.base import Checkpoint, Logged, OptimizerFile, unusable
+from curvcli.checkpoints.clipping import clipping
 from curvcli.checkpoints.formats.beside import (
     averaged_weights,
     averages_of,
@@ -24,7 +25,6 @@ from curvcli.checkpoints.formats.beside import (
 from curvcli.checkpoints.formats.optimizer_file import OPTIMIZER_FILE, read_optimizer
 from curvcli.checkpoints.state.mapping import map_state, matrix_order, single_order, summary, trainer_order
 from curvcli.errors import InputError
-from curvcli.files.foreign import Foreign
 from curvcli.files.limits import inside
 from curvcli.files.names import unwrapped
 from curvcli.files.runs import step_of
@@ -62,6 +62,7 @@ class HuggingFaceReader:
         files = self.files(path)
         tensors = [tensor for found in files.values() for tensor in found]
         optimizer, read = optimizer_beside(path)
+        clipped = clipping(path, state)
         average, _ = averages_of((tensor.name for tensor in tensors), path.name)
         findings = unread(path, read)
         if average:
@@ -85,7 +86,8 @@ class HuggingFaceReader:
             task=described.task,
             log=run_log(state),
             tokenizer=described.tokenizer,
-            notes=clipping(path, state) | (_normaliser(described.name) if state is not None else {}),
+            notes=clipped.notes | (_normaliser(described.name) if state is not None else {}),
+            clipping=clipped,
             findings=tuple(findings),
             divisible=None if _pickled(files) else lambda: self._divisible(path, described),
         )
@@ -247,47 +249,6 @@ def run_log(state: dict[str, Any] | None) -> tuple[Logged, ...]:
 
 def _no_number(value: Any) -> bool:
     return isinstance(value, float) and not isfinite(value)
-
-
-def clipping(path: Path, state: dict[str, Any] | None, limit: float | None = None) -> dict[str, str]:
-    """A note where gradient clipping shaped the moments.
-
-    Args:
-        path: the checkpoint's directory, beside whose log the Trainer's arguments may lie.
-        state: its log.
-        limit: the norm that gradients were clipped to, 0 for not at all, where something else than the arguments says it.
-    """
-    norms = gradient_norms(state)
-    if limit is None and norms:
-        limit = _max_grad_norm(path)
-    what = "1.0, the Trainer's default max_grad_norm: with clipping on, the second moment is of clipped gradients"
-    if limit is not None:
-        what = f"{limit:.3g}, to which the run clipped them: the second moment is of clipped gradients"
-    over = sum(norm > (1.0 if limit is None else limit) for norm in norms)
-    if limit == 0 or not over:
-        return {}
-    return {
-        "clipped-moments": f"{over} of {len(norms)} logged gradient norms exceed {what}, which raises lambda as the "
-        "optimizer sees it"
-    }
-
-
-def gradient_norms(state: dict[str, Any] | None) -> list[float]:
-    """Norms before clipping, as the Trainer logged them."""
-    return [e["grad_norm"] for e in _entries(state) if isinstance(e.get("grad_norm"), (int, float))]
-
-
-def _max_grad_norm(path: Path) -> float | None:
-    """What the Trainer clipped gradients to, 0 for not at all; None where its arguments are not there or not to be read."""
-    file = path / "training_args.bin"
-    try:
-        arguments = load_pickle(file) if file.is_file() else None
-    except (InputError, OSError):  # of classes that are not known: the numbers of the report do not rest on it
-        return None
-    if not isinstance(arguments, Foreign) or "max_grad_norm" not in arguments.attributes:
-        return None
-    value = arguments.attributes["max_grad_norm"]
-    return max(0.0, float(value)) if isinstance(value, (int, float)) else 0.0 if value is None else None
 
 
 def _normaliser(architecture: str) -> dict[str, str]:
