@@ -74,10 +74,10 @@ def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients
     norm is the root mean square of the norms that the optimizer was given, or more. The gradient of a mean over more data is
     no longer, unless gradients were clipped, the data are others or the loss has leapt.
 
-    None where P is no such diagonal, is divided over processes, or is not of optimizer state.
+    None where P is no such diagonal, or is not of optimizer state.
     """
     root, betas, step = preconditioner.root, preconditioner.options.get("betas"), preconditioner.step
-    if preconditioner.kind != "checkpoint" or root.shards is not None or not root or not set(names) >= set(root):
+    if preconditioner.kind != "checkpoint" or not root or not set(names) >= set(root):
         return None
     if not betas or not step:  # of RMSprop and others v is not corrected, or P is not its root
         return None
@@ -93,15 +93,16 @@ def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients
         given.append(wide(gradient * seen).square().sum())
         known.append(wide(part.entries * seen).square().sum() / preconditioner.relative.get(name, 1.0) ** 2)
         let_go(part.entries)
-    corrected = 1 - float(betas[0]) ** step
-    return over(sum(numbers(given)) ** 0.5 * corrected, sum(numbers(known)) ** 0.5)
+    corrected, each = 1 - float(betas[0]) ** step, root.holders.each
+    return over(sum(each(sum(numbers(given)))) ** 0.5 * corrected, sum(each(sum(numbers(known)))) ** 0.5)
 
 
 def ratios(
     preconditioner: Preconditioner, names: Sequence[str], gradients: Sequence[Tensor], spread: Spread
 ) -> tuple[float, float] | None:
     """`over_moments` of the gradient that the batches are samples of, and of one batch's; None where that is None."""
-    found, whole = over_moments(preconditioner, names, gradients), norm(gradients)
+    found = over_moments(preconditioner, names, gradients)
+    whole = hypot(*preconditioner.root.holders.each(norm(gradients)))
     # In proportion: what never had a gradient is left out of the first alone.
     return None if found is None or not whole else (found * spread.mean(whole) / whole, found * spread.batch / whole)
 
