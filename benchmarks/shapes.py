@@ -168,10 +168,11 @@ def main() -> None:
     parser.add_argument("--memory", help="limit, as 8GiB")
     parser.add_argument("--hvps", type=int, default=100, help="products that one estimate may take")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing more is started")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.folder:
         found = (
             write(options.shape, options.folder, options.rows, options.length)
@@ -184,7 +185,8 @@ def main() -> None:
         save("shapes_plan", {"shapes": [needed(s, options.rows, options.length) for s in ("gpt2", *LLAMAS) if s != "tiny"]})
         return
     with TemporaryDirectory() as folder:
-        said = {"shape": options.shape, "rows": options.rows, "length": options.length, "torch": torch.__version__}
+        said = {"shape": options.shape, "rows": options.rows, "length": options.length}
+        said |= {"threads": options.threads, "torch": torch.__version__}
         said |= _child("--in", folder, "--write") | _child("--in", folder)
     file = HERE / "results" / "shapes.json"
     known = json.loads(file.read_text()) if file.exists() else []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import hypot, isfinite
 
-import torch
 from torch import Tensor
 
+from curvcli.curvature import precision
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.inverse_root import Diagonal
-from curvcli.curvature.precision import norm, numbers, wide
+from curvcli.curvature.precision import norm, numbers
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Ranks
 from curvcli.curvature.scratch import let_go
@@ -38,9 +38,10 @@ def next_update(
         weights = [w.detach() for w in weights] if shards is None else shards.parts(names, weights)
         image = hvp.product(names, step)
     # A coupled weight decay is part of the function that the optimizer descends.
-    slopes = [((g + d * w) * u).sum() for g, d, w, u in zip(gradients, decays, weights, step, strict=True)]
-    bends = [((h.detach() + d * u) * u).sum() for h, d, u in zip(image, decays, step, strict=True)]
-    slope, bend = sum(holders.each(sum(numbers(slopes)))), sum(holders.each(sum(numbers(bends))))
+    slope, bend = inner(gradients, step, holders), inner(image, step, holders)
+    if any(decays):
+        own = [d * u for d, u in zip(decays, step, strict=True)]
+        slope, bend = slope + inner(weights, own, holders), bend + inner(step, own, holders)
     let_go(step[0])
     if not isfinite(slope + bend):
         return Update(critical_lr=None, ratio=None, status="unavailable")
@@ -81,20 +82,22 @@ def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients
         return None
     if not betas or not step:  # of RMSprop and others v is not corrected, or P is not its root
         return None
-    given: list[Tensor] = []
-    known: list[Tensor] = []
+    given: list[float] = []
+    known: list[float] = []
     for name, gradient in zip(names, gradients, strict=True):
         part = root.get(name)
         if part is None:
             continue
         if not isinstance(part, Diagonal):
             return None
-        seen = torch.ones_like(part.entries) if part.never is None else (~part.never).to(part.entries)
-        given.append(wide(gradient * seen).square().sum())
-        known.append(wide(part.entries * seen).square().sum() / preconditioner.relative.get(name, 1.0) ** 2)
+        both = gradient, part.entries
+        # Norms one by one: copies in float64 of a large embedding would be more than a product takes.
+        mine, seen = both if part.never is None else (t.masked_fill(part.never, 0.0) for t in both)
+        given.append(norm([mine]))
+        known.append(norm([seen]) / preconditioner.relative.get(name, 1.0))
         let_go(part.entries)
     corrected, each = 1 - float(betas[0]) ** step, root.holders.each
-    return over(sum(each(sum(numbers(given)))) ** 0.5 * corrected, sum(each(sum(numbers(known)))) ** 0.5)
+    return over(hypot(*each(hypot(*given))) * corrected, hypot(*each(hypot(*known))))
 
 
 def ratios(
@@ -118,7 +121,8 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor], holders: Ranks = ALON
     Args:
         holders: the processes that hold slices of them, where they are divided.
     """
-    return sum(holders.each(sum(numbers([(a * b.detach()).sum() for a, b in zip(left, right, strict=True)]))))
+    flat = ((a.detach().reshape(-1), b.detach().reshape(-1)) for a, b in zip(left, right, strict=True))
+    return sum(holders.each(sum(numbers([precision.inner(a[None], b)[0] for a, b in flat]))))
 
 
 def over(above: float, below: float) -> float | None:
