@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import models
 import pytest
-from streamed import divided
+import torch
+from streamed import divided, problem_of
 from threads import on_ranks
 from torch import Tensor, nn
 
+from curvcli import analyze
 from curvcli.curvature.slicewise import sliced_gradient
-from curvcli.errors import OutOfMemoryError, UnsupportedError
+from curvcli.errors import OutOfMemoryError, RankError, UnsupportedError
+from curvcli.models.blocks import find_blocks, survey
+from curvcli.models.head import plain_head
 
 
 class _Clamped(models.Block):
@@ -90,3 +95,24 @@ def test_a_block_that_comes_half_leaves_nothing_behind() -> None:
         return True
 
     assert on_ranks(work, 2) == [True, True]
+
+
+def test_what_another_process_says_is_not_taken_for_the_networks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever went on would wait for one that has gone."""
+    problem = problem_of(models.Net())
+
+    def gone(*_: Any) -> Any:
+        error = RankError("rank 1 of 2: a bug")
+        error.said_by_ranks = True  # type: ignore[attr-defined]
+        raise error
+
+    blocks = find_blocks(problem.model)
+    assert blocks is not None
+    with pytest.raises(RankError, match="a bug"):
+        survey(replace(problem, loss=lambda m, b: models.loss(m, b) if len(m.layers) else gone()), blocks)  # type: ignore[arg-type]
+    with pytest.raises(RankError, match="a bug"):
+        plain_head(problem.model, gone)
+    monkeypatch.setattr("curvcli.analysis.companions.attention", gone)
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    with pytest.raises(RankError, match="a bug"):
+        analyze(problem.model, models.loss, problem.batches, optimizer, weights=problem.weights, depths=False)
