@@ -147,7 +147,8 @@ class Opened:
         batches = [_to(b, device) for b in shard.batches(size)]
         try:
             # One cheap pass, so that what is wrong in the network is said as such, and at once.
-            with torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
+            # Where weights are divided, all have to hear of one that had no memory for it.
+            with current().together(), torch.no_grad(), blamed(f"the forward pass of {checkpoint.architecture}"):
                 self.loss(model, batches[0])
         except Exception as error:
             if not exhausted(error):

@@ -11,6 +11,7 @@ from curvcli.analysis.measured import Ongoing
 from curvcli.curvature.hvp import HVP
 from curvcli.curvature.norms import largest_spectral_norm
 from curvcli.curvature.precision import norm
+from curvcli.curvature.ranks import shared
 from curvcli.curvature.scratch import let_go
 from curvcli.documents import Companions, LayerCompanions
 from curvcli.errors import exhausted
@@ -36,7 +37,7 @@ def companions(work: Ongoing, hvp: HVP, gradients: Sequence[Tensor]) -> tuple[Co
         try:
             seen = attention(modules, lambda: [first.batch_loss(i) for i in first.given[0]]) if modules else []
         except Exception as error:  # whatever a network raises where its functions are looked at: it has none of these
-            if exhausted(error):
+            if exhausted(error) or shared(error):  # what another process says is nothing of the network's
                 raise
         norms = [largest_spectral_norm(module) for module in modules]
     layers = [

@@ -267,8 +267,8 @@ def graph_bytes(problem: Problem, *, cut_short: bool = False, once: bool = False
     parameters = {p.untyped_storage().data_ptr() for p in problem.model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        # A sparse one, which has no storage of its own, is the network's as a rule and no activation.
+        if tensor.layout is torch.strided and (storage := tensor.untyped_storage()).data_ptr() not in parameters:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 

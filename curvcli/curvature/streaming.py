@@ -5,7 +5,8 @@ saves of a weight is its name, and the block is gathered again when the backward
 and cut into slices block by block, as they are complete. So a network is run as it is written, as under fully_shard; unlike
 there the processes say that they are well whenever they meet (docs/adr/0009-blocks-gathered-one-at-a-time.md).
 
-All processes have to go through the network equally often: `Problem.shares` sees to that.
+All processes have to go through the network equally often: `Problem.shares` sees to that. A network that writes to its
+weights is refused: gathered again they would be what they were before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from curvcli.curvature.shards import Shards
+from curvcli.errors import UnsupportedError
 
 # Attributes of a tensor that are views of its numbers, unlike the others; and functions that do not read these.
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data", "real", "imag")}
@@ -85,7 +88,10 @@ class Streamed(TorchFunctionMode):
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Within it parameters have their numbers where they are used; all processes have to do alike."""
+        """Within it parameters have their numbers where they are used; all processes have to do alike.
+
+        Raises UnsupportedError where the network writes to them.
+        """
         if self._depth:
             with self._deeper():
                 yield
@@ -95,6 +101,7 @@ class Streamed(TorchFunctionMode):
         with self._deeper(), self, saved_tensors_hooks(self._pack, self._unpack):
             try:
                 yield
+                self._check(self._here)
             finally:
                 handle.remove()
                 self._release(self._here)
@@ -106,6 +113,7 @@ class Streamed(TorchFunctionMode):
         self._moves = {n: (tangent, length) for n, tangent in zip(names, tangents, strict=True)}
         try:
             yield
+            self._check(self._here)
         finally:
             self._release(self._here)
             self._moves = {}
@@ -162,6 +170,7 @@ class Streamed(TorchFunctionMode):
 
     def _bring(self, groups: set[int]) -> None:
         """Gathers groups that are used together, and lets go of all others."""
+        self._check(self._here - groups)
         self._release(self._here - groups)
         for index in sorted(groups - self._here):
             kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
@@ -169,12 +178,12 @@ class Streamed(TorchFunctionMode):
                 if name not in self._whole:
                     kinds.setdefault((self.parts[name].dtype, self.parts[name].device), []).append(name)
             with self._quiet():
-                for names in kinds.values():  # what is sent at once is of one type
-                    # Blocks are of one size: that all are at the same one has to be said.
-                    found = self.shards.gather(names, [self._part(n) for n in names], index)
-                    for name, tensor in zip(names, found, strict=True):
-                        self.parameters[name].data = tensor
-                        self._stored[tensor.untyped_storage().data_ptr()] = name
+                # What is sent at once is of one type. Blocks are of one size: that all are at the same one has to be said.
+                found = [self.shards.gather(those, [self._part(n) for n in those], index) for those in kinds.values()]
+                # Not before all has come: what a failure left here would not be let go.
+                for name, tensor in zip(chain(*kinds.values()), chain(*found), strict=True):
+                    self.parameters[name].data = tensor
+                    self._stored[tensor.untyped_storage().data_ptr()] = name
             self._here.add(index)
 
     def _part(self, name: str) -> Tensor:
@@ -183,21 +192,38 @@ class Streamed(TorchFunctionMode):
         tangent, length = self._moves[name]
         return self.parts[name].add(tangent, alpha=length)
 
+    def _check(self, groups: set[int]) -> None:
+        """That weights are what was gathered: each process looks at what it holds of them."""
+        with self._quiet():
+            for name in (n for index in sorted(groups) for n in self.groups[index] if n not in self._whole):
+                begin, end = self.shards.bounds(name)
+                found, part = self.parameters[name].detach().reshape(-1)[begin:end], self._part(name)
+                # Those of a run that has diverged are NaN, which is no change.
+                if not torch.equal(found, part) and not torch.allclose(found, part, rtol=0, atol=0, equal_nan=True):
+                    raise UnsupportedError(
+                        f"the network writes to its weight {name} while it runs: where blocks are gathered one at a time it "
+                        "would be used as it was before",
+                        hint="measure it with exact products, --mode fresh, or in one process",
+                    )
+
     def _release(self, groups: set[int]) -> None:
         for index in sorted(groups):
             self._empty([n for n in self.groups[index] if n not in self._whole])
         self._here = self._here - groups
 
     def _empty(self, names: Sequence[str]) -> None:
+        # By name: where the network has put another tensor there, the one that was gathered is to be forgotten.
+        self._stored = {at: name for at, name in self._stored.items() if name not in names}
         with self._quiet():
             for name in names:
                 parameter = self.parameters[name]
-                self._stored.pop(parameter.untyped_storage().data_ptr(), None)
                 parameter.data = parameter.new_full((), float("nan")).expand(parameter.shape)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Use:
-        name = self._stored.get(tensor.untyped_storage().data_ptr())
-        if name is None:
+        # A view of another type (view_as_complex), or that is conjugated where it is read, is not told by size and strides.
+        plain = tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
+        name = self._stored.get(tensor.untyped_storage().data_ptr()) if plain else None
+        if name is None or tensor.dtype != self.parameters[name].dtype:
             self._look_at(tensor)
             return tensor
         return _Use(name, tensor.shape, tensor.stride(), int(tensor.storage_offset()))

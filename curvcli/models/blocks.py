@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvcli.curvature.problem import Blocks, Problem
+from curvcli.curvature.ranks import shared
 from curvcli.errors import UnsupportedError, exhausted
 from curvcli.files.names import unwrapped
 
@@ -86,8 +87,8 @@ def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
     notes: dict[str, str] = {}
     # A loss of the user's may call the model more than once.
     passes = max(runs["model"], 1)
-    if shared := {i: n // passes for i, n in uses.items() if n // passes > 1}:
-        index, times = next(iter(shared.items()))
+    if repeated := {i: n // passes for i, n in uses.items() if n // passes > 1}:
+        index, times = next(iter(repeated.items()))
         notes["shared-layers"] = (
             f"{blocks.prefix}.{index} is used {times} times in a forward pass: its curvature is that of all uses "
             "together, and depths count it once"
@@ -111,7 +112,7 @@ def _runs(problem: Problem, blocks: Blocks) -> bool:
         with torch.no_grad():
             problem.truncated(blocks, 0).batch_loss(0)
     except Exception as error:  # whatever a model's own code raises
-        if exhausted(error):
+        if exhausted(error) or shared(error):  # what another process says is nothing of the network's
             raise
         return False
     return True

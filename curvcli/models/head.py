@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curvcli.curvature.cross_entropy import linear_cross_entropy
+from curvcli.curvature.ranks import shared
 from curvcli.curvature.standin import measured
 
 # Looking takes two forward passes and a gradient; weak, so that a measured model can be freed.
@@ -119,7 +120,9 @@ def _found(model: nn.Module, logits: Callable[[], Tensor]) -> list[nn.Linear]:
             own = functional.cross_entropy(flat, labels)
             chunked = linear_cross_entropy(hidden.flatten(0, -2), head.weight, head.bias, labels)
             slope, own_slope = (torch.autograd.grad(loss, hidden)[0] for loss in (chunked, own))
-    except Exception:  # whatever a model raises without its logits, or on few tokens, means that it needs them
+    except Exception as error:  # whatever a model raises without its logits, or on few tokens, means that it needs them
+        if shared(error):  # but not what another process says
+            raise
         return []
     # Chunks differ from the whole by rounding alone; a cap or scale of logits moves the loss by more than 0.1 %.
     limit = 1e4 * torch.finfo(flat.dtype).eps

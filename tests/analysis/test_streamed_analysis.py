@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import models
 import pytest
+import tiny
+import torch
 from equal_reports import OPTIMIZERS, same
 from ranks import launch
 
 from curvcli import analyze
 from curvcli.analysis import dividing
 from curvcli.analysis.api import Estimated, Shard
+from curvcli.analysis.checkpoint import Options, open_for_analysis
 from curvcli.curvature.hvp import Mode
 from curvcli.curvature.ranks import Processes, within
+from curvcli.data.tasks import causal_loss
 
 pytestmark = pytest.mark.slow
 RATIOS = ("gradient_ratio", "batch_ratio")
@@ -68,6 +73,35 @@ def test_a_report_is_that_of_one_process(world: int, tmp_path: Path) -> None:
                 least = right["eigenvalue"] - right["residual"]
                 assert least <= left["eigenvalue"] <= (right["ceiling"] or left["eigenvalue"]) * (1 + 1e-9)
                 assert right["eigenvalue"] == pytest.approx(left["eigenvalue"], rel=1e-3)
+
+
+def _short(rank: int, path: Path) -> None:
+    given = Options(data=path / "data" / "shard.bin", sequence_length=16, tokens=128, shard=True, mode="differences")
+    calls = 0
+
+    def loss(model: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if rank != 1 or calls > 1:
+            return causal_loss(model, batch)
+        handle = model.model.layers[1].register_forward_pre_hook(lambda *_: torch.empty(2**50))
+        try:
+            return causal_loss(model, batch)
+        finally:
+            handle.remove()
+
+    with within(Processes()) as ranks, ranks.together():
+        opened = open_for_analysis(path / "run" / "checkpoint-3", given)
+        ready = replace(opened, loss=loss).ready()
+    assert ready.divided is not None
+    (path / f"{rank}.json").write_text(str(calls))
+
+
+def test_memory_that_runs_out_in_the_first_pass_of_one_rank_is_no_end(tmp_path: Path) -> None:
+    """Smaller batches may do; the others are told where they wait for the next block."""
+    tiny.run_of(tmp_path, 3)
+    launch(_short, tmp_path)
+    assert all(int((tmp_path / f"{rank}.json").read_text()) > 1 for rank in range(2))
 
 
 def _chosen(rank: int, path: Path) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import models
 import pytest
 import torch
+from streamed import divided, problem_of
 from threads import on_ranks
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from curvcli.analysis.engines import chosen
 from curvcli.analysis.scale import scale
@@ -84,9 +86,43 @@ def _fused() -> nn.Module:
     return model
 
 
-def _mixed() -> nn.Module:
+class _Spectral(models.Block):
+    """Weights that are read as complex numbers, as filters of Fourier layers and state spaces are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.filter = nn.Parameter(torch.linspace(-1, 1, 2 * width).double().reshape(width, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.view_as_complex(self.filter)
+        return super().forward(x) + (x * seen * seen * seen.conj()).real
+
+
+class _Graph(models.Block):
+    """Rows that are mixed by a sparse matrix, which autograd saves and which has no storage."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.sparse.mm(torch.eye(len(x), dtype=x.dtype).roll(1, 0).to_sparse(), x))
+
+
+class _Again(models.Net):
+    """Blocks whose forward pass is made once more in the backward pass."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return self.head(x)
+
+
+def _of(block: type[models.Block]) -> nn.Module:
     model = models.Net()
-    model.layers = nn.ModuleList(_Choosy(5).double() for _ in range(3))
+    model.layers = nn.ModuleList(block(5).double() for _ in range(3))
+    return model
+
+
+def _mixed() -> nn.Module:
+    model = _of(_Choosy)
     model.layers[1].norm.weight.requires_grad_(False)  # type: ignore[union-attr]
     return model
 
@@ -97,21 +133,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "twice": _Twice,
     "mixed": _mixed,
     "fused": _fused,
+    "spectral": lambda: _of(_Spectral),
+    "graph": lambda: _of(_Graph),
+    "again": _Again,
 }
-
-
-def problem_of(model: nn.Module) -> Problem:
-    batches = [*models.data(), *models.data(seed=1, rows=21)[:1]]  # of 16, 32 and 7 rows
-    return Problem.create(model, models.loss, batches, models.weights(batches))
-
-
-def divided(model: nn.Module, ranks: Any) -> tuple[Problem, Weights]:
-    """The problem of a network of which each rank holds slices."""
-    problem = problem_of(deepcopy(model))
-    problem = problem.shared(ranks)
-    weights = Weights(problem.model, ranks)
-    weights.stream(used_together(problem.model))
-    return replace(problem, gathered=weights.whole, streamed=weights.streamed), weights
 
 
 def _tangents(problem: Problem) -> list[Tensor]:
@@ -235,6 +260,10 @@ def test_a_graph_is_weighed_without_its_weights() -> None:
             return graph_bytes(problem, once=True)
 
     assert on_ranks(work, 2) == [pytest.approx(whole, rel=0.05)] * 2  # an address that is used again is counted once
+
+
+def test_a_graph_of_sparse_tensors_is_weighed() -> None:
+    assert graph_bytes(problem_of(_of(_Graph)), once=True) >= graph_bytes(problem_of(models.Net()), once=True)
 
 
 class _Disordered(models.Net):
