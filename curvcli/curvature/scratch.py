@@ -87,7 +87,7 @@ class Scratch:
         except OSError as error:
             raise InputError(
                 f"cannot keep {nbytes / 2**30:.2f} GiB of vectors in {self.folder}: {error.strerror or error}",
-                hint="give more --memory, or a disk with room as TMPDIR",
+                hint="set TMPDIR to a folder on a disk with room, or measure without --memory",
             ) from error
         found = torch.frombuffer(mapped, dtype=dtype).view(shape)
         _maps[found.data_ptr()] = mapped
