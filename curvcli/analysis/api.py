@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -100,7 +100,8 @@ def analyze(
             and no finding says so. Later parts can still show that the full model's estimate is none to rely on.
         memory: most that the process may take at its peak (on a GPU, the tensors there), in bytes or as "8GiB": how products
             are made, in how large batches, and how many vectors there are follow from it, freed memory goes back to
-            the system at once, and state given by name is emptied once it has been read. None plans with what is free.
+            the system at once, and state given by name is emptied once it has been read, and taken by no analysis any more.
+            None plans with what is free.
         shard: where several processes measure together (`curvature.ranks.within`): "vectors" divides preconditioner and
             vectors over them, "all" weights and optimizer state too, for a model that nobody needs afterwards: it is left
             without its weights. Products are made on gathered weights, by fresh graphs; where these do not fit they are
@@ -176,7 +177,7 @@ def prepared(
     """
     limit = limit_of(memory)
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's graph has no second derivative
-    optimizer = _by_name(module, optimizer, clip)
+    theirs, optimizer = optimizer, _by_name(module, optimizer, clip)
     say = progress or (lambda stage, done: None)
     with measurable(module) as lifted:
 
@@ -229,7 +230,7 @@ def prepared(
         if isinstance(optimizer, OptimizerView) and (slices or limit is not None):
             with whole.gathered():  # once, so that its state makes room before anything is solved
                 known = metric(whole)
-            cast("dict[str, Any]", optimizer.state).clear()
+            _empty(optimizer, theirs)  # with `clip` the one is a copy of the other
         if slices:
             return divide(whole, divided or Weights(module, current()), mode, limit, said, measure)
         return leanest(whole, mode, measure)
@@ -251,11 +252,25 @@ def check_effort(tolerance: float, max_hvps: int, *, depths: bool = True, trunca
 def _by_name(
     module: nn.Module, optimizer: Live | OptimizerView | Estimated | None, clip: float | None
 ) -> OptimizerView | Estimated | None:
-    """The optimizer's state by the parameters' names, with what clipping leaves of a gradient where that is given."""
+    """The optimizer's state by the parameters' names, with what clipping leaves of a gradient where that is given.
+
+    Raises:
+        UsageError: it has been emptied.
+    """
     # An optimizer knows the parameters by identity: before copies take their place.
     if isinstance(optimizer, (torch.optim.Optimizer, Sequence)):
         optimizer = live(optimizer, {n: p for n, p in module.named_parameters() if p.requires_grad})
+    if isinstance(optimizer, OptimizerView) and optimizer.emptied:
+        raise UsageError(
+            "this optimizer state was emptied by an analysis within a limit of memory", hint="read it again for each of them"
+        )
     return replace(optimizer, clip=clip) if clip is not None and isinstance(optimizer, OptimizerView) else optimizer
+
+
+def _empty(*optimizers: object) -> None:
+    for view in optimizers:
+        if isinstance(view, OptimizerView):
+            view.empty()
 
 
 def _preconditioner(

@@ -79,7 +79,7 @@ def lowered(measurement: Solving, hvp: HVP, names: list[str], above: Solved) -> 
     wide, solver = above.extremes, measurement.solver
     if solver.store is not None or not measurement.exact:  # no room for its basis, or no certificate
         return Solved(names, None)
-    if not names or wide is None or wide.vector is None:
+    if not names or wide is None or wide.vector is None or wide.status == "asymmetric":  # no bound holds of such products
         return Solved(names, None)
     allowed = 1 + 10 * solver.tolerance
     least = min(wide.ceiling / allowed, wide.second)  # below it neither bound says enough

@@ -262,6 +262,8 @@ class ModelRoot(Mapping[str, InverseRoot]):
     def aside(self, put: Put) -> ModelRoot:
         """With what `put` gives in the place of diagonals."""
         found = {n: root for n, root in self._roots.items() if isinstance(root, Diagonal)}
+        if not found:
+            return self
         masks = {n: root.never for n, root in found.items() if root.never is not None}
         never = dict(zip(masks, put(list(masks.values())), strict=True))
         entries = dict(zip(found, put([root.entries for root in found.values()]), strict=True))

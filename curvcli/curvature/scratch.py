@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 from weakref import WeakValueDictionary, finalize
 
 import torch
@@ -82,13 +82,12 @@ class Scratch:
         nbytes = prod(shape) * dtype.itemsize
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                # All of it now: a write into a hole of a full disk would end the process with SIGBUS.
-                os.posix_fallocate(file.fileno(), 0, nbytes)
+                _fill(file, nbytes)
                 mapped = mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
             raise InputError(
                 f"cannot keep {nbytes / 2**30:.2f} GiB of vectors in {self.folder}: {error.strerror or error}",
-                hint="give more --memory, or a disk with room as TMPDIR",
+                hint="set TMPDIR to a folder on a disk with room, or measure without --memory",
             ) from error
         found = torch.frombuffer(mapped, dtype=dtype).view(shape)
         _maps[found.data_ptr()] = mapped
@@ -113,6 +112,17 @@ class Scratch:
         return int(SHARE * found.f_bavail * found.f_frsize)
 
 
+def _fill(file: IO[bytes], nbytes: int) -> None:
+    """Takes all of a file's room now: a write into a hole of a full disk would end the process with SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return
+    zeros = bytes(2**20)  # macOS has no such call
+    for done in range(0, nbytes, len(zeros)):
+        file.write(zeros[: nbytes - done])
+    file.flush()
+
+
 def elsewhere(device: torch.device) -> Store | None:
     """Where vectors lie that a device has no room for; None of one that shares its memory with the CPU."""
     if device.type == "cpu":
@@ -121,11 +131,10 @@ def elsewhere(device: torch.device) -> Store | None:
 
 
 def scratch() -> Scratch:
-    """Where TMPDIR says; else /var/tmp, which by custom lies on a disk and not, as /tmp often does, in memory."""
-    folder = Path("/var/tmp")  # noqa: S108  (files in it have no name)
-    given = os.environ.get("TMPDIR")
-    usable = folder.is_dir() and os.access(folder, os.W_OK)
-    return Scratch(Path(given or (folder if usable else tempfile.gettempdir())))
+    """TMPDIR, if one can write there; else /var/tmp, which by custom lies on a disk and not, as /tmp, in memory."""
+    places = (os.environ.get("TMPDIR"), "/var/tmp")  # noqa: S108  (files in it have no name)
+    usable = (place for place in places if place and Path(place).is_dir() and os.access(place, os.W_OK))
+    return Scratch(Path(next(usable, None) or tempfile.gettempdir()))
 
 
 def let_go(tensor: Tensor) -> None:

@@ -17,10 +17,9 @@ from torch.nn.functional import pad
 
 from curvcli.curvature.precision import inner, length
 from curvcli.curvature.ranks import Ranks
+from curvcli.curvature.space import drawn
 
 BUCKET = 2**22  # entries, of all processes together, that are sent at once
-_DRAWN = 2**20  # entries that are drawn at once, a multiple of the 16 that torch draws from as many uniform numbers
-_LEAST = 16
 
 
 @dataclass(frozen=True)
@@ -147,15 +146,11 @@ class Sharded:
     def random(self, generator: torch.Generator) -> Tensor:
         """The entries held here of the vector that one process draws from the same generator on a CPU."""
         found, own = self.empty(1)[0], self._own()
-        start, end = 0, 0
-        while end < self.size:
-            # What is left to draw is never below 16: torch makes those that are over of others.
-            start, end = end, self.size if self.size - end - _DRAWN < _LEAST else end + _DRAWN
-            drawn = torch.randn(end - start, generator=generator, dtype=torch.float64)
+        for start, part in drawn(self.size, generator):
             for begin, stop, here in own:
-                first, last = max(begin, start), min(stop, end)
+                first, last = max(begin, start), min(stop, start + len(part))
                 if first < last:
-                    found[here + first - begin : here + last - begin] = drawn[first - start : last - start].to(self.dtype)
+                    found[here + first - begin : here + last - begin] = part[first - start : last - start]
         return found
 
     def inner(self, rows: Tensor, vector: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ have to speak with the other processes, which call them in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from curvcli.curvature.precision import inner, length
 from curvcli.curvature.ranks import Ranks, current
 
-DRAWN = 2**20  # random numbers at a time; a multiple of 16
+DRAWN = 2**20  # random numbers at a time; a multiple of the 16 that torch draws from as many uniform ones
+LAST = 16  # of the end of a draw, which torch makes together
 
 
 class Space(Protocol):
@@ -89,14 +91,9 @@ class OneDevice:
         return self._drawn(generator)
 
     def _drawn(self, generator: torch.Generator) -> Tensor:
-        # In float64 on the CPU, so that a seed means the same vector in every precision. Part by part, which draws the same
-        # numbers and holds no vector of twice the size: but for torch's last 16, which are drawn together.
         found = torch.empty(self.size, dtype=self.dtype)
-        done = 0
-        while done < self.size:
-            count = DRAWN if self.size - done >= DRAWN + 16 else self.size - done
-            found[done : done + count] = torch.randn(count, generator=generator, dtype=torch.float64)
-            done += count
+        for begin, part in drawn(self.size, generator):
+            found[begin : begin + len(part)] = part
         return found.to(self.device)
 
     def inner(self, rows: Tensor, vector: Tensor) -> Tensor:
@@ -156,3 +153,16 @@ def space_of(size: int, dtype: torch.dtype, device: torch.device) -> OneDevice:
     """The space of vectors of one device here: replicated where several processes measure together."""
     ranks = current()
     return OneDevice(size, dtype, device) if ranks.world == 1 else Replicated(size, dtype, device, ranks)
+
+
+def drawn(size: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """So many independent normal numbers part by part, each with where it begins: the same as all of them at once.
+
+    In float64 on the CPU, so that a seed means the same vector in every precision; in parts, so that no vector of twice the
+    size is held.
+    """
+    begin = 0
+    while begin < size:
+        count = DRAWN if size - begin >= DRAWN + LAST else size - begin
+        yield begin, torch.randn(count, generator=generator, dtype=torch.float64)
+        begin += count

@@ -72,13 +72,14 @@ class Stepped(Lanczos):
         if not isfinite(doubt + left):
             return replace(found, top=None, bottom=None, vector=None, status="non-finite"), inf
         top = Ritz(top.value, left + doubt)
-        ceiling = found.ceiling + doubt
+        ceiling, second = found.ceiling + doubt, found.second + doubt
         near = top.residual <= self.tolerance * abs(top.value) and ceiling - top.value <= self.margin * abs(top.value)
         bottom = Ritz(bottom.value, bottom.residual + doubt)
         known = bottom.residual <= 0.1 * abs(bottom.value)
         near = bool(space.agree(near)[0])
         status: Status = "converged" if near else "max-hvps"
-        return replace(found, top=top, bottom=bottom, ceiling=ceiling, status=status, bottom_converged=known), doubt
+        found = replace(found, top=top, bottom=bottom, ceiling=ceiling, second=second)
+        return replace(found, status=status, bottom_converged=known), doubt
 
 
 def suited(solver: Lanczos, mode: Mode) -> tuple[Lanczos, Step | None]:

@@ -6,7 +6,7 @@ import re
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -95,6 +95,7 @@ class OptimizerView:
             change its update then.
         findings: what was done to the options on the way here.
         clip: what clipping left of a gradient of late, a share of its norm; None where it is not known.
+        emptied: the state has been read, and is gone.
     """
 
     groups: tuple[Group, ...]
@@ -103,11 +104,17 @@ class OptimizerView:
     vouched: bool = False
     findings: tuple[Finding, ...] = ()
     clip: float | None = None
+    emptied: bool = False
 
     def __post_init__(self) -> None:
         options = {n: g.options for g in self.groups for n in g.names}
         state = {name: _as_torch(entry, options.get(name, {})) for name, entry in self.state.items()}
         object.__setattr__(self, "state", state)
+
+    def empty(self) -> None:
+        """Lets go of the state, for whoever holds it, so that it makes room."""
+        cast("dict[str, State]", self.state).clear()
+        object.__setattr__(self, "emptied", True)
 
     @property
     def keys(self) -> frozenset[str]:

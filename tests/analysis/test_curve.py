@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, pi
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -102,14 +102,21 @@ class Dense:
         curve(self, none, found, None)  # type: ignore[arg-type]
         return [found.restricted[depth] for depth in range(self.layers + 1)]
 
+    def lucky(self) -> bool:
+        """Whether at each depth the start has of the two top eigenvectors what it lacks once in 1,000 solves."""
+        for size in (len(self.upto(depth)) for depth in range(self.layers + 1)):
+            start = DenseOperator(self.matrix[:size, :size]).space.random(torch.Generator().manual_seed(self.solver.seed))
+            parts = torch.linalg.eigh(self.matrix[:size, :size]).eigenvectors[:, -2:].T @ (start / start.norm())
+            if float(parts.abs().min()) < self.solver.doubt * (pi / (2 * size)) ** 0.5:
+                return False
+        return True
+
     def truths(self) -> list[float]:
         sizes = [len(self.upto(depth)) for depth in range(self.layers + 1)]
         return [float(torch.linalg.eigvalsh(self.matrix[:n, :n])[-1]) for n in sizes]
 
 
-def coupled(
-    seed: int, *, layers: int = 8, ends: int = 60, width: int = 40, top: float = 1.0, negative: float = 1.0
-) -> Tensor:
+def coupled(seed: int, *, top: float = 1.0, negative: float = 1.0) -> Tensor:
     """A few outliers over a bulk, with eigenvectors spread over all layers but weighed differently."""
     draw, ends, layers, width = torch.Generator().manual_seed(seed), 60, 8, 40
     size = ends + layers * width
@@ -136,9 +143,11 @@ def test_depths_above_the_second_eigenvalue_need_no_fresh_start() -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(44, 0.3, 0.1)  # at depth 2 the start has half of what it has but for a chance of 1 in 1,000
 @given(st.integers(0, 100_000), st.sampled_from([0.3, 0.7, 1.0, 2.0, 6.0]), st.sampled_from([0.1, 1.0, 20.0]))
 def test_the_top_lies_between_value_and_ceiling(seed: int, top: float, negative: float) -> None:
     dense = Dense(coupled(seed, top=top, negative=negative), 60, 8)
+    assume(dense.lucky())  # else a ceiling may be too low: 1 solve in 1,000
     for one, truth in zip(dense.curve(), dense.truths(), strict=True):
         assert one.value <= truth * (1 + 1e-9) <= one.ceiling * (1 + 2e-9)
         assert not one.converged or one.ceiling <= 1.1 * one.value * (1 + 1e-9)
@@ -180,3 +189,13 @@ def test_what_is_found_has_to_lie_above_the_bound_by_its_residual() -> None:
     assert tried(found.value - residual / 2, 1.05 * found.value, top.vector).converged, "the ceiling is near enough"
     assert not tried(inf, inf, top.vector).converged
     assert not tried(0.5 * top.ceiling, inf, None).converged
+
+
+def test_what_is_not_symmetric_bounds_no_depth() -> None:
+    """A first product says nothing of symmetry, and so cannot stand for the depths below."""
+    skew = torch.randn(380, 380, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 380**0.5
+    dense = Dense(coupled(0, top=6.0) + 1.5 * (skew - skew.T), 60, 8)
+    full = dense.solver.extremes(dense.operator(None, dense.upto(8)))
+    assert full.status == "asymmetric"
+    found = module.lowered(dense, None, dense.upto(7), Solved(dense.upto(8), full))  # type: ignore[arg-type]
+    assert not found.converged

@@ -13,6 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from normalised import Lion
 from torch import Tensor, nn
 
 from curvcli import Estimated, analyze
@@ -156,6 +157,42 @@ def test_what_is_needed_once_lies_on_disk_and_gives_the_same_numbers(
     assert [part.mass for part in tight.attribution] == pytest.approx([part.mass for part in free.attribution], rel=1e-6)
     assert [e.eigenvalue for e in tight.layers] == pytest.approx([e.eigenvalue for e in free.layers], rel=1e-9)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_emptied_state_is_no_state_that_was_never_there(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "return_blocks", lambda: True)
+    batches = models.data()
+    net = models.Net(blocks=1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    models.loss(net, batches[0]).backward()
+    optimizer.step()
+    known = live(optimizer, dict(net.named_parameters()))
+    said: Any = {"weights": models.weights(batches), "mode": "fresh", "depths": False}
+    found = analyze(net, models.loss, batches, known, memory="64GiB", clip=clip, **said)
+    assert found.update.status != "unavailable"
+    assert not known.state
+    with pytest.raises(UsageError, match="emptied by an analysis"):
+        analyze(net, models.loss, batches, known, **said)
+    again = analyze(net, models.loss, batches, optimizer, memory="64GiB", clip=clip, **said)
+    assert again.update.status == found.update.status, "an optimizer in memory keeps what it has"
+
+
+def test_a_model_without_a_preconditioner_is_measured_under_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "return_blocks", lambda: True)
+    batches = models.data()
+    found = []
+    for memory in (None, "64GiB"):
+        net = models.Net(blocks=1)
+        optimizer = Lion(net.parameters(), lr=1e-3)
+        models.loss(net, batches[0]).backward()
+        optimizer.step()
+        report = analyze(net, models.loss, batches, optimizer, weights=models.weights(batches), depths=False, memory=memory)
+        found.append(report.steepest)
+    free, tight = found
+    assert free is not None
+    assert tight is not None
+    assert tight.sharpness == pytest.approx(free.sharpness, rel=1e-9)
 
 
 @pytest.mark.slow

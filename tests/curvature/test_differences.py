@@ -6,6 +6,7 @@ The reference is double backward, and a dense Hessian; both share first-order au
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import models
 import pytest
@@ -19,6 +20,7 @@ from curvcli.curvature.hvp import FreshGraph
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import DenseOperator
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.ritz import Extremes
 from curvcli.curvature.stepped import Stepped, suited
 from curvcli.errors import UnsupportedError
 
@@ -149,6 +151,21 @@ def test_the_certificate_holds_what_differences_leave_in_doubt(rounding: float) 
     assert found.ceiling >= truth
     assert step.floor is not None
     assert "lay" in step.said()["differences"]
+
+
+def test_both_bounds_from_above_hold_what_differences_leave_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, theirs = [], Lanczos.extremes
+
+    def told(self: Lanczos, *arguments: Any) -> Extremes:
+        exact.append(theirs(self, *arguments))
+        return exact[-1]
+
+    monkeypatch.setattr(Lanczos, "extremes", told)
+    monkeypatch.setattr("curvcli.curvature.stepped._Paced.refined", lambda *_: False)
+    step = Step(reach=50.0)
+    found = Stepped(step=step).extremes(_Biased(_matrix()[0], step))
+    assert found.ceiling > exact[-1].ceiling + 1
+    assert found.second - exact[-1].second == pytest.approx(found.ceiling - exact[-1].ceiling)
 
 
 def test_nothing_is_converged_that_is_closer_than_the_differences_are() -> None:

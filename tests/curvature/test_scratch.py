@@ -98,6 +98,26 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_no_signal(tmp_path: Path, mon
         Scratch(tmp_path).empty(2**28, dtype=torch.float32)
 
 
+def test_where_the_system_cannot_reserve_room_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    size = 2**20 + 5
+    found = Scratch(tmp_path).put([torch.ones(size, dtype=torch.uint8)])[0]
+    assert found.sum(dtype=torch.int64) == size
+
+
+@pytest.mark.parametrize("what", ["gone", "file", "locked"])
+def test_a_tmpdir_that_is_of_no_use_is_passed_over(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, theirs = tmp_path / what, os.access
+    if what == "file":
+        place.touch()
+    elif what == "locked":  # root may write anywhere
+        place.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place and theirs(path, mode))
+    monkeypatch.setenv("TMPDIR", str(place))
+    assert scratch().folder not in (place, Path())
+    assert scratch().free > 0
+
+
 def test_tmpdir_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert scratch().folder == tmp_path

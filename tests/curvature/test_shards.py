@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from curvcli.analysis.scale import scale
 from curvcli.curvature import shards as shards_file
+from curvcli.curvature import space as space_file
 from curvcli.curvature.gathering import Gathered, Weights, across, sliced
 from curvcli.curvature.hvp import build
 from curvcli.curvature.inverse_root import Diagonal, InverseRoot, Multiple
@@ -33,7 +34,7 @@ NAMES = list(SHAPES)
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_file, "BUCKET", 8)
-    monkeypatch.setattr(shards_file, "_DRAWN", 16)
+    monkeypatch.setattr(space_file, "DRAWN", 16)
 
 
 def of(ranks: Any) -> Shards:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from curvcli.curvature import space as module
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.ritz import Extremes
@@ -150,3 +151,11 @@ def test_one_entry_that_is_not_finite_is_seen(entry: float) -> None:
     assert space.finite(vector)
     vector[77] = entry
     assert not space.finite(vector)
+
+
+def test_numbers_drawn_in_parts_are_those_of_one_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DRAWN", 32)
+    for size in range(1, 140):
+        space = OneDevice(size, torch.float64, torch.device("cpu"))
+        whole = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+        assert torch.equal(space.random(torch.Generator().manual_seed(size)), whole), size
