@@ -22,7 +22,7 @@ from typer.main import get_command
 from curvcli.cli import app
 
 EXAMPLES = ROOT / "examples"
-FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir())
+FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__")
 TRAINED = ("nanogpt_loop", "transformers_trainer", "lightning", "accelerate", "accelerate_fsdp", "axolotl", "torchtitan")
 LAUNCHED = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 FEW = ["--tokens", "128", "--max-hvps", "4", "--mode", "kept", "--device", "cpu", "-q"]
