@@ -131,7 +131,7 @@ def test_in_a_terminal_until_it_is_interrupted(tmp_path: Path) -> None:
         80, 24, "track", str(run), "--watch", "--interval", "0.2", "--tokens", "64", "--max-hvps", "3", "--mode", "kept",
         "--device", "cpu", "-o", str(tmp_path / "t.json"), XDG_CACHE_HOME=str(tmp_path),
     )  # fmt: skip
-    shown = terminal.until("step 3: verdict", 40)
+    shown = terminal.until("step 3: verdict", seconds=40)
     assert "\nstep 3: verdict" in f"\n{shown}", "it begins a line of its own"
     assert terminal.interrupt(signal.SIGINT) == 130
     assert [p.step for p in load_track(tmp_path / "t.json").points] == [3]

@@ -81,11 +81,7 @@ def test_a_running_job_in_a_real_terminal(tmp_path: Path, columns: int) -> None:
         terminal.until("step 19, 20 records, last written")
         writer.stdin.writelines(lines[20:])
         writer.stdin.close()
-        shown = terminal.until("step 44, 45 records")
-    assert "1├" in shown
-    assert "1 unlock, to depth 4 at 25" in shown
-    assert "rho 0.880" in shown
-    assert "EDGE" in shown
+        terminal.until("step 44, 45 records", "1├", "1 unlock, to depth 4 at 25", "rho 0.880", "EDGE")
     terminal.resize(50, 20)
     # Drawn anew for the size: a row of fewer columns, whole on its line.
     terminal.until("44 3.200 0.00100 33,440 0.880     4 converged")

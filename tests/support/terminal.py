@@ -48,11 +48,12 @@ class Terminal:
         self.size(columns, lines)
         self.screen.resize(lines, columns)
 
-    def until(self, wanted: str, seconds: float = 60) -> str:
-        """Read until the screen shows it."""
+    def until(self, *wanted: str, seconds: float = 60) -> str:
+        """Read until the screen shows all of it: a frame may come in pieces."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if wanted in (shown := "\n".join(self.screen.display)):
+            shown = "\n".join(self.screen.display)
+            if all(text in shown for text in wanted):
                 return shown
             self.read()
         raise AssertionError(f"{wanted!r} never came:\n" + "\n".join(self.screen.display))
