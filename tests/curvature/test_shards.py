@@ -9,7 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from threads import on_ranks
+from threads import counted_bytes, on_ranks
 from torch import Tensor, nn
 
 from curvcli.analysis.scale import scale
@@ -199,18 +199,7 @@ def test_a_product_sends_what_the_estimate_says() -> None:
     shapes = {n: p.shape for n, p in net.named_parameters()}
 
     def work(ranks: Processes) -> Any:
-        sent = [0]
-        gathered, summed = ranks.gathered, ranks.sum_
-
-        def gather(part: Tensor, at: int = 0) -> Tensor:
-            sent[0] += (ranks.world - 1) * part.nbytes
-            return gathered(part, at)
-
-        def add(tensors: Any, at: int = 0) -> None:
-            sent[0] += sum(2 * (ranks.world - 1) * t.nbytes // ranks.world for t in tensors)
-            summed(tensors, at)
-
-        ranks.gathered, ranks.sum_ = gather, add  # type: ignore[method-assign]
+        sent = counted_bytes(ranks)
         batches, model = models.data(), deepcopy(net)
         problem = Problem.create(model, models.loss, batches, models.weights(batches)).shared(ranks)
         weights, shards = Weights(model, ranks), Shards(ranks, shapes)

@@ -11,7 +11,7 @@ import models
 import pytest
 import torch
 from streamed import divided, problem_of
-from threads import on_ranks
+from threads import counted_bytes, on_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -205,18 +205,7 @@ def test_a_product_sends_what_the_estimate_says() -> None:
 
     def work(ranks: Any) -> int:
         problem, weights = divided(model, ranks)
-        sent = [0]
-        gathered, summed = ranks.gathered, ranks.sum_
-
-        def gather(part: Tensor, at: int = 0) -> Tensor:
-            sent[0] += (ranks.world - 1) * part.nbytes
-            return gathered(part, at)
-
-        def add(tensors: Any, at: int = 0) -> None:
-            sent[0] += sum(2 * (ranks.world - 1) * t.nbytes // ranks.world for t in tensors)
-            summed(tensors, at)
-
-        ranks.gathered, ranks.sum_ = gather, add
+        sent = counted_bytes(ranks)
         engine = OnSlices(problem, Step(length=1e-3)).subset([0, 1])  # a batch for each
         names = list(problem.parameters)
         engine.product(names, weights.shards.parts(names, _tangents(problem)))

@@ -70,3 +70,21 @@ def on_ranks(work: Callable[[Processes], Any], world: int = 3) -> list[Any]:
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(one, range(world)))
+
+
+def counted_bytes(ranks: Any) -> list[int]:
+    """One number: bytes that these ranks send from now on, each part to every other one, and sums as a ring makes them."""
+    sent = [0]
+    gathered, summed = ranks.gathered, ranks.sum_
+
+    def gather(part: Tensor, at: int = 0) -> Tensor:
+        sent[0] += (ranks.world - 1) * part.nbytes
+        found: Tensor = gathered(part, at)
+        return found
+
+    def add(tensors: Any, at: int = 0) -> None:
+        sent[0] += sum(2 * (ranks.world - 1) * t.nbytes // ranks.world for t in tensors)
+        summed(tensors, at)
+
+    ranks.gathered, ranks.sum_ = gather, add
+    return sent
