@@ -262,10 +262,10 @@ class _Walk:
         return self.space.here(self._row(index))
 
     def _add_to(self, vector: Tensor, coefficients: Tensor, rows: Tensor) -> None:
-        if len(rows) == 1:  # as of a basis elsewhere: no vector for the product of the two
+        if len(rows) == 1:  # as of a basis elsewhere
             vector.add_(rows[0], alpha=float(coefficients[0]))
-        else:
-            vector.add_(self.space.combine(coefficients, rows))
+        else:  # in place: a sum of its own would be written and read once more, to memory that is new each time
+            vector.addmv_(rows.T, coefficients.to(vector))
 
     def _without(self, vector: Tensor, count: int) -> Tensor:
         """Takes the first `count` of the basis from a vector, in place; its products with them, in float64 on the CPU."""
