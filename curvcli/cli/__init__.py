@@ -6,6 +6,7 @@ or a bug), 3 a gate unresolved, 130 interrupted.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -25,6 +26,8 @@ def main() -> None:
     """Entry point of `curv`."""
     # Before torch is loaded: its threads otherwise wait for each other in loops, each on a core that another process wants.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # The thousands of modules of torch and transformers leave no garbage, and looking for it is a fifth of their import.
+    gc.set_threshold(200_000, 50, 100)
     # Shells start background jobs with SIGINT ignored: leave that as it is.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)

@@ -23,6 +23,7 @@ from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
 from curvcli.curvature.scratch import Store, let_go
 
 EXTRA = 4  # products at most for telling the two largest eigenvalues apart
+ALONE = 2**25  # bytes of a vector from which on it is kept where it lies: glibc takes memory of that size anew each time
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class _Walk:
     def __init__(self, operator: Operator, start: Tensor, support: Tensor | None, size: int, store: Store | None) -> None:
         # Rows of memory taken at once: most solves end within 16 vectors, and may take hundreds. Elsewhere each comes and
         # goes by itself, so that one at a time is where the operator's vectors are.
-        self.store, self.rows = store, 8 if store is None else 1
+        self.store, self.rows = store, 8 if store is None and start.nbytes < ALONE else 1
         self.held, self.dtype = len(start), start.dtype
         self.operator, self.space = operator, operator.space
         self.support, self.size = support, size  # (n,), and its true entries
@@ -240,6 +241,9 @@ class _Walk:
         return float(away.log().sum()) - self.scale
 
     def _add(self, vector: Tensor, norm: float = 1.0) -> None:
+        if self.rows == 1 and self.store is None:
+            self.blocks.append(vector.div_(norm)[None])
+            return
         block, row = divmod(self.products, self.rows)
         if block == len(self.blocks):
             self.blocks.append(self._room(min(self.rows, self.space.size)))
@@ -262,7 +266,7 @@ class _Walk:
         return self.space.here(self._row(index))
 
     def _add_to(self, vector: Tensor, coefficients: Tensor, rows: Tensor) -> None:
-        if len(rows) == 1:  # as of a basis elsewhere
+        if len(rows) == 1:  # as of a basis elsewhere, or of large vectors
             vector.add_(rows[0], alpha=float(coefficients[0]))
         else:  # in place: a sum of its own would be written and read once more, to memory that is new each time
             vector.addmv_(rows.T, coefficients.to(vector))
