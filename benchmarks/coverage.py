@@ -23,7 +23,8 @@ import torch
 from common import HERE
 from torch import Tensor
 
-from curvcli.analysis.solve import RARE_MASS, Measurement
+from curvcli.analysis.solve import Measurement
+from curvcli.analysis.whole import RARE_MASS
 from curvcli.curvature.folds import Folds
 from curvcli.curvature.hvp import build
 from curvcli.curvature.lanczos import Lanczos

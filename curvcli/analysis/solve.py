@@ -17,27 +17,25 @@ from curvcli.analysis.counting import Counting, count
 from curvcli.analysis.curve import curve
 from curvcli.analysis.cuts import Cut
 from curvcli.analysis.engines import chosen, engine, mean_gradient
-from curvcli.analysis.measured import Measured, Solved, folds_of
+from curvcli.analysis.measured import Measured, Solved
 from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
+from curvcli.analysis.whole import Whole
 from curvcli.curvature import resources
-from curvcli.curvature.gathering import across
 from curvcli.curvature.hvp import HVP, Choice, Mode
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ranks import agreed
-from curvcli.curvature.scratch import Put, Scratch, elsewhere, let_go
+from curvcli.curvature.scratch import Put, Scratch, elsewhere
 from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
-from curvcli.models.rows import Lookups, apart, lookups, outside
+from curvcli.models.rows import Lookups, lookups
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update, ratios
 
 FOLDS = 8  # parts of the shard that the full model is seen on, at most
-RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
-RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
 
 
 class Measurement:
@@ -196,7 +194,8 @@ class Measurement:
         self.in_time()
         hvp = Counting(self.build(self.problem), self)
         resources.give_back(self.device)  # what gradients took is not to lie beside products
-        found = self.full(hvp, loss, looked_up)
+        whole = Whole(self, hvp)
+        found = whole.solve(loss, looked_up, pausing=True)
         found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
@@ -207,6 +206,8 @@ class Measurement:
             steep = Steep.of(self, hvp, gradients)
             found.norm = steep.found if steep else None
             on_full(self.completed(found))
+            whole.resume(found)
+            del whole  # which holds the graphs
             found.companions, found.beside = companions(self, hvp, gradients)
             del gradients
             self.parts(hvp, found, steep)
@@ -241,54 +242,7 @@ class Measurement:
 
     def full(self, hvp: HVP, loss: float, looked_up: Lookups) -> Measured:
         """The full model; without the rows that the shard hardly looks up too, where the top direction lies on them."""
-        self.stages.enter("full model")
-        self.in_time()
-        if not self.names:
-            return Measured(loss, Solved(self.names, None))
-        # The most negative eigenvalue is of interest in the full model: only here it is waited for.
-        solver = replace(self.solver, bottom_tolerance=0.1)
-        operator = self.folded(hvp)
-        full = Solved(self.names, solver.extremes(operator)).aside(self.put)
-        found = Measured(loss, full, folds_of(operator))
-        if full.extremes and full.extremes.status == "non-finite":
-            self.notes |= self._overflown(operator)
-        rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
-        rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
-        roots = {n: across(self.preconditioner.root[n], n, self.shards) for n in rows}
-        if mixed := [n for n, mask in rows.items() if not apart(roots[n], self.problem.parameters[n], mask)]:
-            self.notes["rows-mixed"] = (
-                f"the preconditioner of {', '.join(mixed)} mixes its rows: those that the shard hardly looks up stay in"
-            )
-            rows = {n: mask for n, mask in rows.items() if n not in mixed}
-        vector = full.extremes.vector if full.extremes else None
-        # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
-        if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
-            return found
-        outer = ((n, outside(self.problem.parameters[n], rows.get(n))) for n in self.names)
-        mask = torch.cat([own if self.shards is None else self.shards.part(n, own) for n, own in outer])
-        mass = float(vector[~mask].cpu().double().square().sum())
-        (mask,) = self.put([mask])
-        let_go(vector)
-        # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
-        if (sum(self.ranks.each(mass)) if self.shards else self.ranks.first([mass])[0]) < RARE_MASS:
-            return found
-        self.stages.enter("full model without rare rows")
-        if self.late:
-            return found
-        operator = self.folded(hvp)
-        found.body = Solved(self.names, self.solver.extremes(operator, support=mask))
-        found.rare = {n: int(m.sum()) for n, m in rows.items()}
-        found.folds = folds_of(operator)
-        return found
-
-    def _overflown(self, operator: Folded) -> dict[str, str]:
-        """Whose batches gave a product that is not finite, where there are several processes."""
-        parts = [fold.matvec(operator.vectors[-1]) for _, fold in operator.folds]
-        bad = self.ranks.each(float(not all(bool(torch.isfinite(part).all()) for part in parts)))
-        ranks = [str(rank) for rank, found in enumerate(bad) if found]
-        if len(bad) == 1 or not ranks or self.shards:  # where slices are held, each has those of all batches
-            return {}
-        return {"rank-overflow": f"a product is not finite in the batches of rank {', '.join(ranks)} of {len(bad)}"}
+        return Whole(self, hvp).solve(loss, looked_up)
 
     def parts(self, hvp: HVP, found: Measured, steep: Steep | None) -> None:
         """Embedding, head and what else lies outside the blocks, alone; and each block alone, the rest held still."""

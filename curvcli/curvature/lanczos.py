@@ -11,6 +11,7 @@ an eigenvalue mu has |p_k(mu)| |u.v_1| <= 1. A random start is not nearly orthog
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, log, pi, sqrt
 
@@ -23,6 +24,7 @@ from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
 from curvcli.curvature.scratch import Store, let_go
 
 EXTRA = 4  # products at most for telling the two largest eigenvalues apart
+LOOKS = (0.25, 0.05)  # residuals over the top's value at which a solve that may be paused asks
 ALONE = 2**25  # bytes of a vector from which on it is kept where it lies: glibc takes memory of that size anew each time
 
 
@@ -75,18 +77,32 @@ class Lanczos:
                 does for a random start, with e times `share`: adding a fixed vector to a random one makes none of its
                 components less likely to be away from 0.
         """
+        return self.finish(self.begin(operator, warm, share, support))
+
+    def begin(
+        self, operator: Operator, warm: Tensor | None = None, share: float = 0.1, support: Tensor | None = None
+    ) -> Walk:
+        """A solve that `finish` makes the products of; arguments as those of `extremes`."""
         size = operator.space.size if support is None else operator.space.count(support)
         start, random_part = self._start(operator, warm, share, support)
-        walk = _Walk(operator, start, support, size, self.store)
-        del start  # the walk has it, and lets go of it
         # e of the module's docstring, for a start of which only a part may be random.
         evidence = self.doubt * sqrt(pi / (2 * size)) * random_part
-        most, enough = min(self.basis, self.max_products), -log(evidence)
+        return Walk(operator, start, support, size, self.store, -log(evidence))
+
+    def finish(self, walk: Walk, pause: Callable[[Walk], bool] | None = None) -> Extremes:
+        """Products until both ends are known; a solve that was paused goes on where it was.
+
+        Args:
+            pause: asked, with the top's residual below a quarter and a twentieth of its value, whether to leave the rest for
+                later. The result is what is known so far then, as "max-hvps", and `walk.paused` is true.
+        """
+        walk.paused = False
+        most, looks = min(self.basis, self.max_products), list(LOOKS) if pause else []
         last: float = inf  # product of a solve that is done, but for what tells the second eigenvalue from the top
         while walk.step():
             top, bottom = walk.pair(-1), walk.pair(0)
-            ceiling = walk.ceiling(enough)
-            second = min(walk.second(enough), ceiling)
+            ceiling = walk.ceiling(walk.enough)
+            second = min(walk.second(walk.enough), ceiling)
             near = top.residual <= self.tolerance * abs(top.value) and ceiling - top.value <= self.margin * abs(top.value)
             # The smallest eigenvalue of a positive G is mostly rounding, and would never converge relative to itself.
             waiting = bottom.residual > self.bottom_tolerance * max(abs(bottom.value), abs(top.value) / 2)
@@ -96,14 +112,17 @@ class Lanczos:
                 last = min(last, walk.products + (EXTRA if below < self.apart * top.value else 0))
                 done = walk.products >= last or second <= below
             over = done or walk.complete or walk.products >= most or self.expired
-            near, over = map(bool, operator.space.agree(near, over))
-            if over:
+            near, over = map(bool, walk.space.agree(near, over))
+            if pause and not over and looks and top.residual <= looks[0] * abs(top.value):
+                looks = [look for look in looks[1:] if top.residual > look * abs(top.value)]
+                walk.paused = pause(walk)
+            if over or walk.paused:
                 # Only now: the first few Ritz values know little of the norm that the skew is held against.
-                crooked = walk.skew > self.asymmetry * walk.norm
+                crooked = not walk.paused and walk.skew > self.asymmetry * walk.norm
                 status: Status = "asymmetric" if crooked else "converged" if near else "max-hvps"
                 known = bottom.residual <= 0.1 * abs(bottom.value)
                 found = Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling, second)
-                return agreed(found, operator.space.agree)
+                return agreed(found, walk.space.agree)
         return Extremes(None, None, None, "non-finite", walk.products)
 
     def _start(self, operator: Operator, warm: Tensor | None, share: float, support: Tensor | None) -> tuple[Tensor, float]:
@@ -119,10 +138,18 @@ class Lanczos:
         return mixed / (size := space.norm(mixed)), share / size
 
 
-class _Walk:
-    """Lanczos vectors, orthonormal to rounding, and the tridiagonal matrix that G is on them."""
+class Walk:
+    """A solve on its way: Lanczos vectors, orthonormal to rounding, and the tridiagonal matrix that G is on them.
 
-    def __init__(self, operator: Operator, start: Tensor, support: Tensor | None, size: int, store: Store | None) -> None:
+    Attributes:
+        enough: -log e of the module's docstring.
+        paused: whether products were left for later.
+    """
+
+    def __init__(
+        self, operator: Operator, start: Tensor, support: Tensor | None, size: int, store: Store | None, enough: float
+    ) -> None:
+        self.enough, self.paused = enough, False
         # Rows of memory taken at once: most solves end within 16 vectors, and may take hundreds. Elsewhere each comes and
         # goes by itself, so that one at a time is where the operator's vectors are.
         self.store, self.rows = store, 8 if store is None and start.nbytes < ALONE else 1

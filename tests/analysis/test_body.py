@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
+from math import inf
 
 import models
 import published
@@ -11,7 +14,7 @@ import stepped
 import torch
 from torch import Tensor
 
-from curvcli.analysis import api
+from curvcli.analysis import api, whole
 from curvcli.analysis.api import analyze
 from curvcli.curvature.inverse_root import Diagonal
 from curvcli.curvature.lanczos import Lanczos
@@ -41,9 +44,14 @@ def trained(seen: int) -> tuple[models.Net, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def measured(seen: int) -> tuple[Report, models.Net, torch.optim.Optimizer]:
+def measured(
+    seen: int, on_verdict: Callable[[Report], None] | None = None, deadline: float = inf
+) -> tuple[Report, models.Net, torch.optim.Optimizer]:
     model, optimizer = trained(seen)
-    return analyze(model, models.loss, shard(seen), optimizer, tolerance=1e-6, max_hvps=300), model, optimizer
+    report = analyze(
+        model, models.loss, shard(seen), optimizer, tolerance=1e-6, max_hvps=300, on_verdict=on_verdict, deadline=deadline
+    )
+    return report, model, optimizer
 
 
 def test_the_body_is_the_matrix_without_the_row() -> None:
@@ -79,6 +87,55 @@ def test_the_verdict_and_its_bracket_are_the_bodys() -> None:
     found = {finding.code: finding for finding in report.findings}
     assert f"rho {report.full.rho:.3g}" in found["rare-rows"].message
     assert f"{report.body.rho:.3g}" in report.findings[0].message
+
+
+def numbers(report: Report) -> dict[str, object]:
+    """All but what differs from run to run."""
+    return report.model_dump(exclude={"cost", "versions"})
+
+
+def test_the_verdict_without_the_row_comes_before_the_full_model_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Report] = []
+    report, _, _ = measured(2, seen.append)
+    assert seen[0].body is not None
+    assert (seen[0].body.status, seen[0].full.status) == ("converged", "unconverged")
+    assert (seen[0].verdict, seen[0].generalisation) == (report.verdict, report.generalisation)
+    assert report.full.status == "converged"
+    assert report.full.hvps > seen[0].full.hvps > 0
+    # The same digits where the full model's solve ends first.
+    monkeypatch.setattr(whole, "ROOMY", inf)
+    straight, _, _ = measured(2, seen.append)
+    assert seen[1].full.status == "converged"
+    assert numbers(straight) == numbers(report)
+    assert straight.cost.hvps == report.cost.hvps
+
+
+def test_a_budget_that_ends_after_the_verdict_leaves_the_full_model_unconverged() -> None:
+    seen: list[Report] = []
+
+    def tell(report: Report) -> None:
+        seen.append(report)
+        clock.setattr(Lanczos, "expired", True)
+
+    with pytest.MonkeyPatch.context() as clock:
+        report, _, _ = measured(2, tell, time.monotonic() + 1000)
+    assert report.body is not None
+    assert (report.body.status, report.full.status) == ("converged", "unconverged")
+    assert report.verdict == seen[0].verdict
+    assert {part.status for part in report.layers} == {"skipped"}
+
+
+def test_a_row_that_only_seemed_to_carry_the_top_direction_stays_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the full model's solve goes on its vector leaves the row: the verdict is on the full model after all."""
+    masses = iter([1.0, 1.0, 0.0])  # at the pause, of what is known then, and at the end
+    monkeypatch.setattr(whole, "_mass", lambda vector, mask: next(masses))
+    seen: list[Report] = []
+    report, _, _ = measured(2, seen.append)
+    assert seen[0].body is not None
+    assert report.body is None
+    assert report.judged is report.full
+    assert report.full.status == "converged"
+    assert report.generalisation != seen[0].generalisation
 
 
 def test_no_verdict_rests_on_rows_whose_products_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from curvcli.curvature.lanczos import Lanczos
+from curvcli.curvature.lanczos import Lanczos, Walk
 from curvcli.curvature.operator import DenseOperator, Folded
 
 
@@ -177,3 +177,27 @@ def test_a_support_leaves_a_submatrix() -> None:
     assert found.top.value == pytest.approx(float(within[-1]), rel=1e-7)
     assert not found.vector[~support].any()
     assert float(torch.linalg.eigvalsh(operator.projected()[0])[-1]) == pytest.approx(found.top.value, rel=1e-9)
+
+
+def test_a_solve_that_was_paused_goes_on_to_the_same_digits() -> None:
+    matrix = torch.diag(torch.linspace(-1, 1, 400, dtype=torch.float64))
+    matrix[0, 0] = 1.5
+    solver, asked = Lanczos(tolerance=1e-4), []
+    walk = solver.begin(DenseOperator(matrix))
+
+    def pause(so_far: Walk) -> bool:
+        asked.append(so_far.products)
+        return len(asked) == 2
+
+    found = solver.finish(walk, pause)
+    assert (walk.paused, found.status, found.products) == (True, "max-hvps", asked[-1])
+    assert 0 < asked[0] < asked[1]
+    assert found.top is not None
+    assert found.top.residual <= 0.05 * found.top.value
+    assert found.ceiling > found.top.value
+    done, straight = solver.finish(walk), solver.extremes(DenseOperator(matrix))
+    assert (walk.paused, done.status) == (False, "converged")
+    assert (done.top, done.bottom, done.ceiling, done.products) == (
+        straight.top, straight.bottom, straight.ceiling, straight.products,
+    )  # fmt: skip
+    assert done.products > found.products

@@ -1,0 +1,164 @@
+"""The full model, and where its top direction lies on rows that the shard hardly looks up: without them.
+
+The verdict is on what is without them then, so that the full model's solve waits where it plainly comes to that, and goes on
+once the verdict is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from curvcli.analysis.measured import Measured, Ongoing, Solved, folds_of
+from curvcli.curvature.gathering import across
+from curvcli.curvature.hvp import HVP
+from curvcli.curvature.lanczos import Lanczos, Walk
+from curvcli.curvature.operator import Folded
+from curvcli.curvature.ranks import Ranks
+from curvcli.curvature.scratch import Put, let_go
+from curvcli.curvature.shards import Shards
+from curvcli.models.rows import Lookups, apart, outside
+
+RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
+RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
+PLAINLY = 10 * RARE_MASS  # of a vector on the way to it
+ROOMY = 64  # vectors there is room for, from which on two solves' may be held at once
+
+
+class Solving(Ongoing, Protocol):
+    """A measurement in progress, with what the full model's solves are made of.
+
+    Attributes:
+        put: where vectors lie that are needed later.
+        shards: how processes divide vectors; None where each has the whole.
+    """
+
+    put: Put
+    ranks: Ranks
+    shards: Shards | None
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        ...
+
+    def folded(self, hvp: HVP) -> Folded:
+        """G of the full model, as the mean of those of the shard's folds."""
+        ...
+
+
+class Whole:
+    """The solves of the full model in one measurement."""
+
+    def __init__(self, work: Solving, hvp: HVP) -> None:
+        self.work, self.hvp, self.names = work, hvp, work.names
+        # The most negative eigenvalue is of interest in the full model: only here it is waited for.
+        self.solver: Lanczos = replace(work.solver, bottom_tolerance=0.1)
+        self.left: tuple[Walk, Folded, Tensor] | None = None  # for later: a solve, and where its rare rows are not
+
+    def solve(self, loss: float, looked_up: Lookups, *, pausing: bool = False) -> Measured:
+        """The full model; without the rows that the shard hardly looks up too, where the top direction lies on them.
+
+        Args:
+            pausing: where it plainly lies on them, a part of the full model's solve may be left for `resume`.
+        """
+        work = self.work
+        work.stages.enter("full model")
+        work.in_time()
+        if not self.names:
+            return Measured(loss, Solved(self.names, None))
+        mask, rows = self._kept(looked_up)
+        operator = work.folded(self.hvp)
+        walk = self.solver.begin(operator)
+        found = Measured(loss, self._finished(walk, self._pause(mask) if pausing else None), folds_of(operator))
+        if found.full.extremes and found.full.extremes.status == "non-finite":
+            work.notes |= self._overflown(operator)
+        if mask is None or not self._on_rare(found.full, mask):
+            return found
+        self.left = (walk, operator, mask) if walk.paused else None
+        basis = work.solver.basis - (walk.products if walk.paused else 0)
+        del walk, operator  # which hold vectors
+        work.stages.enter("full model without rare rows")
+        if work.late:
+            return found
+        folded = work.folded(self.hvp)
+        found.body = Solved(self.names, replace(work.solver, basis=basis).extremes(folded, support=mask))
+        found.rare = {n: int(m.sum()) for n, m in rows.items()}
+        found.folds = folds_of(folded)
+        return found
+
+    def resume(self, found: Measured) -> None:
+        """The rest of a solve that was left for later, in place of what was known of the full model.
+
+        Raises:
+            OutOfTime: the deadline has passed.
+        """
+        if self.left is None:
+            return
+        self.work.stages.enter("full model with rare rows")
+        self.work.in_time()
+        (walk, operator, mask), self.left = self.left, None
+        found.full = self._finished(walk)
+        if not self._on_rare(found.full, mask):  # it was not so plain after all
+            found.body, found.rare, found.folds = None, {}, folds_of(operator)
+
+    def _finished(self, walk: Walk, pause: Callable[[Walk], bool] | None = None) -> Solved:
+        return Solved(self.names, self.solver.finish(walk, pause)).aside(self.work.put)
+
+    def _pause(self, mask: Tensor | None) -> Callable[[Walk], bool] | None:
+        """Whether a solve is to wait for that without rare rows; None where it may not."""
+        # Both solves' vectors are held at once; and ranks could come to see the mass on two sides of the limit.
+        roomy = self.solver.store is not None or self.solver.basis >= ROOMY
+        if mask is None or not roomy or self.work.ranks.world > 1:
+            return None
+        return lambda walk: _mass(walk.vector(-1), mask) >= PLAINLY
+
+    def _kept(self, looked_up: Lookups) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """True, flat, on the entries in no row that the shard hardly looks up; None where there is no such row; these by name."""
+        work = self.work
+        parameters = work.problem.parameters
+        rare = {n: looked_up.rare(parameters[n], RARE) for n in self.names}
+        rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
+        roots = {n: across(work.preconditioner.root[n], n, work.shards) for n in rows}
+        if mixed := [n for n, mask in rows.items() if not apart(roots[n], parameters[n], mask)]:
+            work.notes["rows-mixed"] = (
+                f"the preconditioner of {', '.join(mixed)} mixes its rows: those that the shard hardly looks up stay in"
+            )
+            rows = {n: mask for n, mask in rows.items() if n not in mixed}
+        if not rows:
+            return None, rows
+        outer = ((n, outside(parameters[n], rows.get(n))) for n in self.names)
+        (found,) = work.put([torch.cat([own if work.shards is None else work.shards.part(n, own) for n, own in outer])])
+        let_go(found)
+        return found, rows
+
+    def _on_rare(self, full: Solved, mask: Tensor) -> bool:
+        """Whether the full model's top direction lies on rows that the shard hardly looks up."""
+        vector = full.extremes.vector if full.extremes else None
+        # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
+        if vector is None or (full.extremes and full.extremes.status == "asymmetric"):
+            return False
+        mass, ranks = _mass(vector, mask), self.work.ranks
+        # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
+        return (sum(ranks.each(mass)) if self.work.shards else ranks.first([mass])[0]) >= RARE_MASS
+
+    def _overflown(self, operator: Folded) -> dict[str, str]:
+        """Whose batches gave a product that is not finite, where there are several processes."""
+        parts = [fold.matvec(operator.vectors[-1]) for _, fold in operator.folds]
+        bad = self.work.ranks.each(float(not all(bool(torch.isfinite(part).all()) for part in parts)))
+        ranks = [str(rank) for rank, found in enumerate(bad) if found]
+        if len(bad) == 1 or not ranks or self.work.shards:  # where slices are held, each has those of all batches
+            return {}
+        return {"rank-overflow": f"a product is not finite in the batches of rank {', '.join(ranks)} of {len(bad)}"}
+
+
+def _mass(vector: Tensor, mask: Tensor) -> float:
+    """What of a unit vector's square lies where a mask is not."""
+    found = float(vector[~mask].cpu().double().square().sum())
+    let_go(vector)
+    let_go(mask)
+    return found
