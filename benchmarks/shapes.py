@@ -138,8 +138,8 @@ def measure(folder: Path, rows: int, length: int, memory: str | None, budget: fl
     report = analyze_checkpoint(folder / f"checkpoint-{STEPS}", options, progress)
     solves = [report.full, *([report.body] if report.body else [])]
     parts = [e.status for e in [*([report.ends] if report.ends else []), *report.layers]]
-    # The stage after the next update begins with the verdict known.
-    verdict = passed.get("embedding, head", passed["report"])
+    # The stages after the next update begin with the verdict known.
+    verdict = passed.get("full model with rare rows") or passed.get("embedding, head", passed["report"])
     return {
         "memory": memory,
         "max_hvps": hvps,
