@@ -46,7 +46,8 @@ def stages(model: Any, optimizer: Any, batches: list[Any], *, truncated: bool) -
     def progress(stage: str, done: float) -> None:
         moment = time.process_time()
         seconds[now[0]] += moment - now[1]
-        now[:] = stage.partition(" ")[0].strip(","), moment
+        # What is left of the full model's solve where its verdict did not need it comes after the verdict.
+        now[:] = "rest" if stage.endswith("with rare rows") else stage.partition(" ")[0].strip(","), moment
 
     def verdict(report: curvcli.Report) -> None:  # the companions that follow are of the same stage
         progress("companions", 0.0)

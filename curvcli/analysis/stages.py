@@ -44,11 +44,17 @@ class Stages:
     def __init__(self, progress: Progress, total: float) -> None:
         self.progress, self.total = progress, total
         self.done, self.planned, self.ticks, self.name = 0.0, 0.0, 0.0, ""
+        self.told = 0.0
 
-    def enter(self, name: str) -> None:
-        """The stage before is done."""
+    def enter(self, name: str, *, planned: bool = True) -> None:
+        """The stage before is done.
+
+        Args:
+            planned: whether it is one of those that the total counts.
+        """
         # Advance by the planned cost, not the actual one, so that the bar never goes back.
         self.done += self.planned
+        self.total += 0.0 if planned else _cost(name)
         self.planned = _cost(name)
         self.ticks, self.name = 0.0, name
         self._say()
@@ -61,4 +67,5 @@ class Stages:
     def _say(self) -> None:
         # Within a stage: towards its planned cost and never past it, however many products it takes.
         within = self.planned * (1 - 0.8**self.ticks)
-        self.progress(self.name, min((self.done + within) / self.total, 1.0))
+        self.told = max(self.told, min((self.done + within) / self.total, 1.0))  # it waits where the total has grown
+        self.progress(self.name, self.told)

@@ -82,7 +82,7 @@ class Whole:
         self.left = (walk, operator, mask) if walk.paused else None
         basis = work.solver.basis - (walk.products if walk.paused else 0)
         del walk, operator  # which hold vectors
-        work.stages.enter("full model without rare rows")
+        work.stages.enter("full model without rare rows", planned=False)
         if work.late:
             return found
         folded = work.folded(self.hvp)
@@ -99,7 +99,7 @@ class Whole:
         """
         if self.left is None:
             return
-        self.work.stages.enter("full model with rare rows")
+        self.work.stages.enter("full model with rare rows", planned=False)
         self.work.in_time()
         (walk, operator, mask), self.left = self.left, None
         found.full = self._finished(walk)
@@ -118,7 +118,7 @@ class Whole:
         return lambda walk: _mass(walk.vector(-1), mask) >= PLAINLY
 
     def _kept(self, looked_up: Lookups) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """True, flat, on the entries in no row that the shard hardly looks up; None where there is no such row; these by name."""
+        """True, flat, on the entries in no row that the shard hardly looks up; None where all are looked up. The rows by name."""
         work = self.work
         parameters = work.problem.parameters
         rare = {n: looked_up.rare(parameters[n], RARE) for n in self.names}

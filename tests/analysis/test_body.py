@@ -110,6 +110,17 @@ def test_the_verdict_without_the_row_comes_before_the_full_model_is_done(monkeyp
     assert straight.cost.hvps == report.cost.hvps
 
 
+def test_progress_counts_the_solves_that_nobody_planned() -> None:
+    model, optimizer = trained(2)
+    seen: list[tuple[str, float]] = []
+    analyze(model, models.loss, shard(2), optimizer, progress=lambda stage, done: seen.append((stage, done)), max_hvps=300)
+    stages = [stage for stage, _ in seen]
+    assert {"full model without rare rows", "full model with rare rows"} <= set(stages)
+    fractions = [done for _, done in seen]
+    assert fractions == sorted(fractions)
+    assert all(done < 1 for stage, done in seen if stage != "report")
+
+
 def test_a_budget_that_ends_after_the_verdict_leaves_the_full_model_unconverged() -> None:
     seen: list[Report] = []
 
