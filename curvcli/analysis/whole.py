@@ -118,7 +118,7 @@ class Whole:
         return lambda walk: _mass(walk.vector(-1), mask) >= PLAINLY
 
     def _kept(self, looked_up: Lookups) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """True, flat, on what lies in no row that the shard hardly looks up; None where there is no such row. These by name."""
+        """True, flat, on what is in no row that the shard hardly looks up, None where no row is; these rows by name."""
         work = self.work
         parameters = work.problem.parameters
         rare = {n: looked_up.rare(parameters[n], RARE) for n in self.names}
