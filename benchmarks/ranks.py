@@ -88,7 +88,7 @@ def draw() -> None:
         axes.set_title(title, fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.15)
-    memory.legend(frameon=False, fontsize=8)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(HERE / "results" / "shard.png", dpi=150)
 
 

@@ -67,7 +67,8 @@ class Clipping:
         raises = ", which raises lambda as the optimizer sees it"
         if share is None:
             return {"clipped-moments": said + raises}
-        return {"clipped-moments": f"{said}{raises}; {share:.2g} of a gradient was left of late"}
+        late = "of late nothing was clipped" if f"{share:.2g}" == "1" else f"{share:.2g} of a gradient was left of late"
+        return {"clipped-moments": f"{said}{raises}; {late}"}
 
     def counted(self, view: OptimizerView, given: float | None = None) -> tuple[OptimizerView, dict[str, str]]:
         """An optimizer that knows what share of a gradient was left, and a note where that is not what the record says.

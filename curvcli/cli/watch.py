@@ -62,7 +62,8 @@ def _one_frame(path: Path, tail: int, plot: Path | None) -> None:
     from curvcli.render.watch import screen
 
     if (found := find_log(path)) is None:
-        raise InputError(f"{path} is no log and holds none", hint="without --once, on a terminal, curv watch waits for it")
+        wrong = "holds no curvature.jsonl" if path.exists() else "does not exist"
+        raise InputError(f"{path} {wrong}", hint="without --once, on a terminal, curv watch waits for it")
     log = load_records(found)
     if plot:
         from curvcli.render.plot_log import plot_log

@@ -121,6 +121,8 @@ def digested_document(kind: type[D], path: Path, name: str, hint: str) -> tuple[
         return kind.read(content), hashlib.sha256(content).hexdigest()
     except ValidationError as error:
         raise InputError(f"{path} is not a {name} document: {first_problem(error)}", hint=hint) from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist", hint=hint) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a {name} document: {str(error)[:300]}", hint=hint) from error
 
@@ -142,6 +144,8 @@ def schema_of(path: Path) -> str | None:
     """
     try:
         document = parse_json(read_limited(path, _LIMIT))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist", hint="write one with curv analyze -o") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no JSON document: {str(error)[:300]}", hint="write one with curv analyze -o") from error
     name = document.get("schema") if isinstance(document, dict) else None

@@ -51,7 +51,7 @@ def unknown(optimizer: Optimizer, rho: float) -> Finding | None:
 
 def counted(optimizer: Optimizer) -> str:
     """What a note on clipping ends with: whether rho counts with it, which no reader of files can know."""
-    return "" if optimizer.clip is None else ", and rho is times that"
+    return "" if optimizer.clip is None or f"{optimizer.clip:.2g}" == "1" else ", and rho is times that"
 
 
 def alike(*reports: Report | None) -> Callable[[Report], float]:

@@ -75,8 +75,9 @@ def show(found: Explanation, console: Console) -> None:
         blocks.append(Text("\nby sequence", style="dim"))
         blocks += [line for sequence in found.sequences for line in _sequence(sequence)]
     blocks += _removals(found)
-    blocks.append(Text())
-    blocks += [finding_line(finding) for finding in found.findings]
+    if found.findings:
+        blocks.append(Text())
+        blocks += [finding_line(finding) for finding in found.findings]
     cost = found.cost
     blocks.append(Text(f"\n{cost.hvps} Hessian-vector products ({cost.mode}), {cost.seconds:.1f} s", style="dim"))
     console.print(*blocks, sep="\n")

@@ -136,4 +136,4 @@ def foot(least: float) -> float:
 
 def _round(value: float) -> str:
     """A round value as people read it."""
-    return f"{value:,.6g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.0e}"
+    return f"{value:,.7g}" if value == 0 or 1e-4 <= abs(value) < 1e7 else f"{value:.0e}"

@@ -63,11 +63,13 @@ def _depth(axes: Axes, schedule: Schedule, drawn: Series, longest: int) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("sum of alphas" if schedule.gates else "blocks that train")
     unlocks = schedule.phases[1:]
-    # One line of text: labels at the unlocks themselves overlap where a steep decay lets them follow closely.
-    text = "   ".join(f"+{len(phase.unlock)} at {phase.step:,}" for phase in unlocks)
+    # One line of text: labels at the unlocks themselves overlap where a steep decay lets them follow closely. At the left,
+    # since at the right, where the unlocks are, each would stand over another's line.
+    text = ", ".join(f"{len(phase.unlock)} at {phase.step:,}" for phase in unlocks)
     if len(text) > longest:
         text = f"steps {unlocks[0].step:,} to {unlocks[-1].step:,}"
-    axes.set_title(text, loc="right", fontsize=9, color=light("soft"))
+    if unlocks:
+        axes.set_title(f"blocks join: {text}", loc="left", fontsize=9, color=light("soft"))
 
 
 def _rho(axes: Axes, schedule: Schedule, drawn: Series) -> None:

@@ -114,6 +114,8 @@ def test_the_share_that_clipping_left(limit: float | None, norms: tuple[float, .
 def test_a_note_says_what_was_left() -> None:
     said = Clipping(0.5, (1.0,) * 20).notes["clipped-moments"]
     assert said.endswith("; 0.5 of a gradient was left of late")
+    said = Clipping(1.0, (2.0,) + (0.5,) * 30).notes["clipped-moments"]
+    assert said.endswith("; of late nothing was clipped")
 
 
 @pytest.mark.parametrize("limit", [float("inf"), float("nan"), -1.0, 10**400])

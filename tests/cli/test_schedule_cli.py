@@ -103,7 +103,7 @@ def test_resuming_from_a_checkpoint_measures_it(tmp_path: Path) -> None:
         (("--from", INIT, "--depth", 9), "the model measured has 8 blocks"),
         (("--from", INIT, "--margin", "nan"), "--margin nan"),
         (("--from", INIT, "--margin", "0"), "--margin 0"),
-        (("--from", "/nowhere.json"), "is not a curv.report/1 document"),
+        (("--from", "/nowhere.json"), "/nowhere.json does not exist; write one with"),
         (("--from", INIT, "--lr", 0.01), "it would have to fall to 0.00801"),
         (("--resume", HOT, "--data", "x.bin"), "takes no --data"),
         (("--resume", HOT, "--order", "interleaved"), "cannot be predicted"),

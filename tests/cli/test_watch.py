@@ -34,8 +34,8 @@ def test_one_frame_when_piped(path: Path) -> None:
 
 def test_usage(tmp_path: Path, path: Path) -> None:
     for arguments, said in (
-        ([str(tmp_path / "nowhere"), "--once"], "is no log and holds none"),
-        ([str(tmp_path), "--once"], "is no log and holds none"),
+        ([str(tmp_path / "nowhere"), "--once"], "nowhere does not exist;"),
+        ([str(tmp_path), "--once"], " holds no curvature.jsonl;"),
         ([str(tmp_path), "--plot", "picture.bmp"], ".png"),
     ):
         done = curv("watch", *arguments)

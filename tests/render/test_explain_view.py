@@ -53,6 +53,10 @@ def _changed(**more: Any) -> Explanation:
     return Explanation.read(json.dumps({**json.loads(SAMPLE.read_text()), **more}))
 
 
+def test_no_gap_is_left_where_nothing_was_found() -> None:
+    assert "\n\n\n" not in _shown(_changed(findings=[]))
+
+
 def test_text_of_the_data_does_not_move_the_terminal() -> None:
     said = json.loads(SAMPLE.read_text())
     token = said["sequences"][0]["tokens"][0]

@@ -139,7 +139,7 @@ def test_a_schedule_has_a_page_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "no JSON document"),
+        (None, "x.json does not exist; write one with"),
         ("{", "no JSON document"),
         ("[" * 200_000, "no JSON document"),
         ("[]", "has no page"),

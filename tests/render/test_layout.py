@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from browser import Browser, troubles
 from logs import job, record
+from matplotlib.figure import Figure
 from pages import HOSTILE, SCHEDULE, Text, decided
 from places import ASSETS
 from schedules import schedule
@@ -34,7 +35,7 @@ from curvcli.render.html import (
     track_comparison_page,
     track_page,
 )
-from curvcli.render.picture import NARROW, WIDE, Picture, foot
+from curvcli.render.picture import NARROW, WIDE, Picture, foot, readable_log
 from curvcli.render.plot import picture
 from curvcli.render.plot_log import picture as log_picture
 from curvcli.render.schedule_plot import picture as schedule_picture
@@ -226,6 +227,23 @@ def test_a_schedule_shows_its_picture_and_no_empty_provenance() -> None:
     bare = schedule_page(schedule(4, (0, [0, 1]), (5, range(4))))
     assert not re.search(r"<dd>\s*(none|None)?\s*</dd>", bare)
     assert "<dt>Margin</dt>" not in bare
+
+
+def test_unlocks_are_a_list_that_stands_apart_from_their_lines() -> None:
+    """At the right end each would stand over the line of another."""
+    axes = schedule_picture(schedule(4, (0, [0, 1]), (5, [0, 1, 2]), (9, range(4)))).axes[0]
+    assert axes.get_title(loc="left") == "blocks join: 1 at 5, 1 at 9"
+    assert not axes.get_title(loc="right")
+
+
+def test_round_values_of_a_logarithmic_axis_are_written_alike() -> None:
+    axes = Figure().add_subplot()
+    axes.set_yscale("log")
+    axes.set_ylim(500, 1.5e6)
+    readable_log(axes.yaxis)
+    said = [axes.yaxis.get_major_formatter()(value) for value in axes.get_yticks() if 500 <= value <= 1.5e6]
+    assert said[-1] == "1,000,000"
+    assert not [text for text in said if "e" in text]
 
 
 def test_a_gate_and_a_comparison_have_pages(tmp_path: Path) -> None:
