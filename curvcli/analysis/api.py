@@ -60,6 +60,7 @@ def analyze(
     seed: int = 0,
     progress: Progress | None = None,
     deadline: float = float("inf"),
+    parts: bool = True,
     depths: bool = True,
     truncated: bool | None = None,
     on_verdict: Callable[[documents.Report], None] | None = None,
@@ -92,6 +93,7 @@ def analyze(
         progress: called with what is being done and the fraction done.
         deadline: instant of `time.monotonic()` from which nothing more is started. What was not reached has the status
             "skipped"; the full model comes first.
+        parts: measure embedding with head, and each layer, alone too; without them no depths are either.
         depths: measure the curve over depth too.
         truncated: measure the networks cut short too. They mean something near initialisation, and None measures them
             where the loss of the network cut to half its depth is near the whole's, and, of a checkpoint's shard of tokens,
@@ -138,7 +140,7 @@ def analyze(
     solver = Lanczos(tolerance, 3 * tolerance, max_products=max_hvps, seed=seed, deadline=deadline)
     return prepared(
         model, loss, batches, optimizer, finish, weights=weights, layers=layers, lr=lr, clip=clip, mode=mode, solver=solver,
-        progress=progress, depths=depths, truncated=truncated,
+        progress=progress, parts=parts, depths=depths, truncated=truncated,
         unigram=provenance.unigram if provenance else None, memory=memory, shard=shard,
     )  # fmt: skip
 
@@ -157,6 +159,7 @@ def prepared(
     clip: float | None = None,
     mode: Mode | Literal["auto"] = "auto",
     progress: Progress | None = None,
+    parts: bool = True,
     depths: bool = True,
     truncated: bool | None = None,
     unigram: float | None = None,
@@ -189,7 +192,7 @@ def prepared(
             preconditioner = known or metric(problem)
             # An optimizer that maximises descends minus the loss, whose Hessian is the one with an edge.
             part = problem.negated() if preconditioner.ascends else problem
-            blocks = locate(module, layers) if layers is not None else find_blocks(module)
+            blocks = None if not parts else locate(module, layers) if layers is not None else find_blocks(module)
             notes = {**_lifted(lifted, problem), **_cut(problem, len(whole.batches)), **_idle(problem)}
             basis, offload = None, False
             if limit is not None:

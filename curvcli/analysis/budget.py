@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -105,11 +105,12 @@ def measure(
 
     def work(progress: Progress) -> Report:
         from curvcli.analysis.checkpoint import Options, analyze_checkpoint
+        from curvcli.analysis.options import options_of
 
         known = [option.name for option in fields(Options) if option.name != "deadline"]
         if unknown := [name for name in options if name not in known]:
             raise UsageError(f"{unknown[0]!r:.80} is no rule and no option", hint=f"options: {', '.join(known)}")
-        return analyze_checkpoint(checkpoint, Options(**options, deadline=budget.deadline), progress, on_verdict)
+        return analyze_checkpoint(checkpoint, replace(options_of(options), deadline=budget.deadline), progress, on_verdict)
 
     return within(budget, work, tell)
 

@@ -92,6 +92,7 @@ class Opened:
                 seed=options.seed or 0,
                 progress=progress,
                 deadline=options.deadline,
+                parts=options.parts,
                 depths=options.depths,
                 truncated=options.truncated,
                 memory=options.memory,

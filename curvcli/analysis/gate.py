@@ -25,6 +25,8 @@ from curvcli.judge.run import judge_run, judge_track
 
 TRACK = "curv.track/1"
 ALL = 2**53  # points: no run has as many
+# Rules that look at layers, or compare with a report whose layers are counted.
+OF_PARTS = {rule.name for rule in known_rules() if rule.scope in ("parts", "layers", "comparison")}
 
 
 def gate(
@@ -105,6 +107,9 @@ def gate(
         found, readings = None, NoReadings(judged)
     elif isinstance(judged, Path):
         tell = progress or (lambda stage, done: None)
+        # What no rule looks at is not measured, but for a report that is kept.
+        needed = report is not None or not OF_PARTS.isdisjoint(rule.name for rule in settings.rules)
+        options = {"parts": needed, "depths": report is not None, **options}
         found, reason = measure(judged, options, started=started, seconds=budget, tell=tell, on_verdict=on_verdict)
         if found is not None and report is not None and decides():
             write_whole(Path(report), found.to_json().encode())

@@ -44,6 +44,7 @@ class Options:
         deadline: instant of `time.monotonic()` from which nothing more is started.
         memory: most that the process may take at its peak, in bytes or as "8GiB"; by what is free by default.
         shard: where several processes measure together, divide weights, moments and vectors over them.
+        parts: measure embedding with head, and each layer, alone too; without them no depths are either.
         depths: measure the curves over depth too, up to half of the work.
         truncated: measure the networks cut short too, one of these curves; None where their loss says that they are near
             initialisation, where alone they mean something.
@@ -71,6 +72,7 @@ class Options:
     memory: int | str | None = None
     deadline: float = float("inf")
     shard: bool = False
+    parts: bool = True
     depths: bool = True
     truncated: bool | None = None
 

@@ -113,3 +113,22 @@ def test_a_checkpoint_is_measured_in_python(tmp_path: Path) -> None:
     assert told[0] == "importing torch"
     with pytest.raises(UsageError, match="'max_roh' is no rule and no option"):
         curvcli.gate(run, max_rho=1.0, max_roh=1.0)
+
+
+@pytest.mark.slow
+def test_no_more_is_measured_than_rules_look_at(tmp_path: Path) -> None:
+    run = run_of(tmp_path, 60)
+
+    def measured(**rules: Any) -> set[str]:
+        told: list[str] = []
+        decided = curvcli.gate(
+            run, **rules, data=str(tmp_path / "data" / "shard.bin"), tokens=256, mode="kept",
+            progress=lambda stage, done: told.append(stage.split()[0]),
+        )  # fmt: skip
+        assert not any("not measured" in str(outcome.message) for outcome in decided.outcomes)
+        return {"layer", "restricted"} & set(told)
+
+    assert measured(max_rho=1e6, require_resolved=True, max_update_ratio=1e6, min_tokens=10) == set()
+    assert measured(max_layer_rho=1e6) == {"layer"}
+    assert measured(max_rho=1e6, report=tmp_path / "kept.json") == {"layer", "restricted"}
+    assert measured(max_regression=1e6, baseline=tmp_path / "kept.json") == {"layer"}
