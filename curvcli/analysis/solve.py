@@ -31,6 +31,7 @@ from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import Put, Scratch, elsewhere, let_go
 from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
+from curvcli.models.blocks import no_truncation, runs_at
 from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update, ratios
@@ -113,11 +114,15 @@ class Measurement:
         """Whether networks cut short are measured: where that is asked for, or near initialisation."""
         if not (self.names and self.depths and self.layer_names and self.blocks and self.blocks.truncation):
             return False
-        if truncated is not None:
-            return truncated
-        # Of minus a loss frequencies say nothing.
-        self.cut = Cut.of(self.problem, self.blocks, None if self.preconditioner.ascends else unigram)
-        return self.cut.means
+        if truncated is None:
+            # Of minus a loss frequencies say nothing.
+            self.cut = Cut.of(self.problem, self.blocks, None if self.preconditioner.ascends else unigram)
+            truncated = self.cut.means
+        # `survey` has tried a few depths; one that does not run is not to end an analysis that is nearly done.
+        if truncated and not runs_at(self.problem, self.blocks, range(len(self.blocks.modules))):
+            self.notes |= no_truncation(self.blocks)
+            self.cut, truncated = None, False
+        return truncated
 
     # --- solving -----------------------------------------------------------------------------
 
