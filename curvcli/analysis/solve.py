@@ -202,23 +202,25 @@ class Measurement:
         hvp = Counting(self.build(self.problem), self)
         resources.give_back(self.device)  # what gradients took is not to lie beside products
         found = self.full(hvp, loss, looked_up)
-        found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
         try:
-            self.in_time()
-            self.stages.enter("next update")
-            found.update = next_update(self.problem, self.preconditioner, hvp, self.moving, gradients)
-            steep = Steep.of(self, hvp, gradients)
-            found.norm = steep.found if steep else None
-            on_full(self.completed(found))
-            found.companions, found.beside = companions(self, hvp, gradients)
-            del gradients
-            self.parts(hvp, found, steep)
-            if self.depths and self.layer_names:
-                curve(self, hvp, found, steep)
-                del hvp  # its graphs make room for those of the shortened networks
-                self.shortened(found)
+            # An alarm breaks into rank 0 alone, and the others are to leave their products too.
+            with self.ranks.together():
+                found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
+                self.in_time()
+                self.stages.enter("next update")
+                found.update = next_update(self.problem, self.preconditioner, hvp, self.moving, gradients)
+                steep = Steep.of(self, hvp, gradients)
+                found.norm = steep.found if steep else None
+                on_full(self.completed(found))
+                found.companions, found.beside = companions(self, hvp, gradients)
+                del gradients
+                self.parts(hvp, found, steep)
+                if self.depths and self.layer_names:
+                    curve(self, hvp, found, steep)
+                    del hvp  # its graphs make room for those of the shortened networks
+                    self.shortened(found)
         except OutOfTime:  # what was finished has been added one by one
             pass
         self.stages.enter("report")
@@ -277,12 +279,23 @@ class Measurement:
         # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
         if (sum(self.ranks.each(mass)) if self.shards else self.ranks.first([mass])[0]) < RARE_MASS:
             return found
+        if not any(self.ranks.each(float(mask.any()))):
+            self.notes["rows-all-rare"] = (
+                "the shard hardly looks up any row of what moves: none is left out, and their tokens' luck is in the verdict"
+            )
+            return found
         self.stages.enter("full model without rare rows")
+        found.rare = {n: int(m.sum()) for n, m in rows.items()}
+        # The verdict is to be on it: where there is no time for it, there is none on the full model instead.
+        found.body = Solved(self.names, None, skipped=True)
         if self.late:
             return found
         operator = self.folded(hvp)
-        found.body = Solved(self.names, self.solver.extremes(operator, support=mask))
-        found.rare = {n: int(m.sum()) for n, m in rows.items()}
+        try:
+            with self.ranks.together():
+                found.body = Solved(self.names, self.solver.extremes(operator, support=mask))
+        except OutOfTime:  # in the middle of a long product: the full model is known all the same
+            return found
         found.folds = folds_of(operator)
         return found
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import models
 import published
 import pytest
 import stepped
 import torch
-from torch import Tensor
+from test_budget import late_after
+from torch import Tensor, nn
 
-from curvcli.analysis import api
+from curvcli.analysis import api, solve
 from curvcli.analysis.api import analyze
 from curvcli.curvature.inverse_root import Diagonal
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.rotated import Rotated
 from curvcli.documents import Report
+from curvcli.errors import OutOfTime
 from curvcli.models.rows import apart, lookups
 
 RARE = 6  # the token
@@ -41,9 +44,9 @@ def trained(seen: int) -> tuple[models.Net, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def measured(seen: int) -> tuple[Report, models.Net, torch.optim.Optimizer]:
+def measured(seen: int, **options: Any) -> tuple[Report, models.Net, torch.optim.Optimizer]:
     model, optimizer = trained(seen)
-    return analyze(model, models.loss, shard(seen), optimizer, tolerance=1e-6, max_hvps=300), model, optimizer
+    return analyze(model, models.loss, shard(seen), optimizer, tolerance=1e-6, max_hvps=300, **options), model, optimizer
 
 
 def test_the_body_is_the_matrix_without_the_row() -> None:
@@ -151,3 +154,62 @@ def test_the_body_of_soap(largest: int) -> None:
     assert report.body.eigenvalue == pytest.approx(models.top(half @ hessian @ half), rel=1e-4)
     assert report.full.eigenvalue is not None
     assert report.full.eigenvalue > 1.2 * report.body.eigenvalue
+
+
+def test_a_verdict_on_the_body_is_none_where_time_runs_out_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full model's rho is that of few tokens' luck, and no verdict for want of time."""
+    whole, model, optimizer = measured(2)
+    assert whole.body is not None
+    (deadline,) = late_after(monkeypatch, solve, "apart")
+    report = analyze(model, models.loss, shard(2), optimizer, tolerance=1e-6, max_hvps=300, deadline=deadline)
+    assert report.full.eigenvalue == whole.full.eigenvalue
+    assert report.body is not None
+    assert (report.body.status, report.body.eigenvalue, report.body.rows) == ("skipped", None, 1)
+    assert report.verdict == "unresolved"
+    assert report.findings[0].code == "unresolved-budget"
+    assert report.generalisation.rho_high is None
+
+
+def test_the_full_model_is_kept_where_the_alarm_breaks_into_a_product_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, model, optimizer = measured(2)
+    real = Lanczos.extremes
+
+    def rung(self: Lanczos, *arguments: Any, **options: Any) -> Any:
+        if options.get("support") is not None:
+            raise OutOfTime
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Lanczos, "extremes", rung)
+    report = analyze(model, models.loss, shard(2), optimizer, tolerance=1e-6, max_hvps=300)
+    assert report.full.eigenvalue == whole.full.eigenvalue
+    assert report.body is not None
+    assert report.body.status == "skipped"
+
+
+def test_where_all_rows_that_move_are_rare_none_is_left_out() -> None:
+    """Of nothing there is no eigenvalue, and no basis."""
+    model = models.Net(vocab=40, blocks=1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "embed.weight")
+    batches = [(ids, ids * 3 % 40) for ids in torch.randperm(40).chunk(4)]
+    optimizer = torch.optim.Adam([model.embed.weight], lr=1e-2)
+    models.train(model, optimizer, batches)
+    report = analyze(model, models.loss, batches, optimizer)
+    assert report.full.status == "converged"
+    assert report.body is None
+    assert "rows-all-rare" in {finding.code for finding in report.findings}
+
+
+def test_a_weight_tied_to_a_larger_head_has_rows_that_nothing_looks_up() -> None:
+    """As of a vocabulary that is padded for speed: the embedding knows of 7 tokens, the head and the weight have 12 rows."""
+    model, optimizer = trained(2)
+    model.head = nn.Linear(5, 12).double()
+    with torch.no_grad():
+        model.head.weight[:7] = model.embed.weight
+    model.embed.weight = model.head.weight
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    models.train(model, optimizer, shard(0), steps=20)
+    optimizer.state[model.embed.weight]["exp_avg_sq"][RARE] = 1e-12
+    report = analyze(model, models.loss, shard(2), optimizer, tolerance=1e-6, max_hvps=300)
+    assert report.body is not None
+    assert report.body.rows == 6
