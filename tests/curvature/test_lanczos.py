@@ -177,3 +177,14 @@ def test_a_support_leaves_a_submatrix() -> None:
     assert found.top.value == pytest.approx(float(within[-1]), rel=1e-7)
     assert not found.vector[~support].any()
     assert float(torch.linalg.eigvalsh(operator.projected()[0])[-1]) == pytest.approx(found.top.value, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-22, 1e20, 1e30])
+def test_a_value_whose_square_float32_does_not_hold(scale: float) -> None:
+    """A residual that reads as 0 for its squares' sake would stop at the first quotient, converged."""
+    matrix = scale * matrix_of([*torch.linspace(-1, 1, 199).tolist(), 2.0])
+    found = Lanczos().extremes(DenseOperator(matrix.float()))
+    assert found.status == "converged"
+    assert found.top is not None
+    assert found.top.value == pytest.approx(2 * scale, rel=1e-3)
+    assert found.ceiling >= 2 * scale
