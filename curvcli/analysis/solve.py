@@ -242,7 +242,10 @@ class Measurement:
             if parts and depth < len(self.layer_names):
                 found.restricted[depth] = solved.over(parts)
             parts.append(found.restricted[depth])
-        found.full = found.full.over([*parts[:1], *found.layers, *found.restricted.values()])
+        if found.body:  # which has all of the layers that look no rows up
+            found.body = found.body.over([s for s in found.layers if found.rare.keys().isdisjoint(s.names)])
+        bodies = [found.body] if found.body else []
+        found.full = found.full.over([*parts[:1], *found.layers, *found.restricted.values(), *bodies])
         if found.restricted:
             found.restricted[len(self.layer_names)] = found.full.bare()
 

@@ -135,6 +135,7 @@ class _Walk:
         self.scale = 0.0  # log (beta_1 ... beta_k)
         self.rounding = 30 * torch.finfo(start.dtype).eps  # over |G|: what is left below it has no direction
         self.complete = False
+        self.left: Tensor | None = None  # the next vector of the basis but for its norm
         self._add(start)
 
     @property
@@ -145,6 +146,9 @@ class _Walk:
     def step(self) -> bool:
         """One product. False where it is not finite."""
         k = self.products
+        if self.left is not None:  # not before it is needed: there may be no room for a vector behind the last product
+            self._add(self.left, self.beside[-1])
+            self.left = None
         left = self.operator.matvec(self._row(k))
         let_go(self._row(k))
         if self.support is not None:
@@ -175,8 +179,7 @@ class _Walk:
         self.scale += log(rest) if rest > 0 else -inf
         # No start but one without a part in some eigenvector ends before the space does: all eigenvalues are found.
         self.complete = k + 1 >= self.size or rest <= self.rounding * self.norm
-        if not self.complete:
-            self._add(left, rest)
+        self.left = None if self.complete else left
         return True
 
     def pair(self, index: int) -> Ritz:
@@ -187,7 +190,8 @@ class _Walk:
         return Ritz(float(self.values[index]), residual if exact else max(residual, self.rounding / 30 * self.norm))
 
     def vector(self, index: int) -> Tensor:
-        """The vector of a Ritz value, of norm 1."""
+        """The vector of a Ritz value, of norm 1; no product follows."""
+        self.left = None
         found, done = self.space.empty(1)[0].zero_(), 0
         for block in self.blocks:  # added up as they come: all of them would be as many vectors more as there are blocks
             used = min(len(block), self.products - done)
