@@ -17,7 +17,7 @@ from curvcli.analysis.counting import Counting, count
 from curvcli.analysis.curve import curve
 from curvcli.analysis.cuts import Cut
 from curvcli.analysis.engines import chosen, engine, mean_gradient
-from curvcli.analysis.measured import Measured, Solved, folds_of
+from curvcli.analysis.measured import Measured, Solved, folds_of, violates
 from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
@@ -242,8 +242,10 @@ class Measurement:
             if parts and depth < len(self.layer_names):
                 found.restricted[depth] = solved.over(parts)
             parts.append(found.restricted[depth])
-        if found.body:  # which has all of the layers that look no rows up
-            found.body = found.body.over([s for s in found.layers if found.rare.keys().isdisjoint(s.names)])
+        # Not brought up to them, since its verdict has been shown; layers that look no rows up are parts of it.
+        within = [s for s in found.layers if found.rare.keys().isdisjoint(s.names)]
+        if found.body and any(violates(s, found.body) for s in within):
+            found.body = replace(found.body, inconsistent=True)
         bodies = [found.body] if found.body else []
         found.full = found.full.over([*parts[:1], *found.layers, *found.restricted.values(), *bodies])
         if found.restricted:

@@ -338,13 +338,14 @@ def test_the_body_lies_between_its_layers_and_the_full_model() -> None:
         return Solved(names, Extremes(Ritz(value, 0.01), None, None, "converged", 3, ceiling=1.1 * value))
 
     found = Measured(0.0, solved(2.0, ["e", "a"]), body=solved(2.01, ["e", "a"]), rare={"e": 1})
-    found.layers = [solved(2.02, ["a"])]
-    Measurement.settle(SimpleNamespace(layer_names=[["a"]]), found)  # type: ignore[arg-type]
-    assert found.body is not None
-    assert (found.body.value, found.full.value) == (2.02, 2.02)
-    found.body, found.layers = solved(2.01, ["e", "a"]), [solved(2.02, ["e"])]
-    Measurement.settle(SimpleNamespace(layer_names=[["e"]]), found)  # type: ignore[arg-type]
-    assert found.body.value == 2.01, "a layer with an embedding of its own has the rows that the body is without"
+    for value, names, wrong in ((2.02, ["a"], False), (2.5, ["e"], False), (2.5, ["a"], True)):
+        found.full, found.layers = solved(2.0, ["e", "a"]), [solved(value, names)]
+        Measurement.settle(SimpleNamespace(layer_names=[names]), found)  # type: ignore[arg-type]
+        assert found.body is not None
+        assert (found.body.value, found.body.inconsistent) == (2.01, wrong), "a layer that looks rows up is no part of it"
+    found.full, found.layers, found.body = solved(2.0, ["e", "a"]), [], solved(2.01, ["e", "a"])
+    Measurement.settle(SimpleNamespace(layer_names=[]), found)  # type: ignore[arg-type]
+    assert found.full.value == 2.01
 
 
 def test_attribution_is_the_eigenvector_squared() -> None:
