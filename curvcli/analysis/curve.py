@@ -13,7 +13,7 @@ from dataclasses import replace
 from math import inf
 from typing import Protocol
 
-from curvcli.analysis.measured import Measured, Ongoing, Solved
+from curvcli.analysis.measured import Measured, Ongoing, Solved, violates
 from curvcli.analysis.steepest import Steep
 from curvcli.curvature.davidson import Davidson
 from curvcli.curvature.hvp import HVP
@@ -65,7 +65,10 @@ def curve(measurement: Solving, hvp: HVP, found: Measured, steep: Steep | None) 
         measurement.stages.enter(f"restricted to depth {depth}")
         names = measurement.upto(depth)
         solved = lowered(measurement, hvp, names, above)
-        if not solved.converged:
+        # A second eigenvalue as near to the top as Lanczos tells none apart is not below that bound, and may be what is on
+        # top here. Of parts that were solved from a start of their own it shows where they have it.
+        parts = [ends, *found.layers[:depth]]
+        if not solved.converged or any(violates(part, solved) for part in parts):
             solved = measurement.solve(hvp, names, serving(measurement, depth, above, solved, ends))
         found.restricted[depth] = solved.bare()
         if steep:

@@ -152,6 +152,8 @@ class _Explainer:
         work.in_time()
         loss, looked_up = lookups(work.problem)
         found = work.full(work.build(work.problem), loss, looked_up)
+        if found.body is not None and found.body.skipped:  # the direction that the verdict is on is not known
+            raise OutOfTime
         found.ratios = ratios(work.preconditioner, work.moving, *spread_gradient(work.problem, work.moving))
         self.hvps += work.hvps
         provenance = self.ready.provenance
@@ -255,6 +257,8 @@ class _Explainer:
             offload=work.solver.store is not None,
         )  # fmt: skip
         report, _ = self.solved(again)
+        if again.late and report.judged.status != "converged":  # cut short, and its "unresolved" says nothing of the data
+            raise OutOfTime
         return documents.Removal(
             what=rest.what,
             removed=rest.removed,

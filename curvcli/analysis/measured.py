@@ -57,6 +57,11 @@ class Solved:
         return self.extremes is not None and self.extremes.status == "converged" and not self.inconsistent
 
     @property
+    def bounds(self) -> bool:
+        """Whether its value is one that the eigenvalue over more parameters cannot lie below."""
+        return self.extremes is not None and self.extremes.status != "asymmetric" and not self.inconsistent
+
+    @property
     def value(self) -> float:
         """Largest Ritz value, a lower bound of the largest eigenvalue; -inf where there is none."""
         top = self.extremes.top if self.extremes else None
@@ -74,8 +79,8 @@ class Solved:
 
     def over(self, parts: Sequence[Solved]) -> Solved:
         """Not below its parts: what is within the certificate is taken over, what is beyond makes it inconsistent."""
-        # An inconsistent part is known to be wrong, and bounds nothing.
-        known = [part for part in parts if part.extremes is not None and not part.inconsistent]
+        # An inconsistent part is known to be wrong, and so is one whose products are not symmetric: they bound nothing.
+        known = [part for part in parts if part.bounds]
         top = self.extremes.top if self.extremes else None
         if self.extremes is None or top is None or self.inconsistent or not known:
             return self
@@ -137,7 +142,7 @@ class Measured:
 
 def violates(lower: Solved, upper: Solved) -> bool:
     """Whether `lower`, over fewer parameters, came out above all that `upper` can be."""
-    if lower.extremes is None or upper.extremes is None or upper.extremes.top is None or lower.inconsistent:
+    if not lower.bounds or upper.extremes is None or upper.extremes.top is None:
         return False
     most = max(upper.value + upper.extremes.top.residual, upper.ceiling if upper.ceiling < inf else upper.value)
     return lower.value > most + 1e-5 * abs(lower.value)  # float32's rounding

@@ -17,7 +17,7 @@ from curvcli.analysis.counting import Counting, count
 from curvcli.analysis.curve import curve
 from curvcli.analysis.cuts import Cut
 from curvcli.analysis.engines import chosen, engine, mean_gradient
-from curvcli.analysis.measured import Measured, Solved
+from curvcli.analysis.measured import Measured, Solved, violates
 from curvcli.analysis.plan import LEAST, WORKING, unplanned
 from curvcli.analysis.stages import Progress, Stages, products
 from curvcli.analysis.steepest import Steep
@@ -31,6 +31,7 @@ from curvcli.curvature.ranks import agreed
 from curvcli.curvature.scratch import Put, Scratch, elsewhere
 from curvcli.curvature.stepped import suited
 from curvcli.errors import OutOfTime, UnsupportedError
+from curvcli.models.blocks import no_truncation, runs_at
 from curvcli.models.rows import Lookups, lookups
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update, ratios
@@ -111,11 +112,15 @@ class Measurement:
         """Whether networks cut short are measured: where that is asked for, or near initialisation."""
         if not (self.names and self.depths and self.layer_names and self.blocks and self.blocks.truncation):
             return False
-        if truncated is not None:
-            return truncated
-        # Of minus a loss frequencies say nothing.
-        self.cut = Cut.of(self.problem, self.blocks, None if self.preconditioner.ascends else unigram)
-        return self.cut.means
+        if truncated is None:
+            # Of minus a loss frequencies say nothing.
+            self.cut = Cut.of(self.problem, self.blocks, None if self.preconditioner.ascends else unigram)
+            truncated = self.cut.means
+        # `survey` has tried a few depths; one that does not run is not to end an analysis that is nearly done.
+        if truncated and not runs_at(self.problem, self.blocks, range(len(self.blocks.modules))):
+            self.notes |= no_truncation(self.blocks)
+            self.cut, truncated = None, False
+        return truncated
 
     # --- solving -----------------------------------------------------------------------------
 
@@ -196,25 +201,27 @@ class Measurement:
         resources.give_back(self.device)  # what gradients took is not to lie beside products
         whole = Whole(self, hvp)
         found = whole.solve(loss, looked_up, pausing=True)
-        found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
         try:
-            self.in_time()
-            self.stages.enter("next update")
-            found.update = next_update(self.problem, self.preconditioner, hvp, self.moving, gradients)
-            steep = Steep.of(self, hvp, gradients)
-            found.norm = steep.found if steep else None
-            on_full(self.completed(found))
-            whole.resume(found)
-            del whole  # which holds the graphs
-            found.companions, found.beside = companions(self, hvp, gradients)
-            del gradients
-            self.parts(hvp, found, steep)
-            if self.depths and self.layer_names:
-                curve(self, hvp, found, steep)
-                del hvp  # its graphs make room for those of the shortened networks
-                self.shortened(found)
+            # An alarm breaks into rank 0 alone, and the others are to leave their products too.
+            with self.ranks.together():
+                found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
+                self.in_time()
+                self.stages.enter("next update")
+                found.update = next_update(self.problem, self.preconditioner, hvp, self.moving, gradients)
+                steep = Steep.of(self, hvp, gradients)
+                found.norm = steep.found if steep else None
+                on_full(self.completed(found))
+                whole.resume(found)
+                del whole  # which holds the graphs
+                found.companions, found.beside = companions(self, hvp, gradients)
+                del gradients
+                self.parts(hvp, found, steep)
+                if self.depths and self.layer_names:
+                    curve(self, hvp, found, steep)
+                    del hvp  # its graphs make room for those of the shortened networks
+                    self.shortened(found)
         except OutOfTime:  # what was finished has been added one by one
             pass
         self.stages.enter("report")
@@ -236,7 +243,12 @@ class Measurement:
             if parts and depth < len(self.layer_names):
                 found.restricted[depth] = solved.over(parts)
             parts.append(found.restricted[depth])
-        found.full = found.full.over([*parts[:1], *found.layers, *found.restricted.values()])
+        # Not brought up to them, since its verdict has been shown; layers that look no rows up are parts of it.
+        within = [s for s in found.layers if found.rare.keys().isdisjoint(s.names)]
+        if found.body and any(violates(s, found.body) for s in within):
+            found.body = replace(found.body, inconsistent=True)
+        bodies = [found.body] if found.body else []
+        found.full = found.full.over([*parts[:1], *found.layers, *found.restricted.values(), *bodies])
         if found.restricted:
             found.restricted[len(self.layer_names)] = found.full.bare()
 

@@ -21,6 +21,7 @@ from curvcli.curvature.operator import Folded
 from curvcli.curvature.ranks import Ranks
 from curvcli.curvature.scratch import Put, let_go
 from curvcli.curvature.shards import Shards
+from curvcli.errors import OutOfTime
 from curvcli.models.rows import Lookups, apart, outside
 
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
@@ -83,11 +84,17 @@ class Whole:
         basis = work.solver.basis - (walk.products if walk.paused else 0)
         del walk, operator  # which hold vectors
         work.stages.enter("full model without rare rows", planned=False)
+        found.rare = {n: int(m.sum()) for n, m in rows.items()}
+        # The verdict is to be on it: where there is no time for it, there is none on the full model instead.
+        found.body = Solved(self.names, None, skipped=True)
         if work.late:
             return found
         folded = work.folded(self.hvp)
-        found.body = Solved(self.names, replace(work.solver, basis=basis).extremes(folded, support=mask))
-        found.rare = {n: int(m.sum()) for n, m in rows.items()}
+        try:
+            with work.ranks.together():
+                found.body = Solved(self.names, replace(work.solver, basis=basis).extremes(folded, support=mask))
+        except OutOfTime:  # in the middle of a long product: what is known of the full model stays
+            return found
         found.folds = folds_of(folded)
         return found
 
@@ -134,6 +141,11 @@ class Whole:
         outer = ((n, outside(parameters[n], rows.get(n))) for n in self.names)
         (found,) = work.put([torch.cat([own if work.shards is None else work.shards.part(n, own) for n, own in outer])])
         let_go(found)
+        if not any(work.ranks.each(float(found.any()))):
+            work.notes["rows-all-rare"] = (
+                "the shard hardly looks up any row of what moves: none is left out, and their tokens' luck is in the verdict"
+            )
+            return None, {}
         return found, rows
 
     def _on_rare(self, full: Solved, mask: Tensor) -> bool:

@@ -117,6 +117,7 @@ class Lanczos:
                 looks = [look for look in looks[1:] if top.residual > look * abs(top.value)]
                 walk.paused = pause(walk)
             if over or walk.paused:
+                walk.left = walk.left if walk.paused else None  # no product follows
                 # Only now: the first few Ritz values know little of the norm that the skew is held against.
                 crooked = not walk.paused and walk.skew > self.asymmetry * walk.norm
                 status: Status = "asymmetric" if crooked else "converged" if near else "max-hvps"
@@ -163,6 +164,7 @@ class Walk:
         self.scale = 0.0  # log (beta_1 ... beta_k)
         self.rounding = 30 * torch.finfo(start.dtype).eps  # over |G|: what is left below it has no direction
         self.complete = False
+        self.left: Tensor | None = None  # the next vector of the basis but for its norm
         self._add(start)
 
     @property
@@ -173,6 +175,9 @@ class Walk:
     def step(self) -> bool:
         """One product. False where it is not finite."""
         k = self.products
+        if self.left is not None:  # not before it is needed: there may be no room for a vector behind the last product
+            self._add(self.left, self.beside[-1])
+            self.left = None
         left = self.operator.matvec(self._row(k))
         let_go(self._row(k))
         if self.support is not None:
@@ -203,8 +208,7 @@ class Walk:
         self.scale += log(rest) if rest > 0 else -inf
         # No start but one without a part in some eigenvector ends before the space does: all eigenvalues are found.
         self.complete = k + 1 >= self.size or rest <= self.rounding * self.norm
-        if not self.complete:
-            self._add(left, rest)
+        self.left = None if self.complete else left
         return True
 
     def pair(self, index: int) -> Ritz:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 SUMMED = 2**16  # entries whose products are added up in one accumulator of a CPU
+SQUARED = 1e-15  # a norm below it may be made of squares that float32 has not all digits of
 HALVES = (torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -253,4 +254,9 @@ def wide(tensor: Tensor) -> Tensor:
 def length(tensor: Tensor, unit: float = 1.0) -> float:
     """Euclidean norm of a tensor in multiples of `unit`, good to rounding at any size (see `inner`)."""
     parts = tensor.flatten().split(SUMMED) if tensor.device.type == "cpu" else [tensor]
-    return math.hypot(*(float(torch.linalg.vector_norm(part if unit == 1 else part / unit)) for part in parts))
+    found = math.hypot(*(float(torch.linalg.vector_norm(part if unit == 1 else part / unit)) for part in parts))
+    if SQUARED < found < math.inf or unit != 1 or not tensor.numel():
+        return found
+    # Out of the range in which float32 has squares: what is lost of them would read as no curvature, or as infinite.
+    largest = float(tensor.abs().max())
+    return largest * length(tensor, largest) if 0 < largest < math.inf and largest != 1 else found

@@ -79,6 +79,13 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
             message=f"{why}, so lambda has no threshold and rho does not exist"
             + ("" if optimizer.name == "none" else "; pass --lr"),
         )
+    if full.status == "skipped":  # the body: where not even the full model was reached there is no report
+        return Finding(
+            code="unresolved-budget",
+            severity="warning",
+            message="the time budget ran out before the model was measured without the rows that this shard hardly looks "
+            "up, on which its sharpest direction lies: no verdict; raise --budget",
+        )
     if full.rho is None:
         return Finding(
             code=f"full-{full.status}",

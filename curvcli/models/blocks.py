@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,7 @@ def used_together(model: nn.Module) -> list[list[str]]:
 
 
 def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
-    """How the network can be cut short, and what a reader of its layers should know; two forward passes.
+    """How the network can be cut short, and what a reader of its layers should know; a few forward passes.
 
     Returns:
         The blocks with `truncation` set, and notes by code: blocks used several times, other stacks, no truncated networks.
@@ -83,7 +84,9 @@ def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
             handle.remove()
     # A block that gives anything but hidden states cannot be told from an identity by running: its caller may index.
     ways = [replace(blocks, truncation="list"), replace(blocks, truncation="identities" if plain == {True} else None)]
-    cut = next((way.truncation for way in ways if way.truncation and _runs(problem, way)), None)
+    # Not without any block alone: a loop over pairs of blocks runs with none, and with one it does not.
+    tried = sorted({0, 1, len(blocks.modules) // 2})
+    cut = next((way.truncation for way in ways if way.truncation and runs_at(problem, way, tried)), None)
     notes: dict[str, str] = {}
     # A loss of the user's may call the model more than once.
     passes = max(runs["model"], 1)
@@ -100,17 +103,22 @@ def survey(problem: Problem, blocks: Blocks) -> tuple[Blocks, dict[str, str]]:
             "at every depth"
         )
     if cut is None:
-        notes["no-truncation"] = (
-            f"the network does not run with fewer blocks in {blocks.prefix}: no truncated networks measured"
-        )
+        notes |= no_truncation(blocks)
     return replace(blocks, truncation=cut), notes
 
 
-def _runs(problem: Problem, blocks: Blocks) -> bool:
-    """Whether the network without any block gives a loss."""
+def no_truncation(blocks: Blocks) -> dict[str, str]:
+    """The note on a network that cannot be cut short, by its code."""
+    message = f"the network does not run with fewer blocks in {blocks.prefix}: no truncated networks measured"
+    return {"no-truncation": message}
+
+
+def runs_at(problem: Problem, blocks: Blocks, depths: Iterable[int]) -> bool:
+    """Whether the network gives a loss with so many of its blocks alone, at each of these depths; a forward pass each."""
     try:
         with torch.no_grad():
-            problem.truncated(blocks, 0).batch_loss(0)
+            for depth in depths:
+                problem.truncated(blocks, depth).batch_loss(0)
     except Exception as error:  # whatever a model's own code raises
         if exhausted(error) or shared(error):  # what another process says is nothing of the network's
             raise

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from curvcli.curvature.gathering import Across
 from curvcli.curvature.inverse_root import InverseRoot
@@ -63,7 +64,11 @@ class Lookups:
     def rare(self, weight: Tensor, most: int) -> Tensor | None:
         """True on rows, of shape (rows,), looked up fewer than `most` times, if at all; None for other weights."""
         counts = self.counts.get(id(weight))
-        return None if counts is None else counts < most
+        if counts is None:
+            return None
+        # A weight that is tied to a larger head has rows past the tokens that its embedding knows of: none looks them up.
+        short = weight.shape[0] - len(counts)
+        return (functional.pad(counts, (0, short)) if short > 0 else counts) < most
 
 
 def apart(root: InverseRoot | Across, weight: Tensor, rows: Tensor) -> bool:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from math import inf
+from typing import Any
 
 import models
 import published
 import pytest
 import stepped
 import torch
-from torch import Tensor
+from budgets import late_after
+from rare import RARE, measured, shard, trained
+from torch import nn
 
 from curvcli.analysis import api, whole
 from curvcli.analysis.api import analyze
@@ -21,37 +23,8 @@ from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.rotated import Rotated
 from curvcli.documents import Report
+from curvcli.errors import OutOfTime
 from curvcli.models.rows import apart, lookups
-
-RARE = 6  # the token
-
-
-def shard(seen: int) -> list[tuple[Tensor, Tensor]]:
-    """Four batches of 40 tokens, in which the rare one is seen so many times."""
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(RARE, (160,), generator=generator)
-    ids[:seen] = RARE
-    targets = (ids * 3 + torch.randint(2, (160,), generator=generator)) % 7
-    return list(zip(ids.split(40), targets.split(40), strict=True))
-
-
-def trained(seen: int) -> tuple[models.Net, torch.optim.Optimizer]:
-    """A net whose optimizer has hardly met the rare token, so that its row's second moment is tiny."""
-    model = models.Net(blocks=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.999))
-    models.train(model, optimizer, shard(0), steps=20)
-    optimizer.state[model.embed.weight]["exp_avg_sq"][RARE] = 1e-12
-    return model, optimizer
-
-
-def measured(
-    seen: int, on_verdict: Callable[[Report], None] | None = None, deadline: float = inf
-) -> tuple[Report, models.Net, torch.optim.Optimizer]:
-    model, optimizer = trained(seen)
-    report = analyze(
-        model, models.loss, shard(seen), optimizer, tolerance=1e-6, max_hvps=300, on_verdict=on_verdict, deadline=deadline
-    )
-    return report, model, optimizer
 
 
 def test_the_body_is_the_matrix_without_the_row() -> None:
@@ -96,7 +69,7 @@ def numbers(report: Report) -> dict[str, object]:
 
 def test_the_verdict_without_the_row_comes_before_the_full_model_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Report] = []
-    report, _, _ = measured(2, seen.append)
+    report, _, _ = measured(2, on_verdict=seen.append)
     assert seen[0].body is not None
     assert (seen[0].body.status, seen[0].full.status) == ("converged", "unconverged")
     assert (seen[0].verdict, seen[0].generalisation) == (report.verdict, report.generalisation)
@@ -104,7 +77,7 @@ def test_the_verdict_without_the_row_comes_before_the_full_model_is_done(monkeyp
     assert report.full.hvps > seen[0].full.hvps > 0
     # The same digits where the full model's solve ends first.
     monkeypatch.setattr(whole, "ROOMY", inf)
-    straight, _, _ = measured(2, seen.append)
+    straight, _, _ = measured(2, on_verdict=seen.append)
     assert seen[1].full.status == "converged"
     assert numbers(straight) == numbers(report)
     assert straight.cost.hvps == report.cost.hvps
@@ -129,7 +102,7 @@ def test_a_budget_that_ends_after_the_verdict_leaves_the_full_model_unconverged(
         clock.setattr(Lanczos, "expired", True)
 
     with pytest.MonkeyPatch.context() as clock:
-        report, _, _ = measured(2, tell, time.monotonic() + 1000)
+        report, _, _ = measured(2, on_verdict=tell, deadline=time.monotonic() + 1000)
     assert report.body is not None
     assert (report.body.status, report.full.status) == ("converged", "unconverged")
     assert report.verdict == seen[0].verdict
@@ -141,7 +114,7 @@ def test_a_row_that_only_seemed_to_carry_the_top_direction_stays_in(monkeypatch:
     masses = iter([1.0, 1.0, 0.0])  # at the pause, of what is known then, and at the end
     monkeypatch.setattr(whole, "_mass", lambda vector, mask: next(masses))
     seen: list[Report] = []
-    report, _, _ = measured(2, seen.append)
+    report, _, _ = measured(2, on_verdict=seen.append)
     assert seen[0].body is not None
     assert report.body is None
     assert report.judged is report.full
@@ -219,3 +192,63 @@ def test_the_body_of_soap(largest: int) -> None:
     assert report.body.eigenvalue == pytest.approx(models.top(half @ hessian @ half), rel=1e-4)
     assert report.full.eigenvalue is not None
     assert report.full.eigenvalue > 1.2 * report.body.eigenvalue
+
+
+def test_a_verdict_on_the_body_is_none_where_time_runs_out_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full model's rho is that of few tokens' luck, and no verdict for want of time."""
+    before, model, optimizer = measured(2)
+    assert before.body is not None
+    monkeypatch.setattr(whole, "ROOMY", inf)  # the full model's solve ends first
+    (deadline,) = late_after(monkeypatch, whole, "_mass")
+    report = analyze(model, models.loss, shard(2), optimizer, tolerance=1e-6, max_hvps=300, deadline=deadline)
+    assert report.full.eigenvalue == before.full.eigenvalue
+    assert report.body is not None
+    assert (report.body.status, report.body.eigenvalue, report.body.rows) == ("skipped", None, 1)
+    assert report.verdict == "unresolved"
+    assert report.findings[0].code == "unresolved-budget"
+    assert report.generalisation.rho_high is None
+
+
+def test_the_full_model_is_kept_where_the_alarm_breaks_into_a_product_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, model, optimizer = measured(2)
+    real = Lanczos.extremes
+
+    def rung(self: Lanczos, *arguments: Any, **options: Any) -> Any:
+        if options.get("support") is not None:
+            raise OutOfTime
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Lanczos, "extremes", rung)
+    report = analyze(model, models.loss, shard(2), optimizer, tolerance=1e-6, max_hvps=300)
+    assert report.full.eigenvalue == before.full.eigenvalue
+    assert report.body is not None
+    assert report.body.status == "skipped"
+
+
+def test_where_all_rows_that_move_are_rare_none_is_left_out() -> None:
+    """Of nothing there is no eigenvalue, and no basis."""
+    model = models.Net(vocab=40, blocks=1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "embed.weight")
+    batches = [(ids, ids * 3 % 40) for ids in torch.randperm(40).chunk(4)]
+    optimizer = torch.optim.Adam([model.embed.weight], lr=1e-2)
+    models.train(model, optimizer, batches)
+    report = analyze(model, models.loss, batches, optimizer)
+    assert report.full.status == "converged"
+    assert report.body is None
+    assert "rows-all-rare" in {finding.code for finding in report.findings}
+
+
+def test_a_weight_tied_to_a_larger_head_has_rows_that_nothing_looks_up() -> None:
+    """As of a vocabulary that is padded for speed: the embedding knows of 7 tokens, the head and the weight have 12 rows."""
+    model, optimizer = trained(2)
+    model.head = nn.Linear(5, 12).double()
+    with torch.no_grad():
+        model.head.weight[:7] = model.embed.weight
+    model.embed.weight = model.head.weight
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    models.train(model, optimizer, shard(0), steps=20)
+    optimizer.state[model.embed.weight]["exp_avg_sq"][RARE] = 1e-12
+    report = analyze(model, models.loss, shard(2), optimizer, tolerance=1e-6, max_hvps=300)
+    assert report.body is not None
+    assert report.body.rows == 6

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+from budgets import late_after
 from tiny import run_of
 from torch import Tensor
 
 from curvcli import analyze
 from curvcli.analysis import checkpoint as opened
-from curvcli.analysis import solve
+from curvcli.analysis import solve, whole
 from curvcli.analysis.budget import Budget, measure
 from curvcli.analysis.cache import FileCache
 from curvcli.analysis.checkpoint import Options, open_for_analysis
@@ -30,22 +30,6 @@ PLAIN: dict[str, Any] = {"tokens": 64, "mode": "kept", "max_hvps": 3}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_of(tmp_path_factory.mktemp("run"), 1, 2, 3)
-
-
-def late_after(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[float]:
-    """From this call on the deadline has passed; the deadline to give, once there is one."""
-    deadline = [time.monotonic() + 3600]
-    real: Callable[..., Any] = getattr(place, name)
-    jumped = [0.0]
-    clock = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + jumped[0])
-
-    def called(*arguments: Any, **options: Any) -> Any:
-        jumped[0] = 7200
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(place, name, called)
-    return deadline
 
 
 def trained() -> tuple[models.Net, list[tuple[Tensor, Tensor]], torch.optim.Optimizer]:
@@ -75,7 +59,7 @@ def test_nothing_more_is_begun_before_the_full_model(
 
 
 def test_past_the_full_model_no_product_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    (deadline,) = late_after(monkeypatch, solve, "folds_of")
+    (deadline,) = late_after(monkeypatch, whole, "folds_of")
     monkeypatch.setattr(solve, "next_update", lambda *_: pytest.fail("the next update was measured"))
     model, batches, optimizer = trained()
     early: list[Report] = []
@@ -125,7 +109,7 @@ def test_a_run_goes_on_where_its_budget_ended(run: Path, tmp_path: Path, monkeyp
 
 def test_what_is_cut_short_by_the_deadline_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        late_after(patch, solve, "folds_of")
+        late_after(patch, whole, "folds_of")
         found = track(run, last=1, cache=FileCache(tmp_path), budget=3600, **PLAIN)
     assert found.points[0].report is not None
     assert found.points[0].report.layers[0].status == "skipped"

@@ -48,6 +48,20 @@ def margins(lowered: Solved, monkeypatch: pytest.MonkeyPatch, values: Sequence[f
     return used
 
 
+@pytest.mark.parametrize("part", ["ends", "layers"])
+def test_a_depth_that_comes_out_below_its_own_part_is_solved_afresh(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two eigenvalues on top that Lanczos took for one: below the depth that has the first, the second is on top."""
+    known = Measured(0.0, solved(100.0), ends=solved(80.0 if part == "ends" else 1.0))
+    known.layers = [solved(80.0 if part == "layers" else 1.0), solved(99.0)]
+    fake: Any = SimpleNamespace(
+        layer_names=[["a"]] * 2, coarse=COARSE, solver=Lanczos(), solve=lambda *_: solved(85.0),
+        upto=lambda depth: ["w"], stages=SimpleNamespace(enter=lambda name: None),
+    )  # fmt: skip
+    monkeypatch.setattr(module, "lowered", lambda *arguments: solved(60.0))
+    curve(fake, None, known, None)  # type: ignore[arg-type]
+    assert known.restricted[1].value == 85.0
+
+
 def test_a_depth_that_falls_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert margins(solved(95.0), monkeypatch) == []
     assert margins(solved(95.0, converged=False), monkeypatch) == [0.03], "not this depth, the next it may serve"

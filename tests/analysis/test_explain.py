@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,22 @@ def test_what_a_budget_does_not_reach_is_left_out_and_said(
     assert (short.per, short.sequences) == (("nothing", []) if name == "masses" else ("prediction", found.sequences))
     assert short.removals == []
     assert len(found.removals) == 2
+
+
+def test_a_rest_that_was_cut_short_has_no_verdict(culprit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is "unresolved" for want of time what becomes of lambda without a few sequences."""
+
+    class Again(Measurement):
+        def folded(self, hvp: Any) -> Any:
+            self.solver = replace(self.solver, deadline=time.monotonic())
+            return super().folded(hvp)
+
+    monkeypatch.setattr(explaining, "Measurement", Again)
+    told = _explained(culprit, optimizer="SGD", lr=0.5, budget=3600)
+    assert told.removals == []
+    codes = {finding.code for finding in told.findings}
+    assert "out-of-time" in codes
+    assert "verdict-of-few" not in codes
 
 
 def test_a_deadline_that_has_passed_is_no_explanation(culprit: Path) -> None:

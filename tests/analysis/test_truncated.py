@@ -174,3 +174,37 @@ def test_a_checkpoint_s_shard_says_what_frequencies_alone_give(tmp_path: object,
     assert work.cut.unigram is not None
     assert 0 < work.cut.unigram < work.cut.whole
     assert work.cuts
+
+
+class Grouped(Residual):
+    """Blocks that are asked for by their number, two at a time: the loop runs with none, and not with one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first in range(0, len(self.layers), 2):
+            x = x + self.layers[first](x) + 0.1 * self.layers[first + 1](x)
+        return x
+
+
+def test_what_runs_without_blocks_and_not_with_one_is_cut_by_identities() -> None:
+    model = Grouped()
+    batches = list(torch.randn(2, 8, 2 * WIDTH, generator=torch.Generator().manual_seed(1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = analyze(model, error, batches, optimizer, layers=model.layers, truncated=True)
+    assert [part.depth for part in report.cumulative.truncated] == list(range(DEPTH + 1))
+    assert {part.status for part in report.cumulative.truncated[1:]} == {"converged"}
+
+
+def test_a_depth_that_does_not_run_costs_its_curve_and_not_the_analysis() -> None:
+    class Net(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(self.layers) == DEPTH - 1:
+                raise IndexError("three are no number")
+            return super().forward(x)
+
+    model = Net()
+    batches = list(torch.randn(2, 8, 2 * WIDTH, generator=torch.Generator().manual_seed(1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = analyze(model, error, batches, optimizer, layers=model.layers, truncated=True)
+    assert report.full.status == "converged"
+    assert report.cumulative.truncated == []
+    assert "no-truncation" in {finding.code for finding in report.findings}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvcli.curvature.lanczos import Lanczos, Walk
 from curvcli.curvature.operator import DenseOperator, Folded
+from curvcli.curvature.space import OneDevice
 
 
 def matrix_of(values: list[float] | Tensor, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -201,3 +202,30 @@ def test_a_solve_that_was_paused_goes_on_to_the_same_digits() -> None:
         straight.top, straight.bottom, straight.ceiling, straight.products,
     )  # fmt: skip
     assert done.products > found.products
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-22, 1e20, 1e30])
+def test_a_value_whose_square_float32_does_not_hold(scale: float) -> None:
+    """A residual that reads as 0 for its squares' sake would stop at the first quotient, converged."""
+    matrix = scale * matrix_of([*torch.linspace(-1, 1, 199).tolist(), 2.0])
+    found = Lanczos().extremes(DenseOperator(matrix.float()))
+    assert found.status == "converged"
+    assert found.top is not None
+    assert found.top.value == pytest.approx(2 * scale, rel=1e-3)
+    assert found.ceiling >= 2 * scale
+
+
+@pytest.mark.parametrize("basis", [8, 16])
+def test_a_basis_takes_no_more_vectors_than_there_is_room_for(basis: int) -> None:
+    taken: list[int] = []
+
+    class Counting(OneDevice):
+        def empty(self, rows: int) -> Tensor:
+            taken.append(rows)
+            return super().empty(rows)
+
+    operator = DenseOperator(matrix_of(torch.linspace(-1, 1, 200)))
+    operator.space = Counting(200, torch.float64, torch.device("cpu"))
+    found = Lanczos(tolerance=1e-9, basis=basis).extremes(operator)
+    assert (found.status, found.products) == ("max-hvps", basis)
+    assert sum(taken) == basis + 1, "the basis, and the top's vector made of it"
