@@ -53,8 +53,8 @@ def explain(
     found += _quality(report)
     order = {"error": 0, "warning": 1, "info": 2}
     of_loss = course_findings(report)
-    # A network that is lost comes first, unless curvature has an error of its own to say.
-    lost = of_loss[:1] if report.course and report.course.lost and report.verdict == "unresolved" else []
+    # A network that is lost comes first, unless curvature has an error of its own to say. It has no odds, which `hot` tells.
+    lost = of_loss[:1] if report.course and report.course.lost and report.verdict in ("unresolved", "hot") else []
     found = [*of_loss[len(lost) :], *found]
     first = lost or [headline(report, doubts) or _headline(report, doubts)]
     found += [finding for finding in steepest_findings(report, doubts) if finding not in first]

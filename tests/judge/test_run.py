@@ -214,6 +214,10 @@ def test_a_lost_network_has_the_first_word() -> None:
 
     first = said(report)[0]
     assert (first.code, first.severity) == ("loss-over-best", "error")
+    # Also where the verdict warns: its sentence has odds, and a lost network has none ("a chance of 0%").
+    hot = said(report.model_copy(update={"verdict": "hot", "odds": None}))
+    assert hot[0].code == "loss-over-best"
+    assert "chance" not in " ".join(f.message for f in hot)
     # Where curvature has an error of its own, that stays the headline and the loss comes next.
     assert [f.code for f in said(report.model_copy(update={"verdict": "unstable"}))[:2]] == ["unstable", "loss-over-best"]
     assert ReportReadings(report).run().name == "wrecked"
