@@ -17,7 +17,7 @@ from curvcli.documents import (
 from curvcli.judge.calibration import settled_after
 from curvcli.judge.clipping import clipping_findings, counted, unknown
 from curvcli.judge.course import course_findings
-from curvcli.judge.limits import STABLE_BELOW, certified, classify
+from curvcli.judge.limits import STABLE_BELOW, at_rounding, certified, classify
 from curvcli.judge.steepest import headline, steepest_findings
 
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
@@ -111,7 +111,7 @@ def _unresolved(report: Report, doubts: Sequence[str]) -> Finding:
             code="unresolved-residual",
             severity="warning",
             message=f"rho {rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); "
-            f"raise {'--budget' if late else '--max-hvps'}",
+            f"raise {'--budget' if late else _further([full])}",
         )
     if doubts:
         return Finding(
@@ -143,6 +143,13 @@ def _unresolved(report: Report, doubts: Sequence[str]) -> Finding:
         message=f"on {data.tokens:,} tokens rho is {rho:.3g}, and that of the data behind them lies between "
         f"{low:.3g} and {high:.3g}, which spans a verdict's limit; run again with more, e.g. --tokens {4 * data.tokens}",
     )
+
+
+def _further(weak: Sequence[Estimate]) -> str:
+    """The option that lets estimates converge: more products, or a tolerance that their rounding can meet."""
+    if all(map(at_rounding, weak)):
+        return "--tolerance: in float32 a residual hardly falls below 1e-07 of lambda, however many products there are"
+    return "--max-hvps"
 
 
 def _early(report: Report) -> Finding:
@@ -359,14 +366,15 @@ def _quality(report: Report) -> list[Finding]:
     # What is empty has no parameter that moves, or none with a lambda: more products do not change that.
     parts = [(name, e) for name, e in parts if e.status != "empty"]
     # More products do not mend what is asymmetric, or overflows: the table says that of each, and the headline why.
-    weak = [name for name, e in parts if e.status not in ("converged", "skipped", "asymmetric", "non-finite")]
+    weak = {name: e for name, e in parts if e.status not in ("converged", "skipped", "asymmetric", "non-finite")}
     if weak:
+        names = list(weak)
         found.append(
             Finding(
                 code="unconverged-parts",
                 severity="warning",
-                message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; "
-                f"raise {'--budget' if skipped else '--max-hvps'}",
+                message=f"not converged: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}; "
+                f"raise {'--budget' if skipped else _further(list(weak.values()))}",
             )
         )
     # A bracket without a held-out value: a single batch in memory is taken to be all of the data.
