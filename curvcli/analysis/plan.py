@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from math import ceil
 from typing import Any, Literal
 
 from torch import Tensor
@@ -253,8 +254,9 @@ def plan(
         key=lambda found: found.total,
     )
     vectors = f"a basis {'on disk' if sizes.aside else 'elsewhere'}" if lean.offloaded else f"a basis of {least} vectors"
+    needed = ceil(100 * lean.total / GIB) / 100  # upward: a limit of what is told is enough
     raise OverLimitError(
-        f"this analysis needs {lean.total / GIB:.2f} GiB of memory at least, the limit is {limit / GIB:.2f} GiB: "
+        f"this analysis needs {needed:.2f} GiB of memory at least, the limit is {limit / GIB:.2f} GiB: "
         f"libraries, weights, preconditioner and vectors beside {lean.held / GIB:.2f}, {vectors} "
         f"{lean.basis_bytes / GIB:.2f}, a product {(lean.product + lean.graphs) / GIB:.2f}",
         hint="give it more memory, shorter sequences (--sequence-length), or fewer tokens (--tokens)",

@@ -300,7 +300,20 @@ def _causal(columns: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
                 hint="give one number for each id",
             )
         labels = labels.masked_fill(mask == 0, IGNORED)
-    return {**found, "labels": labels}
+    return {**found, "labels": _behind_padding(labels, found.get("attention_mask"))}
+
+
+def _behind_padding(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Labels without the first id behind padding at the left: what predicts it is a place that may attend to nothing.
+
+    There eager attention is uniform whatever the weights are, and autograd's derivative of it is not: no loss has that as
+    its gradient. Trainers count that prediction, one of a row, and make it of whatever their kernel gives there.
+    """
+    if mask is None or mask.shape != labels.shape:
+        return labels
+    blind = (mask != 0).cumsum(-1) == 0  # (..., length): nothing up to here is attended to
+    after = nn.functional.pad(blind[..., :-1], (1, 0), value=False)
+    return labels.masked_fill(after, IGNORED)
 
 
 def _seen_whole(rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

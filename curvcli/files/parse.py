@@ -74,12 +74,13 @@ def _nesting(bare: str) -> int:
 
 
 def byte_size(text: str, name: str) -> int:
-    """Bytes of a size such as 500M or 2G, of an environment variable of that name. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,15})([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    """Bytes of a size such as 500M or 2.5G, of an option or environment variable of that name. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,15}|\d{1,12}\.\d{1,6}(?=[KMGT]))([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
     if not match:
         raise UsageError(f"{name} {text[:40]!r} is no size", hint="as in 500M or 2G")
     power: int = " KMGT".index(match[2].upper() or " ")
-    return int(match[1]) * int(1024**power)
+    unit = int(1024**power)
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
 
 
 def inside(directory: Path, name: object) -> Path:

@@ -17,7 +17,7 @@ from curvcli.documents import (
 from curvcli.judge.calibration import settled_after
 from curvcli.judge.clipping import clipping_findings, counted, unknown
 from curvcli.judge.course import course_findings
-from curvcli.judge.limits import STABLE_BELOW, certified, classify
+from curvcli.judge.limits import STABLE_BELOW, at_rounding, certified, classify
 from curvcli.judge.steepest import headline, steepest_findings
 
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
@@ -53,8 +53,8 @@ def explain(
     found += _quality(report)
     order = {"error": 0, "warning": 1, "info": 2}
     of_loss = course_findings(report)
-    # A network that is lost comes first, unless curvature has an error of its own to say.
-    lost = of_loss[:1] if report.course and report.course.lost and report.verdict == "unresolved" else []
+    # A network that is lost comes first, unless curvature has an error of its own to say. It has no odds, which `hot` tells.
+    lost = of_loss[:1] if report.course and report.course.lost and report.verdict in ("unresolved", "hot") else []
     found = [*of_loss[len(lost) :], *found]
     first = lost or [headline(report, doubts) or _headline(report, doubts)]
     found += [finding for finding in steepest_findings(report, doubts) if finding not in first]
@@ -118,7 +118,7 @@ def _unresolved(report: Report, doubts: Sequence[str]) -> Finding:
             code="unresolved-residual",
             severity="warning",
             message=f"rho {rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); "
-            f"raise {'--budget' if late else '--max-hvps'}",
+            f"raise {'--budget' if late else _further([full])}",
         )
     if doubts:
         return Finding(
@@ -150,6 +150,13 @@ def _unresolved(report: Report, doubts: Sequence[str]) -> Finding:
         message=f"on {data.tokens:,} tokens rho is {rho:.3g}, and that of the data behind them lies between "
         f"{low:.3g} and {high:.3g}, which spans a verdict's limit; run again with more, e.g. --tokens {4 * data.tokens}",
     )
+
+
+def _further(weak: Sequence[Estimate]) -> str:
+    """The option that lets estimates converge: more products, or a tolerance that their rounding can meet."""
+    if all(map(at_rounding, weak)):
+        return "--tolerance: in float32 a residual hardly falls below 1e-07 of lambda, however many products there are"
+    return "--max-hvps"
 
 
 def _early(report: Report) -> Finding:
@@ -366,14 +373,15 @@ def _quality(report: Report) -> list[Finding]:
     # What is empty has no parameter that moves, or none with a lambda: more products do not change that.
     parts = [(name, e) for name, e in parts if e.status != "empty"]
     # More products do not mend what is asymmetric, or overflows: the table says that of each, and the headline why.
-    weak = [name for name, e in parts if e.status not in ("converged", "skipped", "asymmetric", "non-finite")]
+    weak = {name: e for name, e in parts if e.status not in ("converged", "skipped", "asymmetric", "non-finite")}
     if weak:
+        names = list(weak)
         found.append(
             Finding(
                 code="unconverged-parts",
                 severity="warning",
-                message=f"not converged: {', '.join(weak[:6])}{' ...' if len(weak) > 6 else ''}; "
-                f"raise {'--budget' if skipped else '--max-hvps'}",
+                message=f"not converged: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}; "
+                f"raise {'--budget' if skipped else _further(list(weak.values()))}",
             )
         )
     # A bracket without a held-out value: a single batch in memory is taken to be all of the data.

@@ -8,6 +8,8 @@ from curvcli.documents import Estimate, Severity, VerdictName
 
 # About 1, the edge, by a quarter each way. They are conventions: what became of runs there is in calibration.json.
 STABLE_BELOW, UNSTABLE_ABOVE = 0.8, 1.25
+# Shares of lambda: residuals that may be float32's rounding and no more, and how near a ceiling is near.
+_ROUNDING, _NEAR = 3e-6, 0.03
 # Verdicts that leave open whether the run is stable: more data, more products or more steps could say.
 UNKNOWN: tuple[VerdictName, ...] = ("early", "unresolved")
 
@@ -62,3 +64,11 @@ def on_shard(value: float | None, estimate: Estimate, unit: float | None) -> tup
 def certified(found: Solved) -> bool:
     """Whether its value may be relied on: it has converged, and says how far off it may be."""
     return found.status == "converged" and found.eigenvalue is not None and found.residual is not None
+
+
+def at_rounding(found: Estimate) -> bool:
+    """Whether more products bring it no nearer: it is as near as float32's rounding lets it be."""
+    value, top = found.eigenvalue, highest(found)
+    if value is None or found.residual is None or top is None:
+        return False
+    return found.residual <= _ROUNDING * abs(value) and top - value <= _NEAR * abs(value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf
 
 from curvcli.documents import Report, Track
-from curvcli.judge.limits import STABLE_BELOW
+from curvcli.judge.limits import STABLE_BELOW, at_rounding
 from curvcli.render.largest_lr import action, lower_to
 from curvcli.render.track_points import newest
 
@@ -75,11 +75,14 @@ def _findings(report: Report) -> list[Step]:
     given = [("data", path) for path in files] + [("sequence-length", report.data.sequence_length)]
     again = f"curv analyze {shlex.quote(report.checkpoint.path)}"
     again += "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given if value is not None)
+    longer, option = "let the eigensolver run longer", "--max-hvps 400"
+    if at_rounding(report.judged):
+        longer, option = "give a tolerance that float32 can meet", "--tolerance 1e-5"
     steps = {
         "no-threshold": Step("Give the learning rate in force: without one there is no edge.", f"{again} --lr LR"),
         "unresolved-tokens": Step("Measure on more tokens.", f"{again} --tokens {4 * report.data.tokens}"),
-        "unresolved-residual": Step("Let the eigensolver run longer.", f"{again} --max-hvps 400"),
-        "unconverged-parts": Step("Some layers or depths did not converge: let it run longer.", f"{again} --max-hvps 400"),
+        "unresolved-residual": Step(f"{longer.capitalize()}.", f"{again} {option}"),
+        "unconverged-parts": Step(f"Some layers or depths did not converge: {longer}.", f"{again} {option}"),
         "estimated-preconditioner": Step("Analyze a checkpoint that has its optimizer state: the estimate can be far off."),
         "loss-apart": Step("Look at the data first: their loss is not the one that the run logged."),
         "rare-tokens": Step("Look at the token that holds the sharpest direction, in the table of where it lives."),

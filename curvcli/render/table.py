@@ -19,6 +19,7 @@ from curvcli.render.cells import present, written
 from curvcli.render.style import COLOURS
 
 FIRST = 5  # findings that a terminal gets unasked
+LONGEST = 24  # cells of a name that the bar leaves room for; longer ones are folded
 
 
 def show(report: Report, console: Console, *, begun: Text | None = None, verbose: bool = True) -> None:
@@ -54,7 +55,10 @@ def _layers(report: Report, console: Console) -> Table:
     limit = max([*(v for v in values if v is not None), 1.0 if use_rho else 0.0]) or 1.0
     # Names, parameters, lambda and rho take about 52 columns; what else there is takes its own.
     further = sum(2 + max(len(c.label), *(len(written(c, part)) for part in found)) for c in columns if c.leaves is not None)
-    width = max(8, min(40, console.width - 52 - further))
+    # Where a status stands in place of rho they take more, and the bar gives way before a name is folded.
+    taken = sum(2 + max(len(c.label), *(len(_cell(c, part)) for part in found)) for c in columns if c.key != "name")
+    names = min(LONGEST, max(len(_cell(c, part)) for c in columns if c.key == "name" for part in found))
+    width = max(8, min(40, console.width - 52 - further, console.width - names - taken - 3))  # two cells apart, and the tick
     for part, value in zip(found, values, strict=True):
         cells = [_cell(column, part) for column in columns]
         table.add_row(*cells, bar(value, limit, width, 1.0 if use_rho else None, console))

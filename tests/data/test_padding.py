@@ -61,3 +61,31 @@ def test_padding_has_no_curvature(tmp_path: Path, name: str, written: bool) -> N
     assert found.full.most_negative == pytest.approx(truth.full.most_negative, rel=1e-3)
     assert found.data.loss == pytest.approx(truth.data.loss, rel=1e-6)
     assert [e.eigenvalue for e in found.layers] == pytest.approx([e.eigenvalue for e in truth.layers], rel=1e-4)
+
+
+def test_padding_at_the_left_predicts_nothing(tmp_path: Path) -> None:
+    """Its last place attends to nothing: eager attention is uniform there, and its derivative is not that of any loss.
+
+    By relative positions the rows are those that each is alone.
+    """
+    written = []
+    for row in rows(padded=False):
+        ids = row["input_ids"]
+        fill = [0] * (max(LENGTHS) - len(ids))
+        written.append({"input_ids": fill + ids, "attention_mask": fill + [1] * len(ids)})
+    model = CASES["llama"]().build()
+    batches = read_examples(jsonl(tmp_path / "rows.jsonl", written), predictions=1000, shifted=True).batches(2)
+    alone = [{"input_ids": i, "labels": i} for row in rows(padded=False) for i in [torch.tensor([row["input_ids"]])]]
+    options: dict[str, Any] = {"depths": False, "max_hvps": 6, "mode": "kept"}
+    found, truth = (
+        analyze(model, causal_loss, part, weights=[predictions(b, "causal-lm") for b in part], **options)
+        for part in (batches, alone)
+    )
+    assert found.data.tokens == truth.data.tokens == sum(LENGTHS) - len(LENGTHS)
+    assert found.data.loss == pytest.approx(truth.data.loss, rel=1e-6)
+    assert found.full.eigenvalue == pytest.approx(truth.full.eigenvalue, rel=1e-5)
+    # Labels of their own do not bring the prediction back.
+    for row in written:
+        row["labels"] = [i if seen else -100 for i, seen in zip(row["input_ids"], row["attention_mask"], strict=True)]
+    again = read_examples(jsonl(tmp_path / "labels.jsonl", written), predictions=1000, shifted=True).batches(2)
+    assert sum(predictions(b, "causal-lm") for b in again) == found.data.tokens

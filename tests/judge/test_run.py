@@ -214,6 +214,10 @@ def test_a_lost_network_has_the_first_word() -> None:
 
     first = said(report)[0]
     assert (first.code, first.severity) == ("loss-over-best", "error")
+    # Also where the verdict warns: its sentence has odds, and a lost network has none ("a chance of 0%").
+    hot = said(report.model_copy(update={"verdict": "hot", "odds": None}))
+    assert hot[0].code == "loss-over-best"
+    assert "chance" not in " ".join(f.message for f in hot)
     # Where curvature has an error of its own, that stays the headline and the loss comes next.
     assert [f.code for f in said(report.model_copy(update={"verdict": "unstable"}))[:2]] == ["unstable", "loss-over-best"]
     assert ReportReadings(report).run().name == "wrecked"
@@ -231,3 +235,24 @@ def test_what_is_asymmetric_asks_for_a_look_and_for_no_products() -> None:
     layers[0] = layers[0].model_copy(update={"status": "unconverged"})
     found = {f.code: f.message for f in explain(given.model_copy(update={"layers": layers}), idle=0, left_out=0, notes={})}
     assert "layer 0;" in found["unconverged-parts"]
+
+
+def test_a_tolerance_below_rounding_is_what_has_to_give() -> None:
+    """`--tolerance 1e-12` ended with a residual of 1e-7 of lambda, and the hint was more products, which change nothing."""
+    report = calm(100)
+    value = report.full.eigenvalue or 0.0
+
+    def said(residual: float, ceiling: float) -> str:
+        least = {"status": "unconverged", "residual": residual * value, "ceiling": ceiling * value}
+        full = report.full.model_copy(update=least)
+        layers = [report.layers[0].model_copy(update={**least, "eigenvalue": value}), *report.layers[1:]]
+        given = report.model_copy(update={"full": full, "body": None, "layers": layers, "verdict": "unresolved"})
+        found = {f.code: f.message for f in explain(given, idle=0, left_out=0, notes={})}
+        options = {
+            code: found[code].split("; raise ")[1].split(":")[0] for code in ("unresolved-residual", "unconverged-parts")
+        }
+        assert len(set(options.values())) == 1
+        return options["unresolved-residual"]
+
+    assert said(1e-7, 1.01) == "--tolerance"
+    assert said(1e-4, 1.01) == said(1e-7, 1.5) == "--max-hvps"  # a ceiling far above needs products

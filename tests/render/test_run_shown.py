@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from tracks import asset, at, track
 
-from curvcli.documents import Finding, Rule, Track, TrainingStep
+from curvcli.documents import BodyEstimate, Finding, Rule, Track, TrainingStep
 from curvcli.judge.gate import decide
 from curvcli.judge.readings import ReportReadings
 from curvcli.judge.run import judge_track, run_findings
@@ -88,3 +88,15 @@ def test_of_a_report_and_of_a_gate() -> None:
     gate_text.show(gate, Console(file=stream, width=80, color_system=None), verbose=False)
     assert "2 more with --verbose" in stream.getvalue()
     assert "note-6" in gate_text.text(gate)  # a file has room for all
+
+
+def test_a_status_in_place_of_rho_folds_no_name() -> None:
+    """At 80 columns `unconverged` took the room of "without rare rows", which went on in a line of its own."""
+    report = asset("hot")
+    weak = {"status": "unconverged"}
+    body = BodyEstimate(**{**report.full.model_dump(), **weak}, rows=3)
+    layers = [layer.model_copy(update=weak) for layer in report.layers]
+    stream = io.StringIO()
+    given = report.model_copy(update={"body": body, "layers": layers})
+    table.show(given, Console(file=stream, width=80, color_system=None))
+    assert "\nwithout rare rows " in stream.getvalue()
