@@ -254,7 +254,7 @@ class _Explainer:
             # No layers: only the verdict is asked for again.
             rest.problem, work.preconditioner, None, work.solver, work.choice.mode,
             lambda inner, part: self.say(f"{stage}: {inner}", done + _REST * part), depths=False, basis=work.solver.basis,
-            offload=work.solver.store is not None,
+            offload=work.solver.store is not None, threads=work.threads,
         )  # fmt: skip
         report, _ = self.solved(again)
         if again.late and report.judged.status != "converged":  # cut short, and its "unresolved" says nothing of the data
