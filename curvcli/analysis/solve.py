@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from math import inf, isfinite
@@ -28,9 +28,10 @@ from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ranks import agreed
+from curvcli.curvature.ritz import Extremes
 from curvcli.curvature.scratch import Put, Scratch, elsewhere, let_go
 from curvcli.curvature.stepped import suited
-from curvcli.errors import OutOfTime, UnsupportedError
+from curvcli.errors import FullDiskError, OutOfTime, UnsupportedError
 from curvcli.models.rows import Lookups, apart, lookups, outside
 from curvcli.optimizers.preconditioner import Preconditioner
 from curvcli.optimizers.update import next_update, ratios
@@ -67,6 +68,7 @@ class Measurement:
         self.started = time.perf_counter()
         self.hvps = 0.0
         self.peak = 0  # bytes, of the process that held most
+        self.full_disk: FullDiskError | None = None  # what ended it
         self.notes: dict[str, str] = {}
         layers = len(blocks.modules) if blocks else 0
         norm = bool(preconditioner.balls)
@@ -166,7 +168,22 @@ class Measurement:
         if not names:
             return Solved(names, None)
         self.in_time()
-        return Solved(names, solver.extremes(self.operator(hvp, names)))
+        return Solved(names, self.ended(solver.extremes(self.operator(hvp, names))))
+
+    def ended(self, found: Extremes) -> Extremes:
+        """A solve's result; where a full disk ended it, nothing more is started."""
+        self.full_disk = self.full_disk or found.full_disk
+        return found
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Where the disk is full within it, that ends the analysis as a deadline does: what was found so far stands."""
+        try:
+            yield
+        except FullDiskError as error:
+            if self.ranks.world > 1:  # the others wait for what is summed next
+                raise
+            self.full_disk = error
 
     def in_time(self) -> None:
         """Raises OutOfTime where nothing more may be started."""
@@ -175,16 +192,19 @@ class Measurement:
 
     @property
     def late(self) -> bool:
-        """Whether the deadline has passed, by the clock of rank 0."""
-        return self.solver.deadline < inf and agreed(self.solver.expired)[0]
+        """Whether the deadline has passed, by the clock of rank 0, or the disk was full."""
+        return self.full_disk is not None or (self.solver.deadline < inf and agreed(self.solver.expired)[0])
 
     def run(self, on_full: Callable[[Measured], None] = lambda measured: None) -> Measured:
         """Everything, the full model first.
 
-        What is not reached before the deadline is skipped. Raises OutOfTime where not even the full model was reached.
+        What is not reached before the deadline, or before the disk is full, is skipped.
 
         Args:
             on_full: called as soon as the full model is known, which is what a verdict needs.
+
+        Raises:
+            OutOfTime, FullDiskError: not even the full model was reached.
         """
         self.in_time()
         self.stages.enter("gradient")
@@ -200,7 +220,8 @@ class Measurement:
         found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
-        try:
+        # What was finished has been added one by one.
+        with suppress(OutOfTime), self.room():
             self.in_time()
             self.stages.enter("next update")
             found.update = next_update(self.problem, self.preconditioner, hvp, self.moving, gradients)
@@ -214,8 +235,6 @@ class Measurement:
                 curve(self, hvp, found, steep)
                 del hvp  # its graphs make room for those of the shortened networks
                 self.shortened(found)
-        except OutOfTime:  # what was finished has been added one by one
-            pass
         self.stages.enter("report")
         self.settle(found)
         if steep:
@@ -248,10 +267,18 @@ class Measurement:
         # The most negative eigenvalue is of interest in the full model: only here it is waited for.
         solver = replace(self.solver, bottom_tolerance=0.1)
         operator = self.folded(hvp)
-        full = Solved(self.names, solver.extremes(operator)).aside(self.put)
-        found = Measured(loss, full, folds_of(operator))
-        if full.extremes and full.extremes.status == "non-finite":
+        found = Measured(loss, Solved(self.names, self.ended(solver.extremes(operator))), folds_of(operator))
+        if found.full.extremes and found.full.extremes.status == "non-finite":
             self.notes |= self._overflown(operator)
+        del operator  # the vectors that it has seen make room
+        with self.room():
+            found.full = found.full.aside(self.put)
+            self.without_rare(hvp, found, looked_up)
+        return found
+
+    def without_rare(self, hvp: HVP, found: Measured, looked_up: Lookups) -> None:
+        """Adds the full model without the rows that the shard hardly looks up, where the top direction lies on them."""
+        full = found.full.extremes
         rare = {n: looked_up.rare(self.problem.parameters[n], RARE) for n in self.names}
         rows = {n: mask for n, mask in rare.items() if mask is not None and bool(mask.any())}
         roots = {n: across(self.preconditioner.root[n], n, self.shards) for n in rows}
@@ -260,10 +287,10 @@ class Measurement:
                 f"the preconditioner of {', '.join(mixed)} mixes its rows: those that the shard hardly looks up stay in"
             )
             rows = {n: mask for n, mask in rows.items() if n not in mixed}
-        vector = full.extremes.vector if full.extremes else None
+        vector = full.vector if full else None
         # Products that are not symmetric are wrong on fewer rows, too: no verdict is to rest on them.
-        if vector is None or not rows or (full.extremes and full.extremes.status == "asymmetric"):
-            return found
+        if vector is None or not rows or (full and full.status == "asymmetric"):
+            return
         outer = ((n, outside(self.problem.parameters[n], rows.get(n))) for n in self.names)
         mask = torch.cat([own if self.shards is None else self.shards.part(n, own) for n, own in outer])
         mass = float(vector[~mask].cpu().double().square().sum())
@@ -271,15 +298,14 @@ class Measurement:
         let_go(vector)
         # Rank 0 decides: a rank that rounds to the other side of the limit would start a solve alone.
         if (sum(self.ranks.each(mass)) if self.shards else self.ranks.first([mass])[0]) < RARE_MASS:
-            return found
+            return
         self.stages.enter("full model without rare rows")
         if self.late:
-            return found
+            return
         operator = self.folded(hvp)
-        found.body = Solved(self.names, self.solver.extremes(operator, support=mask))
+        found.body = Solved(self.names, self.ended(self.solver.extremes(operator, support=mask)))
         found.rare = {n: int(m.sum()) for n, m in rows.items()}
         found.folds = folds_of(operator)
-        return found
 
     def _overflown(self, operator: Folded) -> dict[str, str]:
         """Whose batches gave a product that is not finite, where there are several processes."""

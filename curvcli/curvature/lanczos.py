@@ -19,8 +19,10 @@ from torch import Tensor
 
 from curvcli.curvature.operator import Operator
 from curvcli.curvature.precision import numbers
+from curvcli.curvature.ranks import current
 from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
 from curvcli.curvature.scratch import Store, let_go
+from curvcli.errors import FullDiskError
 
 EXTRA = 4  # products at most for telling the two largest eigenvalues apart
 
@@ -73,6 +75,12 @@ class Lanczos:
             share: norm of the random part of a start beside a warm one of norm sqrt(1 - share^2). The ceiling holds as it
                 does for a random start, with e times `share`: adding a fixed vector to a random one makes none of its
                 components less likely to be away from 0.
+
+        Returns:
+            What the solve came to when it was done or had to end, also where a disk was full after its first product.
+
+        Raises:
+            FullDiskError: before that, or where several processes measure together.
         """
         size = operator.space.size if support is None else operator.space.count(support)
         start, random_part = self._start(operator, warm, share, support)
@@ -94,14 +102,15 @@ class Lanczos:
                 below = (1 + self.margin) * abs(float(walk.values[-2:][0]))
                 last = min(last, walk.products + (EXTRA if below < self.apart * top.value else 0))
                 done = walk.products >= last or second <= below
-            over = done or walk.complete or walk.products >= most or self.expired
+            over = done or walk.complete or walk.products >= most or walk.full_disk is not None or self.expired
             near, over = map(bool, operator.space.agree(near, over))
             if over:
                 # Only now: the first few Ritz values know little of the norm that the skew is held against.
                 crooked = walk.skew > self.asymmetry * walk.norm
                 status: Status = "asymmetric" if crooked else "converged" if near else "max-hvps"
                 known = bottom.residual <= 0.1 * abs(bottom.value)
-                found = Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling, second)
+                short = None if near else walk.full_disk
+                found = Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling, second, short)
                 return agreed(found, operator.space.agree)
         return Extremes(None, None, None, "non-finite", walk.products)
 
@@ -135,6 +144,7 @@ class _Walk:
         self.scale = 0.0  # log (beta_1 ... beta_k)
         self.rounding = 30 * torch.finfo(start.dtype).eps  # over |G|: what is left below it has no direction
         self.complete = False
+        self.full_disk: FullDiskError | None = None  # what there was no room for
         self._add(start)
 
     @property
@@ -143,9 +153,13 @@ class _Walk:
         return len(self.diagonal)
 
     def step(self) -> bool:
-        """One product. False where it is not finite."""
+        """One product, or none where a disk has no room for it. False where it is not finite."""
         k = self.products
-        left = self.operator.matvec(self._row(k))
+        try:
+            left = self.operator.matvec(self._row(k))
+        except FullDiskError as error:
+            self._ended(error)
+            return True
         let_go(self._row(k))
         if self.support is not None:
             left.mul_(self.support)
@@ -176,8 +190,17 @@ class _Walk:
         # No start but one without a part in some eigenvector ends before the space does: all eigenvalues are found.
         self.complete = k + 1 >= self.size or rest <= self.rounding * self.norm
         if not self.complete:
-            self._add(left, rest)
+            try:
+                self._add(left, rest)
+            except FullDiskError as error:  # the next product's vector: what was made so far stands
+                self._ended(error)
         return True
+
+    def _ended(self, error: FullDiskError) -> None:
+        """No product is made any more. Raises the error where none was made yet, or others are waiting for the next."""
+        if not self.products or current().world > 1:
+            raise error
+        self.full_disk = error.with_traceback(None)  # whose frames hold vectors
 
     def pair(self, index: int) -> Ritz:
         """Ritz value by rank, -1 the top, 0 the bottom; a residual never counts for less than rounding."""
