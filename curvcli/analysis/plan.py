@@ -14,7 +14,7 @@ from curvcli.curvature.cross_entropy import CHUNK
 from curvcli.curvature.hvp import Mode, graph_bytes
 from curvcli.curvature.memory import cut, largest_batch
 from curvcli.curvature.problem import Problem
-from curvcli.curvature.scratch import Scratch, elsewhere
+from curvcli.curvature.scratch import Scratch, elsewhere, passed_over
 from curvcli.curvature.shards import Shards
 from curvcli.errors import UsageError
 from curvcli.files.parse import byte_size
@@ -78,6 +78,7 @@ class Plan:
     basis_bytes: int
     offloaded: int = 0  # bytes of the basis that lie elsewhere, at most
     place: str = "on disk"
+    note: str = ""  # on that
 
     @property
     def total(self) -> int:
@@ -89,7 +90,8 @@ class Plan:
         place = f" {self.place}, where they take up to {self.offloaded / GIB:.1f} GiB" if self.offloaded else ""
         vectors = f"at most {self.basis} vectors{place}"
         how = "differences of gradients" if self.mode == "differences" else f"{self.mode} graphs"
-        return f"{how}, batches of {rows}, {vectors}; {self.total / GIB:.2f} GiB expected"
+        note = f" ({self.note})" if self.note else ""
+        return f"{how}, batches of {rows}, {vectors}; {self.total / GIB:.2f} GiB expected{note}"
 
 
 def limit_of(memory: int | str | None) -> int | None:
@@ -147,8 +149,12 @@ def fitted(
     # One plan for all processes, by the largest number that one of them has.
     most_of: dict[str, Any] = {name: int(max(problem.ranks.each(number))) for name, number in asdict(sizes).items()}
     sizes = Sizes(**most_of)
-    found = plan(sizes, limit, largest_batch(problem) if alone else 1, mode, most, _elsewhere(problem))
-    found = found if device.type == "cpu" else replace(found, place="in main memory")
+    note = passed_over() if device.type == "cpu" else ""
+    try:
+        found = plan(sizes, limit, largest_batch(problem) if alone else 1, mode, most, _elsewhere(problem))
+    except OverLimitError as error:
+        raise OverLimitError(error.message, hint="; ".join(part for part in (error.hint, note) if part)) from error
+    found = replace(found, note=note) if device.type == "cpu" else replace(found, place="in main memory")
     return cut(problem, found.batch_rows) if alone else problem, found
 
 

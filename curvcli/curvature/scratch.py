@@ -28,6 +28,9 @@ from curvcli.errors import FullDiskError, InputError
 SHARE = 0.5  # of what is free there, at most
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of the user's share of it, of what a process may write
 
+MOUNTS = Path("/proc/self/mountinfo")  # Linux's
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # file systems that do
+
 Put = Callable[[Sequence[Tensor]], list[Tensor]]  # `Scratch.put`, or `list` where they stay where they are
 
 _maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor over each
@@ -74,7 +77,7 @@ class Scratch:
     """A folder for vectors.
 
     Args:
-        folder: on a disk. A file system that lies in memory (tmpfs) saves none.
+        folder: on a disk. A file system that lies in memory (tmpfs) saves none: see `scratch`.
     """
 
     folder: Path
@@ -133,17 +136,46 @@ def _fill(file: IO[bytes], nbytes: int) -> None:
 
 
 def elsewhere(device: torch.device) -> Store | None:
-    """Where vectors lie that a device has no room for; None of one that shares its memory with the CPU."""
+    """Where vectors lie that a device has no room for; None where there is no disk, or it shares its memory with the CPU."""
     if device.type == "cpu":
         return scratch()
     return Host() if device.type == "cuda" else None
 
 
-def scratch() -> Scratch:
-    """TMPDIR, if one can write there; else /var/tmp, which by custom lies on a disk and not, as /tmp, in memory."""
-    places = (os.environ.get("TMPDIR"), "/var/tmp")  # noqa: S108  (files in it have no name)
-    usable = (place for place in places if place and Path(place).is_dir() and os.access(place, os.W_OK))
-    return Scratch(Path(next(usable, None) or tempfile.gettempdir()))
+def scratch() -> Scratch | None:
+    """TMPDIR, else /var/tmp, else Python's own: the first where one can write and that does not lie in memory itself."""
+    usable = (place for place in _places() if not in_memory(place))
+    return next((Scratch(place) for place in usable), None)
+
+
+def passed_over() -> str:
+    """That TMPDIR lies in memory and is not used; empty where that is not so."""
+    named = os.environ.get("TMPDIR")
+    if not named or Path(named) not in _places() or not in_memory(Path(named)):
+        return ""
+    found = scratch()
+    return f"TMPDIR={named} lies in memory, vectors {'may lie in ' + str(found.folder) if found else 'have no disk'}"
+
+
+def _places() -> list[Path]:
+    """Where files can be written, the best first."""
+    # /var/tmp lies on a disk by custom, and not, as /tmp, in memory. Files in it have no name.
+    named = (os.environ.get("TMPDIR"), "/var/tmp")  # noqa: S108
+    found = [Path(place) for place in named if place and Path(place).is_dir() and os.access(place, os.W_OK)]
+    return found or [Path(tempfile.gettempdir())]
+
+
+def in_memory(folder: Path) -> bool:
+    """Whether what lies in a folder takes main memory (tmpfs), as far as Linux says so."""
+    try:
+        device = folder.stat().st_dev
+        lines = MOUNTS.read_text(errors="replace").splitlines()
+    except OSError:  # another system
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    # A line's third field is the device; the type follows the "-" behind fields that may be there or not.
+    mounts = (fields for fields in map(str.split, lines) if fields[2:3] == [number] and "-" in fields[6:-1])
+    return any(fields[fields.index("-", 6) + 1] in IN_MEMORY for fields in mounts)
 
 
 def let_go(tensor: Tensor) -> None:

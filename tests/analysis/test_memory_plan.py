@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from curvcli import Estimated, analyze
 from curvcli.analysis.checkpoint import Options, open_for_analysis
-from curvcli.analysis.plan import LEAST, WANTED, Plan, Sizes, fitted, limit_of, plan, predicted, unplanned
+from curvcli.analysis.plan import LEAST, WANTED, Plan, Sizes, fitted, limit_of, plan, predicted, spare, unplanned
 from curvcli.analysis.track import key_of
-from curvcli.curvature import resources
+from curvcli.curvature import resources, scratch
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.scratch import Scratch
 from curvcli.documents import Report
@@ -253,6 +254,26 @@ def test_batches_are_cut_and_the_loss_is_the_same(problem: Problem, monkeypatch:
     assert (lean.mode, lean.batch_rows, lean.basis) == ("fresh", 2, WANTED)
     assert [len(ids) for ids, _ in part.batches] == [2] * 8
     assert part.mean_loss() == pytest.approx(problem.mean_loss(), rel=1e-12)
+
+
+def test_a_tmpdir_in_memory_counts_as_memory_and_the_plan_says_so(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "return_blocks", lambda: True)
+    monkeypatch.setattr(resources, "held_bytes", lambda device: 0)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(scratch, "in_memory", lambda folder: True)
+    assert spare(problem, None) is None
+    assert fitted(problem, GIB, "auto", 32)[1].offloaded == 0
+    said = f"TMPDIR={tmp_path} lies in memory, vectors have no disk"
+    assert str(fitted(problem, GIB, "auto", 32)[1]).endswith(f" GiB expected ({said})")
+    with pytest.raises(UsageError, match=re.escape(f"fewer tokens (--tokens); {said}")):
+        fitted(problem, 1000, "auto", 32)
+    monkeypatch.setattr(scratch, "in_memory", lambda folder: folder == tmp_path)
+    assert "lies in memory, vectors may lie in /var/tmp)" in str(fitted(problem, GIB, "auto", 32)[1])
+    monkeypatch.setattr(scratch, "in_memory", lambda folder: False)
+    assert str(fitted(problem, GIB, "auto", 32)[1]).endswith(" GiB expected")
+    assert spare(problem, None) == Scratch(tmp_path)
 
 
 def test_rows_that_depend_on_each_other_stay_together(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:

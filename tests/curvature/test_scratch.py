@@ -14,8 +14,8 @@ from torch import Tensor
 from curvcli.curvature import scratch as module
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import DenseOperator, Folded
-from curvcli.curvature.scratch import Scratch, let_go, scratch
-from curvcli.errors import InputError
+from curvcli.curvature.scratch import Scratch, let_go, passed_over, scratch
+from curvcli.errors import FullDiskError, InputError
 
 
 def _matrix(seed: int) -> Tensor:
@@ -94,7 +94,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_no_signal(tmp_path: Path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InputError, match=r"cannot keep 1\.00 GiB of vectors in .*No space left.*TMPDIR"):
+    with pytest.raises(FullDiskError, match=r"cannot keep 1\.00 GiB of vectors in .*No space left.*TMPDIR"):
         Scratch(tmp_path).empty(2**28, dtype=torch.float32)
 
 
@@ -114,13 +114,74 @@ def test_a_tmpdir_that_is_of_no_use_is_passed_over(what: str, tmp_path: Path, mo
         place.mkdir()
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place and theirs(path, mode))
     monkeypatch.setenv("TMPDIR", str(place))
-    assert scratch().folder not in (place, Path())
-    assert scratch().free > 0
+    monkeypatch.setattr(module, "in_memory", lambda folder: False)
+    found = scratch()
+    assert found is not None
+    assert found.folder not in (place, Path())
+    assert found.free > 0
+    assert passed_over() == ""
 
 
 def test_tmpdir_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "in_memory", lambda folder: False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert scratch().folder == tmp_path
-    assert scratch().free > 0
+    found = scratch()
+    assert found is not None
+    assert (found.folder, passed_over()) == (tmp_path, "")
+    assert found.free > 0
     monkeypatch.delenv("TMPDIR")
-    assert scratch().folder.is_dir()
+    found = scratch()
+    assert found is not None
+    assert found.folder.is_dir()
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_tmpdir_in_memory_is_no_disk(elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "in_memory", lambda folder: folder == tmp_path or not elsewhere)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    found = scratch()
+    assert (found and str(found.folder)) == ("/var/tmp" if elsewhere else None)  # noqa: S108
+    where = "may lie in /var/tmp" if elsewhere else "have no disk"
+    assert passed_over() == f"TMPDIR={tmp_path} lies in memory, vectors {where}"
+    monkeypatch.delenv("TMPDIR")
+    assert passed_over() == ""
+
+
+@pytest.mark.skipif(not module.MOUNTS.exists(), reason="Linux says what kind a file system is")
+def test_a_file_system_in_memory_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line.split() for line in module.MOUNTS.read_text().splitlines()]
+    kinds = {fields[4]: fields[fields.index("-", 6) + 1] for fields in lines}
+    if kinds.get("/dev/shm") == "tmpfs":  # noqa: S108
+        assert module.in_memory(Path("/dev/shm"))  # noqa: S108
+    device = tmp_path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for said, memory in {
+        f"25 24 {number} / /a rw - tmpfs tmpfs rw": True,
+        f"25 24 {number} / /a rw shared:3 master:1 - tmpfs - rw": True,
+        f"25 24 {number} / /a rw shared:3 - ext4 /dev/tmpfs rw": False,
+        "25 24 0:9999 / /a rw - tmpfs tmpfs rw": False,
+        f"25 24 {number}": False,
+    }.items():
+        monkeypatch.setattr(module, "MOUNTS", tmp_path / "mountinfo")
+        module.MOUNTS.write_text(said)
+        assert module.in_memory(tmp_path) == memory, said
+    module.MOUNTS.unlink()
+    assert not module.in_memory(tmp_path)
+
+
+def test_a_limit_to_the_size_of_files_is_a_full_disk(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        Scratch(tmp_path).empty(2**18, dtype=torch.float32)
+        with pytest.raises(FullDiskError, match=r"cannot keep 2,097,152 bytes of vectors in .*; set TMPDIR to a folder on"):
+            Scratch(tmp_path).empty(2**19, dtype=torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_folder_that_takes_no_file_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file") as error:
+        Scratch(tmp_path / "gone").empty(5, dtype=torch.float32)
+    assert not isinstance(error.value, FullDiskError)
