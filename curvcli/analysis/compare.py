@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from curvcli.analysis.options import Options, changed, options_of
-from curvcli.documents import Comparison, Report, Track, TrackComparison, load_report, load_track, schema_of
+from curvcli.documents import Comparison, Report, Track, TrackComparison
+from curvcli.documents.base import document_in, named_content
 from curvcli.errors import InputError, UsageError
 from curvcli.judge.compare import compare as compare_reports
 from curvcli.judge.compare_tracks import compare_tracks
@@ -52,39 +53,27 @@ def compare(
         InputError: one of the two is neither report, track nor checkpoint, or cannot be read; or only one is a track.
     """
     how = options_of(options, fixed=("depths", "deadline", "truncated", "shard"))
-    sides = [side if isinstance(side, (Report, Track)) else Path(side) for side in (a, b)]
-    kinds = [_kind(side) for side in sides]
-    if "track" in kinds:
-        return _tracks(sides, kinds, how)
-    done = [kind == "report" for kind in kinds]
-    if all(done):
-        _no_options(how, "reports")
-    if not all(done) and progress:
-        progress("importing torch", 0.0)
-    reports = []
-    for place, (side, is_report) in enumerate(zip(sides, done, strict=True)):
-        if isinstance(side, Report):
-            reports.append(side)
-        elif isinstance(side, Path) and is_report:
-            reports.append(load_report(side))
-        elif isinstance(side, Path):
-            reports.append(_measured(side, how, place, progress or (lambda stage, done: None)))
-    first, second = map(_name, sides)
-    return compare_reports(*reports, names=(first, second))
-
-
-def _tracks(sides: list[Path | Report | Track], kinds: list[str], how: Options) -> TrackComparison:
-    """Of two tracks. Raises InputError where one of the two is something else."""
-    if kinds != ["track", "track"]:
-        place = kinds.index("track")
+    given = [side if isinstance(side, (Report, Track)) else Path(side) for side in (a, b)]
+    names = (_name(given[0]), _name(given[1]))
+    first, second = (_read(side) if isinstance(side, Path) else side for side in given)
+    if isinstance(first, Track) and isinstance(second, Track):
+        _no_options(how, "tracks")
+        return compare_tracks(first, second, names=names)
+    if isinstance(first, Track) or isinstance(second, Track):
+        track, other = names if isinstance(first, Track) else names[::-1]
         raise InputError(
-            f"{_name(sides[place])} is a track of many checkpoints, and {_name(sides[1 - place])} is none",
+            f"{track} is a track of many checkpoints, and {other} is none",
             hint="name two tracks, or two checkpoints or reports; against a run's past, curv gate REPORT --baseline TRACK",
         )
-    _no_options(how, "tracks")
-    loaded = (load_track(side) if isinstance(side, Path) else side for side in sides)
-    first, second = (track for track in loaded if isinstance(track, Track))
-    return compare_tracks(first, second, names=(_name(sides[0]), _name(sides[1])))
+    if isinstance(first, Report) and isinstance(second, Report):
+        _no_options(how, "reports")
+    elif progress:
+        progress("importing torch", 0.0)
+    say = progress or (lambda stage, done: None)
+    reports = (
+        side if isinstance(side, Report) else _measured(side, how, place, say) for place, side in enumerate((first, second))
+    )
+    return compare_reports(*reports, names=names)
 
 
 def _no_options(how: Options, what: str) -> None:
@@ -110,18 +99,18 @@ def _measured(path: Path, how: Options, place: int, progress: Callable[[str, flo
     return analyze_checkpoint(path, replace(how, depths=False), within)
 
 
-def _kind(side: Path | Report | Track) -> str:
-    """report, track or checkpoint, by content or name. Raises InputError where it is another document."""
-    if isinstance(side, (Report, Track)):
-        return "report" if isinstance(side, Report) else "track"
-    if side.is_dir() or not (side.suffix == ".json" or _starts_as_json(side)):
-        return "checkpoint"
-    kinds = {"curv.report/1": "report", "curv.track/1": "track"}
-    if (schema := schema_of(side)) not in kinds or schema is None:
-        raise InputError(
-            f"{side} is {schema or 'no document of curv'}, no report", hint="give two reports, checkpoints or tracks"
-        )
-    return kinds[schema]
+def _read(path: Path) -> Path | Report | Track:
+    """The report or track in a file, read once; a checkpoint's own path. Raises InputError where it is another document."""
+    if path.is_dir() or not (path.suffix == ".json" or _starts_as_json(path)):
+        return path
+    schema, content = named_content(path)
+    if schema == "curv.report/1":
+        return document_in(content, Report, path, schema, "write one with curv analyze -o")
+    if schema == "curv.track/1":
+        return document_in(content, Track, path, schema, "write one with curv track -o")
+    raise InputError(
+        f"{path} is {schema or 'no document of curv'}, no report", hint="give two reports, checkpoints or tracks"
+    )
 
 
 def _starts_as_json(path: Path) -> bool:

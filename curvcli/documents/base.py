@@ -118,11 +118,9 @@ def digested_document(kind: type[D], path: Path, name: str, hint: str) -> tuple[
         content = read_limited(path, _LIMIT)
         # Parsed twice, for its limit on values: pydantic's own parser has none.
         parse_json(content)
-        return kind.read(content), hashlib.sha256(content).hexdigest()
-    except ValidationError as error:
-        raise InputError(f"{path} is not a {name} document: {first_problem(error)}", hint=hint) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a {name} document: {str(error)[:300]}", hint=hint) from error
+    return document_in(content, kind, path, name, hint), hashlib.sha256(content).hexdigest()
 
 
 def first_problem(error: ValidationError) -> str:
@@ -140,12 +138,28 @@ def schema_of(path: Path) -> str | None:
     Raises:
         InputError: the file is no JSON.
     """
+    return named_content(path)[0]
+
+
+def named_content(path: Path) -> tuple[str | None, bytes]:
+    """The schema that a document names, as `schema_of` has it, and the bytes that `document_in` takes, from one reading."""
     try:
-        document = parse_json(read_limited(path, _LIMIT))
+        content = read_limited(path, _LIMIT)
+        document = parse_json(content)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no JSON document: {str(error)[:300]}", hint="write one with curv analyze -o") from error
     name = document.get("schema") if isinstance(document, dict) else None
-    return name if isinstance(name, str) else None
+    return (name if isinstance(name, str) else None), content
+
+
+def document_in(content: bytes, kind: type[D], path: Path, name: str, hint: str) -> D:
+    """A document of one kind, of a file's bytes that are known to be JSON. Raises InputError where they are another's."""
+    try:
+        return kind.read(content)
+    except ValidationError as error:
+        raise InputError(f"{path} is not a {name} document: {first_problem(error)}", hint=hint) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not a {name} document: {str(error)[:300]}", hint=hint) from error
 
 
 def visible_json(text: str) -> str:

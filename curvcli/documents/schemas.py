@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from curvcli.documents.alert import Alert
-from curvcli.documents.base import Document, read_document, schema_of
+from curvcli.documents.base import Document, document_in, named_content
 from curvcli.documents.compare import Comparison, TrackComparison
 from curvcli.documents.explain import Explanation
 from curvcli.documents.gate import Gate
@@ -63,8 +63,8 @@ def load(path: Path | str) -> Document | Log:
         if (found := find_log(path)) is None:
             raise InputError(f"{path} holds no curvature.jsonl", hint="name a document, or the log of a job")
         return load_records(found)
-    name = schema_of(path)
+    name, content = named_content(path)
     kind = {f"curv.{short}/1": kind for short, kind in SCHEMAS.items()}.get(name or "")
     if kind is None or name is None:
         raise InputError(f"{path} names the schema {name!r:.80}", hint=f"known: {', '.join(f'curv.{n}/1' for n in SCHEMAS)}")
-    return read_document(kind, path, name, "write it anew with the verb that made it")
+    return document_in(content, kind, path, name, "write it anew with the verb that made it")

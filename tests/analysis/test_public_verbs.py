@@ -20,7 +20,7 @@ import curvcli
 from curvcli.analysis.cache import FileCache
 from curvcli.analysis.options import Options, changed, options_of
 from curvcli.cli import app
-from curvcli.documents import Comparison, Schedule, Track, load_report, load_schedule
+from curvcli.documents import Comparison, Schedule, Track, base, load_report, load_schedule
 from curvcli.errors import InputError, UsageError
 
 INIT, HOT, CALM = ASSETS / "init.json", ASSETS / "hot-60.json", ASSETS / "calm-60.gate.report.json"
@@ -98,6 +98,34 @@ def test_compare_takes_reports_by_path_and_in_hand() -> None:
     in_hand = json.loads(curvcli.compare(load_report(CALM), load_report(HOT)).to_json())
     assert in_hand["first"].pop("path") == "sample_checkpoints/calm/checkpoint-60"
     assert in_hand["changes"] == said["changes"]
+
+
+@pytest.mark.parametrize("verb", ["reports", "tracks", "load"])
+def test_a_document_is_read_and_parsed_once(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    parsed: list[int] = []
+    theirs, parse = base.read_limited, base.parse_json
+
+    def reading(path: Path, limit: int) -> bytes:
+        read.append(path)
+        return theirs(path, limit)
+
+    def parsing(content: bytes) -> Any:
+        parsed.append(len(content))
+        return parse(content)
+
+    monkeypatch.setattr(base, "read_limited", reading)
+    monkeypatch.setattr(base, "parse_json", parsing)
+    other = ASSETS / "documents/0.1.0/track.json"
+    files = [tmp_path / "track.json", other] if verb == "tracks" else [CALM, HOT]
+    (tmp_path / "track.json").write_bytes(other.read_bytes())
+    if verb == "load":
+        files = [CALM]
+        curvcli.load(CALM)
+    else:
+        curvcli.compare(*files)
+    assert read == files
+    assert parsed == [path.stat().st_size for path in files]
 
 
 @pytest.mark.parametrize(
