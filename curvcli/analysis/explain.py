@@ -260,7 +260,7 @@ class _Explainer:
             # No layers: only the verdict is asked for again.
             rest.problem, work.preconditioner, None, work.solver, work.choice.mode,
             lambda inner, part: self.say(f"{stage}: {inner}", done + _REST * part), depths=False, basis=work.solver.basis,
-            offload=work.solver.store is not None,
+            offload=work.solver.store is not None, threads=work.threads,
         )  # fmt: skip
         report, _ = self.solved(again)
         if again.full_disk is not None:  # a solve that was not done says nothing of what is left

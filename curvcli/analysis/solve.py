@@ -42,7 +42,11 @@ RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model
 
 
 class Measurement:
-    """One analysis in progress; `run` does it."""
+    """One analysis in progress; `run` does it.
+
+    Args:
+        threads: batches are walked by several threads though the basis is given: another measurement chose both.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Measurement:
         basis: int | None = None,
         offload: bool = False,
         aside: Scratch | None = None,
+        threads: bool = False,
     ) -> None:
         self.problem, self.preconditioner, self.blocks = problem, preconditioner, blocks
         self.depths = depths
@@ -98,7 +103,7 @@ class Measurement:
         self.choice: Choice = chosen(problem, self.shards, mode, room, lean=short)
         # Small tensors, of which torch makes little, and results that each thread may hold; not slices, which all gather.
         small = device.type == "cpu" and basis is None and self.shards is None and moved < LARGE
-        self.threads = small and self.choice.mode == "kept"
+        self.threads = (small or threads) and self.choice.mode == "kept"
         if basis is None:
             basis, offload = unplanned(problem, vector, self._free(device), solver.max_products)
         found = replace(solver, basis=basis, store=elsewhere(device) if offload else None)

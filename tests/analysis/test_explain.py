@@ -253,6 +253,24 @@ def test_what_a_budget_does_not_reach_is_left_out_and_said(
     assert len(found.removals) == 2
 
 
+@pytest.mark.parametrize("mode", ["kept", "fresh"])
+def test_what_is_left_is_walked_by_threads_as_the_whole_is(
+    mode: str, culprit: Path, found: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    theirs = explaining._Explainer.solved
+
+    def solved(self: explaining._Explainer, work: Measurement) -> Any:
+        seen.append(work.threads)
+        return theirs(self, work)
+
+    monkeypatch.setattr(explaining._Explainer, "solved", solved)
+    walked = _explained(culprit, optimizer="SGD", lr=0.5, mode=mode)
+    assert seen == [mode == "kept"] * 3
+    for one, other in zip(walked.removals, found.removals, strict=True):
+        assert one.estimate.eigenvalue == pytest.approx(other.estimate.eigenvalue, rel=1e-5)
+
+
 def test_a_deadline_that_has_passed_is_no_explanation(culprit: Path) -> None:
     with pytest.raises(OutOfTime):
         _explained(culprit, optimizer="SGD", lr=0.5, budget=0)
