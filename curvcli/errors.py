@@ -55,6 +55,10 @@ class InputError(CurvError):
     """A file is missing, damaged, hostile, or does not hold what was expected."""
 
 
+class FullDiskError(InputError):
+    """A disk has no room left for what is to lie there while an analysis goes on."""
+
+
 class UnsupportedError(CurvError):
     """The input was understood, and the measurement does not exist for it."""
 

@@ -195,6 +195,7 @@ class _Writer:
             given=(*provenance.findings, *self.preconditioner.findings),
             doubts=self.preconditioner.doubts,
             logged_loss=provenance.logged_loss,
+            full_disk=work.full_disk,
         )
         return report.model_copy(update={"findings": findings})
 

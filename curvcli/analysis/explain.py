@@ -28,7 +28,7 @@ from curvcli.curvature.precision import wide
 from curvcli.curvature.spread import spread_gradient
 from curvcli.data.examples import IGNORED
 from curvcli.data.words import Words, words_of
-from curvcli.errors import OutOfTime, UnsupportedError, memory_named
+from curvcli.errors import FullDiskError, OutOfTime, UnsupportedError, memory_named
 from curvcli.files.names import unwrapped
 from curvcli.models.roles import Roles
 from curvcli.models.rows import lookups, row_kinds
@@ -94,6 +94,7 @@ class _Explainer:
         self.negated = work.preconditioner.ascends
         self.hvps = 0.0
         self.out_of_time = False
+        self.full_disk: FullDiskError | None = None
         if not work.names:
             raise UnsupportedError(
                 f"{work.preconditioner.name} has no lambda, whose eigenvector this explains: its step is steepest in a norm",
@@ -115,7 +116,7 @@ class _Explainer:
             except OutOfTime:
                 self.out_of_time = True
         self.say("report", 1.0)
-        findings = [f for f in report.findings if f.severity != "info" and f.code != report.verdict]
+        findings = [f for f in report.findings if f.severity != "info" and f.code not in (report.verdict, "disk-full")]
         extra = [*told.pop("findings", []), *self.short()]
         blank: dict[str, Any] = {
             "participation": None, "per": "nothing", "sum": None, "decay": 0.0,
@@ -156,6 +157,7 @@ class _Explainer:
             raise OutOfTime
         found.ratios = ratios(work.preconditioner, work.moving, *spread_gradient(work.problem, work.moving))
         self.hvps += work.hvps
+        self.full_disk = work.full_disk
         provenance = self.ready.provenance
         said = Provenance(
             provenance.checkpoint, provenance.data, provenance.lr_source, {**provenance.notes, **self.notes},
@@ -164,10 +166,14 @@ class _Explainer:
         return write(work, found, said, None), found
 
     def short(self) -> list[documents.Finding]:
-        """Says that the budget ran out, where it did."""
-        if not self.out_of_time:
+        """Says that the budget ran out, or the disk was full, where that was so."""
+        if not self.out_of_time and self.full_disk is None:
             return []
-        message = "the budget ran out: which data carry lambda, or what is left without them, was not measured; raise it"
+        left = "which data carry lambda, or what is left without them, was not measured"
+        if (full := self.full_disk) is not None:
+            message = f"the disk was full: {full.message}; {left}; {full.hint}"
+            return [documents.Finding(code="disk-full", severity="warning", message=message)]
+        message = f"the budget ran out: {left}; raise it"
         return [documents.Finding(code="out-of-time", severity="warning", message=message)]
 
     # --- the direction -----------------------------------------------------------------------
@@ -236,6 +242,8 @@ class _Explainer:
                 removals.append(self.removal(rest, report, _FIRST + _CARRIERS + _REST * place))
         except OutOfTime:  # what was finished stands
             self.out_of_time = True
+        except FullDiskError as error:
+            self.full_disk = error
         told = found.per != "nothing" and found.total != 0
         return {
             "per": found.per,
@@ -257,6 +265,8 @@ class _Explainer:
             offload=work.solver.store is not None, threads=work.threads,
         )  # fmt: skip
         report, _ = self.solved(again)
+        if again.full_disk is not None:  # a solve that was not done says nothing of what is left
+            raise again.full_disk
         if again.late and report.judged.status != "converged":  # cut short, and its "unresolved" says nothing of the data
             raise OutOfTime
         return documents.Removal(

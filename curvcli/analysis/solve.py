@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from math import inf, isfinite
@@ -28,9 +28,10 @@ from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import LARGE, Folded, Operator, PreconditionedHessian
 from curvcli.curvature.problem import Blocks, Problem
 from curvcli.curvature.ranks import agreed
+from curvcli.curvature.ritz import Extremes
 from curvcli.curvature.scratch import Put, Scratch, elsewhere
 from curvcli.curvature.stepped import suited
-from curvcli.errors import OutOfTime, UnsupportedError
+from curvcli.errors import FullDiskError, OutOfTime, UnsupportedError
 from curvcli.models.blocks import no_truncation, runs_at
 from curvcli.models.rows import Lookups, lookups
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -71,6 +72,7 @@ class Measurement:
         self.started = time.perf_counter()
         self.hvps = 0.0
         self.peak = 0  # bytes, of the process that held most
+        self.full_disk: FullDiskError | None = None  # what ended it
         self.notes: dict[str, str] = {}
         layers = len(blocks.modules) if blocks else 0
         norm = bool(preconditioner.balls)
@@ -174,7 +176,22 @@ class Measurement:
         if not names:
             return Solved(names, None)
         self.in_time()
-        return Solved(names, solver.extremes(self.operator(hvp, names)))
+        return Solved(names, self.ended(solver.extremes(self.operator(hvp, names))))
+
+    def ended(self, found: Extremes) -> Extremes:
+        """A solve's result; where a full disk ended it, nothing more is started."""
+        self.full_disk = self.full_disk or found.full_disk
+        return found
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Where the disk is full within it, that ends the analysis as a deadline does: what was found so far stands."""
+        try:
+            yield
+        except FullDiskError as error:
+            if self.ranks.world > 1:  # the others wait for what is summed next
+                raise
+            self.full_disk = error
 
     def in_time(self) -> None:
         """Raises OutOfTime where nothing more may be started."""
@@ -183,16 +200,19 @@ class Measurement:
 
     @property
     def late(self) -> bool:
-        """Whether the deadline has passed, by the clock of rank 0."""
-        return self.solver.deadline < inf and agreed(self.solver.expired)[0]
+        """Whether the deadline has passed, by the clock of rank 0, or the disk was full."""
+        return self.full_disk is not None or (self.solver.deadline < inf and agreed(self.solver.expired)[0])
 
     def run(self, on_full: Callable[[Measured], None] = lambda measured: None) -> Measured:
         """Everything, the full model first.
 
-        What is not reached before the deadline is skipped. Raises OutOfTime where not even the full model was reached.
+        What is not reached before the deadline, or before the disk is full, is skipped.
 
         Args:
             on_full: called as soon as the full model is known, which is what a verdict needs.
+
+        Raises:
+            OutOfTime, FullDiskError: not even the full model was reached.
         """
         self.in_time()
         self.stages.enter("gradient")
@@ -208,27 +228,25 @@ class Measurement:
         found = whole.solve(loss, looked_up, pausing=True)
         found.body = found.body and found.body.bare()  # its vector makes room for what follows
         steep: Steep | None = None
-        try:
-            # An alarm breaks into rank 0 alone, and the others are to leave their products too.
-            with self.ranks.together():
-                found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
-                self.in_time()
-                self.stages.enter("next update")
-                found.update = next_update(self.problem, self.preconditioner, hvp, self.moving, gradients)
-                steep = Steep.of(self, hvp, gradients)
-                found.norm = steep.found if steep else None
-                on_full(self.completed(found))
-                whole.resume(found)
-                del whole  # which holds the graphs
-                found.companions, found.beside = companions(self, hvp, gradients)
-                del gradients
-                self.parts(hvp, found, steep)
-                if self.depths and self.layer_names:
-                    curve(self, hvp, found, steep)
-                    del hvp  # its graphs make room for those of the shortened networks
-                    self.shortened(found)
-        except OutOfTime:  # what was finished has been added one by one
-            pass
+        # What was finished has been added one by one. An alarm breaks into rank 0 alone, and the others are to leave their
+        # products too.
+        with suppress(OutOfTime), self.room(), self.ranks.together():
+            found.ratios = ratios(self.preconditioner, self.moving, gradients, spread) if spread else None
+            self.in_time()
+            self.stages.enter("next update")
+            found.update = next_update(self.problem, self.preconditioner, hvp, self.moving, gradients)
+            steep = Steep.of(self, hvp, gradients)
+            found.norm = steep.found if steep else None
+            on_full(self.completed(found))
+            whole.resume(found)
+            del whole  # which holds the graphs
+            found.companions, found.beside = companions(self, hvp, gradients)
+            del gradients
+            self.parts(hvp, found, steep)
+            if self.depths and self.layer_names:
+                curve(self, hvp, found, steep)
+                del hvp  # its graphs make room for those of the shortened networks
+                self.shortened(found)
         self.stages.enter("report")
         self.settle(found)
         if steep:

@@ -304,7 +304,8 @@ def _measured(
     # The job may have rewritten it meanwhile, and the report be of half of each.
     if not unchanged():
         raise InputError("it changed while it was measured", hint="call again once it is written")
-    if time.monotonic() < opened.options.deadline:  # else parts of it may be missing
+    full_disk = any(finding.code == "disk-full" for finding in report.findings)
+    if time.monotonic() < opened.options.deadline and not full_disk:  # else parts of it may be missing
         cache.put(key, report)
     return report, "measured"
 

@@ -7,6 +7,7 @@ once the verdict is known.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from curvcli.curvature.hvp import HVP
 from curvcli.curvature.lanczos import Lanczos, Walk
 from curvcli.curvature.operator import Folded
 from curvcli.curvature.ranks import Ranks
+from curvcli.curvature.ritz import Extremes
 from curvcli.curvature.scratch import Put, let_go
 from curvcli.curvature.shards import Shards
 from curvcli.errors import OutOfTime
@@ -44,7 +46,15 @@ class Solving(Ongoing, Protocol):
 
     @property
     def late(self) -> bool:
-        """Whether the deadline has passed."""
+        """Whether the deadline has passed, or the disk was full."""
+        ...
+
+    def ended(self, found: Extremes) -> Extremes:
+        """A solve's result; where a full disk ended it, nothing more is started."""
+        ...
+
+    def room(self) -> AbstractContextManager[None]:
+        """Where the disk is full within it, that ends the analysis as a deadline does."""
         ...
 
     def folded(self, hvp: HVP) -> Folded:
@@ -78,25 +88,37 @@ class Whole:
         found = Measured(loss, self._finished(walk, self._pause(mask) if pausing else None), folds_of(operator))
         if found.full.extremes and found.full.extremes.status == "non-finite":
             work.notes |= self._overflown(operator)
-        if mask is None or not self._on_rare(found.full, mask):
-            return found
-        self.left = (walk, operator, mask) if walk.paused else None
+        self.left = (walk, operator, mask) if mask is not None and walk.paused else None
         basis = work.solver.basis - (walk.products if walk.paused else 0)
         del walk, operator  # which hold vectors
+        with work.room():
+            found.full = found.full.aside(work.put)
+            if mask is not None and self._on_rare(found.full, mask):
+                self._without(found, mask, {n: int(m.sum()) for n, m in rows.items()}, basis)
+        return found
+
+    def _without(self, found: Measured, mask: Tensor, rare: dict[str, int], basis: int) -> None:
+        """Adds the full model without some rows.
+
+        Args:
+            rare: how many rows, by name.
+            basis: vectors there is room for.
+        """
+        work = self.work
         work.stages.enter("full model without rare rows", planned=False)
-        found.rare = {n: int(m.sum()) for n, m in rows.items()}
+        found.rare = rare
         # The verdict is to be on it: where there is no time for it, there is none on the full model instead.
         found.body = Solved(self.names, None, skipped=True)
         if work.late:
-            return found
+            return
         folded = work.folded(self.hvp)
         try:
             with work.ranks.together():
-                found.body = Solved(self.names, replace(work.solver, basis=basis).extremes(folded, support=mask))
+                extremes = replace(work.solver, basis=basis).extremes(folded, support=mask)
         except OutOfTime:  # in the middle of a long product: what is known of the full model stays
-            return found
+            return
+        found.body = Solved(self.names, work.ended(extremes))
         found.folds = folds_of(folded)
-        return found
 
     def resume(self, found: Measured) -> None:
         """The rest of a solve that was left for later, in place of what was known of the full model.
@@ -109,12 +131,12 @@ class Whole:
         self.work.stages.enter("full model with rare rows", planned=False)
         self.work.in_time()
         (walk, operator, mask), self.left = self.left, None
-        found.full = self._finished(walk)
+        found.full = self._finished(walk).aside(self.work.put)
         if not self._on_rare(found.full, mask):  # it was not so plain after all
             found.body, found.rare, found.folds = None, {}, folds_of(operator)
 
     def _finished(self, walk: Walk, pause: Callable[[Walk], bool] | None = None) -> Solved:
-        return Solved(self.names, self.solver.finish(walk, pause)).aside(self.work.put)
+        return Solved(self.names, self.work.ended(self.solver.finish(walk, pause)))
 
     def _pause(self, mask: Tensor | None) -> Callable[[Walk], bool] | None:
         """Whether a solve is to wait for that without rare rows; None where it may not."""

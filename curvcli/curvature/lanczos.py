@@ -20,8 +20,10 @@ from torch import Tensor
 
 from curvcli.curvature.operator import Operator
 from curvcli.curvature.precision import numbers
+from curvcli.curvature.ranks import current
 from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
 from curvcli.curvature.scratch import Store, let_go
+from curvcli.errors import FullDiskError
 
 EXTRA = 4  # products at most for telling the two largest eigenvalues apart
 LOOKS = (0.25, 0.05)  # residuals over the top's value at which a solve that may be paused asks
@@ -76,6 +78,12 @@ class Lanczos:
             share: norm of the random part of a start beside a warm one of norm sqrt(1 - share^2). The ceiling holds as it
                 does for a random start, with e times `share`: adding a fixed vector to a random one makes none of its
                 components less likely to be away from 0.
+
+        Returns:
+            What the solve came to when it was done or had to end, also where a disk was full after its first product.
+
+        Raises:
+            FullDiskError: before that, or where several processes measure together.
         """
         return self.finish(self.begin(operator, warm, share, support))
 
@@ -111,7 +119,7 @@ class Lanczos:
                 below = (1 + self.margin) * abs(float(walk.values[-2:][0]))
                 last = min(last, walk.products + (EXTRA if below < self.apart * top.value else 0))
                 done = walk.products >= last or second <= below
-            over = done or walk.complete or walk.products >= most or self.expired
+            over = done or walk.complete or walk.products >= most or walk.full_disk is not None or self.expired
             near, over = map(bool, walk.space.agree(near, over))
             if pause and not over and looks and top.residual <= looks[0] * abs(top.value):
                 looks = [look for look in looks[1:] if top.residual > look * abs(top.value)]
@@ -122,7 +130,8 @@ class Lanczos:
                 crooked = not walk.paused and walk.skew > self.asymmetry * walk.norm
                 status: Status = "asymmetric" if crooked else "converged" if near else "max-hvps"
                 known = bottom.residual <= 0.1 * abs(bottom.value)
-                found = Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling, second)
+                short = None if near else walk.full_disk
+                found = Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling, second, short)
                 return agreed(found, walk.space.agree)
         return Extremes(None, None, None, "non-finite", walk.products)
 
@@ -165,6 +174,7 @@ class Walk:
         self.rounding = 30 * torch.finfo(start.dtype).eps  # over |G|: what is left below it has no direction
         self.complete = False
         self.left: Tensor | None = None  # the next vector of the basis but for its norm
+        self.full_disk: FullDiskError | None = None  # what there was no room for
         self._add(start)
 
     @property
@@ -173,12 +183,16 @@ class Walk:
         return len(self.diagonal)
 
     def step(self) -> bool:
-        """One product. False where it is not finite."""
+        """One product, or none where a disk has no room for it. False where it is not finite."""
         k = self.products
-        if self.left is not None:  # not before it is needed: there may be no room for a vector behind the last product
-            self._add(self.left, self.beside[-1])
-            self.left = None
-        left = self.operator.matvec(self._row(k))
+        try:
+            if self.left is not None:  # not before it is needed: there may be no room for a vector behind the last product
+                self._add(self.left, self.beside[-1])
+                self.left = None
+            left = self.operator.matvec(self._row(k))
+        except FullDiskError as error:
+            self._ended(error)
+            return True
         let_go(self._row(k))
         if self.support is not None:
             left.mul_(self.support)
@@ -210,6 +224,12 @@ class Walk:
         self.complete = k + 1 >= self.size or rest <= self.rounding * self.norm
         self.left = None if self.complete else left
         return True
+
+    def _ended(self, error: FullDiskError) -> None:
+        """No product is made any more. Raises the error where none was made yet, or others are waiting for the next."""
+        if not self.products or current().world > 1:
+            raise error
+        self.full_disk = error.with_traceback(None)  # whose frames hold vectors
 
     def pair(self, index: int) -> Ritz:
         """Ritz value by rank, -1 the top, 0 the bottom; a residual never counts for less than rounding."""

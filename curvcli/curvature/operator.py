@@ -118,15 +118,16 @@ class Folded:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The mean's image of a vector of shape (n,), which is kept, not copied."""
-        self.vectors.append(vector)
         if len(self.folds) == 1 and self.ranks.world == 1:  # nothing to compare it with
+            self.vectors.append(vector)
             image = self.folds[0][1].matvec(vector)
             self.done(1.0)
             return image
         # A basis that lies elsewhere is read once for two folds' images, which are one vector more than for one.
         at_once = 2 if vector.device != self.space.empty(0).device else 1
-        vector = self.space.here(vector)
+        given, vector = vector, self.space.here(vector)
         (total,) = self.put([torch.zeros_like(vector)])
+        self.vectors.append(given)  # only now: a vector of which there is no product for want of room is none that was seen
 
         def add(first: int, images: Sequence[Tensor]) -> None:
             # One by one: the vectors are rows of the solver's basis, and stacking them would copy it.

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from curvcli.errors import FullDiskError
+
 Status = Literal["converged", "max-hvps", "non-finite", "asymmetric"]
 
 
@@ -28,7 +30,8 @@ class Extremes:
     """Result of a solve. `top`, `bottom` and `vector` are None where status is "non-finite"; status is the top's.
 
     `vector` is the top's, of norm 1; None too where nobody needs it any more. No eigenvalue lies above `ceiling`, at the
-    solver's confidence, and none but the top one above `second`; they are infinite where nothing is known.
+    solver's confidence, and none but the top one above `second`; they are infinite where nothing is known. `full_disk` says
+    what ended a solve that was not done.
     """
 
     top: Ritz | None
@@ -39,6 +42,7 @@ class Extremes:
     bottom_converged: bool = False
     ceiling: float = inf
     second: float = inf
+    full_disk: FullDiskError | None = None
 
 
 def agreed(found: Extremes, agree: Callable[..., list[float]]) -> Extremes:

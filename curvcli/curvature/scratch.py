@@ -7,6 +7,7 @@ go of it, and the system may take its pages back; it streams in again when it is
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -22,9 +23,13 @@ import torch
 from torch import Tensor
 
 from curvcli.curvature import resources
-from curvcli.errors import InputError
+from curvcli.errors import FullDiskError, InputError
 
 SHARE = 0.5  # of what is free there, at most
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of the user's share of it, of what a process may write
+
+MOUNTS = Path("/proc/self/mountinfo")  # Linux's
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # file systems that do
 
 MOUNTS = Path("/proc/self/mountinfo")  # Linux's
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # file systems that do
@@ -81,23 +86,30 @@ class Scratch:
     folder: Path
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU that is not filled, over a file of its own. Raises InputError where the disk is full."""
+        """A tensor on the CPU that is not filled, over a file of its own.
+
+        Raises:
+            FullDiskError: there is no room for it.
+            InputError: no file can be made there for another reason.
+        """
         nbytes = prod(shape) * dtype.itemsize
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 _fill(file, nbytes)
                 mapped = mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
-            raise InputError(
-                f"cannot keep {nbytes / 2**30:.2f} GiB of vectors in {self.folder}: {error.strerror or error}",
-                hint="set TMPDIR to a folder on a disk with room, or measure without --memory",
+            kind = FullDiskError if error.errno in FULL else InputError
+            size = f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 100 else f"{nbytes:,} bytes"
+            raise kind(
+                f"cannot keep {size} of vectors in {self.folder}: {error.strerror or error}",
+                hint="set TMPDIR to a folder on another disk, or give it more --memory",
             ) from error
         found = torch.frombuffer(mapped, dtype=dtype).view(shape)
         _maps[found.data_ptr()] = mapped
         return found
 
     def put(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of tensors of one precision in one file, none in memory until it is read. Raises InputError as `empty`."""
+        """Copies of tensors of one precision in one file, none in memory until it is read. Raises as `empty`."""
         sizes = [tensor.numel() for tensor in tensors]
         if not any(sizes):
             return list(tensors)

@@ -47,6 +47,8 @@ class Stepped(Lanczos):
         for again in (True, False):
             paced.restart()
             found = Lanczos.extremes(inner, paced, warm, share, support)
+            if found.full_disk is not None:  # what differences leave in doubt takes products of its own
+                raise found.full_disk
             if found.vector is None or found.top is None:
                 break
             found, doubt = self._certified(paced, found)

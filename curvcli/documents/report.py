@@ -23,7 +23,7 @@ class Estimate(Document):
     Some eigenvalue lies within `residual` of `eigenvalue`, which is a lower bound of the largest.
     Values are null where `status` says that none could be had: "non-finite" (a product overflowed),
     "asymmetric" (products fail u.Gv = v.Gu), "empty" (no parameter moves there), "skipped" (the time
-    budget ran out first). "unconverged" and "inconsistent" (interlacing violated) values are given,
+    budget ran out first, or the disk was full). "unconverged" and "inconsistent" (interlacing violated) values are given,
     and must not be relied on.
     """
 
@@ -185,7 +185,7 @@ class Update(Document):
     status: Literal["ok", "uphill", "concave", "unavailable", "skipped"] = Field(
         description="uphill: g.u <= 0 on this shard; concave: u.Hu <= 0, no critical lr; unavailable: no momentum or lr, or "
         "a product overflowed; "
-        "skipped: the time budget ran out first"
+        "skipped: the time budget ran out first, or the disk was full"
     )
 
 

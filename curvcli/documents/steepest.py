@@ -16,8 +16,9 @@ class Steepest(Document):
     """Sharpness in the norm that the optimizer's step is steepest in, restricted to some of the parameters that have one.
 
     Values are null where `status` says that none could be had: "non-finite" (a product overflowed), "skipped" (the time
-    budget ran out first). "flat": no positive curvature was found, so there is no Z; "no-gradient": the gradient is 0.
-    "unsettled" values still rose when the products were spent. A settled one can lie below the largest, too.
+    budget ran out first, or the disk was full). "flat": no positive curvature was found, so there is no Z; "no-gradient":
+    the gradient is 0. "unsettled" values still rose when the products were spent. A settled one can lie below the largest,
+    too.
     """
 
     sharpness: float | None = Field(

@@ -14,11 +14,13 @@ from curvcli.documents import (
     Severity,
     Update,
 )
+from curvcli.errors import FullDiskError
 from curvcli.judge.calibration import settled_after
 from curvcli.judge.clipping import clipping_findings, counted, unknown
 from curvcli.judge.course import course_findings
 from curvcli.judge.limits import STABLE_BELOW, at_rounding, certified, classify
 from curvcli.judge.steepest import headline, steepest_findings
+from curvcli.judge.unfinished import remedy, unfinished
 
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
 # for those of different things (docs/reference/findings.md).
@@ -34,6 +36,7 @@ def explain(
     given: Sequence[Finding] = (),
     doubts: Sequence[str] = (),
     logged_loss: float | None = None,
+    full_disk: FullDiskError | None = None,
 ) -> list[Finding]:
     """Findings in plain words, the verdict's own first, the others by severity.
 
@@ -44,19 +47,20 @@ def explain(
         given: findings made before the measurement, on the files themselves.
         doubts: the optimizer's options and state that may change its update, and that are not known.
         logged_loss: last training loss in the run's own log, in nats per token.
+        full_disk: what ended the measurement before it was done, if it was that.
     """
     found = [*given, *_loss(report.data.loss, logged_loss)]
     found += _preconditioner(report.optimizer, idle, left_out, notes, any(f.code == "projected-updates" for f in given))
     found += _update(report.update)
     found += _body(report)
     found += _shape(report.full, report.parts, report.outside, report.attribution)
-    found += _quality(report)
+    found += _quality(report, full_disk)
     order = {"error": 0, "warning": 1, "info": 2}
     of_loss = course_findings(report)
     # A network that is lost comes first, unless curvature has an error of its own to say. It has no odds, which `hot` tells.
     lost = of_loss[:1] if report.course and report.course.lost and report.verdict in ("unresolved", "hot") else []
     found = [*of_loss[len(lost) :], *found]
-    first = lost or [headline(report, doubts) or _headline(report, doubts)]
+    first = lost or [headline(report, doubts) or _headline(report, doubts, full_disk)]
     found += [finding for finding in steepest_findings(report, doubts) if finding not in first]
     return [*first, *sorted(found, key=lambda f: order[f.severity])]
 
@@ -68,7 +72,7 @@ _WHY = {
 }
 
 
-def _headline(report: Report, doubts: Sequence[str]) -> Finding:
+def _headline(report: Report, doubts: Sequence[str], full_disk: FullDiskError | None) -> Finding:
     verdict, full, optimizer = report.verdict, report.judged, report.optimizer
     # The first reason that applies, from what makes rho meaningless to what more data would settle.
     if optimizer.threshold is None:
@@ -97,7 +101,7 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     if verdict == "hot":
         return _hot(report)
     if verdict == "unresolved":
-        return _unresolved(report, doubts)
+        return _unresolved(report, doubts, full_disk)
     words = {
         "stable": "below the edge of stability: curvature does not limit this learning rate",
         "edge": _edge(full.rho, report.odds),
@@ -108,7 +112,7 @@ def _headline(report: Report, doubts: Sequence[str]) -> Finding:
     return Finding(code=verdict, severity=severity, message=f"rho {full.rho:.3g}, {words[verdict]}")
 
 
-def _unresolved(report: Report, doubts: Sequence[str]) -> Finding:
+def _unresolved(report: Report, doubts: Sequence[str], full_disk: FullDiskError | None) -> Finding:
     full, optimizer, generalisation, data = report.judged, report.optimizer, report.generalisation, report.data
     rho = full.rho or 0.0
     if full.status != "converged":
@@ -118,7 +122,7 @@ def _unresolved(report: Report, doubts: Sequence[str]) -> Finding:
             code="unresolved-residual",
             severity="warning",
             message=f"rho {rho:.3g} is {full.status} (residual {full.residual or 0:.2g}); "
-            f"raise {'--budget' if late else _further([full])}",
+            + remedy(skipped=late, full_disk=full_disk, further=_further([full])),
         )
     if doubts:
         return Finding(
@@ -353,7 +357,7 @@ def _shape(
     return found
 
 
-def _quality(report: Report) -> list[Finding]:
+def _quality(report: Report, full_disk: FullDiskError | None) -> list[Finding]:
     generalisation = report.generalisation
     found: list[Finding] = []
     parts: list[tuple[str, Estimate]] = [(e.name, e) for e in (report.ends,) if e]
@@ -361,15 +365,7 @@ def _quality(report: Report) -> list[Finding]:
     for kind, curve in (("restricted", report.cumulative.restricted), ("truncated", report.cumulative.truncated)):
         parts += [(f"{kind} depth {e.depth}", e) for e in curve]
     skipped = [name for name, e in parts if e.status == "skipped"]
-    if skipped:
-        found.append(
-            Finding(
-                code="out-of-time",
-                severity="warning",
-                message=f"the time budget ran out before {len(skipped)} of {len(parts)} layers and depths, "
-                f"{skipped[0]} the first; raise --budget",
-            )
-        )
+    found += unfinished(skipped, len(parts), full_disk)
     # What is empty has no parameter that moves, or none with a lambda: more products do not change that.
     parts = [(name, e) for name, e in parts if e.status != "empty"]
     # More products do not mend what is asymmetric, or overflows: the table says that of each, and the headline why.
@@ -381,7 +377,7 @@ def _quality(report: Report) -> list[Finding]:
                 code="unconverged-parts",
                 severity="warning",
                 message=f"not converged: {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}; "
-                f"raise {'--budget' if skipped else _further(list(weak.values()))}",
+                + remedy(skipped=bool(skipped), full_disk=full_disk, further=_further(list(weak.values()))),
             )
         )
     # A bracket without a held-out value: a single batch in memory is taken to be all of the data.

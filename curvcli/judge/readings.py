@@ -16,6 +16,7 @@ from curvcli.judge.compare import shard_of
 from curvcli.judge.limits import certified, on_shard
 from curvcli.judge.run import judge_run, judge_track
 from curvcli.judge.steepest import alone, words
+from curvcli.judge.unfinished import why_not
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class ReportReadings:
 
         def read(item: Any, estimate: Estimate, what: str, part: str | None = None, note: str = "") -> Reading:
             value = column.get(item)
-            if column.solved and (reason := _reason(estimate)):
+            if column.solved and (reason := _reason(self.report, estimate)):
                 return Reading(what, reason=reason, part=part, note=note)
             if not isinstance(value, (int, float)):
                 return Reading(what, reason="is missing from the report", part=part, note=note)
@@ -143,7 +144,7 @@ class ReportReadings:
             "uphill": "the momentum points uphill on this shard, and no critical learning rate exists",
             "concave": "the loss curves down along the next update, and no critical learning rate exists",
             "unavailable": "the checkpoint has no momentum, or no learning rate is known",
-            "skipped": "the time budget ran out before it was measured; raise --budget",
+            "skipped": f"it {why_not(self.report, 'skipped')}",
         }
         return Reading("update ratio", reason=reasons.get(update.status, "the report has none"))
 
@@ -234,7 +235,7 @@ class ReportReadings:
         pairs = []
         for name, report in (("", self.report), ("the baseline's ", self.baseline)):
             value, per = number(report), unit(report)
-            if reason := _reason(report.judged) or ("" if per and per > 0 else _NO_RHO):
+            if reason := _reason(report, report.judged) or ("" if per and per > 0 else _NO_RHO):
                 return Reading(what, reason=f"{name}{'lambda ' if name else ''}{reason}")
             low, high = on_shard(value, report.judged, per)
             if not same:
@@ -373,15 +374,13 @@ def _why(report: Report, estimate: Estimate) -> str:
         return f"{report.optimizer.name} has no rho; hold Z with --max-z"
     threshold = report.optimizer.threshold
     known = threshold is not None and threshold > 0 and report.judged.rho is not None
-    return _reason(estimate) or ("" if known else _NO_RHO)
+    return _reason(report, estimate) or ("" if known else _NO_RHO)
 
 
-def _reason(estimate: Estimate) -> str:
+def _reason(report: Report, estimate: Estimate) -> str:
     """Why an estimate must not be relied on; empty where it may be."""
-    if estimate.status == "unconverged":
-        return "has not converged; raise --max-hvps, or --budget where one is set"
-    if estimate.status == "skipped":
-        return "was not measured, the time budget ran out; raise --budget"
+    if estimate.status == "unconverged" or estimate.status == "skipped":
+        return why_not(report, estimate.status)
     if estimate.status != "converged":
         return f"is no number to rely on, its status is {estimate.status}"
     if not certified(estimate):

@@ -11,12 +11,13 @@ import models
 import numpy as np
 import pytest
 import torch
-from tiny import build
+from tiny import build, run_of
 from torch import Tensor, nn
 
 from curvcli.analysis import carriers as carried
 from curvcli.analysis import explain as explaining
 from curvcli.analysis.carriers import carriers, rests
+from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 from curvcli.analysis.explain import explain
 from curvcli.analysis.solve import Measurement
 from curvcli.curvature.problem import Problem
@@ -268,6 +269,17 @@ def test_a_rest_that_was_cut_short_has_no_verdict(culprit: Path, monkeypatch: py
     codes = {finding.code for finding in told.findings}
     assert "out-of-time" in codes
     assert "verdict-of-few" not in codes
+
+
+def test_the_gradient_is_held_against_the_second_moment_as_analyze_does(tmp_path: Path) -> None:
+    place = run_of(tmp_path, 1, 2, 3) / "checkpoint-3"
+    options = Options(tokens=64, mode="kept", depths=False, device="cpu")
+    wanted = analyze_checkpoint(place, options).optimizer
+    told = explain(place, tokens=64, mode="kept", device="cpu").optimizer
+    assert wanted.gradient_ratio is not None
+    assert wanted.batch_ratio is not None
+    assert told.gradient_ratio == pytest.approx(wanted.gradient_ratio, rel=1e-4)
+    assert told.batch_ratio == pytest.approx(wanted.batch_ratio, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["kept", "fresh"])

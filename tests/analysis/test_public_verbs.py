@@ -22,6 +22,7 @@ from curvcli.analysis.options import Options, changed, options_of
 from curvcli.cli import app
 from curvcli.documents import Comparison, Schedule, Track, base, load_report, load_schedule
 from curvcli.errors import InputError, UsageError
+from curvcli.files.parse import parse_json, read_limited
 
 INIT, HOT, CALM = ASSETS / "init.json", ASSETS / "hot-60.json", ASSETS / "calm-60.gate.report.json"
 COSINE: dict[str, Any] = {"lr_schedule": "cosine", "warmup_steps": 100, "total_steps": 600}
@@ -104,7 +105,7 @@ def test_compare_takes_reports_by_path_and_in_hand() -> None:
 def test_a_document_is_read_and_parsed_once(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     parsed: list[int] = []
-    theirs, parse = base.read_limited, base.parse_json
+    theirs, parse = read_limited, parse_json
 
     def reading(path: Path, limit: int) -> bytes:
         read.append(path)
@@ -192,7 +193,7 @@ def test_a_schedule_that_locks_the_first_blocks_is_read_and_not_made(tmp_path: P
         (lambda: curvcli.schedule(8, margin=0.5), UsageError, "takes no --margin"),
         (lambda: curvcli.schedule(resume=HOT, tokens=5), UsageError, "takes no --tokens"),
         (lambda: curvcli.schedule(9, report=INIT), UsageError, "the model measured has 8 blocks"),
-        (lambda: curvcli.schedule(report="/nowhere.json"), InputError, "not a curv.report/1 document"),
+        (lambda: curvcli.schedule(report="/nowhere.json"), InputError, "/nowhere.json does not exist"),
         (lambda: curvcli.compare(CALM, HOT, tokens=64), UsageError, "--tokens is for checkpoints, and both are reports"),
         (lambda: curvcli.compare(CALM, "/nowhere"), InputError, "/nowhere"),
         (lambda: curvcli.compare(CALM, HOT, token=64), UsageError, "did you mean tokens"),

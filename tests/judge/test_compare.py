@@ -132,7 +132,7 @@ def test_documents_go_by_content(tmp_path: Path) -> None:
     bare.write_bytes(CALM.read_bytes())
     assert curv("compare", bare, HOT).returncode == 0
     other = tmp_path / "other.json"
-    other.write_text('{"schema": "curv.track/1"}')
+    other.write_bytes((ASSETS / "documents" / "0.1.0" / "track.json").read_bytes())
     for arguments, said in (
         ((other, HOT), "is a track of many checkpoints"),
         ((CALM, HOT, "--lr", 1), "--lr is for checkpoints"),
