@@ -6,9 +6,9 @@ once the verdict is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -43,6 +43,11 @@ class Solving(Ongoing, Protocol):
     put: Put
     ranks: Ranks
     shards: Shards | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are exact, not by differences."""
+        ...
 
     @property
     def late(self) -> bool:
@@ -84,26 +89,25 @@ class Whole:
             return Measured(loss, Solved(self.names, None))
         mask, rows = self._kept(looked_up)
         operator = work.folded(self.hvp)
-        walk = self.solver.begin(operator)
-        found = Measured(loss, self._finished(walk, self._pause(mask) if pausing else None), folds_of(operator))
-        if found.full.extremes and found.full.extremes.status == "non-finite":
+        if pausing and mask is not None and self._may_wait:
+            walk = self.solver.begin(operator)
+            extremes = self.solver.finish(walk, partial(_plainly, mask))
+            self.left = (walk, operator, mask) if walk.paused else None
+            del walk
+        else:
+            extremes = self.solver.extremes(operator)
+        found = Measured(loss, Solved(self.names, work.ended(extremes)), folds_of(operator))
+        if extremes.status == "non-finite":
             work.notes |= self._overflown(operator)
-        self.left = (walk, operator, mask) if mask is not None and walk.paused else None
-        basis = work.solver.basis - (walk.products if walk.paused else 0)
-        del walk, operator  # which hold vectors
+        del operator  # which holds vectors
         with work.room():
             found.full = found.full.aside(work.put)
             if mask is not None and self._on_rare(found.full, mask):
-                self._without(found, mask, {n: int(m.sum()) for n, m in rows.items()}, basis)
+                self._without(found, mask, {n: int(m.sum()) for n, m in rows.items()})
         return found
 
-    def _without(self, found: Measured, mask: Tensor, rare: dict[str, int], basis: int) -> None:
-        """Adds the full model without some rows.
-
-        Args:
-            rare: how many rows, by name.
-            basis: vectors there is room for.
-        """
+    def _without(self, found: Measured, mask: Tensor, rare: dict[str, int]) -> None:
+        """Adds the full model without some rows, so many of each name."""
         work = self.work
         work.stages.enter("full model without rare rows", planned=False)
         found.rare = rare
@@ -112,9 +116,10 @@ class Whole:
         if work.late:
             return
         folded = work.folded(self.hvp)
+        held = self.left[0].products if self.left else 0  # vectors, of the solve that waits
         try:
             with work.ranks.together():
-                extremes = replace(work.solver, basis=basis).extremes(folded, support=mask)
+                extremes = replace(work.solver, basis=work.solver.basis - held).extremes(folded, support=mask)
         except OutOfTime:  # in the middle of a long product: what is known of the full model stays
             return
         found.body = Solved(self.names, work.ended(extremes))
@@ -131,20 +136,17 @@ class Whole:
         self.work.stages.enter("full model with rare rows", planned=False)
         self.work.in_time()
         (walk, operator, mask), self.left = self.left, None
-        found.full = self._finished(walk).aside(self.work.put)
+        found.full = Solved(self.names, self.work.ended(self.solver.finish(walk))).aside(self.work.put)
         if not self._on_rare(found.full, mask):  # it was not so plain after all
             found.body, found.rare, found.folds = None, {}, folds_of(operator)
 
-    def _finished(self, walk: Walk, pause: Callable[[Walk], bool] | None = None) -> Solved:
-        return Solved(self.names, self.work.ended(self.solver.finish(walk, pause)))
-
-    def _pause(self, mask: Tensor | None) -> Callable[[Walk], bool] | None:
-        """Whether a solve is to wait for that without rare rows; None where it may not."""
-        # Both solves' vectors are held at once; and ranks could come to see the mass on two sides of the limit.
+    @property
+    def _may_wait(self) -> bool:
+        """Whether the full model's solve may wait for that without rare rows."""
+        # Both solves' vectors are held at once; ranks could come to see the mass on two sides of the limit; and products
+        # by differences are certified by their own solver, as a whole (stepped.py).
         roomy = self.solver.store is not None or self.solver.basis >= ROOMY
-        if mask is None or not roomy or self.work.ranks.world > 1:
-            return None
-        return lambda walk: _mass(walk.vector(-1), mask) >= PLAINLY
+        return roomy and self.work.exact and self.work.ranks.world == 1
 
     def _kept(self, looked_up: Lookups) -> tuple[Tensor | None, dict[str, Tensor]]:
         """True, flat, on what is in no row that the shard hardly looks up, None where no row is; these rows by name."""
@@ -188,6 +190,11 @@ class Whole:
         if len(bad) == 1 or not ranks or self.work.shards:  # where slices are held, each has those of all batches
             return {}
         return {"rank-overflow": f"a product is not finite in the batches of rank {', '.join(ranks)} of {len(bad)}"}
+
+
+def _plainly(mask: Tensor, walk: Walk) -> bool:
+    """Whether a solve on its way to the top direction has a tenth of it where a mask is not."""
+    return _mass(walk.vector(-1), mask) >= PLAINLY
 
 
 def _mass(vector: Tensor, mask: Tensor) -> float:

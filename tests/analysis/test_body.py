@@ -83,6 +83,19 @@ def test_the_verdict_without_the_row_comes_before_the_full_model_is_done(monkeyp
     assert straight.cost.hvps == report.cost.hvps
 
 
+def test_products_by_differences_are_certified_before_the_verdict() -> None:
+    """Their solver makes products of its own at the end of a solve, and none of it is left for later."""
+    seen: list[Report] = []
+    model, optimizer = trained(2)
+    how = {"tolerance": 1e-2, "max_hvps": 300, "on_verdict": seen.append}
+    report = analyze(model, models.loss, shard(2), optimizer, mode="differences", **how)  # type: ignore[arg-type]
+    exact = analyze(model, models.loss, shard(2), optimizer, mode="kept", **how)  # type: ignore[arg-type]
+    assert report.full.status == exact.full.status == "converged"
+    assert (seen[0].full.status, seen[1].full.status) == ("converged", "unconverged")
+    assert report.full.eigenvalue == pytest.approx(exact.full.eigenvalue, rel=1e-3)
+    assert report.full.residual > exact.full.residual, "with what two lengths differ by"
+
+
 def test_progress_counts_the_solves_that_nobody_planned() -> None:
     model, optimizer = trained(2)
     seen: list[tuple[str, float]] = []
