@@ -25,7 +25,7 @@ ROOMS = {
     "optimizers": {"errors", "documents", "curvature"},
     "checkpoints": {"errors", "documents", "files", "models", "optimizers"},
     "data": {"errors", "files", "curvature", "models", "checkpoints"},
-    "judge": {"documents"},
+    "judge": {"errors", "documents"},
     "schedules": {"errors", "files", "documents", "judge"},
     "render": {"errors", "documents", "judge", "schedules"},
     "analysis": {

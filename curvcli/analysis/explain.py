@@ -30,6 +30,7 @@ from curvcli.data.examples import IGNORED
 from curvcli.data.words import Words, words_of
 from curvcli.errors import FullDiskError, OutOfTime, UnsupportedError, memory_named
 from curvcli.files.names import unwrapped
+from curvcli.judge.limits import certified
 from curvcli.models.roles import Roles
 from curvcli.models.rows import lookups, row_kinds
 from curvcli.optimizers.update import ratios
@@ -267,7 +268,7 @@ class _Explainer:
         report, _ = self.solved(again)
         if again.full_disk is not None:  # a solve that was not done says nothing of what is left
             raise again.full_disk
-        if again.late and report.judged.status != "converged":  # cut short, and its "unresolved" says nothing of the data
+        if again.late and not certified(report.judged):  # cut short, and its "unresolved" says nothing of the data
             raise OutOfTime
         return documents.Removal(
             what=rest.what,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
 
 import models
 import pytest
@@ -16,8 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
 from curvcli import analyze
-from curvcli.analysis.measured import Measured, Solved, violates
-from curvcli.analysis.solve import Measurement
+from curvcli.analysis.measured import Solved, violates
 from curvcli.curvature.ritz import Extremes, Ritz
 from curvcli.documents import Report
 
@@ -322,30 +319,6 @@ def test_what_lies_below_its_parts() -> None:
     assert raised.extremes.top is not None
     assert (raised.value, raised.extremes.top.residual) == (2.0, pytest.approx(0.03))
     assert raised.ceiling == 2.05
-
-
-def test_products_that_are_not_symmetric_bound_nothing() -> None:
-    part = Solved(["w"], Extremes(Ritz(2.0, 0.01), None, None, "asymmetric", 3, ceiling=2.1))
-    whole = Solved(["w"], Extremes(Ritz(1.98, 0.01), None, None, "converged", 3, ceiling=2.05))
-    assert whole.over([part]) is whole
-    assert not violates(part, Solved(["w"], replace(whole.extremes, ceiling=1.99)))  # type: ignore[type-var]
-
-
-def test_the_body_lies_between_its_layers_and_the_full_model() -> None:
-    """The verdict is on it, so no layer is to come out above it, nor the full model below it."""
-
-    def solved(value: float, names: list[str]) -> Solved:
-        return Solved(names, Extremes(Ritz(value, 0.01), None, None, "converged", 3, ceiling=1.1 * value))
-
-    found = Measured(0.0, solved(2.0, ["e", "a"]), body=solved(2.01, ["e", "a"]), rare={"e": 1})
-    for value, names, wrong in ((2.02, ["a"], False), (2.5, ["e"], False), (2.5, ["a"], True)):
-        found.full, found.layers = solved(2.0, ["e", "a"]), [solved(value, names)]
-        Measurement.settle(SimpleNamespace(layer_names=[names]), found)  # type: ignore[arg-type]
-        assert found.body is not None
-        assert (found.body.value, found.body.inconsistent) == (2.01, wrong), "a layer that looks rows up is no part of it"
-    found.full, found.layers, found.body = solved(2.0, ["e", "a"]), [], solved(2.01, ["e", "a"])
-    Measurement.settle(SimpleNamespace(layer_names=[]), found)  # type: ignore[arg-type]
-    assert found.full.value == 2.01
 
 
 def test_attribution_is_the_eigenvector_squared() -> None:

@@ -191,7 +191,7 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
         Job().load(tmp_path / "job.pt").run([0])
     with pytest.raises(UsageError, match=r"block 2 is locked at step 3 and its .* is not at rest"):
         Job().run([3])
-    with pytest.raises(InputError, match=r"is not a curv\.schedule/1 document"):
+    with pytest.raises(InputError, match=r"missing\.json does not exist"):
         Job(tmp_path / "missing.json")
 
 
