@@ -86,7 +86,10 @@ def test_json_is_json_alone(run: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_layers")
 def test_the_gate_says_it_too(run: Path) -> None:
-    assert EARLY.search(curv("gate", run, "--max-rho", 1, *QUICK).stderr)
+    alone = curv("gate", run, "--max-rho", 1, *QUICK).stderr
+    assert re.search(EARLY.pattern.partition("; layers")[0], alone)
+    assert "follow" not in alone, "no rule looks at layers"
+    assert "; layers follow" in curv("gate", run, "--max-rho", 1, "--max-layer-rho", 9, *QUICK).stderr
 
 
 @pytest.mark.slow
