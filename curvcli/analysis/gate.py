@@ -108,8 +108,9 @@ def gate(
     elif isinstance(judged, Path):
         tell = progress or (lambda stage, done: None)
         # What no rule looks at is not measured, but for a report that is kept.
-        needed = report is not None or not OF_PARTS.isdisjoint(rule.name for rule in settings.rules)
-        options = {"parts": needed, "depths": report is not None, **options}
+        curves = report is not None or options.get("truncated") is True or options.get("depths") is True
+        needed = curves or not OF_PARTS.isdisjoint(rule.name for rule in settings.rules)
+        options = {"parts": needed, "depths": curves, **options}
         found, reason = measure(judged, options, started=started, seconds=budget, tell=tell, on_verdict=on_verdict)
         if found is not None and report is not None and decides():
             write_whole(Path(report), found.to_json().encode())

@@ -132,6 +132,8 @@ class Lanczos:
                 known = bottom.residual <= 0.1 * abs(bottom.value)
                 short = None if near else walk.full_disk
                 found = Extremes(top, bottom, walk.vector(-1), status, walk.products, known, ceiling, second, short)
+                if walk.paused:
+                    walk.wait()
                 return agreed(found, walk.space.agree)
         return Extremes(None, None, None, "non-finite", walk.products)
 
@@ -224,6 +226,15 @@ class Walk:
         self.complete = k + 1 >= self.size or rest <= self.rounding * self.norm
         self.left = None if self.complete else left
         return True
+
+    def wait(self) -> None:
+        """Puts the next vector where the basis lies: other solves need the room that it takes beside."""
+        if self.left is not None:
+            try:
+                self._add(self.left, self.beside[-1])
+                self.left = None
+            except FullDiskError as error:
+                self._ended(error)
 
     def _ended(self, error: FullDiskError) -> None:
         """No product is made any more. Raises the error where none was made yet, or others are waiting for the next."""

@@ -196,6 +196,7 @@ def test_a_solve_that_was_paused_goes_on_to_the_same_digits() -> None:
     assert found.top is not None
     assert found.top.residual <= 0.05 * found.top.value
     assert found.ceiling > found.top.value
+    assert walk.left is None, "it lies with the basis, on disk if that does"
     done, straight = solver.finish(walk), solver.extremes(DenseOperator(matrix))
     assert (walk.paused, done.status) == (False, "converged")
     assert (done.top, done.bottom, done.ceiling, done.products) == (
