@@ -82,7 +82,7 @@ def test_the_alarm_breaks_into_what_looks_at_no_deadline(run: Path, monkeypatch:
     report, why = measure(run / "checkpoint-3", {"tokens": 64}, started=started, seconds=0.5)
     assert report is None
     assert "0.5 s ran out (at: reading)" in why
-    assert 1.5 <= time.monotonic() - started < 4
+    assert 1.5 <= time.monotonic() - started < 20  # and not 60
 
 
 @pytest.mark.slow

@@ -6,12 +6,14 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pace import in_time
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -125,5 +127,5 @@ def test_inspect_of_seventy_billion(write: Callable[[Path], None], seconds: floa
     print(f"{write.__name__}: {taken:.1f} s, {peak / 1e6:.0f} MB")
     assert values == 70_553_706_496
     assert not transformers
-    assert taken < seconds
+    assert in_time(taken, seconds, time.process_time)
     assert peak < memory

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pace import in_time
 from safetensors.torch import load_file, save_file
 
 from curvcli.checkpoints import open_checkpoint
@@ -87,7 +88,7 @@ def _refused(call: Callable[[], object], *said: str) -> None:
     assert any(part in line for part in said), line
     assert "\n" not in line
     assert len(line) < 600
-    assert time.perf_counter() - start < 20
+    assert in_time(time.perf_counter() - start, 20)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
 
 
@@ -305,7 +306,7 @@ def test_inspect_of_a_huge_optimizer_reads_no_data(tmp_path: Path, run: Path) ->
     found = open_checkpoint(run).optimizer
     assert found is not None
     assert found.summary()["parameters with state"] == 4
-    assert time.perf_counter() - start < 5
+    assert in_time(time.perf_counter() - start, 5)
 
 
 def test_tensors_of_another_shape_are_refused(run: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pace import in_time
 from places import ASSETS, ROOT
 from tiny import build, config
 from torch import nn
@@ -44,7 +45,7 @@ def little(seconds: float = 10) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert time.perf_counter() - start < seconds
+    assert in_time(time.perf_counter() - start, seconds)
 
 
 def refused(read: Callable[[], object], words: str = "") -> None:

@@ -83,4 +83,4 @@ class Terminal:
         while select.select([self.master], [], [], 0.1)[0] and self.read(0.1):
             pass
         os.close(self.master)
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=60)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from logs import record
+from pace import in_time
 from warmup_job import Job, batch
 
 from curvcli.documents import Alert, Record
@@ -116,16 +117,16 @@ def test_webhook_that_is_refused_is_logged_without_its_secret(
 
 @pytest.mark.slow
 def test_webhook_that_never_answers_blocks_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    with server(delay=9) as (url, got):
-        alarm = alerts.webhook(url, timeout=1.5)
+    with server(delay=15) as (url, got):
+        alarm = alerts.webhook(url, timeout=4)
         started = time.monotonic()
         for _ in range(alerts.WAITING + 3):
             alarm(alert_of(BAD))
-        assert time.monotonic() - started < 1.4, "a post that is waited for takes longer"
+        assert time.monotonic() - started < 3.9, "a post that is waited for takes longer"
         assert caplog.text.count("was dropped: 8 are under way") == 3
         alarm.wait()  # type: ignore[attr-defined]
-        assert time.monotonic() - started < 4.5
-        while "could not be posted: TimeoutError" not in caplog.text and time.monotonic() - started < 4.5:
+        assert time.monotonic() - started < 12
+        while "could not be posted: TimeoutError" not in caplog.text and time.monotonic() - started < 12:
             time.sleep(0.01)
     assert "could not be posted: TimeoutError" in caplog.text
     assert len(got) == alerts.WAITING
@@ -141,7 +142,7 @@ def test_a_process_ends_after_its_last_alert_and_not_much_later() -> None:
     with server(delay=5) as (url, got):
         made = f"import sys; sys.path.insert(0, {support!r})\n{script}print('end', time.monotonic(), flush=True)"
         done = subprocess.run([sys.executable, "-c", made, url], capture_output=True, text=True, check=True)
-        assert time.monotonic() - float(done.stdout.split()[-1]) < 4
+        assert in_time(time.monotonic() - float(done.stdout.split()[-1]), 4)
     assert [post["body"]["step"] for post in got] == [3]
 
 
