@@ -29,6 +29,7 @@ from curvcli.models.rows import Lookups, apart, outside
 RARE = 10  # a row that the shard looks up fewer times than this, or never, is measured by its luck
 RARE_MASS = 0.01  # of the top eigenvector on rare rows, from which on the model is measured without them too
 PLAINLY = 10 * RARE_MASS  # of a vector on the way to it
+PIECE = 2**22  # entries of a vector that are looked at at once
 ROOMY = 64  # vectors there is room for, from which on two solves' may be held at once
 
 
@@ -99,7 +100,7 @@ class Whole:
         found = Measured(loss, Solved(self.names, work.ended(extremes)), folds_of(operator))
         if extremes.status == "non-finite":
             work.notes |= self._overflown(operator)
-        del operator  # which holds vectors
+        del operator, extremes  # which hold vectors
         with work.room():
             found.full = found.full.aside(work.put)
             if mask is not None and self._on_rare(found.full, mask):
@@ -199,7 +200,9 @@ def _plainly(mask: Tensor, walk: Walk) -> bool:
 
 def _mass(vector: Tensor, mask: Tensor) -> float:
     """What of a unit vector's square lies where a mask is not."""
-    found = float(vector[~mask].cpu().double().square().sum())
+    # Piece by piece: of a large embedding most rows are rare, and in float64 they would be several vectors.
+    pieces = zip(vector.split(PIECE), mask.split(PIECE), strict=True)
+    found = sum(float(part[~inside].cpu().double().square().sum()) for part, inside in pieces)
     let_go(vector)
     let_go(mask)
     return found

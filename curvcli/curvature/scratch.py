@@ -31,9 +31,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of the user's s
 MOUNTS = Path("/proc/self/mountinfo")  # Linux's
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # file systems that do
 
-MOUNTS = Path("/proc/self/mountinfo")  # Linux's
-IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # file systems that do
-
 Put = Callable[[Sequence[Tensor]], list[Tensor]]  # `Scratch.put`, or `list` where they stay where they are
 
 _maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor over each

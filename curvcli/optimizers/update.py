@@ -42,7 +42,6 @@ def next_update(
     if any(decays):
         own = [d * u for d, u in zip(decays, step, strict=True)]
         slope, bend = slope + inner(weights, own, holders), bend + inner(step, own, holders)
-    let_go(step[0])
     if not isfinite(slope + bend):
         return Update(critical_lr=None, ratio=None, status="unavailable")
     if slope <= 0:
@@ -95,7 +94,8 @@ def over_moments(preconditioner: Preconditioner, names: Sequence[str], gradients
         mine, seen = both if part.never is None else (t.masked_fill(part.never, 0.0) for t in both)
         given.append(norm([mine]))
         known.append(norm([seen]) / preconditioner.relative.get(name, 1.0))
-        let_go(part.entries)
+        for vector in both:
+            let_go(vector)
     corrected, each = 1 - float(betas[0]) ** step, root.holders.each
     return over(hypot(*each(hypot(*given))) * corrected, hypot(*each(hypot(*known))))
 
@@ -106,6 +106,8 @@ def ratios(
     """`over_moments` of the gradient that the batches are samples of, and of one batch's; None where that is None."""
     found = over_moments(preconditioner, names, gradients)
     whole = hypot(*preconditioner.root.holders.each(norm(gradients)))
+    for gradient in gradients:
+        let_go(gradient)
     # In proportion: what never had a gradient is left out of the first alone.
     return None if found is None or not whole else (found * spread.mean(whole) / whole, found * spread.batch / whole)
 
@@ -121,8 +123,12 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor], holders: Ranks = ALON
     Args:
         holders: the processes that hold slices of them, where they are divided.
     """
-    flat = ((a.detach().reshape(-1), b.detach().reshape(-1)) for a, b in zip(left, right, strict=True))
-    return sum(holders.each(sum(numbers([precision.inner(a[None], b)[0] for a, b in flat]))))
+    found = []
+    for a, b in zip(left, right, strict=True):
+        found.append(precision.inner(a.detach().reshape(1, -1), b.detach().reshape(-1))[0])
+        for vector in (a, b):  # of vectors on disk no more than one tensor each is in memory
+            let_go(vector)
+    return sum(holders.each(sum(numbers(found))))
 
 
 def over(above: float, below: float) -> float | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import weakref
+from collections.abc import Sequence
 from functools import partial
 from math import inf
 from typing import Any
@@ -14,14 +16,16 @@ import stepped
 import torch
 from budgets import late_after
 from rare import RARE, measured, shard, trained
-from torch import nn
+from torch import Tensor, nn
 
 from curvcli.analysis import api, whole
 from curvcli.analysis.api import analyze
+from curvcli.curvature import resources
 from curvcli.curvature.inverse_root import Diagonal
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.rotated import Rotated
+from curvcli.curvature.scratch import Scratch
 from curvcli.documents import Report
 from curvcli.errors import OutOfTime
 from curvcli.models.rows import apart, lookups
@@ -45,6 +49,29 @@ def test_the_body_is_the_matrix_without_the_row() -> None:
     assert report.body.rows == 1
     assert report.body.eigenvalue == pytest.approx(models.top(matrix[~row][:, ~row]), rel=1e-4)
     assert report.full.eigenvalue > 2 * report.body.eigenvalue, "the row carries the top direction"
+
+
+def test_under_a_limit_the_full_models_vector_makes_room_for_the_bodys_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "return_blocks", lambda: True)
+    put, solve = Scratch.put, Lanczos.extremes
+    given: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def noted(self: Scratch, tensors: Sequence[Tensor]) -> list[Tensor]:
+        given.extend(weakref.ref(t) for t in tensors)
+        return put(self, tensors)
+
+    def watched(self: Lanczos, operator: Any, **said: Any) -> Any:
+        if said.get("support") is not None:
+            left = [t() for t in given]
+            alive.append(sum(t is not None and t.shape == (operator.space.size,) for t in left))
+        return solve(self, operator, **said)
+
+    monkeypatch.setattr(Scratch, "put", noted)
+    monkeypatch.setattr(Lanczos, "extremes", watched)
+    report, _, _ = measured(2, memory="64GiB")
+    assert report.body is not None
+    assert alive == [0]
 
 
 def test_the_verdict_and_its_bracket_are_the_bodys() -> None:

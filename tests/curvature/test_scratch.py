@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from curvcli.curvature import precision
 from curvcli.curvature import scratch as module
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import DenseOperator, Folded
 from curvcli.curvature.scratch import Scratch, let_go, passed_over, scratch
 from curvcli.errors import FullDiskError, InputError
+from curvcli.optimizers import update
 
 
 def _matrix(seed: int) -> Tensor:
@@ -185,3 +187,31 @@ def test_a_folder_that_takes_no_file_is_no_full_disk(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file") as error:
         Scratch(tmp_path / "gone").empty(5, dtype=torch.float32)
     assert not isinstance(error.value, FullDiskError)
+
+
+def _resident(folder: Path) -> int:
+    """Bytes in memory of files without a name in a folder that this process has mapped."""
+    found, within = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            within = str(folder) in line
+        elif within and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux's")
+def test_of_vectors_on_disk_an_inner_product_holds_a_tensor_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, counted = 2**18, 8
+    left, right = (Scratch(tmp_path).put([torch.ones(size)] * counted) for _ in range(2))
+    seen: list[int] = []
+    theirs = precision.inner
+
+    def inner(rows: Tensor, vector: Tensor) -> Tensor:
+        found = theirs(rows, vector)
+        seen.append(_resident(tmp_path))
+        return found
+
+    monkeypatch.setattr(precision, "inner", inner)
+    assert update.inner(left, right) == size * counted
+    assert 2 * 4 * size <= max(seen) < 4 * 4 * size
