@@ -98,7 +98,7 @@ def tensors(batch: Any) -> Iterator[Tensor]:
 
 def _ways(batches: Sequence[Any]) -> list[Count]:
     """By labels but for the first, which nothing predicts where a model shifts them itself; by all labels; as one each."""
-    places = {i: t for batch in batches for i, t in enumerate(tensors(batch)) if t.dim() and bool(_none(t).any())}
+    places = {i: t for batch in batches for i, t in enumerate(tensors(batch)) if _holds(t) and bool(_none(t).any())}
     found = [(i, first) for i, t in sorted(places.items()) for first in ((1, 0) if t.dim() > 1 else (0,))]
     return [*(partial(_labels, i, first) for i, first in found), _each]
 
@@ -114,12 +114,17 @@ def _labels(place: int, first: int, batch: Any) -> Tensor:
 
 def _none(labels: Tensor) -> Tensor:
     """True where there is no label, in the shape of a tensor that may hold labels."""
-    return labels == IGNORED if not labels.is_floating_point() else torch.zeros_like(labels, dtype=torch.bool)
+    return labels == IGNORED
+
+
+def _holds(tensor: Tensor) -> bool:
+    """Whether it may hold labels. Of bytes 156 would be -100 to torch, and of images it is a pixel."""
+    return tensor.dtype in (torch.int64, torch.int32, torch.int16, torch.int8) and tensor.dim() > 0 and tensor.numel() > 0
 
 
 def _ignored(batch: Any) -> tuple[tuple[int, int], ...]:
     """Of each tensor of a batch how many labels there are not, and how many of the first."""
-    absent = [_none(t) for t in tensors(batch) if t.dim()]
+    absent = [_none(t) for t in tensors(batch) if _holds(t)]
     return tuple((int(found.sum()), int(found[..., 0].sum())) for found in absent)
 
 

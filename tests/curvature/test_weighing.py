@@ -138,7 +138,8 @@ def test_batches_that_count_alike_are_not_tried() -> None:
     def never(model: nn.Module, batch: Any) -> Tensor:
         raise AssertionError
 
-    for batches in (BATCHES[:1] * 2, [(torch.ones(2, 3), torch.zeros(2, 1))] * 2):
+    images = [(torch.full((2, 3), pixel, dtype=torch.uint8), torch.zeros(2, 0, dtype=torch.int64)) for pixel in (0, 156)]
+    for batches in (BATCHES[:1] * 2, [(torch.ones(2, 3), torch.zeros(2, 1))] * 2, images):
         problem = Problem.create(models.Net(), never, batches)
         assert weighed(problem) is problem
 
