@@ -81,7 +81,7 @@ def reading(shard: Measurement, mask: Tensor | None, data: Operator, common: Ten
     folds = Folds([weight for weight, _ in whole.folds], whole.projected())
     truths.append(truths[0] if common is None or mask is common else solve(TRUTH, data, common))
     spread, top, scale = folds.spread(), found.top, shard.preconditioner.threshold
-    low, high = spread.bracket(top.value, top.residual)
+    low, high = spread.bracket(top.value, max(top.residual, found.ceiling - top.value))
     numbers = {"rho": top.value, "low": low, "high": high, "error": spread.error, "held_out": spread.held_out}
     numbers |= {"truth": truths[0].top.value, "common": truths[1].top.value}
     numbers |= {"before_low": quotient(folds), "before_high": top.value + top.residual}

@@ -24,6 +24,7 @@ from curvcli.curvature.precision import Lifted
 from curvcli.curvature.problem import Loss, Problem, check_lifted, measurable
 from curvcli.curvature.ranks import agreed, current, same
 from curvcli.curvature.shards import Shards
+from curvcli.curvature.weighing import weighed
 from curvcli.errors import UsageError
 from curvcli.models.blocks import find_blocks, locate, survey
 from curvcli.optimizers.adam import ESTIMATED
@@ -78,7 +79,8 @@ def analyze(
         loss: `loss(model, batch)`, the mean loss over the batch, a scalar tensor. It must call the model.
         batches: the frozen shard. At least two, so that half can be held out.
         optimizer: in memory, or its state by name, or Estimated(); None measures the Hessian itself.
-        weights: predictions in each batch; needed where batches differ in size.
+        weights: predictions in each batch; needed where batches differ in size. Without them batches of one size weigh the
+            same, or where labels of -100 leave some with fewer what these count in their loss, as a few of its rows tell.
         layers: the model's list of blocks; found by itself where there is one.
         lr: learning rate to use instead of the optimizer's: that of the largest parameter group that moves; the others
             keep their ratio to it.
@@ -224,6 +226,7 @@ def prepared(
         # Ranks that read different files would sum products of different functions, and no number would show it. Weights
         # that were read in slices were held against each other then.
         same("weights, optimizer state or data", {} if divided else given.parameters, given.batches, state)
+        given = given if weights is not None else weighed(given, current())
         whole = spread(given, current())
         shards, known, said = None, None, dict[str, str]()
         if shard is not None:

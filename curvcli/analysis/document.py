@@ -25,6 +25,7 @@ from curvcli.judge.calibration import calibrated
 from curvcli.judge.clipping import lowest
 from curvcli.judge.course import Logged, doubted, loss_course
 from curvcli.judge.findings import explain
+from curvcli.judge.limits import highest
 from curvcli.judge.verdict import judge
 from curvcli.models.rows import row_kinds
 from curvcli.optimizers.preconditioner import Preconditioner
@@ -215,19 +216,18 @@ class _Writer:
         # Of an estimated preconditioner the scale follows the size of the batches that it was estimated on: no bracket
         # holds it, nor that of an update which is not known in full.
         unknown = self.preconditioner.kind == "estimated" or bool(self.preconditioner.doubts)
-        value, residual = judged.eigenvalue, judged.residual
-        if value is None or residual is None or threshold is None or unknown:
+        value, most = judged.eigenvalue, highest(judged)
+        if value is None or most is None or threshold is None or unknown:
             return documents.Generalisation(**said)
         if spread:
-            low, high = spread.bracket(value, residual)
+            low, high = spread.bracket(value, most - value)
             return documents.Generalisation(
                 **{**said, "rho_low": lowest(low / threshold, optimizer), "rho_high": high / threshold}
             )
         # One batch in memory is the user's whole problem; one batch of a file is a sample without a check.
         whole = self.whole and len(self.problem.batches) == 1
-        high = (value + residual) / threshold
         rho = None if judged.rho is None else lowest(judged.rho, optimizer)
-        return documents.Generalisation(**{**said, "rho_low": rho if whole else None, "rho_high": high})
+        return documents.Generalisation(**{**said, "rho_low": rho if whole else None, "rho_high": most / threshold})
 
     def prefixes(self, judged: documents.Estimate, tokens: int) -> list[documents.TokensPoint]:
         """The top eigenvalue on a quarter, half and all of the shard."""

@@ -71,12 +71,17 @@ class Spread:
     error: float
     folds: int
 
-    def bracket(self, value: float, residual: float) -> tuple[float, float]:
-        """Ends between which the data's eigenvalue lies with a confidence of 90 %, about a value with its residual."""
+    def bracket(self, value: float, above: float) -> tuple[float, float]:
+        """Ends between which the data's eigenvalue lies with a confidence of 90 %.
+
+        Args:
+            value: the whole shard's top Ritz value.
+            above: how far above it the shard's eigenvalue may lie.
+        """
         # m folds leave m - 1 degrees of freedom.
         reach = hypot(_T[min(self.folds - 1, len(_T)) - 1] * self.error, _SOLVED * value)
         low = min(self.held_out, self.corrected, value) - reach
-        return max(low, min(0.0, value)), value + residual + reach  # a top eigenvalue below 0 would be news
+        return max(low, min(0.0, value)), value + above + reach  # a top eigenvalue below 0 would be news
 
 
 def _top(matrix: Tensor) -> tuple[float, Tensor]:

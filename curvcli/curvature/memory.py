@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from curvcli.curvature import resources
 from curvcli.curvature.hvp import graph_bytes
-from curvcli.curvature.precision import mapped
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import Ranks
+from curvcli.curvature.weighing import Count, counting, part_of, rows_of, tensors
 from curvcli.errors import LEANER, OutOfMemoryError, counted, exhausted, shortage
 
 TRIED = 4  # rows that ways to multiply are tried and tested on: what is wrong with one is wrong on few rows, too
 T = TypeVar("T")
 UNEVEN = 1.2  # the most work of a process over an even share, from which on batches are halved
-Count = Callable[[Any], float]
 
 
 def leanest(problem: Problem, mode: str, measure: Callable[[Problem, Any], T]) -> T:
@@ -67,8 +63,8 @@ def sample(problem: Problem, rows: int = TRIED) -> tuple[Problem, float]:
 
 def few(problem: Problem, entries: int) -> int:
     """How many rows of the first batch have so many entries in its first tensor; `TRIED` at least."""
-    first = next(_tensors(problem.batches[0]), None)
-    each = first.numel() / (_rows(problem.batches[0]) or 1) if first is not None else entries
+    first = next(tensors(problem.batches[0]), None)
+    each = first.numel() / (rows_of(problem.batches[0]) or 1) if first is not None else entries
     return max(TRIED, int(entries / max(each, 1)))
 
 
@@ -105,7 +101,7 @@ def _uneven(problem: Problem) -> float:
 
 def largest_batch(problem: Problem) -> int:
     """Rows of the largest batch; 1 where they cannot be told."""
-    return max(_rows(batch) or 1 for batch in problem.batches)
+    return max(rows_of(batch) or 1 for batch in problem.batches)
 
 
 def _plans(problem: Problem, mode: str) -> Iterator[tuple[Problem, str]]:
@@ -122,7 +118,7 @@ def _smaller(problem: Problem) -> Iterator[Problem]:
     """The same mean loss over batches halved once, twice, ... down to one row."""
     try:
         with problem.ranks.together():  # where weights are divided they are gathered meanwhile, and none may stay away
-            count = _counting(problem)
+            count = counting(problem, [[batch] for batch in problem.batches])
     except Exception:  # whatever a loss raises on a part of a batch: it cannot be cut
         count = None
     if not all(problem.ranks.each(float(count is not None))):
@@ -146,7 +142,7 @@ def _needs(problem: Problem) -> str:
             raise
         graph = 0
     return (
-        f"a batch of {counted(_rows(problem.batches[0]) or 1, 'row')} needs about {_gib(size)} for each vector, of which "
+        f"a batch of {counted(rows_of(problem.batches[0]) or 1, 'row')} needs about {_gib(size)} for each vector, of which "
         f"16 are held, and {_gib(graph)} or more for its graph; {_gib(free)} are free"
     )
 
@@ -160,75 +156,19 @@ def _halved(problem: Problem, count: Count) -> Problem | None:
     batches: list[Any] = []
     weights: list[float] = []
     origins: list[int] = []
+    halved = False
     for index, (batch, weight) in enumerate(zip(problem.batches, problem.weights, strict=True)):
-        rows = _rows(batch) or 1
-        whole = count(batch) if rows > 1 else 0.0
+        rows = rows_of(batch) or 1
+        whole = float(count(batch).sum()) if rows > 1 else 0.0
+        halved |= whole > 0
         # A batch in which nothing counts stays as it is: its loss is NaN, and the gradient says so.
-        parts = [_cut(batch, 0, rows // 2), _cut(batch, rows // 2, rows)] if whole else [batch]
-        shares = [count(part) / whole for part in parts] if whole else [1.0]
+        parts = [part_of(batch, 0, rows // 2), part_of(batch, rows // 2, rows)] if whole else [batch]
+        shares = [float(count(part).sum()) / whole for part in parts] if whole else [1.0]
         # A half without labels would have a mean loss of 0 / 0.
         batches += [part for part, share in zip(parts, shares, strict=True) if share]
         weights += [weight * share for share in shares if share]
         origins += [problem.origins[index] for share in shares if share] if problem.origins else []
-    if len(batches) == len(problem.batches):
+    if not halved:
         return None
     found = replace(problem, batches=batches, weights=weights, origins=origins)
     return found.shared(problem.ranks) if problem.owners else found
-
-
-def _counting(problem: Problem) -> Count | None:
-    """How rows count in a batch's mean loss: by their labels or as one each; None where a row's loss depends on the others.
-
-    Not assumed: the loss of a few rows must be the mean of their own losses.
-    """
-    batch = next((b for b in problem.batches if (_rows(b) or 1) > 1), None)
-    if batch is None:
-        return None
-    ways = (_shifted_labels, _labels, _each) if isinstance(batch, Mapping) and "labels" in batch else (_each,)
-    alone = [_cut(batch, i, i + 1) for i in range(_rows(batch) or 1)]
-    # The rows that differ most in what they count: two of the same tell no way from another.
-    counts = [[way(row) for row in alone] for way in ways]
-    chosen = sorted({found for count in counts for found in (count.index(min(count)), count.index(max(count)))})
-    chosen = chosen if len(chosen) > 1 else [0, len(alone) - 1]
-    together = mapped(batch, lambda t: t[chosen] if t.dim() else t)
-    some = replace(problem, batches=[together, *(alone[i] for i in chosen)], weights=[1.0] * (len(chosen) + 1))
-    with torch.no_grad(), problem.gathered():
-        whole, *single = (float(some.batch_loss(i)) for i in range(len(chosen) + 1))
-    for way, count in zip(ways, counts, strict=True):
-        shares = [count[i] for i in chosen]
-        mean = sum(share * loss for share, loss in zip(shares, single, strict=True) if share) / (sum(shares) or 1)
-        # Rounding of a float32 mean; batch statistics and contrastive losses differ by far more.
-        if abs(mean - whole) <= 1e-5 * abs(whole):
-            return way
-    return None
-
-
-def _each(batch: Any) -> float:
-    return float(_rows(batch) or 1)
-
-
-def _labels(batch: Any) -> float:
-    return float((batch["labels"] != -100).sum())  # cross-entropy's ignore_index
-
-
-def _shifted_labels(batch: Any) -> float:
-    # Where the model shifts labels itself, nothing predicts the first one.
-    return float((batch["labels"][..., 1:] != -100).sum())
-
-
-def _rows(batch: Any) -> int | None:
-    """The first dimension that all tensors of a batch share; None where they do not."""
-    sizes = {t.shape[0] for t in _tensors(batch) if t.dim()}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def _cut(batch: Any, start: int, end: int) -> Any:
-    return mapped(batch, lambda t: t[start:end] if t.dim() else t)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (Mapping, list, tuple)):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)

@@ -131,7 +131,7 @@ class Problem:
             raise UsageError("no batches were given", hint="pass at least one batch of data")
         _check_devices(model)
         if weights is None:
-            if len({_rows(batch) for batch in batches}) > 1:
+            if len({tuple(_shapes(batch)) for batch in batches}) > 1:
                 raise UsageError(
                     "batches differ in size and no weights were given",
                     hint="pass weights=[number of predictions in each batch]",
@@ -201,7 +201,7 @@ class Problem:
     @property
     def rows(self) -> int:
         """First dimensions of the batches, added up: examples, where nobody said how many predictions."""
-        return sum((_rows(batch) or (1,))[0] for batch in self.batches)
+        return sum(next(_shapes(batch), (1,))[0] for batch in self.batches)
 
     def batch_loss(self, index: int) -> Tensor:
         """Mean loss of one batch, differentiable twice."""
@@ -379,10 +379,11 @@ def sharded(model: nn.Module) -> bool:
     return any(isinstance(m, kinds) for m in model.modules()) or any(hasattr(p, "to_local") for p in model.parameters())
 
 
-def _rows(batch: Any) -> tuple[int, ...] | None:
-    """Shape of the first tensor found in a batch; equal shapes stand for equal numbers of predictions."""
+def _shapes(batch: Any) -> Iterator[tuple[int, ...]]:
+    """Of the tensors of a batch: where all are equal, two batches have as many predictions but for labels of -100."""
     if isinstance(batch, Tensor):
-        return tuple(batch.shape) or (1,)
+        yield tuple(batch.shape) or (1,)
     # Mappings, not dicts alone: a tokenizer's BatchEncoding is none.
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((shape for value in values if (shape := _rows(value)) is not None), None)
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _shapes(part)

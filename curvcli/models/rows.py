@@ -23,8 +23,9 @@ def row_kinds(problem: Problem) -> dict[int, RowKind]:
     """What the rows of embeddings and heads are, by `id` of the weight; one forward pass of the first batch.
 
     Rows are tokens in the embedding that a transformers model names as its input's or output's, in one that looks the
-    batch's own ids up, and in the layer that makes logits of as many for each. They are positions where consecutive numbers
-    are looked up. Of no other matrix is anything said.
+    batch's own ids up, and in the layer that makes logits of as many for each. They are positions where numbers are looked
+    up that go on by one along each row, but where it begins anew, as packed documents do, or is padded. Of no other matrix
+    is anything said.
     """
     used = _used(problem)
     given = [ids for ids in _tensors(problem.batches[0]) if not ids.is_floating_point() and ids.dim()]
@@ -32,7 +33,7 @@ def row_kinds(problem: Problem) -> dict[int, RowKind]:
     for module, ids in used.lookups:
         if any(_begins(batch, ids) for batch in given):
             found[id(module.weight)] = "tokens"
-        elif _consecutive(ids):
+        elif _kind(ids) == "positions":
             # One matrix may be asked for the batch's ids and for consecutive numbers: then its rows are tokens.
             found.setdefault(id(module.weight), "positions")
     for name in ("get_input_embeddings", "get_output_embeddings"):
@@ -91,6 +92,7 @@ def outside(parameter: Tensor, rare: Tensor | None) -> Tensor:
 
 def lookups(problem: Problem) -> tuple[float, Lookups]:
     """The mean loss over the shard, and what its forward passes look up."""
+    # By `id` of the weight: lookups of each row, and last how many passes looked up tokens, and positions. (rows + 2,)
     counts: dict[int, Tensor] = {}
     seen: dict[int, Tensor] = {}  # in one forward pass
 
@@ -103,8 +105,12 @@ def lookups(problem: Problem) -> tuple[float, Lookups]:
         if not isinstance(module, nn.Embedding) or not arguments:
             return
         ids = arguments[0]
-        if isinstance(ids, Tensor) and not _consecutive(ids):
-            found = torch.bincount(ids.reshape(-1).to(torch.int64), minlength=module.num_embeddings).cpu()
+        if isinstance(ids, Tensor):
+            # One matrix may be asked for tokens and for consecutive numbers: these are in every window.
+            counted = ids.new_empty(0) if _consecutive(ids) else ids.reshape(-1)
+            found = torch.bincount(counted.to(torch.int64), minlength=module.num_embeddings).cpu()
+            kind = _kind(ids)
+            found = torch.cat([found, torch.tensor([kind == "tokens", kind == "positions"]).to(found)])
             seen[id(module.weight)] = seen.get(id(module.weight), 0) + found
 
     handles = [m.register_forward_hook(hook) for m in problem.model.modules() if isinstance(m, nn.Embedding)]
@@ -115,10 +121,11 @@ def lookups(problem: Problem) -> tuple[float, Lookups]:
             handle.remove()
     if problem.ranks.world > 1:  # each process has seen its own batches
         embeddings = {id(m.weight): m.num_embeddings for m in problem.model.modules() if isinstance(m, nn.Embedding)}
-        sums = {key: counts.get(key, torch.zeros(rows, dtype=torch.int64)) for key, rows in embeddings.items()}
-        problem.ranks.sum_(list(sums.values()))
-        counts = {key: found for key, found in sums.items() if bool(found.any())}
-    return loss, Lookups(counts)
+        counts = {key: counts.get(key, torch.zeros(rows + 2, dtype=torch.int64)) for key, rows in embeddings.items()}
+        problem.ranks.sum_(list(counts.values()))
+    # Positions may look like none in a single row, and tokens like positions: the whole shard says what a matrix has.
+    told = {key: found[:-2] for key, found in counts.items() if found[-2] > 0 or found[-1] == 0}
+    return loss, Lookups({key: found for key, found in told.items() if bool(found.any())})
 
 
 @dataclass
@@ -158,6 +165,22 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from (x for name, part in value.items() if name not in _NO_TOKENS for x in _tensors(part))
     elif isinstance(value, (list, tuple)):
         yield from (x for part in value for x in _tensors(part))
+
+
+def _kind(ids: Tensor) -> RowKind | None:
+    """What numbers look like, as they are looked up: positions, or tokens; None where they do not move along a row."""
+    if _consecutive(ids):
+        return "positions"
+    if not ids.dim():
+        return None
+    after, steps = ids[..., 1:], ids.diff(dim=-1)
+    still = after[steps == 0]
+    if len(still) == steps.numel():
+        return None
+    # Padding repeats one number. A document that begins anew does so at the smallest.
+    fill = still[0] if len(still) else ids.min()
+    runs = (steps == 1) | (after == fill) | (after == ids.min())
+    return "positions" if bool((steps == 1).any()) and bool(runs.all()) and bool((still == fill).all()) else "tokens"
 
 
 def _consecutive(ids: Tensor) -> bool:

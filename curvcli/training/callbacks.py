@@ -18,7 +18,8 @@ from curvcli.training.tracker import CurvatureTracker
 from curvcli.training.warmup import ArchitectureWarmup
 
 _TRACKERS = {
-    "tolerance", "update_ratio", "gradient_quotient", "attention", "spectral_norms", "sinks", "alerts", "reaction", "seed",
+    "weights", "tolerance", "update_ratio", "gradient_quotient", "attention", "spectral_norms", "sinks", "alerts",
+    "reaction", "seed",
 }  # fmt: skip
 
 
@@ -36,8 +37,8 @@ class Callbacks:
         log: JSONL file for the records; `curv watch` shows it.
         adaptive: let the measured rho decide when a phase begins, within the schedule's bounds.
         outputs: as ArchitectureWarmup's.
-        more: CurvatureTracker's, by name: tolerance, update_ratio, gradient_quotient, attention, spectral_norms, sinks,
-            alerts, reaction, seed.
+        more: CurvatureTracker's, by name: weights, tolerance, update_ratio, gradient_quotient, attention, spectral_norms,
+            sinks, alerts, reaction, seed.
 
     Raises:
         UsageError: arguments that contradict each other.

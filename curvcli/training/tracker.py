@@ -24,6 +24,7 @@ from curvcli.curvature.ranks import same, within
 from curvcli.curvature.selftest import check_second_derivative
 from curvcli.curvature.steepest import FrankWolfe
 from curvcli.curvature.untouched import hushed, undrawn
+from curvcli.curvature.weighing import weighed
 from curvcli.documents import Record
 from curvcli.errors import CurvError, LostError, UsageError, exhausted
 from curvcli.judge.limits import certified
@@ -68,7 +69,7 @@ class CurvatureTracker:
             Muon and the Adam of the other parameters, as a list. Of Muon and Lion records have Z instead of rho.
         loss: `loss(model, batch)`, the mean loss of a batch, a scalar.
         probe: frozen batches to measure on; without them the batch given to `step`.
-        weights: predictions in each batch of the probe, where they differ.
+        weights: predictions in each batch of the probe, where they differ; as of `curvcli.analyze`.
         every: measure when the step is a multiple of it, whatever that costs; 1 without it and without `max_overhead`.
         max_overhead: instead of `every`: seconds of measuring for each second of training, at most, as 0.05. It chooses how
             often is measured and on how many of the probe's batches, by what both were measured to take; so give the probe
@@ -290,14 +291,13 @@ class CurvatureTracker:
             self._warned = self._warned or bool(still)
             batches = [lifted.batch(part) for part in batches]
             weights = self.weights[: len(batches)] if self.weights is not None and self.probe is not None else None
+            problem = Problem.create(self.model, self.loss, batches, weights, gathered=lifted.whole)
             if self._mode is None:
                 same("batches to measure on", batches)
-            problem = Problem.create(self.model, self.loss, batches, weights, gathered=lifted.whole)
-            problem = spread(problem, self.ranks)
-            if self._mode is None:
                 check_lifted(problem, lifted)
                 if lifted.names:
                     logger.info("%d weights in %s are measured in float32", len(lifted.names), " and ".join(lifted.dtypes))
+            problem = spread(problem if weights else weighed(problem, self.ranks), self.ranks)
             yield problem
 
     def _measure(self, problem: Problem, known: Known, step: int) -> Found:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import models
+import pytest
+import torch
+
+from curvcli.analysis.api import analyze
 from curvcli.analysis.measured import Measured, Solved, violates
 from curvcli.analysis.solve import Measurement
 from curvcli.curvature.ritz import Extremes, Ritz
@@ -32,3 +37,18 @@ def test_the_body_lies_between_its_layers_and_the_full_model() -> None:
     found.full, found.layers, found.body = solved(2.0, ["e", "a"]), [], solved(2.01, ["e", "a"])
     Measurement.settle(SimpleNamespace(layer_names=[]), found)  # type: ignore[arg-type]
     assert found.full.value == 2.01
+
+
+@pytest.mark.parametrize("count", [4, 1])
+def test_the_upper_end_of_rho_covers_the_ceiling(count: int) -> None:
+    """Of the same batch four times no fold moves the value: what is left is how well a solve knows it, 1 %."""
+    model, (batch, _) = models.Net(), models.data(rows=720)  # no row is rare
+    report = analyze(model, models.loss, [batch] * count, torch.optim.SGD(model.parameters(), lr=0.1), parts=False)
+    full, threshold = report.full, report.optimizer.threshold
+    assert report.body is None
+    assert full.eigenvalue is not None
+    assert full.residual is not None
+    assert full.ceiling is not None
+    assert full.ceiling > full.eigenvalue + 10 * full.residual
+    most = full.ceiling + (0.01 * full.eigenvalue if count > 1 else 0.0)
+    assert report.generalisation.rho_high == pytest.approx(most / threshold, rel=1e-6)

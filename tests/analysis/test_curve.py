@@ -177,6 +177,28 @@ def test_a_top_that_is_left_behind_gives_way_to_the_second() -> None:
     assert [s.value for s in found] == pytest.approx(dense.truths(), rel=0.01)
 
 
+def paired(seed: int, gap: float) -> Tensor:
+    """Two eigenvectors on top whose eigenvalues agree but for a gap, spread over all layers unlike."""
+    draw, size = torch.Generator().manual_seed(seed), 60 + 8 * 40
+    noise = torch.randn(size, size, generator=draw, dtype=torch.float64) / size**0.5
+    weights = torch.rand(9, 2, generator=draw, dtype=torch.float64)
+    owner = torch.tensor([0] * 60 + [1 + k for k in range(8) for _ in range(40)])
+    top = torch.linalg.qr(torch.randn(size, 2, generator=draw, dtype=torch.float64) * weights[owner]).Q
+    return (noise + noise.T) / 2 + top * torch.tensor([10.0, 10.0 * (1 - gap)], dtype=torch.float64) @ top.T
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gap", [0.0, 0.005])
+def test_a_pair_on_top_hides_no_depth(gap: float) -> None:
+    """The bound on the second supposes that there is none. What Lanczos takes for one vector has a part in each."""
+    for seed in range(20):
+        dense = Dense(paired(seed, gap), 60, 8)
+        dense.solver = replace(dense.solver, seed=seed)
+        found = dense.curve()
+        assert all(s.converged for s in found)
+        assert [s.value for s in found] == pytest.approx(dense.truths(), rel=0.03)
+
+
 def test_where_products_are_not_exact_each_depth_starts_afresh() -> None:
     dense = Dense(coupled(0, top=6.0), 60, 8)
     dense.exact = False

@@ -166,6 +166,59 @@ def test_lookups_are_of_tokens(build: Callable[[], nn.Module], tokens: str, plac
     assert found.rare(problem.parameters[f"{places}.weight"], 4) is None
 
 
+class Placed(nn.Module):
+    """Positions are given, as of packed documents and of padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places, self.head = nn.Embedding(SIZE, SIZE), nn.Embedding(SIZE + 2, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, idx: Tensor, places: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.tokens(idx) + self.places(places)))
+
+
+def placed(model: nn.Module, batch: Any) -> Tensor:
+    logits = model(batch["input_ids"], batch["position_ids"])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+PLACES = {
+    "packed": [[*range(7), *range(9)], [*range(4, 10), *range(10)]],
+    "padded at the end": [list(range(2, 18)), [*range(2, 10), *[1] * 8]],
+    "padded at the beginning": [[*[1] * 5, *range(11)], list(range(16))],
+    "RoBERTa's, padded at the beginning": [[*[1] * 6, *range(2, 12)], [*[1] * 9, *range(2, 9)]],
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_positions_need_not_go_from_first_to_last(case: str) -> None:
+    """A shard whose first batch shows it and whose second does not, and the other way round."""
+    torch.manual_seed(0)
+    model = Placed()
+    straight = torch.arange(SIZE).expand(2, SIZE)
+    batches = [
+        {"input_ids": IDS[i : i + 2], "labels": IDS[i : i + 2], "position_ids": ids}
+        for i, ids in ((0, torch.tensor(PLACES[case])), (2, straight))
+    ]
+    for shard in (batches, batches[::-1], batches[:1]):
+        problem = Problem.create(model, placed, shard)
+        _, found = lookups(problem)
+        assert found.rare(model.places.weight, 10) is None
+        assert found.rare(model.tokens.weight, 10) is not None
+        assert row_kinds(problem)[id(model.places.weight)] == "positions"
+
+
+@pytest.mark.parametrize("ids", [[[0, 0, 0, 1], [0, 0, 1, 1]], [[3, 4, 5, 7]], [[0, 1, 3, 2]], [[2, 2, 2, 2]]])
+def test_other_numbers_are_rows_like_tokens(ids: list[list[int]]) -> None:
+    model = Placed()
+    rows = torch.tensor(ids)
+    batch = {"input_ids": IDS[: len(rows), :4], "labels": IDS[: len(rows), :4], "position_ids": rows}
+    _, found = lookups(Problem.create(model, placed, [batch]))
+    rare = found.rare(model.places.weight, 1)
+    assert rare is not None
+    assert (~rare).nonzero().flatten().tolist() == rows.unique().tolist()
+
+
 def test_a_position_is_no_rare_token() -> None:
     report = analyze(gpt2(), causal_loss, [IDS[:2], IDS[2:]], max_hvps=20, depths=False)
     cases: list[tuple[Literal["tokens", "positions"] | None, bool]] = [("tokens", True), ("positions", False), (None, False)]

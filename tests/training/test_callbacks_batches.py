@@ -39,3 +39,16 @@ def test_a_torch_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("is_initialized", "get_rank", "get_world_size"):
         monkeypatch.delattr(torch.distributed, name)
     assert begun([[torch.ones(1, 2)]]).tracker is not None
+
+
+def test_weights_of_the_probe_are_the_trackers() -> None:
+    model = nn.Linear(2, 1)
+    probe = [[torch.ones(rows, 2)] for rows in (1, 3)]
+    callbacks = Callbacks(
+        probe=probe, loss=lambda model, batch: model(batch[0]).square().mean(), weights=[1.0, 3.0], every=1
+    )
+    callbacks.begin(model, torch.optim.SGD(model.parameters(), lr=0.1), 0)
+    callbacks.after(0, None)
+    assert callbacks.tracker is not None
+    assert callbacks.tracker.last is not None
+    assert callbacks.tracker.last.status == "converged", callbacks.tracker.last.message
