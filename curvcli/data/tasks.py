@@ -330,6 +330,12 @@ def _check(labels: Tensor, positions: torch.Size, classes: int) -> None:
             f"logits of shape {(*positions, classes)} do not go with labels of shape {tuple(labels.shape)}",
             hint="the model must give logits for every label; name the right --loss, or one of your own",
         )
+    if classes == 1:
+        # Of one class the cross-entropy is 0 whatever the logit is.
+        raise UsageError(
+            "the model has one output, which transformers trains as a regression, or a loss of its own",
+            hint="pass --loss package.module:function of the loss that it was trained with",
+        )
     if not labels.numel():
         return
     # At once, since a GPU is waited for at each forward pass: what is ignored counts as class 0, which there is.

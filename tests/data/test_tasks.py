@@ -68,6 +68,8 @@ def test_forms_of_output(form: Callable[[Tensor], Any]) -> None:
         (torch.zeros(2, 3, 5), torch.tensor([[0, 1, 5], [0, 0, 0]]), "label 5 is none of the model's 5 classes"),
         (torch.zeros(2, 3, 5), torch.tensor([[0, 1, -1], [0, 0, 0]]), "label -1 is none"),
         ("text", torch.zeros(2, 3, dtype=torch.int64), "returned a str, not logits"),
+        # Its cross-entropy is 0 whatever the weights are, which looked like a kernel without second derivative.
+        (torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), "one output, which transformers trains as a regression"),
     ],
 )
 def test_what_is_no_loss_is_said(output: Any, labels: Tensor, said: str) -> None:
