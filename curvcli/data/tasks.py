@@ -45,6 +45,12 @@ def causal_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tenso
 
 def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy over the labels of masked positions, decoder positions or whole examples, in nats."""
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    if kind in ("regression", "multi_label_classification"):
+        raise UsageError(
+            f"config.json says problem_type {kind}, whose loss is not the cross-entropy of classes",
+            hint="pass --loss package.module:function of the loss that it was trained with",
+        )
     return _mean_loss(model, batch, _labels(batch))
 
 

@@ -233,6 +233,7 @@ BAD = {
     "negative.npy": (lambda p: np.save(p, -IDS), "token id -"),
     "beyond.npy": (lambda p: np.save(p, IDS + 100), "vocabulary has 256"),
     "float.npy": (lambda p: np.save(p, IDS / 2), "not token ids"),
+    "raw.npy": (lambda p: IDS.astype("u2").tofile(p), "as numpy.memmap and OLMo write them, are read as .bin: rename it"),
     "object.npy": (lambda p: np.save(p, np.array([{}]), allow_pickle=True), "plain .npy"),
     "empty.parquet": (lambda p: p.write_bytes(b""), "cannot be read"),
     "strange.parquet": (lambda p: pq.write_table(pa.table({"colour": [1]}), p), "colour"),

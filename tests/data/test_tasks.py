@@ -81,6 +81,22 @@ def test_what_is_no_loss_is_said(output: Any, labels: Tensor, said: str) -> None
         labelled_loss(Net(), {"x": torch.zeros(2, 3), "labels": labels})
 
 
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification", "single_label_classification", None])
+def test_classes_are_not_taken_for_another_problem(kind: str | None) -> None:
+    class Net(nn.Module):
+        config = SimpleNamespace(problem_type=kind)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    batch = {"x": torch.zeros(2, 3), "labels": torch.tensor([0, 2])}
+    if kind in ("single_label_classification", None):
+        assert labelled_loss(Net(), batch).item() == pytest.approx(np.log(3))
+        return
+    with pytest.raises(CurvError, match=f"problem_type {kind}.*--loss package.module:function"):
+        labelled_loss(Net(), batch)
+
+
 def test_entropy_of_the_targets() -> None:
     """Closed forms: three targets of four of one kind and one of another; all of them alike; none at all."""
     ids = torch.tensor([[9, 1, 1], [9, 1, 2]])
