@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import build, config
 from torch import nn
 
+import curvcli
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, open_for_analysis
 from curvcli.analysis.track import key_of
 from curvcli.checkpoints import open_checkpoint
@@ -222,9 +223,13 @@ def test_the_groups_of_lora_plus_are_known(tmp_path: Path) -> None:
     path = tmp_path / "run" / "checkpoint-1"
     model.save_pretrained(str(path))
     torch.save(made.state_dict(), path / "optimizer.pt")
-    checkpoint = open_checkpoint(path)
-    assert checkpoint.optimizer is not None
-    view = checkpoint.optimizer.view(checkpoint.model())
     names = {id(p): n.removeprefix("base_model.model.") for n, p in model.named_parameters()}
-    assert [list(g.names) for g in view.groups] == [[names[id(p)] for p in g["params"]] for g in made.param_groups]
-    assert {g.options["lr"] for g in view.groups} == {LR, 1e-6, 8 * LR}
+    for file in ("optimizer.pt", "optimizer.safetensors"):
+        if file == "optimizer.safetensors":  # names as peft's wrapper has them; it is read first
+            curvcli.save_optimizer(path, made, model)
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.optimizer is not None
+        assert checkpoint.optimizer.path.name == file
+        view = checkpoint.optimizer.view(checkpoint.model())
+        assert [list(g.names) for g in view.groups] == [[names[id(p)] for p in g["params"]] for g in made.param_groups]
+        assert {g.options["lr"] for g in view.groups} == {LR, 1e-6, 8 * LR}

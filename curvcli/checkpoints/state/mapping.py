@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvcli.checkpoints.state.partial import assignments, left_out
 from curvcli.errors import InputError, counted
-from curvcli.files.names import unwrapped
+from curvcli.files.names import ADAPTED, unwrapped
 from curvcli.optimizers import shaped_otherwise
 from curvcli.optimizers.base import Group, OptimizerView, State, unlisted
 from curvcli.optimizers.bitsandbytes import as_torch
@@ -289,6 +289,8 @@ def map_named(
 
     # A wrapper may be in the optimizer's names and not in the weights', or the other way round.
     known = {unwrapped(name): own for name, own in known.items()}
+    # So may peft's: an optimizer's names are the wrapper's, an adapter's network is inside it.
+    known = {ADAPTED + name: own for name, own in known.items()} | known
     members = [
         [known.get(unwrapped(name), "") if isinstance(name, str) else "" for name in group["params"]] for group in groups
     ]
