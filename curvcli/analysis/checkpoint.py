@@ -23,6 +23,7 @@ from curvcli.analysis.options import Options as Options  # whoever opens a check
 from curvcli.analysis.plan import limit_of
 from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import open_checkpoint
+from curvcli.checkpoints.arguments import SMOOTHED
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.checkpoints.state.evidence import Evidence, choose, contradictions, gather
 from curvcli.checkpoints.state.mapping import AmbiguousStateError
@@ -130,7 +131,9 @@ class Opened:
 
     def _with(self, model: nn.Module, device: torch.device, divided: Weights | None, why: dict[str, str]) -> Ready:
         checkpoint, options = self.checkpoint, self.options
-        found = [*checkpoint.findings, *weight_findings(model)]
+        plain = self.loss in LOSSES.values()
+        # A loss of the user's may smooth labels as the run's did.
+        found = [*(f for f in checkpoint.findings if plain or f.code != SMOOTHED), *weight_findings(model)]
         shard = prepared(self.read, self.task, model, checkpoint, options.seed or 0)
 
         def evidence() -> Evidence:
@@ -167,12 +170,9 @@ class Opened:
                 f"{shard.tokens:,} of {positions:,} positions were replaced by the mask token, "
                 "by the seed, and are what the loss averages over; no special tokens were added"
             )
-        unigram = unigram_loss(shard, self.task) if self.loss in LOSSES.values() else None
-        unused = left_out(model, shard.columns) if isinstance(shard, Examples) and self.loss in LOSSES.values() else []
-        if unused:
-            notes["unused-columns"] = (
-                f"{', '.join(unused)[:200]}: the model's forward takes no such input, they are left out"
-            )
+        unigram = unigram_loss(shard, self.task) if plain else None
+        if plain and isinstance(shard, Examples) and (unused := left_out(model, shard.columns)):
+            notes["unused-columns"] = f"{', '.join(unused)[:200]}: the model's forward has no such input; left out"
         return Ready(
             model,
             batches,

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from curvcli.checkpoints.arguments import smoothed
 from curvcli.checkpoints.base import Checkpoint, warning
 from curvcli.checkpoints.formats import READERS
 from curvcli.documents import Finding
@@ -119,7 +120,8 @@ def _with_findings(checkpoint: Checkpoint, findings: Sequence[Finding]) -> Check
 def _read(path: Path, architecture: Architecture | None) -> Checkpoint:
     for reader in READERS:
         if reader.accepts(path):
-            return reader.read(path, architecture)
+            checkpoint = reader.read(path, architecture)
+            return replace(checkpoint, findings=(*checkpoint.findings, *smoothed(checkpoint.path)))
     raise InputError(f"{path} is in no known checkpoint format", hint="docs/how-to/checkpoints.md has the formats")
 
 

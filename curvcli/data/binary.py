@@ -38,7 +38,11 @@ def open_bin(path: Path, vocabulary: int | None) -> tuple[str, Ids]:
         )
     narrow = np.memmap(path, dtype="<u2", mode="r")
     if size % 4 == 0 and _is_wide(narrow[: 2**20], vocabulary):
-        return "nanoGPT .bin, uint32", np.memmap(path, dtype="<u4", mode="r")
+        wide = np.memmap(path, dtype="<u4", mode="r")
+        # numpy's own type of integers, where a script named none.
+        if size % 8 == 0 and len(wide) >= 64 and not wide[1 : 2**20 : 2].any():
+            return "nanoGPT .bin, int64", np.memmap(path, dtype="<i8", mode="r")
+        return "nanoGPT .bin, uint32", wide
     return "nanoGPT .bin, uint16", narrow
 
 

@@ -45,6 +45,12 @@ def causal_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tenso
 
 def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy over the labels of masked positions, decoder positions or whole examples, in nats."""
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    if kind in ("regression", "multi_label_classification"):
+        raise UsageError(
+            f"config.json says problem_type {kind}, whose loss is not the cross-entropy of classes",
+            hint="pass --loss package.module:function of the loss that it was trained with",
+        )
     return _mean_loss(model, batch, _labels(batch))
 
 
@@ -329,6 +335,12 @@ def _check(labels: Tensor, positions: torch.Size, classes: int) -> None:
         raise UsageError(
             f"logits of shape {(*positions, classes)} do not go with labels of shape {tuple(labels.shape)}",
             hint="the model must give logits for every label; name the right --loss, or one of your own",
+        )
+    if classes == 1:
+        # Of one class the cross-entropy is 0 whatever the logit is.
+        raise UsageError(
+            "the model has one output, which transformers trains as a regression, or a loss of its own",
+            hint="pass --loss package.module:function of the loss that it was trained with",
         )
     if not labels.numel():
         return

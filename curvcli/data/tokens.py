@@ -23,6 +23,7 @@ Ids = NDArray[np.generic]
 
 # Text is tokenised on every call; whoever samples from more than this should store tokens.
 MOST = 2**26
+_MAGIC = b"\x93NUMPY"
 _NOTHING = np.zeros(0, dtype=np.int64)
 _ID_COLUMNS, _TEXT_COLUMNS = ("input_ids", "tokens", "ids"), ("text", "content")
 CHATS = frozenset({"messages", "conversations", "conversation"})
@@ -68,6 +69,12 @@ def open_source(path: Path, checkpoint: Checkpoint) -> Source:
 
 
 def _npy(path: Path) -> Ids:
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise InputError(
+                f"{path} has no header of numpy's",
+                hint="raw tokens, as numpy.memmap and OLMo write them, are read as .bin: rename it",
+            )
     try:
         return _integers(np.load(path, mmap_mode="r", allow_pickle=False), path)
     except OSError:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+ADAPTED = "base_model.model."  # what peft puts before a model's names
 # state_dict_ema, model_ema, ema_model, swa_model, averaged_model, shadow_params, "last-EMA": a word of its own.
 _AVERAGE = re.compile(r"(?:^|[-_.=\s])(?:ema|swa|lawa|avg|average|averaged|shadow)(?:[-_.=\s]|$)", re.IGNORECASE)
 # Constants and masks, computed anew by versions of transformers, GPT-NeoX and nanoGPT that no longer save them.

@@ -182,6 +182,13 @@ REFUSED: list[Refused] = [
         "it masks entries of the update by their sign, which is no linear map of the gradient",
     ),
     Refused(
+        "StableAdamW, or another of torch-optimi's",
+        ("stableadam",),
+        lambda s: {"decouple_lr", "gradient_release"} <= s.options,
+        "its averages are corrected for their start as they are made, unlike Adam's, and StableAdamW shortens a tensor's "
+        "step where its gradient is long against the second moment; not supported",
+    ),
+    Refused(
         "8-bit Adam",
         (),
         lambda s: any(key.startswith(("absmax", "qmap")) for key in s.keys),

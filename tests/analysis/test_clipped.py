@@ -224,3 +224,15 @@ def test_a_share_that_nothing_can_count_with_is_not_taken_in_silence(tmp_path: P
     assert "as was said" not in found.provenance.notes.get("clipped-moments", "")
     with pytest.raises(UsageError, match="--optimizer none takes no clip"):
         open_for_analysis(run, replace(options, optimizer="none")).ready()
+
+
+def test_smoothed_labels_are_a_finding_until_the_loss_is_the_users_own(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    run = tmp_path / "checkpoint-60"
+    shutil.copytree("sample_checkpoints/calm/checkpoint-60", run)
+    torch.save(TrainingArguments(str(tmp_path), use_cpu=True, label_smoothing_factor=0.1), run / "training_args.bin")
+    options = Options(data=Path("sample_checkpoints/data/shard.bin"), tokens=256)
+    for spec, there in (("auto", True), ("curvcli.data.tasks:causal_loss", False)):
+        ready = open_for_analysis(run, replace(options, loss=spec)).ready()
+        assert ("label-smoothing" in {finding.code for finding in ready.provenance.findings}) == there

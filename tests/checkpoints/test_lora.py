@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import build, config
 from torch import nn
 
+import curvcli
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint, open_for_analysis
 from curvcli.analysis.track import key_of
 from curvcli.checkpoints import open_checkpoint
@@ -205,3 +206,30 @@ def test_a_base_elsewhere_is_not_followed(link: bool, adapter: Path, tmp_path: P
         (path.parent / "base").symlink_to(elsewhere)
     with pytest.raises(InputError, match="--model DIR"):
         open_checkpoint(path)
+
+
+def test_the_groups_of_lora_plus_are_known(tmp_path: Path) -> None:
+    """peft's own optimizer: A, embeddings, B, and biases, which the Trainer's rules order otherwise."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    base = build()
+    base.save_pretrained(tmp_path / "base")
+    targets = ["embed_tokens", "q_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    made = create_loraplus_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=8, betas=BETAS)
+    model(input_ids=IDS[:8], labels=IDS[:8]).loss.backward()
+    made.step()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    path = tmp_path / "run" / "checkpoint-1"
+    model.save_pretrained(str(path))
+    torch.save(made.state_dict(), path / "optimizer.pt")
+    names = {id(p): n.removeprefix("base_model.model.") for n, p in model.named_parameters()}
+    for file in ("optimizer.pt", "optimizer.safetensors"):
+        if file == "optimizer.safetensors":  # names as peft's wrapper has them; it is read first
+            curvcli.save_optimizer(path, made, model)
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.optimizer is not None
+        assert checkpoint.optimizer.path.name == file
+        view = checkpoint.optimizer.view(checkpoint.model())
+        assert [list(g.names) for g in view.groups] == [[names[id(p)] for p in g["params"]] for g in made.param_groups]
+        assert {g.options["lr"] for g in view.groups} == {LR, 1e-6, 8 * LR}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import Logged
 from curvcli.checkpoints.clipping import Clipping, clipping, remembered
 from curvcli.checkpoints.formats.deepspeed import _clipped
@@ -129,3 +131,20 @@ def test_what_the_second_moment_remembers_whatever_the_steps_are(step: float) ->
     entry = {"exp_avg_sq": torch.full((3,), 0.75), "step": torch.tensor(step)}
     view = OptimizerView((Group(("w",), {"betas": (0.9, 0.5)}),), {"w": entry}, "Adam")
     assert remembered(view) == pytest.approx((2.25 / (0.75 if step == 2 else 1.0)) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.1, "smoothed labels by 0.1 "), (0.0, None), (True, None), ("0.1", None), (float("nan"), None)]
+)
+@pytest.mark.parametrize("place", ["checkpoint-60", "."])
+def test_smoothed_labels_are_a_finding(share: object, said: str | None, place: str, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    run = tmp_path / "checkpoint-60"
+    shutil.copytree("sample_checkpoints/calm/checkpoint-60", run)
+    given = TrainingArguments(str(tmp_path), use_cpu=True)
+    given.label_smoothing_factor = share  # type: ignore[assignment]
+    torch.save(given, tmp_path / place / "training_args.bin")
+    found = [finding for finding in open_checkpoint(run).findings if finding.code == "label-smoothing"]
+    assert [finding.severity for finding in found] == (["warning"] if said else [])
+    assert not said or said in found[0].message

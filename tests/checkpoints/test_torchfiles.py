@@ -222,6 +222,23 @@ def test_wrappers_are_dropped_and_another_model_is_refused(tmp_path: Path) -> No
     assert sorted(f.name for f in tmp_path.iterdir() if "optim" in f.name or f.name[0] == ".") == ["optimizer.safetensors"]
 
 
+def test_an_unknown_order_is_mended_by_doing_what_the_refusal_says(tmp_path: Path) -> None:
+    """The names beside one file that has the weights would help nothing."""
+    model = build()
+    optimizer = train(model, torch.optim.AdamW([*model.parameters()][::-1], lr=1e-2))
+    model.config.save_pretrained(tmp_path)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
+    checkpoint = open_checkpoint(tmp_path / "ckpt.pt")
+    assert checkpoint.optimizer is not None
+    with pytest.raises(InputError) as told:
+        checkpoint.optimizer.view(checkpoint.model())
+    steps = ["model.save_pretrained(DIR)", "curvcli.save_optimizer(DIR, optimizer, model)", "then give DIR"]
+    assert [step for step in steps if step in (told.value.hint or "")] == steps
+    model.save_pretrained(tmp_path / "DIR")
+    curvcli.save_optimizer(tmp_path / "DIR", optimizer, model)
+    is_the_run(tmp_path / "DIR", model, optimizer)
+
+
 def _metadata(file: Path, change: Callable[[dict[str, str]], object]) -> None:
     with safe_open(file, framework="pt") as handle:
         metadata = handle.metadata()

@@ -13,6 +13,7 @@ from formats import CHECKPOINTS, _llama
 from real import analyzed, inspected, refusal
 from refusals import Evil, one_line
 from safetensors.torch import load_file, save_file
+from tiny import build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -161,3 +162,17 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
     assert "--model" in refusal("analyze", file, "--data", root / "ids.npy", "--quiet", *FEW)
     report = analyzed(file, root / "ids.npy", "--model", root / "trainer", *FEW)
     assert report["checkpoint"]["format"] == "safetensors"
+
+
+def test_weights_under_another_name_are_pointed_to_and_read(tmp_path: Path) -> None:
+    """torchtune's name of all there is; the optimizer's state is no weights."""
+    model = build()
+    model.save_pretrained(tmp_path)
+    other = tmp_path / "ft-model-00001-of-00001.safetensors"
+    (tmp_path / "model.safetensors").rename(other)
+    torch.save({}, tmp_path / "optimizer.pt")
+    with pytest.raises(InputError) as told:
+        open_checkpoint(tmp_path)
+    assert told.value.hint == f"give the file that has them by its own path ({other.name})"
+    found = dict(open_checkpoint(other).model().named_parameters())
+    assert all(torch.equal(found[name], p) for name, p in model.named_parameters())

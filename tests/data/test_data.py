@@ -203,6 +203,18 @@ def test_uint32_is_told_from_uint16_for_a_large_vocabulary(tmp_path: Path, check
     assert ids_of(read_shard(tmp_path / "narrow.bin", large, tokens=32, sequence_length=32)) == narrow[:33].tolist()
 
 
+@pytest.mark.parametrize("vocabulary", [256, 128_256])
+def test_int64_without_a_header_is_told_from_uint32(vocabulary: int, tmp_path: Path, checkpoint: Checkpoint) -> None:
+    """numpy's own integers, written by tofile: as uint32 every second token would be 0."""
+    from dataclasses import replace
+
+    model = replace(checkpoint, vocabulary=vocabulary)
+    ids = np.random.default_rng(0).integers(0, vocabulary, 500)
+    ids.tofile(tmp_path / "ids.bin")
+    shard = read_shard(tmp_path / "ids.bin", model, tokens=32, sequence_length=32)
+    assert ids_of(shard) == ids[:33].tolist()
+
+
 def write_bomb(path: Path) -> None:
     path.write_bytes(gzip.compress(b" " * 2**28, 1))
 
@@ -221,6 +233,7 @@ BAD = {
     "negative.npy": (lambda p: np.save(p, -IDS), "token id -"),
     "beyond.npy": (lambda p: np.save(p, IDS + 100), "vocabulary has 256"),
     "float.npy": (lambda p: np.save(p, IDS / 2), "not token ids"),
+    "raw.npy": (lambda p: IDS.astype("u2").tofile(p), "as numpy.memmap and OLMo write them, are read as .bin: rename it"),
     "object.npy": (lambda p: np.save(p, np.array([{}]), allow_pickle=True), "plain .npy"),
     "empty.parquet": (lambda p: p.write_bytes(b""), "cannot be read"),
     "strange.parquet": (lambda p: pq.write_table(pa.table({"colour": [1]}), p), "colour"),

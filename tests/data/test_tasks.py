@@ -68,6 +68,8 @@ def test_forms_of_output(form: Callable[[Tensor], Any]) -> None:
         (torch.zeros(2, 3, 5), torch.tensor([[0, 1, 5], [0, 0, 0]]), "label 5 is none of the model's 5 classes"),
         (torch.zeros(2, 3, 5), torch.tensor([[0, 1, -1], [0, 0, 0]]), "label -1 is none"),
         ("text", torch.zeros(2, 3, dtype=torch.int64), "returned a str, not logits"),
+        # Its cross-entropy is 0 whatever the weights are, which looked like a kernel without second derivative.
+        (torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), "one output, which transformers trains as a regression"),
     ],
 )
 def test_what_is_no_loss_is_said(output: Any, labels: Tensor, said: str) -> None:
@@ -77,6 +79,22 @@ def test_what_is_no_loss_is_said(output: Any, labels: Tensor, said: str) -> None
 
     with pytest.raises(CurvError, match=said):
         labelled_loss(Net(), {"x": torch.zeros(2, 3), "labels": labels})
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification", "single_label_classification", None])
+def test_classes_are_not_taken_for_another_problem(kind: str | None) -> None:
+    class Net(nn.Module):
+        config = SimpleNamespace(problem_type=kind)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    batch = {"x": torch.zeros(2, 3), "labels": torch.tensor([0, 2])}
+    if kind in ("single_label_classification", None):
+        assert labelled_loss(Net(), batch).item() == pytest.approx(np.log(3))
+        return
+    with pytest.raises(CurvError, match=f"problem_type {kind}.*--loss package.module:function"):
+        labelled_loss(Net(), batch)
 
 
 def test_entropy_of_the_targets() -> None:

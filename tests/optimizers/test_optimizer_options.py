@@ -266,6 +266,13 @@ def test_a_doubt_leaves_the_report_without_verdict_and_bracket() -> None:
     assert analyze(model, lambda m, x: m(x).square().mean(), batches, plain).verdict == "stable"
 
 
+# Of its release 0.3.3. Given --betas these passed for Adam's, whose bias correction they do not have.
+OPTIMI = {
+    "beta1": 0.9, "beta2": 0.99, "decouple_lr": False, "max_lr": None, "kahan_sum": False, "foreach": False,
+    "triton": False, "gradient_release": False, "setup": False,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "state", "said"),
     [
@@ -279,6 +286,8 @@ def test_a_doubt_leaves_the_report_without_verdict_and_bracket() -> None:
         ({"lookahead_k": 6}, {}, "Lookahead"),
         ({"weight_sum": 3.0}, {}, "schedule-free"),
         ({}, {"exp_avg_var": torch.ones(2)}, "AdaBelief"),
+        (OPTIMI, {"kahan_comp": None, "eps_sq": torch.tensor(1e-12)}, "torch-optimi"),  # the Trainer's stable_adamw
+        ({**OPTIMI, "decouple_wd": True}, {"kahan_comp": torch.zeros(1, dtype=torch.uint8)}, "torch-optimi"),
         ({}, {"mystery": torch.ones(2)}, "keeps no 'mystery'"),
     ],
 )

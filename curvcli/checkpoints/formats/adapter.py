@@ -23,6 +23,7 @@ from curvcli.checkpoints.formats.huggingface import (
     trainer_state,
 )
 from curvcli.errors import InputError, UnsupportedError, are, counted
+from curvcli.files.names import ADAPTED
 from curvcli.files.runs import step_of
 from curvcli.files.safe import check_finite, load_pickle, read_json
 from curvcli.files.tensors import TensorInfo, stored
@@ -30,10 +31,9 @@ from curvcli.models.base import Architecture
 from curvcli.models.registered import configured, twice_differentiable
 
 CONFIG, _WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-_ROOT = "base_model.model."
 # peft takes the keys of alpha_pattern and rank_pattern for regular expressions, and one of anybody's could run forever.
 _PLAIN = re.compile(r"[\w.]+")
-_TARGET = re.compile(rf"{re.escape(_ROOT)}(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
+_TARGET = re.compile(rf"{re.escape(ADAPTED)}(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 # Options that say where the adapter is, which its tensors' names say too, or that matter before the first step alone.
 _IDLE = (
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
@@ -161,7 +161,7 @@ def _model(file: Path, tensors: list[TensorInfo], options: Mapping[str, Any], ba
     ranks = {found[1]: t.shape[0] for t in tensors if (found := _TARGET.fullmatch(t.name)) and t.shape}
     if not ranks or not all(_PLAIN.fullmatch(name) for name in ranks) or min(ranks.values()) < 1:
         raise InputError(
-            f"{file} has no weights of a LoRA adapter ({_ROOT}....lora_A.weight)", hint="use another checkpoint"
+            f"{file} has no weights of a LoRA adapter ({ADAPTED}....lora_A.weight)", hint="use another checkpoint"
         )
     if base.configuration is not None:
         # With its weights: without an adapter they are a checkpoint like any other.
@@ -225,4 +225,4 @@ def _fill(model: nn.Module, file: Path, tensors: list[TensorInfo]) -> None:
 
 def _saved_as(name: str) -> str:
     """What peft calls a parameter in the file: without the name of the adapter."""
-    return _ROOT + re.sub(r"\.(?:modules_to_save\.)?default(?=\.|$)", "", name)
+    return ADAPTED + re.sub(r"\.(?:modules_to_save\.)?default(?=\.|$)", "", name)

@@ -23,7 +23,15 @@ from curvcli.checkpoints.formats.beside import (
     unread,
 )
 from curvcli.checkpoints.formats.optimizer_file import OPTIMIZER_FILE, read_optimizer
-from curvcli.checkpoints.state.mapping import map_state, matrix_order, single_order, summary, trainer_order
+from curvcli.checkpoints.state.mapping import (
+    adapted,
+    lora_plus_order,
+    map_state,
+    matrix_order,
+    single_order,
+    summary,
+    trainer_order,
+)
 from curvcli.errors import InputError
 from curvcli.files.limits import inside
 from curvcli.files.names import unwrapped
@@ -40,6 +48,7 @@ INDEX = "model.safetensors.index.json"
 BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SAVE = "write curvcli.save_optimizer(DIR, optimizer, model) beside the weights, or pass --optimizer none"
 # transformers takes the first that is there; of an old pytorch_model.bin it writes none any more, and still reads it.
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _WEIGHTS = (INDEX, "model.safetensors", _BIN_INDEX, BIN)
 
 
@@ -124,8 +133,12 @@ class HuggingFaceReader:
         """The weights by file, from headers. Raises InputError."""
         found = next((path / name for name in _WEIGHTS if (path / name).exists()), None)
         if found is None:
+            others = [p.name for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES and p not in optimizer_files(path)]
             raise InputError(
-                f"{path} has a config.json and no weights ({', '.join(sorted(_WEIGHTS))})", hint="copy the weights beside it"
+                f"{path} has a config.json and no weights ({', '.join(sorted(_WEIGHTS))})",
+                hint=f"give the file that has them by its own path ({', '.join(others)[:200]})"
+                if others
+                else "copy the weights beside it",
             )
         return _shards(found) if found.suffix == ".json" else {found: header(found)}
 
@@ -169,7 +182,7 @@ def _several(path: Path, files: list[Path]) -> OptimizerFile:
 
 
 def _view(file: Path, model: nn.Module) -> OptimizerView:
-    orders = (trainer_order, matrix_order, single_order)
+    orders = (trainer_order, matrix_order, single_order, *((lora_plus_order,) if adapted(model) else ()))
     return map_state(_only(load_pickle(file), file), model, orders, path=file, partial=True)
 
 

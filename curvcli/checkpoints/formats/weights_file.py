@@ -14,7 +14,8 @@ from curvcli.files.runs import step_of
 from curvcli.files.tensors import safetensors_header, stored
 from curvcli.models.base import Architecture
 
-_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)")
+# One of one is whole.
+_SHARD = re.compile(r".+-\d{5}-of-(?!00001\.)\d{5}\.(?:safetensors|bin)")
 
 
 class WeightsFileReader:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvcli.checkpoints.state.partial import assignments, left_out
 from curvcli.errors import InputError, counted
-from curvcli.files.names import unwrapped
+from curvcli.files.names import ADAPTED, unwrapped
 from curvcli.optimizers import shaped_otherwise
 from curvcli.optimizers.base import Group, OptimizerView, State, unlisted
 from curvcli.optimizers.bitsandbytes import as_torch
@@ -44,6 +44,21 @@ def matrix_order(model: nn.Module) -> list[list[str]]:
 def single_order(model: nn.Module) -> list[list[str]]:
     """model.parameters() in one group."""
     return [[n for n, p in model.named_parameters() if p.requires_grad]]
+
+
+def adapted(model: nn.Module) -> bool:
+    """Whether LoRA is on a model."""
+    return any("lora_B" in name for name, _ in model.named_parameters())
+
+
+def lora_plus_order(model: nn.Module) -> list[list[str]]:
+    """peft's create_loraplus_optimizer: A, what is on embeddings, B, and vectors that do not decay, which have B's rate."""
+    groups: list[list[str]] = [[], [], [], []]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            of_b = "lora_B" in name or parameter.dim() == 1
+            groups[1 if "lora_embedding_" in name else 0 if not of_b else 3 if _NO_DECAY.search(name) else 2].append(name)
+    return groups
 
 
 def _split(model: nn.Module, first: Callable[[str, Tensor], bool]) -> list[list[str]]:
@@ -138,8 +153,9 @@ def _hint(groups: list[dict[str, Any]], parameters: Mapping[str, Tensor]) -> str
         )
     if held == len(parameters):
         return (
-            "its groups are not known here: load model and optimizer as the training script does and call "
-            "curvcli.save_optimizer(DIR, optimizer, model), which writes the names"
+            "its groups are not known here: load model and optimizer as the training script does, save the weights as "
+            "DIR/model.safetensors (model.save_pretrained(DIR), or safetensors.torch.save_model) and call "
+            "curvcli.save_optimizer(DIR, optimizer, model), which writes the names; then give DIR"
         )
     return "it belongs to another model: name the network that was trained with --model"
 
@@ -273,6 +289,8 @@ def map_named(
 
     # A wrapper may be in the optimizer's names and not in the weights', or the other way round.
     known = {unwrapped(name): own for name, own in known.items()}
+    # So may peft's: an optimizer's names are the wrapper's, an adapter's network is inside it.
+    known = {ADAPTED + name: own for name, own in known.items()} | known
     members = [
         [known.get(unwrapped(name), "") if isinstance(name, str) else "" for name in group["params"]] for group in groups
     ]
