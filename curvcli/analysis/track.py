@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import pairwise
 from math import inf
@@ -283,6 +283,7 @@ def key_of(opened: Opened) -> str:
     versions = Versions.installed()
     return cache_key(
         checkpoint=[*content, checkpoint.step],  # the step may be from the directory's name
+        log=[astuple(entry) for entry in checkpoint.log],  # which may lie beside the checkpoint
         tokens=[shard.sha256, shard.sequence_length],
         how=how,
         code=[source_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from curvcli.checkpoints.base import Checkpoint, warning
 from curvcli.checkpoints.formats import READERS
+from curvcli.checkpoints.records import with_records
 from curvcli.documents import Finding
 from curvcli.errors import InputError
 from curvcli.files.remote import checkpoints_behind, fetched
@@ -119,7 +120,7 @@ def _with_findings(checkpoint: Checkpoint, findings: Sequence[Finding]) -> Check
 def _read(path: Path, architecture: Architecture | None) -> Checkpoint:
     for reader in READERS:
         if reader.accepts(path):
-            return reader.read(path, architecture)
+            return with_records(reader.read(path, architecture))
     raise InputError(f"{path} is in no known checkpoint format", hint="docs/how-to/checkpoints.md has the formats")
 
 

@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvcli.errors import InputError
-from curvcli.files.foreign import Foreign
-from curvcli.files.safe import load_pickle
+from curvcli.checkpoints.arguments import arguments
 from curvcli.optimizers.base import OptimizerView, scalar
 
 ROUNDED = 1.1  # a norm over the one that it was clipped to, by rounding in low precision
@@ -132,12 +130,8 @@ def largest_norm(value: Any) -> float | None:
 
 def _max_grad_norm(path: Path) -> float | None:
     """What the Trainer clipped gradients to, 0 for not at all; None where its arguments are not there or not to be read."""
-    file = path / "training_args.bin"
-    try:
-        arguments = load_pickle(file) if file.is_file() else None
-    except (InputError, OSError):  # of classes that are not known: rho does not count with clipping then
+    found = arguments(path)
+    if "max_grad_norm" not in found:
         return None
-    if not isinstance(arguments, Foreign) or "max_grad_norm" not in arguments.attributes:
-        return None
-    value = arguments.attributes["max_grad_norm"]
+    value = found["max_grad_norm"]
     return 0.0 if value is None else largest_norm(value)
