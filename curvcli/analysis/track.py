@@ -144,13 +144,19 @@ def track_run(
     log: list[TrainingStep] = []
     shard: tuple[str, int | None] | None = None
     kept = sorted(gone, key=lambda point: -1 if point.step is None else point.step)
+    cached = 0
     for i, checkpoint in enumerate(found):
         points += _until(kept, checkpoint)
 
-        def within(stage: str, done: float, place: int = i, call_off: Callable[[], None] = lambda: None) -> None:
+        # Those from the cache take no time, and say nothing of what is left. The fraction never falls.
+        left = len(found) - cached
+
+        def within(
+            stage: str, done: float, i: int = i, left: int = left, call_off: Callable[[], None] = lambda: None
+        ) -> None:
             if stage == "report":  # measured: what is left is short, and must not be lost
                 call_off()
-            say(f"checkpoint {place + 1} of {len(found)}: {stage}", (place + done) / len(found))
+            say(f"checkpoint {i + 1} of {len(found)}: {stage}", 1 - (len(found) - i - done) / left)
 
         try:
             with current().together(), (budget or Budget()).alarm() as disarm:
@@ -164,6 +170,7 @@ def track_run(
                 report, source = _measured(opened, cache, unchanged, partial(within, call_off=disarm))
             shard = tokens  # only what was measured says which tokens the run's are
             points.append(_point(opened, report, source, points, window, surge_limit))
+            cached += source == "cached"
         except CurvError as error:
             points.append(_failed(checkpoint, error))
         except OutOfTime:

@@ -81,6 +81,21 @@ def test_a_second_call_measures_nothing(tracked: tuple[Track, Path], calm: Path)
     assert [p.report for p in again.points] == [p.report for p in track.points]
 
 
+def test_what_is_cached_counts_for_no_time(tracked: tuple[Track, Path], calm: Path) -> None:
+    known = [tracked[0].points[0].report]
+
+    class First(NoCache):
+        def get(self, key: str) -> Report | None:
+            return known.pop() if known else None
+
+    said: list[tuple[str, float]] = []
+    track_run(calm, OPTIONS, First(), progress=lambda stage, done: said.append((stage, done)))
+    fractions = [done for _, done in said]
+    assert fractions == sorted(fractions)
+    assert next(done for stage, done in said if stage.startswith("checkpoint 2 of 2")) == 0.0
+    assert 0.1 < next(done for stage, done in said if stage.endswith("2: layer 0")) < 0.9
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_same_numbers(tracked: tuple[Track, Path], calm: Path, tmp_path: Path) -> None:
     """The first checkpoint alone, as a killed call leaves it; then the whole run."""
