@@ -18,7 +18,6 @@ from curvcli.analysis.budget import Budget
 from curvcli.analysis.cache import (
     Cache,
     FileCache,
-    MemoryCache,
     NoCache,
     RankedCache,
     cache_key,
@@ -36,7 +35,7 @@ from curvcli.judge.limits import changed
 from curvcli.judge.readings import ReportReadings, incomparable, past
 from curvcli.judge.run import judge_points, run_findings
 from curvcli.models.architecture import config_beside
-from curvcli.models.user_code import source_digest
+from curvcli.models.user_digest import code_digest
 
 WINDOW, SURGE = 5, 2.0
 # A point that was not reached is a failed point, recognised by this message.
@@ -205,10 +204,7 @@ def track_run(
 
 
 def _kept(cache: Cache, options: Options) -> Cache:
-    """The cache, where it can be relied on, and rank 0's for all ranks."""
-    own = any(":" in spec for spec in (options.model or "", options.loss))
-    if own and not isinstance(cache, MemoryCache):
-        return NoCache()  # the user's own code may have changed, and nothing in a key would say so
+    """The cache, rank 0's for all ranks."""
     return cache if current().world == 1 else RankedCache(cache, current())
 
 
@@ -293,7 +289,7 @@ def key_of(opened: Opened) -> str:
         log=[astuple(entry) for entry in checkpoint.log],  # which may lie beside the checkpoint
         tokens=[shard.sha256, shard.sequence_length],
         how=how,
-        code=[source_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec],
+        code=[code_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec and ":" in spec],
         versions=[versions.torch, versions.transformers],
     )
 

@@ -97,6 +97,24 @@ def test_what_is_cached_counts_for_no_time(tracked: tuple[Track, Path], calm: Pa
 
 
 @pytest.mark.slow
+def test_a_loss_of_ones_own_is_kept_until_its_code_changes(
+    calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loss_of_mine.py").write_text("from parts_of_mine import scale\n\ndef loss(model, batch):\n"
+                                              "    return scale * model(input_ids=batch, labels=batch).loss\n")  # fmt: skip
+
+    def sources(scale: int) -> set[str]:
+        (tmp_path / "parts_of_mine.py").write_text(f"scale = {scale}\n")
+        how = ("--tokens", "128", "--max-hvps", "3", "--loss", "loss_of_mine:loss", "--format", "json", "-q")
+        monkeypatch.chdir(tmp_path)
+        done = process("track", calm, *how, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        return {point["source"] for point in json.loads(done.stdout)["points"]}
+
+    assert [sources(scale) for scale in (1, 1, 2)] == [{"measured"}, {"cached"}, {"measured"}]
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_same_numbers(tracked: tuple[Track, Path], calm: Path, tmp_path: Path) -> None:
     """The first checkpoint alone, as a killed call leaves it; then the whole run."""
     cache = FileCache(tmp_path)
