@@ -103,7 +103,12 @@ def header(log: Log) -> Text:
     text = Text(f"{plain(str(log.path))}\n", style="")
     text.stylize("bold")
     if not log.records:
-        text.append("no record yet" if log.exists else "waiting for it: there is no such file yet", style="yellow")
+        text.append(
+            "no record yet"
+            if log.exists
+            else "waiting for it: there is no such file yet, which a tracker in the job writes",
+            style="yellow",
+        )
         _troubles(text, log)
         return text
     last = log.records[-1]
