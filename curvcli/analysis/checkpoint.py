@@ -299,7 +299,7 @@ def _optimizer(
     evidence: Callable[[], Evidence],
     found: list[documents.Finding],
     put: Callable[[str, Tensor], object] | None,
-) -> tuple[OptimizerView | Estimated | None, Literal["checkpoint", "log", "option", "none"], dict[str, str]]:
+) -> tuple[OptimizerView | Estimated | None, Literal["checkpoint", "log", "schedule", "option", "none"], dict[str, str]]:
     given: dict[str, Any] = {
         "lr": options.lr,
         "betas": options.betas,
@@ -351,7 +351,7 @@ def _optimizer(
             f"the learning rate in {checkpoint.optimizer.path} is 0 and the run's log has none",
             hint="pass the one in force with --lr",
         )
-    return at_logged(view, checkpoint.last_lr), "log", {}
+    return at_logged(view, checkpoint.last_lr), checkpoint.last_lr_source, {}
 
 
 def architecture_of(model: str | None) -> Architecture | None:

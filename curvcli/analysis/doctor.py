@@ -209,7 +209,8 @@ def _optimizer(checkpoint: Checkpoint, summary: Mapping[str, object] | None) -> 
         yield Check("learning rate", "ok", f"{lr:g}, of the checkpoint")
     elif checkpoint.last_lr is not None:
         stored = "0 in the checkpoint, as a schedule that has ended leaves it" if lr == 0 else "not among the headers"
-        yield Check("learning rate", "ok", f"{stored}; the run's log has {checkpoint.last_lr:g}")
+        whose = "log has" if checkpoint.last_lr_source == "log" else "arguments give its last step"
+        yield Check("learning rate", "ok", f"{stored}; the run's {whose} {checkpoint.last_lr:g}")
     elif lr == 0:
         yield Check("learning rate", "warning", "0 in the checkpoint, and the run has no log", "pass --lr LR")
 

@@ -41,7 +41,7 @@ class Provenance:
 
     checkpoint: Callable[[int, int], documents.Checkpoint] | None = None
     data: Callable[[float], documents.Data] | None = None
-    lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"] = "optimizer"
+    lr_source: Literal["checkpoint", "log", "schedule", "option", "optimizer", "none"] = "optimizer"
     notes: dict[str, str] = field(default_factory=dict)
     findings: tuple[documents.Finding, ...] = ()
     logged_loss: float | None = None

@@ -227,13 +227,7 @@ def in_force(subject: Path | Report | Track | None, given: Mapping[str, Any]) ->
         if value is not None and value is not False:
             rules.append(Rule(name=known.name, limit=None if value is True else float(value), source=source))
     if not rules:
-        foreign = gate_not_counted(place)
-        raise UsageError(
-            f"no rule is in force: those of {foreign} do not count, as it is not in the working directory or above it"
-            if foreign
-            else "no rule is in force",
-            hint="pass one, as --max-rho 1.0, or put it into [gate] of a curv.toml in the working directory",
-        )
+        raise _no_rule(place, file)
     baseline = document or of("baseline")[0]
     scopes = {known.name: known.scope for known in known_rules()}
     compares = [rule.name for rule in rules if scopes[rule.name] == "comparison"]
@@ -251,6 +245,20 @@ def in_force(subject: Path | Report | Track | None, given: Mapping[str, Any]) ->
         unresolved=of("unresolved", "report")[0],
         others=[(name, f"{value:g}" if isinstance(value, float) else str(value), source) for name, value, source in others],
         points=points,
+    )
+
+
+def _no_rule(place: Path, file: Path | None) -> UsageError:
+    if foreign := gate_not_counted(place):
+        why = f"those of {foreign} do not count, as it is not in the working directory or above it"
+    elif file is not None:
+        why = f"none was passed, and [gate] of {file} has none"
+    else:
+        why = f"none was passed, and no curv.toml or pyproject.toml in {Path.cwd()} or above it has a [gate]"
+    return UsageError(
+        f"no rule is in force: {why}",
+        hint="pass one, as --max-rho 1.0 (curv gate -h has all), or put it into [gate] of a curv.toml in the working "
+        "directory",
     )
 
 

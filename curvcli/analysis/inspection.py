@@ -53,9 +53,13 @@ def _unlike_analyze(checkpoint: Checkpoint, optimizer: Mapping[str, object] | No
     lr = (optimizer or {}).get("lr")
     if isinstance(lr, (int, float)) and lr == 0:
         found["learning-rate"] = (
-            f"it is 0 in the optimizer, as a schedule that has ended leaves it: curv analyze takes the last logged one, "
-            f"{checkpoint.last_lr:g}"
+            f"it is 0 in the optimizer, as a schedule that has ended leaves it: curv analyze takes {_taken(checkpoint)}"
             if checkpoint.last_lr is not None
-            else "it is 0 in the optimizer and the run has no log: pass the one in force to curv analyze with --lr"
+            else "it is 0 in the optimizer and the run has no log of it: pass the one in force to curv analyze with --lr"
         )
     return found
+
+
+def _taken(checkpoint: Checkpoint) -> str:
+    what = "the last logged one" if checkpoint.last_lr_source == "log" else "that of the last step, by the run's arguments"
+    return f"{what}, {checkpoint.last_lr:g}"

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import pairwise
 from math import inf
@@ -18,7 +18,6 @@ from curvcli.analysis.budget import Budget
 from curvcli.analysis.cache import (
     Cache,
     FileCache,
-    MemoryCache,
     NoCache,
     RankedCache,
     cache_key,
@@ -36,7 +35,7 @@ from curvcli.judge.limits import changed
 from curvcli.judge.readings import ReportReadings, incomparable, past
 from curvcli.judge.run import judge_points, run_findings
 from curvcli.models.architecture import config_beside
-from curvcli.models.user_code import source_digest
+from curvcli.models.user_digest import code_digest
 
 WINDOW, SURGE = 5, 2.0
 # A point that was not reached is a failed point, recognised by this message.
@@ -144,13 +143,19 @@ def track_run(
     log: list[TrainingStep] = []
     shard: tuple[str, int | None] | None = None
     kept = sorted(gone, key=lambda point: -1 if point.step is None else point.step)
+    cached = 0
     for i, checkpoint in enumerate(found):
         points += _until(kept, checkpoint)
 
-        def within(stage: str, done: float, place: int = i, call_off: Callable[[], None] = lambda: None) -> None:
+        # Those from the cache take no time, and say nothing of what is left. The fraction never falls.
+        left = len(found) - cached
+
+        def within(
+            stage: str, done: float, i: int = i, left: int = left, call_off: Callable[[], None] = lambda: None
+        ) -> None:
             if stage == "report":  # measured: what is left is short, and must not be lost
                 call_off()
-            say(f"checkpoint {place + 1} of {len(found)}: {stage}", (place + done) / len(found))
+            say(f"checkpoint {i + 1} of {len(found)}: {stage}", 1 - (len(found) - i - done) / left)
 
         try:
             with current().together(), (budget or Budget()).alarm() as disarm:
@@ -164,6 +169,7 @@ def track_run(
                 report, source = _measured(opened, cache, unchanged, partial(within, call_off=disarm))
             shard = tokens  # only what was measured says which tokens the run's are
             points.append(_point(opened, report, source, points, window, surge_limit))
+            cached += source == "cached"
         except CurvError as error:
             points.append(_failed(checkpoint, error))
         except OutOfTime:
@@ -198,10 +204,7 @@ def track_run(
 
 
 def _kept(cache: Cache, options: Options) -> Cache:
-    """The cache, where it can be relied on, and rank 0's for all ranks."""
-    own = any(":" in spec for spec in (options.model or "", options.loss))
-    if own and not isinstance(cache, MemoryCache):
-        return NoCache()  # the user's own code may have changed, and nothing in a key would say so
+    """The cache, rank 0's for all ranks."""
     return cache if current().world == 1 else RankedCache(cache, current())
 
 
@@ -283,9 +286,10 @@ def key_of(opened: Opened) -> str:
     versions = Versions.installed()
     return cache_key(
         checkpoint=[*content, checkpoint.step],  # the step may be from the directory's name
+        log=[astuple(entry) for entry in checkpoint.log],  # which may lie beside the checkpoint
         tokens=[shard.sha256, shard.sequence_length],
         how=how,
-        code=[source_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec],
+        code=[code_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec and ":" in spec],
         versions=[versions.torch, versions.transformers],
     )
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from curvcli.checkpoints.arguments import smoothed
 from curvcli.checkpoints.base import Checkpoint, warning
 from curvcli.checkpoints.formats import READERS
-from curvcli.documents import Finding
+from curvcli.checkpoints.records import with_records
+from curvcli.documents import LOG_NAME, Finding
 from curvcli.errors import InputError
 from curvcli.files.remote import checkpoints_behind, fetched
 from curvcli.files.runs import checkpoints_of, step_of, unfinished
@@ -120,9 +121,12 @@ def _with_findings(checkpoint: Checkpoint, findings: Sequence[Finding]) -> Check
 def _read(path: Path, architecture: Architecture | None) -> Checkpoint:
     for reader in READERS:
         if reader.accepts(path):
-            checkpoint = reader.read(path, architecture)
+            checkpoint = with_records(reader.read(path, architecture))
             return replace(checkpoint, findings=(*checkpoint.findings, *smoothed(checkpoint.path)))
-    raise InputError(f"{path} is in no known checkpoint format", hint="docs/how-to/checkpoints.md has the formats")
+    hint = "docs/how-to/checkpoints.md has the formats"
+    if path.name == LOG_NAME:
+        hint = "it is a job's log, which curv watch and curv report show: give a checkpoint or the run's directory"
+    raise InputError(f"{path} is in no known checkpoint format", hint=hint)
 
 
 def _known(path: Path) -> bool:

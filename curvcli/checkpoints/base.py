@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import nn
 
@@ -76,6 +76,7 @@ class Checkpoint:
         clipping: what the run's record says of it.
         findings: what is wrong with the files, as far as headers tell.
         sources: further files and directories that the model is made of, outside the checkpoint.
+        ended_lr: learning rate of the last step, by the run's own arguments, where its schedule has ended at 0.
         divisible: the weights as processes that share the model read them; None where the format is read as a whole.
     """
 
@@ -95,11 +96,21 @@ class Checkpoint:
     clipping: Clipping = field(default_factory=Clipping)
     findings: tuple[Finding, ...] = ()
     sources: tuple[Path, ...] = ()
+    ended_lr: float | None = None
     divisible: Callable[[], Divisible] | None = None
 
     @property
     def last_lr(self) -> float | None:
-        """Last positive learning rate in the run's own log."""
+        """The learning rate of a run whose schedule has ended at 0: the last positive one logged, else `ended_lr`."""
+        return self._logged_lr or self.ended_lr
+
+    @property
+    def last_lr_source(self) -> Literal["log", "schedule"]:
+        """Where `last_lr` is from."""
+        return "log" if self._logged_lr else "schedule"
+
+    @property
+    def _logged_lr(self) -> float | None:
         return next((entry.lr for entry in reversed(self.log) if entry.lr is not None and entry.lr > 0), None)
 
     @property

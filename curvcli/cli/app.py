@@ -58,7 +58,11 @@ class BoundedGroup(TyperGroup):
                 print(context.get_help() if context else "")
                 sys.exit(2)
             help_of = f"{context.command_path if context else 'curv'} -h"
-            typer.echo(f"curv: error: {plain(' '.join(message().split())).rstrip('.')}; see {help_of}", err=True)
+            # As pydantic begins what typer took from it: that the value is wrong is said already.
+            said = plain(" ".join(message().split())).rstrip(".").replace(": Value error, ", ": ", 1)
+            writes = context is not None and any(parameter.name == "output" for parameter in context.command.params)
+            page = "curv report makes a page of what -o wrote; " if writes and "'--format': 'html'" in said else ""
+            typer.echo(f"curv: error: {said}; {page}see {help_of}", err=True)
             sys.exit(2)
         sys.exit(code if isinstance(code, int) else 0)
 

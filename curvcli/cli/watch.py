@@ -63,7 +63,11 @@ def _one_frame(path: Path, tail: int, plot: Path | None) -> None:
 
     if (found := find_log(path)) is None:
         wrong = "holds no curvature.jsonl" if path.exists() else "does not exist"
-        raise InputError(f"{path} {wrong}", hint="without --once, on a terminal, curv watch waits for it")
+        raise InputError(
+            f"{path} {wrong}",
+            hint="a tracker in the job writes one, and curv track measures checkpoints; without --once, on a terminal, curv "
+            "watch waits for it",
+        )
     log = load_records(found)
     if plot:
         from curvcli.render.plot_log import plot_log

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvcli.checkpoints.base import Checkpoint
 from curvcli.data.tokens import Ids, Source, open_source
-from curvcli.errors import InputError, UsageError
+from curvcli.errors import InputError, UsageError, counted
 from curvcli.files.remote import fetched
 
 Sample = Literal["first", "spread", "random"]
@@ -158,11 +158,7 @@ def _windows(
         if sample == "first" and found >= wanted:
             break
     if not found:
-        shape = f"rows of {arrays[0].shape[1]}" if arrays[0].ndim == 2 else f"{arrays[0].size}"
-        raise InputError(
-            f"{sources[0].path} has {shape} tokens, one sequence takes {length} + 1",
-            hint="pass a shorter --sequence-length or a larger shard",
-        )
+        raise _too_short(sources, arrays, length or guess)
     picked = _picked(found, min(wanted, found), sample, seed)
     # Windows and tokens before each file: a number over all files minus its file's is the place within it.
     counts = np.cumsum([0, *(len(p) for p in places)])
@@ -177,6 +173,18 @@ def _windows(
         windows[i] = arrays[file].reshape(-1)[start : start + width]
         starts[i] = bases[file] + start
     return windows, starts
+
+
+def _too_short(sources: tuple[Source, ...], arrays: list[Ids], length: int) -> InputError:
+    place = max(range(len(arrays)), key=lambda i: arrays[i].shape[-1])
+    longest = arrays[place].shape[-1]
+    which = f", the longest of {counted(len(arrays), 'file')}," if len(arrays) > 1 else ""
+    shape = f"{'rows of ' if arrays[place].ndim == 2 else ''}{counted(longest, 'token')}"
+    more = "give more data: a prediction takes two tokens"
+    return InputError(
+        f"{sources[place].path}{which} has {shape}, one sequence takes {length} + 1",
+        hint=more if longest < 2 else f"pass --sequence-length {longest - 1}{' or less' * (longest > 2)}, or give more data",
+    )
 
 
 def _length(array: Ids, length: int | None, checkpoint: Checkpoint, path: Path) -> int:

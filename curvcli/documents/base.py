@@ -151,6 +151,9 @@ def named_content(path: Path) -> tuple[str | None, bytes]:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist", hint="write one with curv analyze -o") from error
     except (OSError, ValueError) as error:
+        if path.suffix == ".jsonl":  # as a tracker writes in the job: a line a record
+            hint = "curv watch and curv report show a job's log; give a document, as curv analyze -o writes it"
+            raise InputError(f"{path} is lines of JSON, and no document", hint=hint) from error
         raise InputError(f"{path} is no JSON document: {str(error)[:300]}", hint="write one with curv analyze -o") from error
     name = document.get("schema") if isinstance(document, dict) else None
     return (name if isinstance(name, str) else None), content

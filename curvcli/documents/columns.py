@@ -373,6 +373,6 @@ RECORDS: tuple[Column[Record], ...] = (
     Column("hvps", "HVPs", lambda r: r.hvps, kind="count"),
     Column("seconds", "seconds", lambda r: r.seconds, unit="s", digits=2),
     Column("overhead", "share of time", lambda r: r.overhead, digits=2, optional=True, leaves=None),
-    Column("status", "status", lambda r: r.status, kind="word", leaves=None),
+    Column("status", "status", lambda r: r.outcome, kind="word", leaves=None),
     Column("message", "message", lambda r: r.message, kind="word", optional=True, leaves=None),
 )

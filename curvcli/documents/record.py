@@ -77,6 +77,16 @@ class Record(Document):
     )
     odds: float | None = Field(default=None, description="chance that a run at this rho ends badly; null as stable_lr is")
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing was to be measured, as no step is taken: the learning rate is 0, as where a schedule has ended."""
+        return self.lr == 0 and self.status == "failed"
+
+    @property
+    def outcome(self) -> str:
+        """The status in a word for people."""
+        return "lr is 0" if self.idle else self.status
+
     def to_line(self) -> str:
         """The record as one line of JSONL."""
         return self.model_dump_json(by_alias=True) + "\n"

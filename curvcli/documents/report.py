@@ -154,7 +154,7 @@ class Optimizer(Document):
 
     name: str
     lr: float | None
-    lr_source: Literal["checkpoint", "log", "option", "optimizer", "none"]
+    lr_source: Literal["checkpoint", "log", "schedule", "option", "optimizer", "none"]
     betas: tuple[float, float] | None
     eps: float | None
     weight_decay: float | None

@@ -25,6 +25,8 @@ from curvcli.judge.unfinished import remedy, unfinished
 # The shard's loss over the last one logged, or the other way round, and nats between them, from which on the two are taken
 # for those of different things (docs/reference/findings.md).
 LOSS_APART, NATS_APART = 1.4, 0.1
+# What stands in for a learning rate of 0, by where it is from.
+_ENDED = {"log": "the last one logged", "schedule": "its log has none, and that of the last step by the run's arguments"}
 
 
 def explain(
@@ -214,13 +216,13 @@ def _preconditioner(optimizer: Optimizer, idle: int, left_out: int, notes: dict[
                 "true one, of training batches and past weights, can differ several-fold",
             )
         )
-    if optimizer.lr_source == "log":
+    if optimizer.lr_source in _ENDED:
         found.append(
             Finding(
-                code="lr-from-log",
+                code=f"lr-from-{optimizer.lr_source}",
                 severity="info",
-                message="the checkpoint's next learning rate is 0 (a finished schedule); the last one logged is used, "
-                f"{optimizer.lr:g} for the largest parameter group",
+                message=f"the checkpoint's next learning rate is 0 (a finished schedule); {_ENDED[optimizer.lr_source]} is "
+                f"used, {optimizer.lr:g} for the largest parameter group",
             )
         )
     # An estimated moment is of this shard's gradients, whatever the step.

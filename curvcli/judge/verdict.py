@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from curvcli.documents import Estimate, Generalisation, Record, VerdictName
 from curvcli.judge.calibration import calibration
 from curvcli.judge.limits import certified, classify
@@ -63,6 +65,18 @@ def verdict_at(low: float, high: float, odds: float | None) -> VerdictName:
     if "unstable" in places:
         return "hot" if odds is not None and odds >= known.hot_from else "unresolved"
     return "edge" if odds is not None and odds >= known.stable_below else "unresolved"
+
+
+def standing(records: Sequence[Record]) -> Record:
+    """The record that says where a job stands: the newest, or the newest at which the learning rate was not 0.
+
+    A schedule that decays to 0 ends in a record at which no step is taken: that says nothing of the run, and the one before
+    it does. Where no step was taken at all it is the newest.
+
+    Args:
+        records: of a job's log in step order, at least one.
+    """
+    return next((record for record in reversed(records) if not record.idle), records[-1])
 
 
 def verdict_of(record: Record) -> VerdictName:

@@ -6,9 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from curvcli.errors import CurvError, UsageError, exhausted
@@ -46,12 +44,6 @@ def imported(spec: str, option: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{option} {spec} is a {type(found).__name__}", hint="name a function or a class")
     return found  # type: ignore[no-any-return]
-
-
-def source_digest(spec: str) -> str | None:
-    """SHA-256 of the file of the module that a spec names; None for one that is no user's code, or has no file."""
-    file = getattr(sys.modules.get(spec.partition(":")[0]), "__file__", None)
-    return sha256(Path(file).read_bytes()).hexdigest() if ":" in spec and file and Path(file).is_file() else None
 
 
 @contextmanager

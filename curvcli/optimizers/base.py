@@ -42,7 +42,8 @@ class Group:
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"optimizer option {key!r} is {value!r}, not a number", hint=_override(key)) from error
+            wrong = f"is {value!r}, not a number" if key in self.options else "is missing"
+            raise InputError(f"optimizer option {key!r} {wrong}", hint=_override(key)) from error
         if not abs(number) < float("inf") or number < least:
             raise InputError(f"optimizer option {key!r} is {number}", hint=_override(key))
         return number

@@ -27,6 +27,14 @@ def level_line(record: Record) -> str:
     return f"{alert.level}: {plain(alert.text)}{todo}"
 
 
+def idle_line(newest: Record, stands: Record) -> str:
+    """As "the learning rate is 0 at step 300, as at a schedule's end: this is of step 280"; empty where both are one."""
+    if newest.step == stands.step:
+        return ""
+    at = "" if stands.lr is None else f", at {number(stands.lr, 3)}"
+    return f"the learning rate is 0 at step {newest.step:,}, as at a schedule's end: this is of step {stands.step:,}{at}"
+
+
 def companions_line(record: Record) -> str:
     """As "gradient 2.1 (0.4 sd), update RMS 0.97, attention logit 12"; empty where the record has none of them."""
     found = []

@@ -64,7 +64,7 @@ def record_columns(records: Sequence[Record]) -> list[Column[Record]]:
     """Columns of a log's table: the record's own, and the verdict and the level that follow from it."""
     own = present(RECORDS, records)
     judged: tuple[Column[Record], ...] = (
-        Column("verdict", "verdict", lambda r: said(verdict_of(r)), kind="word", leaves=None),
+        Column("verdict", "verdict", lambda r: None if r.idle else said(verdict_of(r)), kind="word", leaves=None),
         Column("level", "level", lambda r: alert_of(r).level, kind="word", leaves=None),
     )
     return [*own[:1], *judged, *own[1:]]

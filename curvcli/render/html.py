@@ -38,9 +38,9 @@ from curvcli.documents import (
 from curvcli.documents.columns import PARTS, POINTS, Column, Part, parts, shown
 from curvcli.errors import InputError, counted, plain
 from curvcli.judge.level import alert_of
-from curvcli.judge.verdict import verdict_of
+from curvcli.judge.verdict import standing, verdict_of
 from curvcli.render.advice import advice, track_advice
-from curvcli.render.beside import companions_line, cost_line, level_line
+from curvcli.render.beside import companions_line, cost_line, idle_line, level_line
 from curvcli.render.cells import Cell, part_cells, point_cells, present, record_cells, record_columns, summary
 from curvcli.render.compare_plot import growth
 from curvcli.render.compare_plot import picture as comparison_picture
@@ -229,6 +229,7 @@ def explanation_page(found: Explanation, layout: str = WHOLE) -> str:
 def log_page(log: Log, layout: str = WHOLE) -> str:
     """Where a job stands, what its records warn of, everything in them over steps, and the newest of them."""
     last = log.records[-1] if log.records else None
+    stands = standing(log.records) if log.records else None
     shown = log.records[-MOST_RECORDS:]
     columns = record_columns(shown)
     says = "rho, lambda, learning rate, loss and what else the records have over steps; the numbers are in the table below"
@@ -238,14 +239,18 @@ def log_page(log: Log, layout: str = WHOLE) -> str:
     severity = {"ERROR": "error", "WARN": "warning"}
     levels = [(alert_of(record).level, record) for record in log.records]
     raised = [(severity[level], f"step {r.step:,}", level_line(r)) for level, r in levels if level in severity]
-    lines = [*record_lines(last), *filter(None, (companions_line(last), cost_line(last)))] if last else []
+    lines = []
+    if last and stands:
+        beside = (idle_line(last, stands), companions_line(stands), cost_line(last))
+        lines = [*record_lines(stands), *filter(None, beside)]
     return _render(
         "log.html",
         document=log,
         layout=layout,
         log=log,
         last=last,
-        verdict=verdict_of(last) if last else "unresolved",
+        stands=stands,
+        verdict=verdict_of(stands) if stands else "unresolved",
         lines=lines,
         raised=raised[-MOST_RAISED:],
         more=max(0, len(raised) - MOST_RAISED),

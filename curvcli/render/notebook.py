@@ -9,7 +9,7 @@ from curvcli.documents import Comparison, Gate, Log, Record, Report, Schedule, T
 from curvcli.documents.columns import POINTS, shown
 from curvcli.errors import UnsupportedError, UsageError, counted, plain
 from curvcli.judge.level import alert_of
-from curvcli.judge.verdict import verdict_of
+from curvcli.judge.verdict import standing, verdict_of
 from curvcli.render.cells import records
 from curvcli.render.compare_plot import picture as comparison_picture
 from curvcli.render.compare_tracks import ranking, record
@@ -49,8 +49,8 @@ def line(document: Seen) -> str:
             both = f"{document.first.verdict} and {document.second.verdict}"
             text = f"Comparison of {document.first.path} with {document.second.path}: {both}"
         case Log():
-            newest_record = document.records[-1] if document.records else None
-            says = f"step {newest_record.step:,}, {_of(newest_record)}" if newest_record else "no record yet"
+            stands = standing(document.records) if document.records else None
+            says = f"step {stands.step:,}, {_of(stands)}" if stands else "no record yet"
             text = f"Log {document.path}, {counted(len(document.records), 'record')}: {says}"
         case TrackComparison():
             text = f"TrackComparison of {document.first.path} with {document.second.path}: {ranking(document)}"

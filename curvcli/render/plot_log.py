@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from curvcli.documents import Log, Record
 from curvcli.judge.level import alert_of
+from curvcli.judge.verdict import standing
 from curvcli.render.beside import level_line
 from curvcli.render.fit import LOG_ABOVE, spans_decades
 from curvcli.render.frame import number
@@ -162,7 +163,7 @@ def _apart(joined: list[tuple[int, int]], records: tuple[Record, ...], least: fl
 def _heading(log: Log) -> str:
     if not log.records:
         return "no record yet"
-    last = log.records[-1]
+    last = standing(log.records)
     value = f"rho {number(last.rho, 3)}" if last.rho is not None else f"no rho ({last.status})"
     value = f"Z {number(last.z, 3)}" if last.rho is None and last.z is not None else value
     return f"step {last.step:,}, {value}"

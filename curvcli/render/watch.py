@@ -14,8 +14,8 @@ from rich.text import Text
 from curvcli.documents import Log, Record
 from curvcli.errors import counted, plain
 from curvcli.judge.limits import STABLE_BELOW, UNSTABLE_ABOVE, certified
-from curvcli.judge.verdict import verdict_of
-from curvcli.render.beside import companions_line, cost_line, level_line
+from curvcli.judge.verdict import standing, verdict_of
+from curvcli.render.beside import companions_line, cost_line, idle_line, level_line
 from curvcli.render.fit import LOG_ABOVE, Points, fitting, round_log_ticks, round_ticks, thin
 from curvcli.render.frame import number
 from curvcli.render.largest_lr import record_lines
@@ -103,7 +103,12 @@ def header(log: Log) -> Text:
     text = Text(f"{plain(str(log.path))}\n", style="")
     text.stylize("bold")
     if not log.records:
-        text.append("no record yet" if log.exists else "waiting for it: there is no such file yet", style="yellow")
+        text.append(
+            "no record yet"
+            if log.exists
+            else "waiting for it: there is no such file yet, which a tracker in the job writes",
+            style="yellow",
+        )
         _troubles(text, log)
         return text
     last = log.records[-1]
@@ -114,22 +119,25 @@ def header(log: Log) -> Text:
         text.append(f", last written {_ago(log.age)} ago")
         if log.gap is not None:
             text.append(f", usually every {_ago(log.gap)}")
-        if log.stalled:
+        if log.stalled and not last.idle:  # a job whose schedule has ended writes no more
             text.append(" (looks stalled)", style="bold red")
-    verdict = verdict_of(last)
+    stands = standing(log.records)
+    verdict = verdict_of(stands)
     text.append("\n\n")
     text.append(f" {said(verdict).upper()} ", style=f"bold reverse {COLOURS[verdict]}")
-    if last.rho is not None:
-        _rho(text, last)
-    elif last.z is not None:
-        text.append(f"  Z {number(last.z, 3)}", style="bold")
+    if stands.rho is not None:
+        _rho(text, stands)
+    elif stands.z is not None:
+        text.append(f"  Z {number(stands.z, 3)}", style="bold")
         text.append("  (edge 1; a lower bound, and below the edge it proves nothing)", style="dim")
     else:
-        reason = f": {plain(last.message)}" if last.message else ""
-        text.append(f"  no rho, {last.status}{reason}", style="yellow")
+        reason = f": {plain(stands.message)}" if stands.message else ""
+        text.append(f"  no rho, {stands.outcome}{reason}", style="yellow")
         known = [r for r in log.records if r.rho is not None and certified(r)]
         if known:
             text.append(f"\n the last one was {number(known[-1].rho, 3)} at step {known[-1].step:,}")
+    if line := idle_line(last, stands):
+        text.append(f"\n {line}")
     _beside(text, last)
     _troubles(text, log)
     return text
@@ -267,7 +275,7 @@ def _row(record: Record) -> dict[str, str]:
         "depth": "-" if record.active_depth is None else str(record.active_depth),
         "HVPs": str(record.hvps),
         "seconds": f"{record.seconds:.1f}",
-        "status": record.status,
+        "status": record.outcome,
     }
 
 

@@ -81,6 +81,39 @@ def test_a_second_call_measures_nothing(tracked: tuple[Track, Path], calm: Path)
     assert [p.report for p in again.points] == [p.report for p in track.points]
 
 
+def test_what_is_cached_counts_for_no_time(tracked: tuple[Track, Path], calm: Path) -> None:
+    known = [tracked[0].points[0].report]
+
+    class First(NoCache):
+        def get(self, key: str) -> Report | None:
+            return known.pop() if known else None
+
+    said: list[tuple[str, float]] = []
+    track_run(calm, OPTIONS, First(), progress=lambda stage, done: said.append((stage, done)))
+    fractions = [done for _, done in said]
+    assert fractions == sorted(fractions)
+    assert next(done for stage, done in said if stage.startswith("checkpoint 2 of 2")) == 0.0
+    assert 0.1 < next(done for stage, done in said if stage.endswith("2: layer 0")) < 0.9
+
+
+@pytest.mark.slow
+def test_a_loss_of_ones_own_is_kept_until_its_code_changes(
+    calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loss_of_mine.py").write_text("from parts_of_mine import scale\n\ndef loss(model, batch):\n"
+                                              "    return scale * model(input_ids=batch, labels=batch).loss\n")  # fmt: skip
+
+    def sources(scale: int) -> set[str]:
+        (tmp_path / "parts_of_mine.py").write_text(f"scale = {scale}\n")
+        how = ("--tokens", "128", "--max-hvps", "3", "--loss", "loss_of_mine:loss", "--format", "json", "-q")
+        monkeypatch.chdir(tmp_path)
+        done = process("track", calm, *how, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        return {point["source"] for point in json.loads(done.stdout)["points"]}
+
+    assert [sources(scale) for scale in (1, 1, 2)] == [{"measured"}, {"cached"}, {"measured"}]
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_same_numbers(tracked: tuple[Track, Path], calm: Path, tmp_path: Path) -> None:
     """The first checkpoint alone, as a killed call leaves it; then the whole run."""

@@ -60,7 +60,11 @@ def test_exit_codes(hot: Path, arguments: list[str], code: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "no rule is in force"),
+        ([], "no rule is in force: none was passed, and no curv.toml or pyproject.toml in "),
+        (
+            ["--explain"],
+            "or above it has a [gate]; pass one, as --max-rho 1.0 (curv gate -h has all), or put it into [gate]",
+        ),
         (["--max-rho", "nan"], "--max-rho"),
         (["--max-rho", "-1"], "--max-rho"),
         (["--max-regression", "inf", "--baseline", "HOT"], "--max-regression"),

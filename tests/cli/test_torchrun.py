@@ -152,6 +152,17 @@ def test_what_happens_to_one_rank_ends_all(fail: str, said: str, codes: set[int]
     assert bool(list(run.glob(f"*{fail}.json*"))) == (not codes)
 
 
+@pytest.mark.parametrize("full", ["1,0", "0,6"])
+def test_a_disk_that_is_full_on_one_rank_ends_all_with_its_name(full: str, run: Path) -> None:
+    given = ["analyze", "run/checkpoint-6", "--no-depths", "--memory", "9GiB", "--loss", "full_disk:loss", "-q"]
+    _, lines, codes = ended(started(run, *given, "-o", f"full{full}.json", FULL=full))
+    assert codes == {2}
+    assert len(lines) == 1
+    assert lines[0].startswith(f"curv: error: rank {full[0]} of 2: cannot keep ")
+    assert lines[0].endswith("No space left on device; set TMPDIR to a folder on another disk, or give it more --memory")
+    assert not list(run.glob("*full*.json"))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_ends_all(rank: int, run: Path) -> None:
     given = ["analyze", "run/checkpoint-6", "--no-depths", "--mode", "fresh", "--loss", "failing_loss:loss", "-q"]

@@ -27,12 +27,22 @@ from curvcli.render.headline import head
         ("schedule verify", "Missing argument 'SCHEDULE'", "curv schedule verify -h"),
         ("analyse", "No such command 'analyse'", "curv -h"),
         ("schedule --depth 0", "Invalid value for '--depth'", "curv schedule -h"),
+        (
+            "track x --format xml",
+            "Invalid value for '--format': 'xml' is not one of 'table', 'json', 'csv'",
+            "curv track -h",
+        ),
     ],
 )
 def test_a_usage_error_is_one_line_that_says_where_the_help_is(words: str, said: str, where: str) -> None:
     line = refusal(*words.split())
     assert line.startswith(f"curv: error: {said}")
     assert line.endswith(f"; see {where}")
+
+
+@pytest.mark.parametrize("verb", ["analyze", "track", "gate", "compare", "explain", "schedule"])
+def test_a_page_is_made_elsewhere(verb: str) -> None:
+    assert "; curv report makes a page of what -o wrote; see " in refusal(verb, "--format", "html")
 
 
 def test_the_words_of_an_error_reach_no_terminal_as_they_are() -> None:

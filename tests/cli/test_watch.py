@@ -35,7 +35,7 @@ def test_one_frame_when_piped(path: Path) -> None:
 def test_usage(tmp_path: Path, path: Path) -> None:
     for arguments, said in (
         ([str(tmp_path / "nowhere"), "--once"], "nowhere does not exist;"),
-        ([str(tmp_path), "--once"], " holds no curvature.jsonl;"),
+        ([str(tmp_path), "--once"], " holds no curvature.jsonl; a tracker in the job writes one, and curv track measures"),
         ([str(tmp_path), "--plot", "picture.bmp"], ".png"),
     ):
         done = curv("watch", *arguments)
@@ -103,3 +103,19 @@ def test_termination_gives_the_screen_back_and_no_color_is_obeyed(path: Path) ->
     assert terminal.raw.rfind(b"\x1b[?1049l") > terminal.raw.rfind(b"\x1b[?1049h")
     assert b"\x1b[38;5" not in terminal.raw
     assert b"[31" not in terminal.raw
+
+
+def test_a_log_is_none_of_what_other_verbs_take(path: Path) -> None:
+    write(path, record(0), record(1))
+    for words, said in (
+        (["gate", path, "--max-rho", "1"], "is lines of JSON, and no document; curv watch and curv report show a job's log"),
+        (["compare", path, path], "is lines of JSON, and no document; curv watch and curv report show a job's log"),
+        (["analyze", path], "is in no known checkpoint format; it is a job's log, which curv watch and curv report show"),
+        (
+            ["track", path],
+            "it is a job's log, which curv watch and curv report show: give a checkpoint or the run's directory",
+        ),
+    ):
+        done = curv(*words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr

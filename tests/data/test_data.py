@@ -368,3 +368,24 @@ def test_what_is_sampled_from_is_bounded(
     assert len(read_shard(tmp_path / name, speaking, tokens=16, sequence_length=16).windows) == 1
     with pytest.raises(InputError, match=r"more .*than can be sampled from"):
         read_shard(tmp_path / name, speaking, tokens=16, sequence_length=16, sample="spread")
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((1,), "a0.bin has 1 token, one sequence takes 32 + 1; give more data: a prediction takes two tokens"),
+        ((2,), "a0.bin has 2 tokens, one sequence takes 32 + 1; pass --sequence-length 1, or give more data"),
+        (
+            (3, 20, 5),
+            "a1.bin, the longest of 3 files, has 20 tokens, one sequence takes 32 + 1; pass --sequence-length 19 or",
+        ),
+    ],
+)
+def test_too_few_tokens_name_what_would_do(
+    counts: tuple[int, ...], said: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    for n, count in enumerate(counts):
+        np.zeros(count, dtype="<u2").tofile(tmp_path / f"a{n}.bin")
+    with pytest.raises(InputError) as caught:
+        read_shard(sorted(tmp_path.glob("*.bin")), checkpoint, tokens=32, sequence_length=32)
+    assert said in str(caught.value)

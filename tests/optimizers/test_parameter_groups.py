@@ -267,3 +267,9 @@ def test_live_and_saved_views_agree(trained: tuple) -> None:
     view = live(optimizer, parameters)
     nameless = OptimizerView(view.groups, view.state)
     assert prepare(view, parameters).threshold == prepare(nameless, parameters).threshold
+
+
+def test_an_option_that_is_missing_is_said_to_be() -> None:
+    for options, said in (({}, "'lr' is missing"), ({"lr": None}, "'lr' is None, not a number")):
+        with pytest.raises(InputError, match=said):
+            Group(("w",), options).number("lr")
