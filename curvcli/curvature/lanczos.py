@@ -22,7 +22,7 @@ from curvcli.curvature.operator import Operator
 from curvcli.curvature.precision import numbers
 from curvcli.curvature.ranks import current
 from curvcli.curvature.ritz import Extremes, Ritz, Status, agreed
-from curvcli.curvature.scratch import Store, let_go
+from curvcli.curvature.scratch import Store, let_go, resident
 from curvcli.errors import FullDiskError
 
 EXTRA = 4  # products at most for telling the two largest eigenvalues apart
@@ -304,7 +304,8 @@ class Walk:
 
     def _add(self, vector: Tensor, norm: float = 1.0) -> None:
         if self.rows == 1 and self.store is None:
-            self.blocks.append(vector.div_(norm)[None])
+            # A product whose sum was kept on disk is not to take the basis there: memory was planned for it.
+            self.blocks.append(resident(vector).div_(norm)[None])
             return
         block, row = divmod(self.products, self.rows)
         if block == len(self.blocks):

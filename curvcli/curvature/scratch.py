@@ -29,7 +29,7 @@ SHARE = 0.5  # of what is free there, at most
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of the user's share of it, of what a process may write
 
 MOUNTS = Path("/proc/self/mountinfo")  # Linux's
-IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # file systems that do
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # file systems that lie in memory
 
 Put = Callable[[Sequence[Tensor]], list[Tensor]]  # `Scratch.put`, or `list` where they stay where they are
 
@@ -183,3 +183,8 @@ def let_go(tensor: Tensor) -> None:
     mapped = _maps.get(tensor.untyped_storage().data_ptr())
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # what was written stays in the file
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def resident(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy in memory where it is over a file of `Scratch`."""
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in _maps else tensor

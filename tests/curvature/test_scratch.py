@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvcli.curvature import precision
+from curvcli.curvature import lanczos, precision
 from curvcli.curvature import scratch as module
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.operator import DenseOperator, Folded
@@ -44,6 +44,19 @@ def test_a_basis_on_disk_gives_the_numbers_of_one_in_memory(support: bool, tmp_p
     assert disk.ceiling == pytest.approx(memory.ceiling, rel=1e-9)
     torch.testing.assert_close(disk.vector, memory.vector, rtol=0, atol=1e-9)
     torch.testing.assert_close(*folds)
+
+
+def test_a_basis_that_memory_was_planned_for_is_not_left_where_products_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large vectors are kept as products give them, and these may have been summed on disk."""
+    monkeypatch.setattr(lanczos, "ALONE", 0)
+    operator = Folded([(0.5, DenseOperator(_matrix(1))), (0.5, DenseOperator(_matrix(2)))], put=Scratch(tmp_path).put)
+    solver = Lanczos()
+    walk = solver.begin(operator)
+    assert solver.finish(walk).status == "converged"
+    assert len(walk.blocks) == walk.products > 1
+    assert not [block for block in walk.blocks if block.untyped_storage().data_ptr() in module._maps]
 
 
 def test_what_is_let_go_is_there_when_it_is_asked_for_again_and_leaves_no_file(
