@@ -146,8 +146,7 @@ class Whole:
         """Whether the full model's solve may wait for that without rare rows."""
         # Both solves' vectors are held at once; ranks could come to see the mass on two sides of the limit; and products
         # by differences are certified by their own solver, as a whole (stepped.py).
-        roomy = self.solver.store is not None or self.solver.basis >= ROOMY
-        return roomy and self.work.exact and self.work.ranks.world == 1
+        return self.solver.basis >= ROOMY and self.work.exact and self.work.ranks.world == 1
 
     def _kept(self, looked_up: Lookups) -> tuple[Tensor | None, dict[str, Tensor]]:
         """True, flat, on what is in no row that the shard hardly looks up, None where no row is; these rows by name."""

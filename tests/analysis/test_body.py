@@ -110,6 +110,17 @@ def test_the_verdict_without_the_row_comes_before_the_full_model_is_done(monkeyp
     assert straight.cost.hvps == report.cost.hvps
 
 
+def test_a_solve_does_not_wait_where_that_would_leave_the_other_few_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a basis on disk, which has room for as many vectors as there may be products and no more."""
+    monkeypatch.setattr("curvcli.analysis.solve.unplanned", lambda *_: (14, True))
+    seen: list[Report] = []
+    model, optimizer = trained(2)
+    report = analyze(model, models.loss, shard(2), optimizer, max_hvps=14, on_verdict=seen.append)
+    assert report.body is not None
+    assert (report.body.status, report.full.status) == ("converged", "converged")
+    assert seen[0].full.status == "converged"
+
+
 def test_products_by_differences_are_certified_before_the_verdict() -> None:
     """Their solver makes products of its own at the end of a solve, and none of it is left for later."""
     seen: list[Report] = []
