@@ -20,6 +20,7 @@ from curvcli.analysis.carriers import carriers, rests
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 from curvcli.analysis.explain import explain
 from curvcli.analysis.solve import Measurement
+from curvcli.curvature import resources
 from curvcli.curvature.problem import Problem
 from curvcli.data.tasks import labelled_loss
 from curvcli.documents import Explanation
@@ -282,10 +283,12 @@ def test_the_gradient_is_held_against_the_second_moment_as_analyze_does(tmp_path
     assert told.batch_ratio == pytest.approx(wanted.batch_ratio, rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["kept", "fresh"])
+@pytest.mark.parametrize(("mode", "memory", "threads"), [("kept", None, True), ("fresh", None, False), ("kept", 2**40, False)])
 def test_what_is_left_is_walked_by_threads_as_the_whole_is(
-    mode: str, culprit: Path, found: Explanation, monkeypatch: pytest.MonkeyPatch
+    mode: str, memory: int | None, threads: bool, culprit: Path, found: Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Under a limit of memory by one, whose results the plan has counted."""
+    monkeypatch.setattr(resources, "return_blocks", lambda: True)
     seen: list[bool] = []
     theirs = explaining._Explainer.solved
 
@@ -294,8 +297,8 @@ def test_what_is_left_is_walked_by_threads_as_the_whole_is(
         return theirs(self, work)
 
     monkeypatch.setattr(explaining._Explainer, "solved", solved)
-    walked = _explained(culprit, optimizer="SGD", lr=0.5, mode=mode)
-    assert seen == [mode == "kept"] * 3
+    walked = _explained(culprit, optimizer="SGD", lr=0.5, mode=mode, memory=memory)
+    assert seen == [threads] * 3
     for one, other in zip(walked.removals, found.removals, strict=True):
         assert one.estimate.eigenvalue == pytest.approx(other.estimate.eigenvalue, rel=1e-5)
 

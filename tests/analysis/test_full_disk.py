@@ -188,6 +188,7 @@ def test_what_was_explained_until_then_stands(
     found = explain(place, **how)
     (said,) = [f.message for f in found.findings if f.code in ("disk-full", "out-of-time")]
     assert said.startswith("the disk was full: cannot keep ")
+    assert said.endswith("; set TMPDIR to a folder on another disk, or give it more --memory")
     assert found.estimate.status == status
     assert len(whole.removals) == 2
     assert found.removals == whole.removals[:removals]
