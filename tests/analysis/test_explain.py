@@ -21,10 +21,12 @@ from curvcli.analysis.checkpoint import Options, analyze_checkpoint
 from curvcli.analysis.explain import explain
 from curvcli.analysis.solve import Measurement
 from curvcli.curvature import resources
+from curvcli.curvature.lanczos import Lanczos
 from curvcli.curvature.problem import Problem
+from curvcli.curvature.ritz import Extremes
 from curvcli.data.tasks import labelled_loss
 from curvcli.documents import Explanation
-from curvcli.errors import OutOfTime
+from curvcli.errors import OutOfTime, UnsupportedError
 
 IGNORED = -100
 
@@ -283,7 +285,9 @@ def test_the_gradient_is_held_against_the_second_moment_as_analyze_does(tmp_path
     assert told.batch_ratio == pytest.approx(wanted.batch_ratio, rel=1e-4)
 
 
-@pytest.mark.parametrize(("mode", "memory", "threads"), [("kept", None, True), ("fresh", None, False), ("kept", 2**40, False)])
+@pytest.mark.parametrize(
+    ("mode", "memory", "threads"), [("kept", None, True), ("fresh", None, False), ("kept", 2**40, False)]
+)
 def test_what_is_left_is_walked_by_threads_as_the_whole_is(
     mode: str, memory: int | None, threads: bool, culprit: Path, found: Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,21 +322,28 @@ def test_shares_add_up(found: Explanation) -> None:
     assert found == Explanation.read(found.to_json())
 
 
-def test_without_an_estimate_nothing_is_explained(culprit: Path) -> None:
-    """Products overflow: a status, no shares."""
+@pytest.mark.parametrize("status", ["asymmetric", "non-finite"])
+def test_without_an_estimate_nothing_is_explained(status: Any, culprit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A status, no shares, also where there is a vector of products that are wrong."""
+    theirs = Lanczos.extremes
+
+    def failed(self: Lanczos, *given: Any, **more: Any) -> Extremes:
+        found = replace(theirs(self, *given, **more), status=status)
+        return found if status == "asymmetric" else replace(found, top=None, bottom=None, vector=None)
+
+    monkeypatch.setattr(Lanczos, "extremes", failed)
+    found = _explained(culprit, optimizer="SGD", lr=0.5)
+    assert (found.estimate.status, found.estimate.eigenvalue) == (status, None)
+    assert (found.parts, found.sequences, found.removals, found.per) == ([], [], [], "nothing")
+
+
+def test_a_loss_that_overflows_is_refused(culprit: Path) -> None:
     model = build()
     with torch.no_grad():
         model.lm_head.weight *= 1e30
-    place = culprit.parent / "huge"
-    model.save_pretrained(place)
-    np.save(place / "data.npy", np.load(culprit / "data.npy"))
-    try:
-        found = _explained(place, optimizer="none")
-    except Exception as error:  # refused beforehand will do as well
-        assert "finite" in str(error) or "derivative" in str(error)  # noqa: PT017
-        return
-    assert found.estimate.eigenvalue is None
-    assert (found.parts, found.sequences, found.removals, found.per) == ([], [], [], "nothing")
+    model.save_pretrained(culprit.parent / "huge")
+    with pytest.raises(UnsupportedError, match="is not finite on this data"):
+        explain(culprit.parent / "huge", data=culprit / "data.npy", device="cpu", optimizer="none")
 
 
 @pytest.mark.slow
