@@ -110,10 +110,11 @@ def rho_plot(rows: list[dict[str, Any]]) -> None:
         axes.axhline(1, color="#b3261e", linestyle="--", linewidth=1)
         axes.set_yscale("log")
         axes.set_title(f"peak lr {lr:g}", loc="left", fontsize=10)
-        axes.set_xlabel("step")
+        axes.set_xlabel("step (unlocks dotted)")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("rho (converged estimates)")
-    panels[0].legend(frameon=False, fontsize=8, title="unlocks: dotted", title_fontsize=8, loc="lower left")
+    # Beside the panels: within one it would lie on curves.
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(HERE / "results" / "method_rho.png", metadata={"Software": None})
 
 

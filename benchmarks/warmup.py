@@ -279,8 +279,11 @@ def plot(rows: Sequence[dict[str, Any]]) -> None:
         axes.set_xlabel("step; the learning rate rises tenfold every 80")
         axes.set_title(f"{family}, seed 0", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("rho")
+    # Beside the panels, once for both: within one it would lie on curves and lines.
+    arms = {arm: line for axes in figure.axes for line, arm in zip(*axes.get_legend_handles_labels(), strict=True)}
+    arms = {arm: arms[arm] for arm in ARMS if arm in arms}
+    figure.legend(arms.values(), arms.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=len(arms))
     figure.savefig(HERE / "results" / "warmup_rho.png", metadata={"Software": None})
 
 

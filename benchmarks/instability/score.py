@@ -289,7 +289,10 @@ def draw(document: dict[str, Any], fit: dict[str, Any]) -> Figure:
     right.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
     right.set_xlabel("odds of a bad end, as told")
     right.set_ylabel("share that ended badly")
-    right.legend(fontsize=7)
+    # Beside the panel, where no bin lies; of one size, since that of a marker says how many runs a bin has.
+    legend = figure.legend(*right.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside lower right", ncols=4)
+    for handle in legend.legend_handles:
+        handle.set_sizes([30])
     return figure
 
 
