@@ -340,6 +340,10 @@ def test_a_page_on_a_phone_and_on_a_screen(browser: Browser, tmp_path: Path, nam
             assert kind.endswith("-narrow") is narrow
             assert whole, "the newest checkpoint and the deepest block are in sight"
             assert size >= 9, kind
+    if name == "report":  # the same table in a window that has room beside the text, and in one that has none
+        assert all(not hinted for _, hinted in frames)
+        browser.open(out, width=1000)
+        assert any(hinted for _, hinted in browser.run(FRAMES))
     browser.open(out, width=700, media="print")
     assert browser.run("document.documentElement.scrollWidth") <= 700
     assert all(not hinted for _, hinted in browser.run(FRAMES))
