@@ -86,12 +86,14 @@ def _headline(report: Report, doubts: Sequence[str], full_disk: FullDiskError | 
             + ("" if optimizer.name == "none" else "; pass --lr"),
         )
     if full.status == "skipped":  # the body: where not even the full model was reached there is no report
-        return Finding(
-            code="unresolved-budget",
-            severity="warning",
-            message="the time budget ran out before the model was measured without the rows that this shard hardly looks "
-            "up, on which its sharpest direction lies: no verdict; raise --budget",
+        without = (
+            "the model was measured without the rows that this shard hardly looks up, on which its sharpest direction lies"
         )
+        if full_disk is not None:
+            message = f"the disk was full before {without}: no verdict; {full_disk.hint}"
+            return Finding(code="unresolved-disk", severity="warning", message=message)
+        message = f"the time budget ran out before {without}: no verdict; raise --budget"
+        return Finding(code="unresolved-budget", severity="warning", message=message)
     if full.rho is None:
         return Finding(
             code=f"full-{full.status}",

@@ -70,6 +70,12 @@ def _verdict(report: Report) -> list[Step]:
     return []
 
 
+_ENDED = {
+    "disk-full": "Measure again with TMPDIR on a disk that has room, or with more --memory.",
+    "out-of-time": "Measure again with a larger --budget.",
+}
+
+
 def _findings(report: Report) -> list[Step]:
     files = [file.path for file in report.data.files] or [report.data.path]
     given = [("data", path) for path in files] + [("sequence-length", report.data.sequence_length)]
@@ -78,6 +84,11 @@ def _findings(report: Report) -> list[Step]:
     longer, option = "let the eigensolver run longer", "--max-hvps 400"
     if at_rounding(report.judged):
         longer, option = "give a tolerance that float32 can meet", "--tolerance 1e-5"
+    codes = {finding.code for finding in report.findings}
+    # What ended the analysis is what has to give: more products would not be reached either.
+    cut = codes & {"unresolved-residual", "unconverged-parts", "unresolved-budget", "unresolved-disk"}
+    ended = next((how for code, how in _ENDED.items() if cut and code in codes), "")
+    codes -= cut if ended else set()
     steps = {
         "no-threshold": Step("Give the learning rate in force: without one there is no edge.", f"{again} --lr LR"),
         "unresolved-tokens": Step("Measure on more tokens.", f"{again} --tokens {4 * report.data.tokens}"),
@@ -89,4 +100,5 @@ def _findings(report: Report) -> list[Step]:
         "update-overshoots": Step("Watch the loss of the next steps: the next update is past its critical length."),
         "ends-dominate": Step("Do not expect freezing blocks to help: embedding and head carry most of lambda."),
     }
-    return [steps[finding.code] for finding in report.findings if finding.code in steps]
+    first = [Step(ended)] if ended else []
+    return [*first, *(steps[found.code] for found in report.findings if found.code in steps and found.code in codes)]
