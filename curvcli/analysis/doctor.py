@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from curvcli.analysis.checkpoint import DEFAULT_TOKENS, architecture_of
 from curvcli.analysis.config import find_config
-from curvcli.analysis.estimate import HELD
+from curvcli.analysis.plan import WANTED
 from curvcli.checkpoints import open_checkpoint
 from curvcli.checkpoints.base import UNNAMED, Checkpoint
 from curvcli.curvature.resources import free_bytes
@@ -259,8 +259,8 @@ def _memory(checkpoint: Checkpoint, summary: Mapping[str, object] | None, device
     entries = (summary or {}).get("state entries")
     moments = len(entries) if isinstance(entries, list) else 0
     # In float32, as it is measured, whatever the files have.
-    least, free = 4 * values * (1 + moments + HELD), free_bytes(device)
-    found = f"at least {_size(least)}: {values:,} float32 weights, their state, and {HELD} vectors of that size"
+    least, free = 4 * values * (1 + moments + WANTED), free_bytes(device)
+    found = f"at least {_size(least)}: {values:,} float32 weights, their state, and {WANTED} vectors of that size"
     if least > free:
         remedy = "measure on a machine with more, or watch from inside the job: docs/how-to/training.md"
         return Check("memory", "error", f"{found}; {_size(free)} can be planned with", remedy)

@@ -12,6 +12,7 @@ from typing import Any
 from curvcli.analysis.api import prepared
 from curvcli.analysis.cache import Cache
 from curvcli.analysis.checkpoint import Options, architecture_of, open_for_analysis
+from curvcli.analysis.plan import WANTED
 from curvcli.analysis.scale import DEVICES, scale
 from curvcli.analysis.solve import Measurement
 from curvcli.analysis.stages import Progress
@@ -20,8 +21,6 @@ from curvcli.checkpoints import fetched, find_checkpoints, open_checkpoint
 from curvcli.curvature.hvp import graph_bytes, random_direction, timed
 from curvcli.curvature.lanczos import Lanczos
 from curvcli.errors import CurvError, memory_named
-
-HELD = 16  # vectors of the parameters' size that a solve of the usual length holds, as plan.WANTED
 
 
 def estimate_checkpoint(path: Path, options: Options, progress: Progress | None = None) -> dict[str, Any]:
@@ -139,6 +138,6 @@ def forecast(work: Measurement) -> dict[str, Any]:
         "memory_bytes": {
             "parameters": size,
             "graphs": graph_bytes(problem, once=mode == "differences") * (len(problem.batches) if mode == "kept" else 1),
-            "basis": HELD * moving,
+            "basis": WANTED * moving,
         },
     }

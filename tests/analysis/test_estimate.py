@@ -12,7 +12,8 @@ from tiny import build, run_of
 from curvcli.analysis import solve
 from curvcli.analysis.cache import FileCache
 from curvcli.analysis.checkpoint import Options, analyze_checkpoint
-from curvcli.analysis.estimate import HELD, estimate_checkpoint, estimate_run
+from curvcli.analysis.estimate import estimate_checkpoint, estimate_run
+from curvcli.analysis.plan import WANTED
 from curvcli.analysis.stages import products
 from curvcli.analysis.track import track_run
 from curvcli.curvature import resources
@@ -46,7 +47,7 @@ def test_memory_is_that_of_the_parameters_the_graphs_and_the_vectors(run: Path) 
     kept = estimate_checkpoint(run / "checkpoint-3", OPTIONS)["memory_bytes"]
     fresh = estimate_checkpoint(run / "checkpoint-3", replace(OPTIONS, mode="fresh", batch_size=4))["memory_bytes"]
     assert (kept["parameters"], fresh["parameters"]) == (size, size)
-    assert 0 < kept["basis"] <= HELD * size  # weights that never had a gradient are left out
+    assert 0 < kept["basis"] <= WANTED * size  # weights that never had a gradient are left out
     assert kept["graphs"] == 4 * fresh["graphs"], "16 windows in batches of 4: all graphs are kept, or one"
 
 
