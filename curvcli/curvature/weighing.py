@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
+from math import inf
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from curvcli.errors import UsageError
 IGNORED = -100  # cross-entropy's ignore_index
 # Of the loss: rounding of a mean in float32. Batch statistics and contrastive losses differ by far more.
 SAME = 1e-5
+ROUNDING, NEAR = 1e-6, 10  # up to which, or to so many times the best, another way is not told from it
+ALIKE = 0.01  # of a row against another, up to which it does not matter which of two ways of counting it is
 Count = Callable[[Any], Tensor]  # of a batch: what each of its rows counts, of shape (rows,), float64, on the CPU
 
 
@@ -37,7 +40,9 @@ def weighed(problem: Problem, ranks: Ranks = ALONE) -> Problem:
     """
     if len({_ignored(batch) for batch in problem.batches}) < 2:
         return problem
-    count, why = None, "their loss is no mean over labels or rows"
+    count, why = None, "their loss is no mean over labels or rows, or does not tell which"
+    if not all(map(rows_of, problem.batches)):
+        why = "their tensors have no first dimension in common, so that rows of them cannot be tried"
     try:
         with ranks.together():  # where weights are divided they are gathered meanwhile, and none may stay away
             count = counting(problem, [problem.batches])
@@ -46,7 +51,7 @@ def weighed(problem: Problem, ranks: Ranks = ALONE) -> Problem:
     if count is None:
         raise UsageError(
             f"batches differ in how many labels are -100, which counts as none, no weights were given, and {why}",
-            hint="pass weights=[number of predictions in each batch]",
+            hint="pass weights=[what the mean loss of each batch divides by, as its number of predictions]",
         )
     counts = ranks.first([float(count(batch).sum()) for batch in problem.batches])
     if 0.0 in counts:
@@ -55,7 +60,10 @@ def weighed(problem: Problem, ranks: Ranks = ALONE) -> Problem:
 
 
 def counting(problem: Problem, groups: Sequence[Sequence[Any]]) -> Count | None:
-    """How rows count in the mean loss of a batch: by their labels or as one each; None where they depend on each other.
+    """How rows count in the mean loss of a batch: by their labels or as one each.
+
+    None where they depend on each other, or weigh by what they are, as by their classes; and where the losses of the rows
+    are so near to each other, as before the first step of a head of zeros, that any way would do.
 
     Args:
         groups: batches whose rows are joined to tell; their tensors but for the first dimension are of equal shapes.
@@ -65,15 +73,19 @@ def counting(problem: Problem, groups: Sequence[Sequence[Any]]) -> Count | None:
         return None
     ways = _ways([batch for group in groups for batch in group])
     counts = [[torch.cat([way(batch) for batch in group]) for way in ways] for group in groups]
-    fits = [True] * len(ways)
-    for index, rows in _telling(counts).items():
+    errors = [0.0] * len(ways)
+    for index, rows in _telling(groups, counts).items():
         alone = [_row(groups[index], row) for row in rows]
         whole, *single = _losses(problem, [_joined(alone), *alone])
         for i, found in enumerate(counts[index]):
             shares = found[rows].tolist()
             mean = sum(share * loss for share, loss in zip(shares, single, strict=True) if share) / (sum(shares) or 1)
-            fits[i] &= abs(mean - whole) <= SAME * abs(whole)
-    return next((way for way, fit in zip(ways, fits, strict=True) if fit), None)
+            error = abs(mean - whole) / (abs(whole) or 1)
+            errors[i] = max(errors[i], error) if error <= SAME else inf  # where it is NaN, too
+    if min(errors) > SAME:
+        return None
+    first, *others = [i for i, error in enumerate(errors) if error <= max(NEAR * min(errors), ROUNDING)]
+    return None if any(_apart(found[first], found[i])[0] > ALIKE for found in counts for i in others) else ways[first]
 
 
 def rows_of(batch: Any) -> int | None:
@@ -123,25 +135,54 @@ def _holds(tensor: Tensor) -> bool:
 
 
 def _ignored(batch: Any) -> tuple[tuple[int, int], ...]:
-    """Of each tensor of a batch how many labels there are not, and how many of the first."""
+    """Of each tensor of a batch how many labels there are not, and how many of the first in a row."""
     absent = [_none(t) for t in tensors(batch) if _holds(t)]
-    return tuple((int(found.sum()), int(found[..., 0].sum())) for found in absent)
+    return tuple((int(found.sum()), int(found[..., 0].sum()) if found.dim() > 1 else 0) for found in absent)
 
 
-def _telling(counts: Sequence[Sequence[Tensor]]) -> dict[int, list[int]]:
-    """Rows by the index of their group that tell any two ways of counting apart, if any do; else two rows."""
-    chosen: dict[int, set[int]] = {}
+def _telling(groups: Sequence[Sequence[Any]], counts: Sequence[Sequence[Tensor]]) -> dict[int, list[int]]:
+    """Rows by the index of their group: that tell any two ways of counting apart, if any do, and that are unlike."""
+    unlike = [_unlike(group, found) for group, found in zip(groups, counts, strict=True)]
+    most = max(range(len(groups)), key=lambda index: unlike[index][0])
+    chosen = {most: unlike[most][1]}
     for one, other in combinations(range(len(counts[0])), 2):
-        best = 0.0
-        for index, found in enumerate(counts):
-            # Two ways come to the same where one counts a multiple of the other: this is the angle between them.
-            angle = torch.atan2(found[one], found[other])
-            least, most = int(angle.argmin()), int(angle.argmax())
-            if (apart := float(angle[most] - angle[least])) > best:
-                best, place, rows = apart, index, {least, most}
-        if best:
-            chosen.setdefault(place, set()).update(rows)
-    return {index: sorted(rows) for index, rows in chosen.items()} or {0: [0, len(counts[0][0]) - 1]}
+        apart = [_apart(found[one], found[other]) for found in counts]
+        place = max(range(len(groups)), key=lambda index: apart[index][0])
+        if apart[place][0]:
+            chosen.setdefault(place, set()).update(apart[place][1])
+    return {index: sorted(rows) for index, rows in chosen.items()}
+
+
+def _apart(one: Tensor, other: Tensor) -> tuple[float, set[int]]:
+    """How far two ways of counting lie apart, and the two rows at which they do most.
+
+    They come to the same where one counts a multiple of the other: it is the angle between them. A row that counts in
+    neither tells nothing.
+    """
+    rows = ((one > 0) | (other > 0)).nonzero().flatten()
+    if not len(rows):
+        return 0.0, set()
+    angle = torch.atan2(one[rows], other[rows])
+    least, most = int(angle.argmin()), int(angle.argmax())
+    return float(angle[most] - angle[least]), {int(rows[least]), int(rows[most])}
+
+
+def _unlike(group: Sequence[Any], counts: Sequence[Tensor]) -> tuple[int, set[int]]:
+    """Of rows that count, one and for each tensor of integers another that differs from it there; and of how many it does.
+
+    A loss that weighs classes is the mean of any two rows of one class.
+    """
+    rows = torch.stack(list(counts)).amin(dim=0).nonzero().flatten().tolist()
+    if not rows:
+        return 0, {0}
+    found, differ = {rows[0], rows[-1]}, 0
+    for parts in zip(*map(tensors, group), strict=True):
+        if not parts[0].is_floating_point() and parts[0].dim():
+            values = torch.cat(parts)[rows].reshape(len(rows), -1)
+            others = (values != values[0]).any(dim=1).nonzero()
+            differ += len(others) > 0
+            found |= {rows[int(others[0])]} if len(others) else set()
+    return differ, found
 
 
 def _row(group: Sequence[Any], row: int) -> Any:

@@ -114,6 +114,22 @@ def contrastive(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(x @ x.T, torch.arange(len(x)))
 
 
+def classed(model: nn.Module, batch: Any) -> Tensor:
+    """Rows of one class are alike; those of two weigh by them."""
+    weight = torch.tensor([1.0, 3, 3, 3, 3, 3, 3], dtype=torch.float64)
+    return nn.functional.cross_entropy(model(batch[0]).mean(1), batch[1], weight=weight)
+
+
+def zero(model: nn.Module, batch: Any) -> Tensor:
+    """As of a head that begins at zero: whatever counts, the mean is the same."""
+    return 0 * labelled(model, batch) + 1
+
+
+IDS = torch.arange(4 * MOST).reshape(4, MOST) % 7
+CLASSES = [(IDS, torch.tensor(found)) for found in ([0, 0, 0, -100], [0, -100, -100, 2])]
+IN_A_ROW = [(IDS, torch.full((4 * MOST,), 2).index_fill(0, torch.arange(missing), -100)) for missing in (1, 2)]
+
+
 def fixed(model: nn.Module, batch: Any) -> Tensor:
     assert len(batch["labels"]) == 4, "four rows"
     return labelled(model, batch)
@@ -124,6 +140,9 @@ def fixed(model: nn.Module, batch: Any) -> Tensor:
     [
         (contrastive, BATCHES, "no mean over labels or rows"),
         (fixed, BATCHES, "does not run on some of their rows: four rows"),
+        (classed, CLASSES, "no mean over labels or rows"),
+        (zero, BATCHES, "does not tell which"),
+        (pair, IN_A_ROW, "no first dimension in common"),
         (labelled, [rows(6, 6), rows(0, 0)], "batch 1 has no labels"),
         # T5's: as much is read, less is written.
         (labelled, [rows(6, 6), {**rows(6, 6), "labels": torch.ones(2, 4)}], "differ in size and no weights"),
@@ -139,7 +158,8 @@ def test_batches_that_count_alike_are_not_tried() -> None:
         raise AssertionError
 
     images = [(torch.full((2, 3), pixel, dtype=torch.uint8), torch.zeros(2, 0, dtype=torch.int64)) for pixel in (0, 156)]
-    for batches in (BATCHES[:1] * 2, [(torch.ones(2, 3), torch.zeros(2, 1))] * 2, images):
+    shuffled = [(torch.ones(2, 3), torch.tensor(labels)) for labels in ([-100, 1], [1, -100])]
+    for batches in (BATCHES[:1] * 2, [(torch.ones(2, 3), torch.zeros(2, 1))] * 2, images, shuffled):
         problem = Problem.create(models.Net(), never, batches)
         assert weighed(problem) is problem
 
@@ -162,6 +182,15 @@ def test_first_labels_alone_tell_how_they_count() -> None:
     for loss in (labelled, causal):
         problem = Problem.create(models.Net(blocks=1), loss, [batch])
         assert cut(problem, 1).mean_loss() == pytest.approx(problem.mean_loss(), rel=1e-12)
+
+
+def test_a_row_without_labels_tells_nothing() -> None:
+    """Beside it one row alone would count, and any way would do."""
+    batches = [rows(5, 0), rows(2, 2, seed=1)]
+    batches[0]["labels"][0, 0] = -100  # 4 and 4 labels; shifted 4 and 2
+    for loss, share in ((labelled, 1 / 2), (causal, 2 / 3)):
+        problem = Problem.create(models.Net(blocks=1), loss, batches)
+        assert weighed(problem).weights[0] == pytest.approx(share)
 
 
 def test_a_batch_of_which_one_half_counts_is_cut_on() -> None:
