@@ -28,6 +28,7 @@ from curvcli.analysis.checkpoint import Opened, architecture_of, open_for_analys
 from curvcli.analysis.options import Options, options_of
 from curvcli.analysis.stages import Progress
 from curvcli.checkpoints import fetched, find_checkpoints, newest_complete, open_checkpoint, passed_over, step_of
+from curvcli.checkpoints.arguments import SMOOTHED
 from curvcli.curvature.ranks import current
 from curvcli.documents import Finding, Report, Track, TrackPoint, TrainingStep, Versions
 from curvcli.errors import CurvError, InputError, OutOfTime, RankError, UsageError, counted
@@ -289,15 +290,20 @@ def key_of(opened: Opened) -> str:
         log=[astuple(entry) for entry in checkpoint.log],  # which may lie beside the checkpoint
         tokens=[shard.sha256, shard.sequence_length],
         how=how,
-        code=[code_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec and ":" in spec],
+        ended=[checkpoint.ended_lr, [f.message for f in checkpoint.findings if f.code == SMOOTHED]],  # may lie above, too
+        code=_code(opened),
         versions=[versions.torch, versions.transformers],
     )
+
+
+def _code(opened: Opened) -> list[str]:
+    return [code_digest(spec) for spec in (opened.options.model, opened.options.loss) if spec and ":" in spec]
 
 
 def _measured(
     opened: Opened, cache: Cache, unchanged: Callable[[], bool], progress: Progress
 ) -> tuple[Report, Literal["measured", "cached"]]:
-    key = key_of(opened)
+    key, code = key_of(opened), _code(opened)
     if (report := cache.get(key)) is not None:
         # The same content may have been measured elsewhere.
         place = {"path": str(opened.checkpoint.path)}
@@ -310,7 +316,8 @@ def _measured(
         raise InputError("it changed while it was measured", hint="call again once it is written")
     full_disk = any(finding.code == "disk-full" for finding in report.findings)
     if time.monotonic() < opened.options.deadline and not full_disk:  # else parts of it may be missing
-        cache.put(key, report)
+        # The user's code may have loaded more of itself meanwhile, or have changed.
+        cache.put(key if _code(opened) == code else key_of(opened), report)
     return report, "measured"
 
 

@@ -77,7 +77,7 @@ def _warmup(said: Mapping[str, Any], steps: int | None) -> int | None:
     """Steps of warm-up: transformers 5 takes a share of all steps as a number below 1, versions before by another name."""
     given, share = said.get("warmup_steps", 0), said.get("warmup_ratio") or 0
     numbers = (int, float)
-    if not isinstance(given, numbers) or not isinstance(share, numbers) or given < 0 or not 0 <= share <= 1:
+    if not isinstance(given, numbers) or not isinstance(share, numbers) or not (given >= 0 and 0 <= share <= 1):
         return None
     if given >= 1:
         return int(given) if given < 2**53 else None

@@ -7,7 +7,8 @@ import os
 import secrets
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import distributions
 from pathlib import Path
@@ -28,7 +29,9 @@ def code_digest(spec: str) -> str:
     - modules that are loaded from elsewhere, but for Python's own and installed packages, which count by name and version.
 
     Not other files that it reads, nor the environment. Where something has changed since the first call, nobody knows what
-    this process has loaded of it, and the digest is of this process alone, too.
+    this process has loaded of it; and where a module was loaded since, as a network that is built or runs can do, that is
+    in none of these files, no other process could tell that it has changed. The digest is of this process alone then, too:
+    whoever keeps what was made by the code asks once more when it is made.
 
     Args:
         spec: as `package.module:name`.
@@ -39,14 +42,15 @@ def code_digest(spec: str) -> str:
     name = spec.partition(":")[0]
     if name not in sys.modules:
         imported(spec, "the user's")
-    # What is loaded later, while a network is built or runs, is no change.
-    loaded = _first[spec][0] if spec in _first else frozenset(_loaded())
+    loaded = frozenset(_loaded())
+    at_first, first = _first.get(spec, (loaded, None))
     try:
-        found = _digest(_home(sys.modules.get(name.partition(".")[0])), loaded)
+        files = _files(_home(sys.modules.get(name.partition(".")[0]))) | at_first
+        found = _digest(files)
     except (OSError, _TooMuchError):
         return _of_process(spec)
-    _, first = _first.setdefault(spec, (loaded, found))
-    return found if found == first else _of_process(found)
+    _first.setdefault(spec, (loaded, found))
+    return found if first in (None, found) and loaded <= files else _of_process(found)
 
 
 _first: dict[str, tuple[frozenset[Path], str]] = {}
@@ -57,10 +61,13 @@ def _of_process(text: str) -> str:
     return sha256(f"{_process} {text}".encode()).hexdigest()
 
 
-def _digest(home: Path | None, loaded: frozenset[Path]) -> str:
+def _files(home: Path | None) -> frozenset[Path]:
     if home is None:
         raise _TooMuchError
-    files = {*_below(home), *_settings(home), *_settings(Path.cwd()), *loaded}
+    return frozenset([*_below(home), *_settings(home), *_settings(Path.cwd())])
+
+
+def _digest(files: Iterable[Path]) -> str:
     if sum(file.stat().st_size for file in files) > _MOST_BYTES:
         raise _TooMuchError
     found = [(str(file), sha256(file.read_bytes()).hexdigest()) for file in sorted(files)]
@@ -86,7 +93,8 @@ def _below(home: Path) -> Iterator[Path]:
             raise _TooMuchError
         environment = [name for name in folders if (Path(folder, name) / "pyvenv.cfg").exists()]
         folders[:] = [name for name in folders if name not in {*_SKIPPED, *environment} and not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+        # An editor's lock is a link to nothing, and of a pipe or a device there is no end.
+        yield from (file for name in names if name.endswith(".py") and (file := Path(folder, name)).is_file())
 
 
 def _settings(folder: Path) -> Iterator[Path]:
@@ -97,11 +105,16 @@ def _settings(folder: Path) -> Iterator[Path]:
 
 def _loaded() -> Iterator[Path]:
     """Files of modules that are neither Python's, nor an installed package's, nor curv's."""
-    apart = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if name.partition(".")[0] in ("curvcli", "__main__") or not isinstance(file, str) or not Path(file).is_file():
-            continue
-        place = Path(file).resolve()
-        if not any(place.is_relative_to(folder) for folder in apart):
-            yield place
+        if name.partition(".")[0] not in ("curvcli", "__main__") and isinstance(file, str) and (own := _own(file)):
+            yield own
+
+
+@cache  # there are thousands, and it is asked for with each checkpoint
+def _own(file: str) -> Path | None:
+    """Where a module's file lies; None where that is no file, or an installed package's or Python's."""
+    place = Path(file).resolve()
+    installed = {"site-packages", "dist-packages"} & set(place.parts)  # of whatever Python, and of a user's own
+    inside = any(place.is_relative_to(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "platstdlib"))
+    return None if installed or inside or not place.is_file() else place

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from curvcli.documents import Report, Track, load_track
 from curvcli.documents.columns import ruled
 from curvcli.errors import InputError
 from curvcli.judge.readings import track_readings
+from curvcli.models import user_digest
 from curvcli.render.track_table import to_csv
 
 OPTIONS = Options(tokens=128, depths=False, max_hvps=24, mode="kept")
@@ -112,6 +114,35 @@ def test_a_loss_of_ones_own_is_kept_until_its_code_changes(
         return {point["source"] for point in json.loads(done.stdout)["points"]}
 
     assert [sources(scale) for scale in (1, 1, 2)] == [{"measured"}, {"cached"}, {"measured"}]
+
+
+def test_code_that_is_loaded_while_it_runs_is_served_to_no_other_process(
+    calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text(
+        "def loss(model, batch):\n    from beside_mine import scale\n"
+        "    return scale * model(input_ids=batch, labels=batch).loss\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cache = FileCache(tmp_path / "cache")
+
+    def sources() -> list[str]:
+        options = replace(OPTIONS, data=calm.parent / "data" / "shard.bin", sequence_length=16, max_hvps=3, loss="mine:loss")
+        return [point.source for point in track_run(calm, options, cache).points]
+
+    def another_process(scale: int) -> None:
+        (tmp_path / "beside_mine.py").write_text(f"scale = {scale}\n")
+        monkeypatch.setattr(user_digest, "_process", f"of {scale}")
+        user_digest._first.clear()
+        for name in ("mine", "beside_mine"):
+            sys.modules.pop(name, None)
+
+    another_process(1)
+    assert [sources(), sources()] == [["measured"] * 2, ["cached"] * 2]
+    another_process(22)
+    assert sources() == ["measured"] * 2
+    another_process(1)
 
 
 @pytest.mark.slow

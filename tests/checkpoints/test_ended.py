@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,31 @@ def test_what_arguments_do_not_say_is_not_made_up(given: dict[str, Any], state: 
     arguments(tmp_path, **given)
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     assert last_step_lr(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["warmup_steps", "warmup_ratio", "learning_rate"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "junk", [1]])
+def test_arguments_of_strangers_say_nothing(name: str, value: Any, tmp_path: Path) -> None:
+    said = arguments(tmp_path)
+    setattr(said, name, value)
+    torch.save(said, tmp_path / "training_args.bin")
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 9, "max_steps": 9}))
+    assert last_step_lr(tmp_path) is None
+
+
+def test_a_cached_report_is_of_the_arguments_beside_it(tmp_path: Path) -> None:
+    run = run_of(tmp_path, 9)
+    state = finished(run, log=[]) / "trainer_state.json"
+
+    def key() -> str:
+        return key_of(open_for_analysis(run / "checkpoint-9", replace(FEW, lr=1e-3)))
+
+    keys = [key()]
+    arguments(run, label_smoothing_factor=0.1)
+    keys.append(key())
+    (run / "trainer_state.json").write_text(state.read_text())
+    keys.append(key())
+    assert len(set(keys)) == 3
 
 
 def test_a_finished_run_that_logged_nothing_is_judged(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(tmp_path / "away"))
     __import__("helper_of_mine")
     yield tmp_path
-    for name in ("nets_of_mine", "helper_of_mine", "later_of_mine"):
+    for name in ("nets_of_mine", "helper_of_mine", "later_of_mine", "late_beside"):
         sys.modules.pop(name, None)
 
 
@@ -87,7 +88,36 @@ def test_code_that_changes_under_a_process_is_of_that_process_alone(place: Path,
     user_digest._first.clear()
     (place / "work/nets_of_mine.py").write_text("def tiny(): ...\n")
     assert digest() == before
-    # What is loaded later is none: which modules a network loads as it runs must not depend on what was in the cache.
+
+
+def test_what_is_loaded_later_from_elsewhere_is_of_one_process_alone(place: Path) -> None:
+    """As inside of the function that makes a network: that it changed, no other process could tell before it is made."""
+    before = digest()
+    (place / "work/late_beside.py").touch()
+    changed = digest()
+    __import__("late_beside")
+    assert code_digest("nets_of_mine:tiny") == changed  # it is one of the folder's files
     (place / "away/later_of_mine.py").touch()
     __import__("later_of_mine")
-    assert code_digest("nets_of_mine:tiny") == before
+    later = code_digest("nets_of_mine:tiny")
+    assert later not in (before, changed)
+    assert code_digest("nets_of_mine:tiny") == later
+
+
+@pytest.mark.parametrize("kind", ["lib/python3/dist-packages", ".local/lib/python3.11/site-packages"])
+def test_packages_of_other_places_are_not_ones_own(kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / kind).mkdir(parents=True)
+    (place / kind / "later_of_mine.py").touch()
+    before = digest()
+    monkeypatch.syspath_prepend(str(place / kind))
+    __import__("later_of_mine")
+    assert code_digest("nets_of_mine:tiny") == digest() == before
+
+
+def test_what_is_no_file_is_passed_over(place: Path) -> None:
+    before = digest()
+    (place / "work/.#nets_of_mine.py").symlink_to("somebody@a-machine.123")  # as emacs locks a file
+    (place / "work/endless.py").symlink_to("/dev/zero")
+    os.mkfifo(place / "work/pipe.py")
+    (place / "work/around").symlink_to(place / "work")
+    assert digest() == before
