@@ -19,8 +19,9 @@ from torch import Tensor
 from curvcli.curvature.precision import mapped
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Ranks
-from curvcli.errors import UsageError
+from curvcli.errors import UsageError, exhausted, memory_named
 
+WEIGHTS = "pass weights=[what the mean loss of each batch divides by, as its number of predictions]"
 IGNORED = -100  # cross-entropy's ignore_index
 # Of the loss: rounding of a mean in float32. Batch statistics and contrastive losses differ by far more.
 SAME = 1e-5
@@ -37,6 +38,7 @@ def weighed(problem: Problem, ranks: Ranks = ALONE) -> Problem:
 
     Raises:
         UsageError: what they count cannot be told, or one counts nothing.
+        OutOfMemoryError: for a few rows at once.
     """
     if len({_ignored(batch) for batch in problem.batches}) < 2:
         return problem
@@ -44,14 +46,17 @@ def weighed(problem: Problem, ranks: Ranks = ALONE) -> Problem:
     if not all(map(rows_of, problem.batches)):
         why = "their tensors have no first dimension in common, so that rows of them cannot be tried"
     try:
-        with ranks.together():  # where weights are divided they are gathered meanwhile, and none may stay away
+        # Where weights are divided they are gathered meanwhile, and none may stay away.
+        with memory_named("as rows of batches were tried, which tell what they weigh", hint=WEIGHTS), ranks.together():
             count = counting(problem, [problem.batches])
     except Exception as error:  # whatever a loss raises on some of its rows
+        if exhausted(error):
+            raise
         why = f"their loss does not run on some of their rows: {str(error)[:120]}"
     if count is None:
         raise UsageError(
             f"batches differ in how many labels are -100, which counts as none, no weights were given, and {why}",
-            hint="pass weights=[what the mean loss of each batch divides by, as its number of predictions]",
+            hint=WEIGHTS,
         )
     counts = ranks.first([float(count(batch).sum()) for batch in problem.batches])
     if 0.0 in counts:

@@ -14,7 +14,7 @@ from curvcli import CurvatureTracker, analyze
 from curvcli.curvature.memory import cut
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.weighing import weighed
-from curvcli.errors import UsageError
+from curvcli.errors import OutOfMemoryError, UsageError
 
 Loss = Callable[[nn.Module, Any], Tensor]
 MOST = 6
@@ -153,6 +153,14 @@ def test_what_cannot_be_told_is_asked_for(loss: Loss, batches: Any, match: str) 
         analyze(models.Net(blocks=1), loss, batches)
 
 
+def test_memory_that_runs_out_is_said_to_be_memory() -> None:
+    def large(model: nn.Module, batch: Any) -> Tensor:
+        raise MemoryError
+
+    with pytest.raises(OutOfMemoryError, match=r"as rows of batches were tried.*pass weights="):
+        analyze(models.Net(blocks=1), large, BATCHES)
+
+
 def test_batches_that_count_alike_are_not_tried() -> None:
     def never(model: nn.Module, batch: Any) -> Tensor:
         raise AssertionError
@@ -191,6 +199,12 @@ def test_a_row_without_labels_tells_nothing() -> None:
     for loss, share in ((labelled, 1 / 2), (causal, 2 / 3)):
         problem = Problem.create(models.Net(blocks=1), loss, batches)
         assert weighed(problem).weights[0] == pytest.approx(share)
+
+
+def test_a_batch_whose_classes_weigh_is_not_cut() -> None:
+    """Its first and its last row are of one class, and are the mean of their own losses."""
+    problem = Problem.create(models.Net(blocks=1), classed, [(IDS, torch.tensor([0, 1, 2, 0]))])
+    assert cut(problem, 1) is problem
 
 
 def test_a_batch_of_which_one_half_counts_is_cut_on() -> None:
