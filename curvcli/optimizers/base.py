@@ -16,6 +16,7 @@ from curvcli.curvature.inverse_root import InverseRoot
 from curvcli.curvature.precision import numbers
 from curvcli.documents import Finding
 from curvcli.errors import InputError, UnsupportedError
+from curvcli.optimizers import optimi
 from curvcli.optimizers.bitsandbytes import Renamed, as_torch
 
 Options = Mapping[str, Any]
@@ -108,8 +109,19 @@ class OptimizerView:
     emptied: bool = False
 
     def __post_init__(self) -> None:
+        keys, name = self.keys, self.name
+        plain = [optimi.are_adams(group.options, keys, name) for group in self.groups]
+        corrected = {n for group, one in zip(self.groups, plain, strict=True) if one for n in group.names}
+        if any(plain):
+            groups = (
+                Group(group.names, optimi.as_torch_options(group.options)) if one else group
+                for group, one in zip(self.groups, plain, strict=True)
+            )
+            object.__setattr__(self, "groups", tuple(groups))
+            object.__setattr__(self, "findings", (*self.findings, *(() if name else (optimi.ASSUMED,))))
         options = {n: g.options for g in self.groups for n in g.names}
         state = {name: _as_torch(entry, options.get(name, {})) for name, entry in self.state.items()}
+        state |= {name: optimi.Uncorrected(state[name], options[name]) for name in corrected & state.keys()}
         object.__setattr__(self, "state", state)
 
     def empty(self) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from curvcli.errors import UnsupportedError
 from curvcli.optimizers.base import NO_OPTIMIZER, OptimizerView
+from curvcli.optimizers.optimi import PACKAGE
 
 _NO_THRESHOLD = "its update is no linear map of the gradient, so no Euclidean stability threshold exists"
 
@@ -184,9 +185,9 @@ REFUSED: list[Refused] = [
     Refused(
         "StableAdamW, or another of torch-optimi's",
         ("stableadam",),
-        lambda s: {"decouple_lr", "gradient_release"} <= s.options,
-        "its averages are corrected for their start as they are made, unlike Adam's, and StableAdamW shortens a tensor's "
-        "step where its gradient is long against the second moment; not supported",
+        lambda s: s.options >= PACKAGE,  # its AdamW arrives as torch's
+        "its Adam and RAdam look alike in a file, where its AdamW alone is told, and StableAdamW shortens a tensor's step "
+        "where its gradient is long against the second moment; not supported",
     ),
     Refused(
         "8-bit Adam",

@@ -266,7 +266,7 @@ def test_a_doubt_leaves_the_report_without_verdict_and_bracket() -> None:
     assert analyze(model, lambda m, x: m(x).square().mean(), batches, plain).verdict == "stable"
 
 
-# Of its release 0.3.3. Given --betas these passed for Adam's, whose bias correction they do not have.
+# Of its release 0.3.3.
 OPTIMI = {
     "beta1": 0.9, "beta2": 0.99, "decouple_lr": False, "max_lr": None, "kahan_sum": False, "foreach": False,
     "triton": False, "gradient_release": False, "setup": False,
@@ -287,7 +287,9 @@ OPTIMI = {
         ({"weight_sum": 3.0}, {}, "schedule-free"),
         ({}, {"exp_avg_var": torch.ones(2)}, "AdaBelief"),
         (OPTIMI, {"kahan_comp": None, "eps_sq": torch.tensor(1e-12)}, "torch-optimi"),  # the Trainer's stable_adamw
-        ({**OPTIMI, "decouple_wd": True}, {"kahan_comp": torch.zeros(1, dtype=torch.uint8)}, "torch-optimi"),
+        ({**OPTIMI, "decouple_wd": False}, {"kahan_comp": None}, "Adam and RAdam look alike"),
+        ({**OPTIMI, "decouple_wd": True, "k": 6}, {"la_param": torch.ones(2)}, "torch-optimi"),  # Ranger
+        ({**OPTIMI, "decouple_wd": True, "beta1": "much"}, {}, "torch-optimi"),
         ({}, {"mystery": torch.ones(2)}, "keeps no 'mystery'"),
     ],
 )
