@@ -382,11 +382,11 @@ def _check(columns: Mapping[str, Tensor], path: Path) -> None:
         if column.is_floating_point() and not bool(torch.isfinite(column).all()):
             raise InputError(f"column {name} of {path} holds NaN or inf", hint="check how the file was made")
     mask, ids_column = columns.get("attention_mask"), columns.get("input_ids")
-    if mask is not None and ids_column is not None and mask.shape != ids_column.shape:
-        # A mask of four dimensions replaces the model's own causal and sliding masks: another function.
+    if mask is not None and ids_column is not None and (mask.shape != ids_column.shape or bool((mask > 1).any())):
+        # Four dimensions replace the model's own causal and sliding masks: another function. A 2 is a second document.
         raise InputError(
-            f"attention_mask of {path} has shape {tuple(mask.shape)}, input_ids {tuple(ids_column.shape)}",
-            hint="give one 0 or 1 for each id",
+            f"attention_mask of {path} is {[*mask.shape]} with values to {mask.max()}, input_ids {[*ids_column.shape]}",
+            hint="give one 0 or 1 for each id; where it counts documents, position_ids that begin at 0 in each, without it",
         )
 
 

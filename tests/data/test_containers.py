@@ -207,6 +207,27 @@ def test_packed_documents_are_kept_apart(name: str, form: str, model: LlamaForCa
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "disk"])
+def test_a_mask_that_counts_documents_is_none(name: str, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """As axolotl's packed rows have it: taken for a mask of ones, documents saw each other. Positions say what it means."""
+    rows, alone = [], []
+    for a, b in zip(padded()[::2], padded()[1::2], strict=True):
+        parts = [x["input_ids"][:9] for x in (a, b)]
+        ids = parts[0] + parts[1]
+        rows.append({"input_ids": ids, "labels": ids, "attention_mask": [1] * 9 + [2] * 9})
+        alone += [{"input_ids": x, "labels": x} for x in parts]
+    with pytest.raises(InputError, match="values to 2") as refused:
+        read(written(tmp_path, name, rows))
+    assert "position_ids" in refused.value.hint
+    (tmp_path / "told").mkdir()
+    told = [
+        {**row, "position_ids": [*range(9), *range(9)], "labels": [*row["labels"][:9], -100, *row["labels"][10:]]}
+        for row in rows
+    ]
+    found = read(written(tmp_path / "told", name, told))
+    assert measured(model, found, 2) == pytest.approx(row_by_row(model, alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "disk"])
 def test_other_columns_are_left_out_in_all_alike(name: str, model: LlamaForCausalLM, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"row {i}", "meta": {"id": i}, "turns": ["a", "b"], **row, "token_type_ids": [0] * 20, "length": 20}
