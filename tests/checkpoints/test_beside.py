@@ -101,6 +101,17 @@ def test_what_is_not_read_is_named(file: bool, run: Run, tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize("place", ["epoch_0", "recipe_state"])
+def test_the_optimizer_in_torchtunes_state_is_named(place: str, run: Run, tmp_path: Path) -> None:
+    """Beside the weights, and in newer ones beside the epochs' folders."""
+    path = weights(tmp_path / "epoch_0", run[0])
+    (tmp_path / place).mkdir(exist_ok=True)
+    torch.save({"optimizer": run[1].state_dict(), "epochs_run": 1}, tmp_path / place / "recipe_state.pt")
+    found = open_checkpoint(path).findings
+    assert [(f.code, f.severity) for f in found] == [("unread-optimizer", "warning")]
+    assert f"{place}/recipe_state.pt" in found[0].message
+
+
 def test_an_optimizer_under_any_key_of_a_file(run: Run, tmp_path: Path) -> None:
     torch.save({"model": run[0].state_dict(), "opt": run[1].state_dict()}, tmp_path / "a.pt")
     is_the_run(tmp_path / "a.pt", *run)

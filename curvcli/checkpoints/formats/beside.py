@@ -21,6 +21,7 @@ from curvcli.optimizers.soap import rotates
 _OPTIMIZER = re.compile(r"(?:^|[-_.\d])optim(?:izer)?s?(?:_states?|_state_dict)?(?=[-_.\d]|$)", re.IGNORECASE)
 # avg_loss=2.31 in a file's name is a metric.
 _METRIC = re.compile(r"[\w/]+=[+-]?\d[\d.]*(?:e[+-]?\d+)?")
+_TORCHTUNE = "recipe_state.pt"
 _TENSORS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl", ".npz", ".msgpack")
 
 
@@ -144,7 +145,11 @@ def unread(path: Path, read: Iterable[Path] = ()) -> list[Finding]:
         path: the checkpoint.
         read: what of it was read.
     """
-    left = [p.name for p in optimizer_files(path if path.is_dir() else path.parent) if p not in {path, *read}]
+    place = path if path.is_dir() else path.parent
+    left = [p.name for p in optimizer_files(place) if p not in {path, *read}]
+    # Newer ones keep it beside the epochs' folders. Its optimizer's names, and the rows of q and k, are torchtune's own.
+    jobs = (place / _TORCHTUNE, place.absolute().parent / "recipe_state" / _TORCHTUNE)
+    left += [f"torchtune's {'/'.join(p.parts[-2:])}, which holds the optimizer," for p in jobs if p.is_file()]
     if not left:
         return []
     return [
