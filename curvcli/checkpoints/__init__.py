@@ -14,7 +14,7 @@ from curvcli.checkpoints.records import with_records
 from curvcli.documents import LOG_NAME, Finding
 from curvcli.errors import InputError
 from curvcli.files.remote import checkpoints_behind, fetched
-from curvcli.files.runs import checkpoints_of, step_of, unfinished
+from curvcli.files.runs import AS_IT_IS, checkpoints_of, step_of, unfinished
 from curvcli.models.base import Architecture
 
 __all__ = ["fetched", "find_checkpoints", "newest_complete", "open_checkpoint", "passed_over", "step_of"]
@@ -56,8 +56,7 @@ def newest_complete(found: list[Path], architecture: Architecture | None = None)
 
 def _skipped(skipped: Sequence[tuple[Path, str]]) -> list[Finding]:
     """Findings on what is newer than the checkpoint that was taken."""
-    hint = "; give its own path to measure it as it is"
-    return [warning("skipped-checkpoint", f"{path} is newer and was skipped: {why}{hint}") for path, why in skipped]
+    return [warning("skipped-checkpoint", f"{path} is newer and was skipped: {why}") for path, why in skipped]
 
 
 def passed_over(path: Path, found: Sequence[Path]) -> list[Finding]:
@@ -87,9 +86,8 @@ def _newest(found: list[Path], architecture: Architecture | None) -> tuple[Check
             return checkpoint, skipped
         # Perhaps no checkpoint of the run has state, and then the newest is meant: that shows only at the end.
         bare = bare or (checkpoint, len(skipped))
-        skipped.append(
-            (path, "it has no optimizer state, and checkpoints before it have: a save that did not finish looks so")
-        )
+        why = "it has no optimizer state, and checkpoints before it have: a save that did not finish looks so"
+        skipped.append((path, why + AS_IT_IS))
     if bare is not None:
         return bare[0], skipped[: bare[1]]
     raise damaged or InputError(f"{found[-1]} cannot be read", hint="give another checkpoint")

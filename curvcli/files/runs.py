@@ -20,6 +20,8 @@ _ASIDE = re.compile(
     r"(?:^|[-_.])(?:te?mp|partial|incomplete|unfinished|staging|bak|backup|old|broken|corrupt(?:ed)?)\d*(?:[-_.]|$)|~$",
     re.IGNORECASE,
 )
+# What to do about one that was skipped, where there is something to measure.
+AS_IT_IS = "; give its own path to measure it as it is"
 
 
 def checkpoints_of(path: Path, accepts: Accepts) -> list[Path]:
@@ -78,7 +80,8 @@ def unfinished(run: Path, chosen: Path, accepts: Accepts) -> list[tuple[Path, st
         if match is None or int(match[1]) <= (step or 0):
             continue
         if _aside(path):
-            found.append((path, "its name is that of a save that did not finish or was set aside"))
+            why = "its name is that of a save that did not finish or was set aside"
+            found.append((path, why + AS_IT_IS * accepts(path)))
         elif re.sub(r"\d+", "#", path.name) == form and not accepts(path):
             found.append((path, "it holds no checkpoint"))
     return found

@@ -87,9 +87,9 @@ class ReportReadings:
             return Reading("rho", full.rho, reason="the second moment is estimated, and rho's scale with it")
         if held.rho_low is None or held.rho_high is None:
             return Reading("rho", full.rho, reason="nothing could be held out to check it against; measure more tokens")
-        return Reading(
-            "rho", full.rho, held.rho_low, held.rho_high, narrow=narrow(self.report.optimizer, "measure more tokens")
-        )
+        how, normed = narrow(self.report.optimizer, "measure more tokens"), self.report.steepest
+        note = f"; of {normed.rest:,} parameters, the other {normed.parameters:,} have none" if normed else ""
+        return Reading("rho", full.rho, held.rho_low, held.rho_high, narrow=how, note=note)
 
     def layers(self) -> Sequence[Reading]:
         """rho of each part alone: embedding and head, and each layer; at least one reading."""
