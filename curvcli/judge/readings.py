@@ -365,7 +365,7 @@ class NoReadings:
         return "unresolved"
 
 
-_NO_RHO = "no learning rate was known or no optimizer taken, so rho does not exist; pass --lr, or leave --optimizer none out"
+_NO_RHO = "no learning rate was known or no optimizer taken, so rho does not exist; pass --lr, and no --optimizer none"
 
 
 def _why(report: Report, estimate: Estimate) -> str:

@@ -16,7 +16,7 @@ PACKAGE = frozenset({"decouple_lr", "gradient_release"})
 _ADAMS = PACKAGE | {"beta1", "beta2", "decouple_wd"}
 ASSUMED = Finding(
     code="class-assumed",
-    severity="info",
+    severity="warning",
     message="the file is of torch-optimi's AdamW, or of its RAdam with decoupled weight decay, which keeps the same: it is "
     "taken for AdamW's",
 )
