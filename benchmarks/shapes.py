@@ -96,9 +96,9 @@ def zipf(vocabulary: int, rows: int, length: int) -> Tensor:
     return torch.multinomial(weights, rows * length, replacement=True).view(rows, length)
 
 
-def write(shape: str, folder: Path, rows: int, length: int) -> dict[str, Any]:
+def write(shape: str, folder: Path, rows: int, length: int, layers: int | None = None) -> dict[str, Any]:
     """A Trainer's checkpoint and its tokens, and what a training step of all rows at once took."""
-    model = network(shape).train()
+    model = network(shape, layers=layers).train()
     vocabulary = model.config.vocab_size
     windows = zipf(vocabulary, STEPS * rows, length + 1)
     decays = [p for p in model.parameters() if p.dim() > 1]
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--memory", help="limit, as 8GiB")
     parser.add_argument("--hvps", type=int, default=100, help="products that one estimate may take")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing more is started")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
@@ -175,7 +176,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.folder:
         found = (
-            write(options.shape, options.folder, options.rows, options.length)
+            write(options.shape, options.folder, options.rows, options.length, options.layers)
             if options.write
             else measure(options.folder, options.rows, options.length, options.memory, options.budget, options.hvps)
         )
@@ -185,12 +186,12 @@ def main() -> None:
         save("shapes_plan", {"shapes": [needed(s, options.rows, options.length) for s in ("gpt2", *LLAMAS) if s != "tiny"]})
         return
     with TemporaryDirectory() as folder:
-        said = {"shape": options.shape, "rows": options.rows, "length": options.length}
+        said = {"shape": options.shape, "layers": options.layers, "rows": options.rows, "length": options.length}
         said |= {"threads": options.threads, "torch": torch.__version__}
         said |= _child("--in", folder, "--write") | _child("--in", folder)
     file = HERE / "results" / "shapes.json"
     known = json.loads(file.read_text()) if file.exists() else []
-    known = [k for k in known if any(k[key] != said[key] for key in ("shape", "memory", "max_hvps"))]
+    known = [k for k in known if any(k.get(key) != said[key] for key in ("shape", "layers", "memory", "max_hvps"))]
     file.write_text(json.dumps([*known, said], indent=2) + "\n")
     print(json.dumps(said, indent=2))
 
