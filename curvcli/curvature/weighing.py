@@ -175,7 +175,7 @@ def _apart(one: Tensor, other: Tensor) -> tuple[float, set[int]]:
 def _unlike(group: Sequence[Any], counts: Sequence[Tensor]) -> tuple[int, set[int]]:
     """Of rows that count, one and for each tensor of integers another that differs from it there; and of how many it does.
 
-    A loss that weighs classes is the mean of any two rows of one class.
+    A loss that weighs classes is the mean of any two rows of one class. As few rows as will do: they have to fit at once.
     """
     rows = torch.stack(list(counts)).amin(dim=0).nonzero().flatten().tolist()
     if not rows:
@@ -184,9 +184,9 @@ def _unlike(group: Sequence[Any], counts: Sequence[Tensor]) -> tuple[int, set[in
     for parts in zip(*map(tensors, group), strict=True):
         if not parts[0].is_floating_point() and parts[0].dim():
             values = torch.cat(parts)[rows].reshape(len(rows), -1)
-            others = (values != values[0]).any(dim=1).nonzero()
+            others = [rows[i] for i in (values != values[0]).any(dim=1).nonzero().flatten().tolist()]
             differ += len(others) > 0
-            found |= {rows[int(others[0])]} if len(others) else set()
+            found |= set(others[:1]) if found.isdisjoint(others) else set()
     return differ, found
 
 
