@@ -14,7 +14,7 @@ def content(value: Any) -> list[list[Any]]:
 
     A sum of whole numbers comes out the same in whatever order it is added, and where entries of a tensor change places.
     """
-    return [_said(tensor) for tensor in _tensors(value)]
+    return [_said(tensor) for tensor in tensors(value)]
 
 
 def _said(tensor: Tensor) -> list[Any]:
@@ -25,9 +25,10 @@ def _said(tensor: Tensor) -> list[Any]:
     return [list(tensor.shape), str(tensor.dtype), number]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Those in lists, tuples and mappings, in their order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+            yield from tensors(part)

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from curvcli.curvature import resources
+from curvcli.curvature.content import tensors
 from curvcli.curvature.hvp import graph_bytes
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import Ranks
-from curvcli.curvature.weighing import Count, counting, part_of, rows_of, tensors
+from curvcli.curvature.weighing import Count, counting, part_of, rows_of
 from curvcli.errors import LEANER, OutOfMemoryError, counted, exhausted, shortage
 
 TRIED = 4  # rows that ways to multiply are tried and tested on: what is wrong with one is wrong on few rows, too

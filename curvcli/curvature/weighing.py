@@ -6,7 +6,7 @@ are those that tell the ways of counting best apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvcli.curvature.content import tensors
 from curvcli.curvature.precision import mapped
 from curvcli.curvature.problem import Problem
 from curvcli.curvature.ranks import ALONE, Ranks
@@ -102,15 +103,6 @@ def rows_of(batch: Any) -> int | None:
 def part_of(batch: Any, start: int, end: int) -> Any:
     """Some rows of a batch."""
     return mapped(batch, lambda t: t[start:end] if t.dim() else t)
-
-
-def tensors(batch: Any) -> Iterator[Tensor]:
-    """Those of a batch: in lists, tuples and mappings, in their order."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (Mapping, list, tuple)):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors(part)
 
 
 def _ways(batches: Sequence[Any]) -> list[Count]:
